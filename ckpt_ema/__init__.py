@@ -1,0 +1,49 @@
+"""Fold the checkpoints of a training run into a mean teacher."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from ckpt_ema._version import __version__
+
+if TYPE_CHECKING:
+    from ckpt_ema.errors import CkptEmaError, MisuseError
+    from ckpt_ema.folding import fold, plan
+    from ckpt_ema.inspection import Inspection, inspect
+    from ckpt_ema.records import FoldedCheckpoint, FoldOptions, FoldPlan, FoldReport
+
+__all__ = [
+    "CkptEmaError",
+    "FoldOptions",
+    "FoldPlan",
+    "FoldReport",
+    "FoldedCheckpoint",
+    "Inspection",
+    "MisuseError",
+    "__version__",
+    "fold",
+    "inspect",
+    "plan",
+]
+
+_HOMES = {
+    "CkptEmaError": "errors",
+    "FoldOptions": "records",
+    "FoldPlan": "records",
+    "FoldReport": "records",
+    "FoldedCheckpoint": "records",
+    "Inspection": "inspection",
+    "MisuseError": "errors",
+    "fold": "folding",
+    "inspect": "inspection",
+    "plan": "folding",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # On first use: `ckpt-ema --help` must not wait for the library, nor `import ckpt_ema` for torch.
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{home}"), name)

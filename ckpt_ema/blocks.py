@@ -1,0 +1,337 @@
+"""How the fold goes about it: catalogue, layouts and a memory budget in, lanes, blocks and the file's header out.
+
+The teacher's data section is cut into lanes: runs of tensors of one dtype and one treatment. A lane is folded as one
+long vector, a block at a time, whatever tensors it crosses; thousands of small tensors cost as little as a large one.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from ckpt_ema.byte_ranges import count_elements
+from ckpt_ema.catalogue import TeacherTensor
+from ckpt_ema.dtypes import BY_NAME, DType
+from ckpt_ema.errors import MisuseError
+from ckpt_ema.layouts import Layout
+
+Accumulate = Literal["float32", "float64", "student"]
+
+# Large enough that the calls cost nothing, small enough that a block stays in the processor's last-level cache.
+BLOCK_ELEMENTS = 512 * 1024
+# Vectorised kernels treat the last few elements of a tensor apart, and float16 rounds differently there. Blocks are
+# folded in buffers padded to a multiple of this, so that where a block ends can never show in its bits.
+ELEMENT_MULTIPLE = 64
+MIN_BLOCK_ELEMENTS = 1024
+MAX_THREADS = 16
+HEADER_MULTIPLE = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Lane:
+    """A run of the teacher's bytes that holds tensors of one dtype and one treatment, without a gap."""
+
+    action: Literal["average", "copy"]
+    student_dtype: DType
+    accumulate_dtype: DType
+    dtype: DType
+    """Of the written teacher."""
+
+    first_dtype: DType
+    """Of the first input: an initial teacher may be stored in another dtype than the students."""
+
+    begin: int
+    """First byte in the teacher's data section."""
+
+    tensors: tuple[int, ...]
+    """Indices into every layout's schema."""
+
+    starts: tuple[int, ...]
+    """First element of each tensor within the lane, and the lane's number of elements."""
+
+    is_strided: bool
+    """One tensor that is not contiguous in some checkpoint; its elements are gathered."""
+
+    @property
+    def num_elements(self) -> int:
+        """Elements in all."""
+        return self.starts[-1]
+
+    @property
+    def copies_bytes(self) -> bool:
+        """Whether its bytes go from the newest student to the teacher as they are."""
+        return self.action == "copy" and self.student_dtype is self.dtype
+
+    def tensors_between(self, begin: int, end: int) -> Iterator[tuple[int, int, int]]:
+        """(schema index, first element within the tensor, number of elements) of what lies in `[begin, end)`."""
+        position = bisect.bisect_right(self.starts, begin) - 1
+        while begin < end:
+            stop = min(self.starts[position + 1], end)
+            if stop > begin:
+                yield self.tensors[position], begin - self.starts[position], stop - begin
+            begin = max(begin, stop)
+            position += 1
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A run of a lane's elements that is folded at once."""
+
+    lane: Lane
+    begin: int
+    end: int
+
+    @property
+    def position(self) -> int:
+        """First byte in the teacher's data section."""
+        return self.lane.begin + self.begin * self.lane.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Alias:
+    """A tensor that shares its bytes with another one in every checkpoint; the teacher holds them twice."""
+
+    begin: int
+    """First byte in the teacher's data section."""
+
+    original: int
+    """First byte of the tensor whose bytes these are."""
+
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class BlockPlan:
+    """Everything the engine needs but the coefficients."""
+
+    lanes: tuple[Lane, ...]
+    aliases: tuple[Alias, ...]
+    offsets: dict[str, tuple[int, int]]
+    """Byte range of each tensor in the teacher's data section."""
+
+    data_bytes: int
+    """Size of the data section."""
+
+    bytes_to_read: int
+    block_elements: int
+    num_threads: int
+    thread_buffers: tuple[int, int, int, int]
+    """Bytes of each buffer of one thread, in the order of `buffer_bytes_per_element`."""
+
+    @property
+    def buffer_bytes(self) -> int:
+        """What all threads' buffers take together; never above the budget."""
+        return self.num_threads * sum(self.thread_buffers)
+
+    def blocks(self) -> Iterator[Block]:
+        """Every block, in the teacher's byte order, which is the files' own order as well."""
+        for lane in self.lanes:
+            for begin in range(0, lane.num_elements, self.block_elements):
+                yield Block(lane, begin, min(begin + self.block_elements, lane.num_elements))
+
+
+def accumulate_dtype(student_dtype: DType, accumulate: Accumulate) -> DType:
+    """The dtype the teacher is kept in while it is folded: never narrower than the student's own."""
+    if accumulate == "student":
+        if student_dtype.itemsize == 1:
+            raise MisuseError(
+                f"`--accumulate student` is impossible for {student_dtype}: torch has no arithmetic in it",
+                hint="leave `--accumulate` away to accumulate in float32",
+            )
+        return student_dtype
+    if student_dtype.kind == "complex":
+        wide = accumulate == "float64" or student_dtype.name == "complex128"
+        return BY_NAME["complex128" if wide else "complex64"]
+    return BY_NAME["float64" if "float64" in (accumulate, student_dtype.name) else "float32"]
+
+
+def plan_blocks(
+    tensors: Sequence[TeacherTensor],
+    layouts: Sequence[Layout],
+    *,
+    accumulate: Accumulate,
+    memory_budget_bytes: int,
+    num_threads: int | None = None,
+) -> BlockPlan:
+    """Lay out the teacher's data section and cut it into blocks.
+
+    `layouts` are those of the students to be folded, oldest first (an initial teacher before them). Raises
+    MisuseError when the budget is too small for the smallest block.
+    """
+    newest = layouts[-1]
+    aliases_of = _find_aliases(tensors, layouts)
+    strided = [any(layout.schema.strides[tensor.index] is not None for layout in layouts) for tensor in tensors]
+
+    def file_order(tensor: TeacherTensor) -> tuple[object, ...]:
+        # Wide elements first keeps every tensor aligned; the newest checkpoint's own order makes reads sequential.
+        return (
+            -tensor.dtype.itemsize,
+            tensor.dtype.name,
+            tensor.index in aliases_of,
+            tensor.action,
+            tensor.student_dtype.name,
+            layouts[0].schema.dtypes[tensor.index].name,
+            strided[tensor.index],
+            newest.file_indices[tensor.index],
+            newest.begins[tensor.index],
+            tensor.name,
+        )
+
+    ordered = sorted(tensors, key=file_order)
+    offsets: dict[str, tuple[int, int]] = {}
+    position = 0
+    for tensor in ordered:
+        end = position + count_elements(tensor.shape) * tensor.dtype.itemsize
+        offsets[tensor.name] = (position, end)
+        position = end
+    names = {tensor.index: tensor.name for tensor in tensors}
+    aliases = tuple(
+        Alias(
+            offsets[names[index]][0], offsets[names[original]][0], offsets[names[index]][1] - offsets[names[index]][0]
+        )
+        for index, original in aliases_of.items()
+    )
+    runs = _runs([tensor for tensor in ordered if tensor.index not in aliases_of], offsets, strided, layouts[0])
+    lanes = tuple(_lane(run, offsets, strided, layouts[0], accumulate) for run in runs)
+    block_elements, threads = _size_blocks(lanes, memory_budget_bytes, num_threads)
+    bytes_to_read = sum(
+        lane.num_elements * lane.student_dtype.itemsize * (len(layouts) if lane.action == "average" else 1)
+        for lane in lanes
+    )
+    raw, wide, widened, span = _widest(lanes)
+    thread_buffers = (raw * block_elements, wide * block_elements, widened * block_elements, span * block_elements)
+    return BlockPlan(lanes, aliases, offsets, position, bytes_to_read, block_elements, threads, thread_buffers)
+
+
+def encode_header(plan: BlockPlan, tensors: Sequence[TeacherTensor], metadata: Mapping[str, str]) -> bytes:
+    """The teacher's safetensors header with its length before it, padded so that the data starts on a page."""
+    table: dict[str, object] = {"__metadata__": dict(metadata)}
+    for tensor in sorted(tensors, key=lambda tensor: plan.offsets[tensor.name]):
+        table[tensor.name] = {
+            "dtype": tensor.dtype.code,
+            "shape": list(tensor.shape),
+            "data_offsets": list(plan.offsets[tensor.name]),
+        }
+    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-(8 + len(text)) % HEADER_MULTIPLE)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _find_aliases(tensors: Sequence[TeacherTensor], layouts: Sequence[Layout]) -> dict[int, int]:
+    """Tensors that are the same bytes as an earlier one in every checkpoint (tied weights), by schema index."""
+    first: dict[object, int] = {}
+    aliases: dict[int, int] = {}
+    # By place in the newest checkpoint first: a full key for each of 20000 tensors and 50 checkpoints is slow.
+    newest = layouts[-1]
+    places = [(newest.file_indices[tensor.index], newest.begins[tensor.index]) for tensor in tensors]
+    counts: dict[tuple[int, int], int] = {}
+    for place in places:
+        counts[place] = counts.get(place, 0) + 1
+    for tensor, place in zip(tensors, places, strict=True):
+        if counts[place] == 1 or 0 in tensor.shape:
+            continue
+        key = (
+            tensor.student_dtype,
+            tensor.action,
+            tensor.shape,
+            tuple(
+                (layout.schema.strides[tensor.index], layout.file_indices[tensor.index], layout.begins[tensor.index])
+                for layout in layouts
+            ),
+        )
+        original = first.setdefault(key, tensor.index)
+        if original != tensor.index:
+            aliases[tensor.index] = original
+    return aliases
+
+
+def _runs(
+    ordered: Sequence[TeacherTensor], offsets: Mapping[str, tuple[int, int]], strided: Sequence[bool], first: Layout
+) -> Iterator[list[TeacherTensor]]:
+    """Tensors that follow each other in the teacher and are treated alike; a strided one is a run of its own."""
+
+    def kind(tensor: TeacherTensor) -> tuple[object, ...]:
+        return (
+            tensor.dtype,
+            tensor.action,
+            tensor.student_dtype,
+            first.schema.dtypes[tensor.index],
+            tensor.index if strided[tensor.index] else None,
+        )
+
+    run: list[TeacherTensor] = []
+    for tensor in ordered:
+        if 0 in tensor.shape:
+            continue
+        # Aliases lie in between where the next dtype begins; a lane never spans them.
+        if run and (kind(tensor) != kind(run[-1]) or offsets[tensor.name][0] != offsets[run[-1].name][1]):
+            yield run
+            run = []
+        run.append(tensor)
+    if run:
+        yield run
+
+
+def _lane(
+    run: Sequence[TeacherTensor],
+    offsets: Mapping[str, tuple[int, int]],
+    strided: Sequence[bool],
+    first_layout: Layout,
+    accumulate: Accumulate,
+) -> Lane:
+    first = run[0]
+    averages = first.action == "average"
+    return Lane(
+        action=first.action,
+        student_dtype=first.student_dtype,
+        accumulate_dtype=accumulate_dtype(first.student_dtype, accumulate) if averages else first.dtype,
+        dtype=first.dtype,
+        first_dtype=first_layout.schema.dtypes[first.index] if averages else first.student_dtype,
+        begin=offsets[first.name][0],
+        tensors=tuple(tensor.index for tensor in run),
+        starts=tuple(itertools.accumulate((count_elements(tensor.shape) for tensor in run), initial=0)),
+        is_strided=strided[first.index],
+    )
+
+
+def buffer_bytes_per_element(lane: Lane) -> tuple[int, int, int, int]:
+    """What a thread's four buffers need per element of a block.
+
+    The raw bytes of a student, the accumulator, the student widened to the accumulator's dtype, and the span that
+    the elements of a non-contiguous tensor are gathered from.
+    """
+    raw = max(lane.student_dtype.itemsize, lane.dtype.itemsize, lane.first_dtype.itemsize)
+    span = raw if lane.is_strided else 0
+    if lane.copies_bytes:
+        return raw, 0, 0, span
+    wide = lane.accumulate_dtype.itemsize
+    widens = lane.action == "average" and lane.accumulate_dtype is not lane.student_dtype
+    return raw, wide, wide if widens else 0, span
+
+
+def _widest(lanes: Sequence[Lane]) -> tuple[int, int, int, int]:
+    """The largest need for each of the four buffers; a thread allocates them once, for all lanes."""
+    needs = [buffer_bytes_per_element(lane) for lane in lanes]
+    raw, wide, widened, span = (max((need[i] for need in needs), default=0) for i in range(4))
+    return raw, wide, widened, span
+
+
+def _size_blocks(lanes: Sequence[Lane], budget: int, num_threads: int | None) -> tuple[int, int]:
+    widest = max(1, sum(_widest(lanes)))
+    longest = max((lane.num_elements for lane in lanes), default=1)
+    if budget < widest * MIN_BLOCK_ELEMENTS:
+        raise MisuseError(
+            f"`--memory` is {budget} bytes, less than the {widest * MIN_BLOCK_ELEMENTS} of the smallest block",
+            hint="pass for example `--memory 64MiB`",
+        )
+    threads = num_threads or min(len(os.sched_getaffinity(0)), MAX_THREADS)
+    # A small budget gives up threads before it gives up blocks of a useful size.
+    threads = max(1, min(threads, budget // (widest * (BLOCK_ELEMENTS // 8))))
+    elements = min(BLOCK_ELEMENTS, budget // (threads * widest), -(-longest // ELEMENT_MULTIPLE) * ELEMENT_MULTIPLE)
+    elements = max(ELEMENT_MULTIPLE, elements // ELEMENT_MULTIPLE * ELEMENT_MULTIPLE)
+    return elements, threads

@@ -1,0 +1,160 @@
+"""The tensors all students share: layouts in, one entry per tensor with its treatment out, or every disagreement."""
+
+from __future__ import annotations
+
+import fnmatch
+import itertools
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from ckpt_ema.dtypes import BY_NAME, DType
+from ckpt_ema.errors import CkptEmaError
+from ckpt_ema.layouts import Layout, Schema
+
+# Buffers that move during training, by the names torch and the common libraries give them. A bare state dict does
+# not say which of its tensors are buffers; one that never moves averages to itself and needs no rule.
+KNOWN_BUFFERS = re.compile(
+    r"(^|\.)("
+    r"running_mean|running_var|num_batches_tracked"  # BatchNorm, InstanceNorm
+    r"|weight_u|weight_v|weight_orig_u|weight_orig_v|_u|_v"  # spectral norm, old and parametrised
+    r"|min_val|max_val|min_vals|max_vals|zero_point|fake_quant_enabled|observer_enabled"  # quantisation observers
+    r"|ema_cluster_size|cluster_size|embed_avg|ema_w|code_count"  # vector quantisers
+    r"|queue|queue_ptr"  # MoCo
+    r"|position_ids|inv_freq|freqs_cis|cos_cached|sin_cached|attn_mask|relative_position_index|masked_bias"
+    r"|pixel_mean|pixel_std|n_averaged"
+    r")$"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherTensor:
+    """One tensor of the teacher."""
+
+    name: str
+    shape: tuple[int, ...]
+    student_dtype: DType
+    dtype: DType
+    """Of the written teacher."""
+
+    action: Literal["average", "copy"]
+    reason: str
+    """Why it is copied; "" for an averaged one."""
+
+    index: int
+    """Its place in every layout's schema."""
+
+
+@dataclass(frozen=True, slots=True)
+class Treatment:
+    """What decides whether a tensor is averaged, and what it is written as."""
+
+    skip_buffers: bool = True
+    """MeanTeacherHook's default: parameters only. Otherwise every floating-point tensor."""
+
+    buffer_globs: tuple[str, ...] = ()
+    """Names of buffers, as the user gave them."""
+
+    model_buffers: frozenset[str] | None = None
+    """The buffers of the model the user named; None when none was named."""
+
+    dtype: str = "student"
+    """Of the written teacher: `student`, or one of torch's floating-point names."""
+
+
+def build_catalogue(
+    layouts: Sequence[tuple[str, Layout]], treatment: Treatment, *, known_buffers: Collection[str] | None = None
+) -> list[TeacherTensor]:
+    """One entry per tensor, sorted by name.
+
+    `layouts` are the students' by label; `known_buffers` what the newest checkpoint itself records. Raises
+    CkptEmaError with every difference when the students disagree on names, shapes or dtypes, when a `--buffer`
+    pattern matches nothing, and for a tensor that safetensors cannot hold.
+    """
+    check_agreement(layouts)
+    schema = layouts[-1][1].schema
+    unmatched = [glob for glob in treatment.buffer_globs if not fnmatch.filter(schema.names, glob)]
+    if unmatched:
+        raise CkptEmaError(
+            f"`--buffer {unmatched[0]}` matches no tensor",
+            details=[f"names look like `{name}`" for name in schema.names[:3]],
+            hint="patterns match whole names: `--buffer '*.running_mean'`",
+        )
+    buffers = treatment.model_buffers if treatment.model_buffers is not None else known_buffers
+    tensors = []
+    for index, name in enumerate(schema.names):
+        student_dtype = schema.dtypes[index]
+        reason = _reason_to_copy(name, student_dtype, treatment, buffers)
+        dtype = _teacher_dtype(name, student_dtype, treatment.dtype)
+        action: Literal["average", "copy"] = "copy" if reason else "average"
+        tensors.append(TeacherTensor(name, schema.shapes[index], student_dtype, dtype, action, reason, index))
+    return tensors
+
+
+def _reason_to_copy(name: str, dtype: DType, treatment: Treatment, buffers: Collection[str] | None) -> str:
+    if dtype.kind == "integer":
+        return dtype.name
+    if any(fnmatch.fnmatchcase(name, glob) for glob in treatment.buffer_globs):
+        return "buffer (`--buffer`)"
+    if not treatment.skip_buffers:
+        # The hook's rule for whole state dicts: `is_floating_point`, which complex numbers are not.
+        return "" if dtype.is_floating_point else dtype.name
+    if buffers is not None:
+        return "buffer" if name in buffers else ""
+    return "buffer (known name)" if KNOWN_BUFFERS.search(name) else ""
+
+
+def _teacher_dtype(name: str, student_dtype: DType, wanted: str) -> DType:
+    dtype = student_dtype
+    if wanted != "student" and student_dtype.is_floating_point:
+        dtype = BY_NAME[wanted]
+    if wanted == "float32" and student_dtype.name == "complex128":
+        dtype = BY_NAME["complex64"]
+    if dtype.code is None:
+        raise CkptEmaError(
+            f"`{name}` is {dtype}, which a safetensors file cannot hold",
+            hint="pass `--dtype float32` to write complex64" if dtype.name == "complex128" else None,
+        )
+    return dtype
+
+
+def check_agreement(layouts: Sequence[tuple[str, Layout]]) -> None:
+    """Raise CkptEmaError with every difference between neighbours in `layouts`."""
+    differences: list[str] = []
+    pairs: list[tuple[str, str]] = []
+    for (label, layout), (next_label, next_layout) in itertools.pairwise(layouts):
+        found = _differences(layout.schema, next_layout.schema, label, next_label)
+        if found:
+            differences += found
+            pairs.append((label, next_label))
+    if not pairs:
+        return
+    count = (
+        f"{len(differences)} tensor{'s' if len(differences) > 1 else ''} differ{'' if len(differences) > 1 else 's'}"
+    )
+    between = " and ".join(f"between `{a}` and `{b}`" for a, b in pairs[:2])
+    raise CkptEmaError(
+        f"{count} {between}",
+        details=differences,
+        hint=f"fold only checkpoints that agree: `--exclude` the others, or begin with `{pairs[-1][1]}` (`--from`)",
+    )
+
+
+def _differences(one: Schema, other: Schema, label: str, next_label: str) -> list[str]:
+    # Strides are no difference: the elements are the same in any memory order.
+    if one is other or (one.names, one.dtypes, one.shapes) == (other.names, other.dtypes, other.shapes):
+        return []
+    left = dict(zip(one.names, zip(one.shapes, one.dtypes, strict=True), strict=True))
+    right = dict(zip(other.names, zip(other.shapes, other.dtypes, strict=True), strict=True))
+    lines = []
+    for name in sorted(left.keys() | right.keys()):
+        if name not in right:
+            lines.append(f"{name}: missing in `{next_label}`")
+        elif name not in left:
+            lines.append(f"{name}: missing in `{label}`")
+        elif left[name][0] != right[name][0]:
+            lines.append(f"{name}: shape {list(left[name][0])} became {list(right[name][0])}")
+        elif left[name][1] != right[name][1]:
+            lines.append(f"{name}: {left[name][1]} became {right[name][1]}")
+    return lines

@@ -1,0 +1,242 @@
+"""The command line: words in, calls of the library, text or JSON out. The only module that prints or exits."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+import ckpt_ema
+from ckpt_ema._version import __version__
+from ckpt_ema.errors import CkptEmaError, MisuseError
+from ckpt_ema.sizes import DEFAULT_MEMORY_BUDGET_BYTES, SizeError, format_size, parse_size
+
+if TYPE_CHECKING:
+    from ckpt_ema.records import FoldPlan
+
+# `ckpt_ema.report` and the library are imported by the command that needs them: `--help` must not wait for them.
+
+Command = Callable[..., Any]
+
+
+class _Size(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic since click 8.2
+    name = "SIZE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            return parse_size(str(value))
+        except SizeError as error:
+            self.fail(str(error), param, ctx)
+
+
+def _errors_become_exits(command: Command) -> Command:
+    """Print a CkptEmaError with its hint instead of a traceback: exit 1 failed, 2 misused."""
+
+    @wraps(command)
+    def wrapped(*arguments: Any, **options: Any) -> None:
+        signal.signal(signal.SIGTERM, _raise_exit)
+        try:
+            command(*arguments, **options)
+        except CkptEmaError as error:
+            shown = len(error.details) if options.get("verbose") else 10
+            click.echo(f"Error: {error.message}", err=True)
+            for line in error.details[:shown]:
+                click.echo(f"  {line}", err=True)
+            if len(error.details) > shown:
+                click.echo(f"  ... and {len(error.details) - shown} more (`-v` shows all)", err=True)
+            if error.hint:
+                click.echo(f"\nhint: {error.hint}", err=True)
+            sys.exit(2 if isinstance(error, MisuseError) else 1)
+        except KeyboardInterrupt:
+            click.echo("\nInterrupted; nothing was written", err=True)
+            sys.exit(130)
+        except OSError as error:
+            click.echo(f"Error: {error.strerror or error}: {error.filename or ''}".rstrip(": "), err=True)
+            sys.exit(1)
+
+    return wrapped
+
+
+def _raise_exit(number: int, _frame: FrameType | None) -> NoReturn:
+    # Raised, so that the half-written file is removed on the way out.
+    raise SystemExit(128 + number)
+
+
+def _run_options(command: Command) -> Command:
+    """The options that `fold` and `plan` share."""
+    options = [
+        click.argument("run", nargs=-1, required=True, type=click.Path(path_type=Path)),
+        click.option(
+            "-o",
+            "--output",
+            type=click.Path(path_type=Path),
+            help="The teacher.  [default: RUN/teacher.safetensors; RUN/teacher for Hugging Face folders]",
+        ),
+        click.option(
+            "--momentum",
+            type=float,
+            default=0.001,
+            show_default=True,
+            metavar="M",
+            help="Share that each new checkpoint brings, 0 < M < 1.",
+        ),
+        click.option(
+            "--interval", type=int, default=1, show_default=True, metavar="N", help="Fold every N-th checkpoint."
+        ),
+        click.option(
+            "--skip-buffers/--no-skip-buffers",
+            default=True,
+            show_default=True,
+            help="Average parameters only, or every floating-point tensor.",
+        ),
+        click.option(
+            "--buffer", "buffers", multiple=True, metavar="GLOB", help="Tensors that are buffers; repeatable."
+        ),
+        click.option(
+            "--model",
+            metavar="MODULE:FACTORY",
+            help="Build the model (on the meta device) to learn its buffers exactly.",
+        ),
+        click.option(
+            "--init",
+            type=click.Path(path_type=Path),
+            help="Start from this teacher instead of from the first checkpoint.",
+        ),
+        click.option("--from", "from_step", type=int, metavar="STEP", help="First step to fold."),
+        click.option("--until", "until_step", type=int, metavar="STEP", help="Last step to fold."),
+        click.option("--last", type=int, metavar="N", help="Fold the newest N checkpoints only."),
+        click.option("--include", multiple=True, metavar="GLOB", help="Names of checkpoints to fold; repeatable."),
+        click.option("--exclude", multiple=True, metavar="GLOB", help="Names of checkpoints to leave out; repeatable."),
+        click.option("--state", metavar="KEY", help="State dict inside the checkpoint, as `inspect` lists them."),
+        click.option("--prefix", help="Sub-model to fold (`student.`), stripped from the names."),
+        click.option(
+            "--accumulate",
+            type=click.Choice(["float32", "float64", "student"]),
+            default="float32",
+            show_default=True,
+            help="Dtype of the running teacher.",
+        ),
+        click.option(
+            "--dtype",
+            type=click.Choice(["student", "float32", "bfloat16", "float16"]),
+            default="student",
+            show_default=True,
+            help="Dtype of the written teacher.",
+        ),
+        click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda[:i]."),
+        click.option(
+            "--memory",
+            "memory_budget_bytes",
+            type=_Size(),
+            default=format_size(DEFAULT_MEMORY_BUDGET_BYTES),
+            show_default=True,
+            help="Budget for buffers.",
+        ),
+        click.option("--overwrite", is_flag=True, help="Replace an existing teacher."),
+        click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout."),
+        click.option("-q", "--quiet", is_flag=True, help="No progress, no summary; warnings and errors only."),
+        click.option("-v", "--verbose", is_flag=True, help="List every tensor and every difference."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="ckpt-ema")
+def main() -> None:
+    """Fold the checkpoints of a training run into a mean teacher.
+
+    teacher = (1 - momentum) * teacher + momentum * student
+
+    \b
+    ckpt-ema plan runs/                      what would be folded, and with which share
+    ckpt-ema fold runs/ --momentum 0.1       write runs/teacher.safetensors
+    ckpt-ema inspect runs/epoch_12.pth       what a checkpoint holds
+    """
+
+
+@main.command()
+@_run_options
+@_errors_become_exits
+def fold(run: tuple[Path, ...], output: Path | None, as_json: bool, quiet: bool, verbose: bool, **options: Any) -> None:
+    """Fold checkpoints into a teacher.
+
+    RUN is a run directory, or checkpoints in the order they are to be folded. The teacher's path goes to stdout,
+    everything else to stderr.
+
+    \b
+    ckpt-ema fold runs/ --momentum 0.1
+    ckpt-ema fold runs/ --momentum 0.1 --last 10 -o teacher.safetensors
+    ckpt-ema fold a.pt b.pt c.pt --momentum 0.3 -o teacher.safetensors
+    ckpt-ema fold runs/ --prefix student. --dtype float32
+    """
+
+    from ckpt_ema import report  # noqa: PLC0415
+
+    def announce(planned: FoldPlan) -> None:
+        if verbose and not quiet:
+            click.echo(report.plan_text(planned, verbose=True), err=True)
+        _warn(planned)
+
+    with report.ProgressBar(shown=not quiet and sys.stderr.isatty()) as bar:
+        done = ckpt_ema.fold(run, output, progress=bar.update, announce=announce, **options)
+    if not quiet:
+        click.echo(report.summary_text(done), err=True)
+    click.echo(json.dumps(report.report_record(done), indent=2) if as_json else str(done.output))
+
+
+@main.command()
+@_run_options
+@_errors_become_exits
+def plan(run: tuple[Path, ...], output: Path | None, as_json: bool, quiet: bool, verbose: bool, **options: Any) -> None:
+    """Show what `fold` would do with the same words; reads no tensor.
+
+    \b
+    ckpt-ema plan runs/ --momentum 0.1
+    ckpt-ema plan runs/ --last 10 -v
+    """
+    from ckpt_ema import report  # noqa: PLC0415
+
+    planned = ckpt_ema.plan(run, output, **options)
+    if as_json:
+        click.echo(json.dumps(report.plan_record(planned), indent=2))
+    else:
+        click.echo(report.plan_text(planned, verbose=verbose))
+    _warn(planned)
+
+
+@main.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--state", metavar="KEY", help="State dict to list instead of the one a fold takes.")
+@click.option("--prefix", help="Sub-model to list, stripped from the names.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("-v", "--verbose", is_flag=True, help="List every tensor.")
+@_errors_become_exits
+def inspect(path: Path, state: str | None, prefix: str | None, as_json: bool, verbose: bool) -> None:
+    """Show what one checkpoint or teacher holds; reads no tensor.
+
+    \b
+    ckpt-ema inspect runs/epoch_12.pth
+    ckpt-ema inspect runs/checkpoint-1000 -v
+    ckpt-ema inspect teacher.safetensors --json
+    """
+    from ckpt_ema import report  # noqa: PLC0415
+
+    found = ckpt_ema.inspect(path, state=state, prefix=prefix)
+    if as_json:
+        click.echo(json.dumps(report.inspection_record(found), indent=2))
+    else:
+        click.echo(report.inspection_text(found, verbose=verbose))
+
+
+def _warn(planned: FoldPlan) -> None:
+    for text in planned.warnings:
+        click.echo(f"Warning: {text}", err=True)

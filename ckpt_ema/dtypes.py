@@ -1,0 +1,63 @@
+"""The one table of dtypes: a torch, safetensors or storage-class name in, one DType out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True)
+class DType:
+    """The type of a tensor's elements."""
+
+    name: str
+    """torch's own name, `getattr(torch, name)`."""
+
+    itemsize: int
+    """Bytes per element."""
+
+    kind: Literal["float", "complex", "integer"]
+    """`integer` covers bool as well: whatever is never averaged."""
+
+    code: str | None
+    """Name in a safetensors header; None where safetensors has none."""
+
+    storage: str | None = None
+    """torch's typed storage class, as old pickles name it."""
+
+    @property
+    def is_floating_point(self) -> bool:
+        """Whether torch's `is_floating_point` holds."""
+        return self.kind == "float"
+
+    def __str__(self) -> str:
+        return self.name
+
+
+DTYPES = (
+    DType("float64", 8, "float", "F64", "DoubleStorage"),
+    DType("float32", 4, "float", "F32", "FloatStorage"),
+    DType("float16", 2, "float", "F16", "HalfStorage"),
+    DType("bfloat16", 2, "float", "BF16", "BFloat16Storage"),
+    DType("float8_e4m3fn", 1, "float", "F8_E4M3", "Float8_e4m3fnStorage"),
+    DType("float8_e5m2", 1, "float", "F8_E5M2", "Float8_e5m2Storage"),
+    DType("float8_e4m3fnuz", 1, "float", "F8_E4M3FNUZ", "Float8_e4m3fnuzStorage"),
+    DType("float8_e5m2fnuz", 1, "float", "F8_E5M2FNUZ", "Float8_e5m2fnuzStorage"),
+    DType("float8_e8m0fnu", 1, "float", "F8_E8M0"),
+    DType("complex128", 16, "complex", None, "ComplexDoubleStorage"),
+    DType("complex64", 8, "complex", "C64", "ComplexFloatStorage"),
+    DType("complex32", 4, "complex", None),
+    DType("int64", 8, "integer", "I64", "LongStorage"),
+    DType("int32", 4, "integer", "I32", "IntStorage"),
+    DType("int16", 2, "integer", "I16", "ShortStorage"),
+    DType("int8", 1, "integer", "I8", "CharStorage"),
+    DType("uint64", 8, "integer", "U64"),
+    DType("uint32", 4, "integer", "U32"),
+    DType("uint16", 2, "integer", "U16"),
+    DType("uint8", 1, "integer", "U8", "ByteStorage"),
+    DType("bool", 1, "integer", "BOOL", "BoolStorage"),
+)
+
+BY_NAME = {dtype.name: dtype for dtype in DTYPES}
+BY_CODE = {dtype.code: dtype for dtype in DTYPES if dtype.code}
+BY_STORAGE = {dtype.storage: dtype for dtype in DTYPES if dtype.storage}

@@ -1,0 +1,1 @@
+"""Engines: blocks of byte ranges and their updates in, finished blocks out."""

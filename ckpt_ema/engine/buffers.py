@@ -1,0 +1,28 @@
+"""Memory of our own that preadv fills and torch computes on."""
+
+from __future__ import annotations
+
+import torch
+
+from ckpt_ema.blocks import ELEMENT_MULTIPLE
+from ckpt_ema.dtypes import DType
+
+
+class Buffer:
+    """A run of bytes, allocated once, seen as bytes and as a tensor of any dtype."""
+
+    def __init__(self, num_bytes: int) -> None:
+        memory = bytearray(max(num_bytes, 16 * ELEMENT_MULTIPLE))
+        self.bytes = memoryview(memory)
+        self._tensor = torch.frombuffer(memory, dtype=torch.uint8)
+
+    def elements(self, dtype: DType, count: int) -> torch.Tensor:
+        """The first `count` elements of `dtype`, shape [count]."""
+        return self._tensor[: count * dtype.itemsize].view(torch_dtype(dtype))
+
+
+def torch_dtype(dtype: DType) -> torch.dtype:
+    """torch's object for a dtype; raises AttributeError on a torch too old to know it."""
+    found = getattr(torch, dtype.name)
+    assert isinstance(found, torch.dtype)
+    return found

@@ -1,0 +1,52 @@
+"""What every engine does, and how it reports a teacher that is no teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from ckpt_ema.blocks import BlockPlan
+from ckpt_ema.engine.inputs import InputFiles
+from ckpt_ema.layouts import Layout
+from ckpt_ema.profiles import Update
+from ckpt_ema.writer import TeacherFile
+
+
+class Engine(Protocol):
+    """Folds every block of a plan and hands it to the teacher's file."""
+
+    def __call__(
+        self,
+        plan: BlockPlan,
+        layouts: Sequence[Layout],
+        updates: Sequence[Update],
+        files: InputFiles,
+        teacher: TeacherFile,
+        progress: Callable[[int], None],
+    ) -> None:
+        """Run `teacher = keep * teacher + take * student` over the layouts, oldest first.
+
+        `layouts[i]` enters with `updates[i]`, the first of which copies; copied lanes come from the last layout.
+        `progress` is told the bytes read, from any thread but never from two at once. Raises NonFiniteBlockError,
+        and what reading and writing raise; nothing of it runs any more when it returns.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class NonFinite:
+    """Where a NaN or an infinity of the teacher came from."""
+
+    tensor: int
+    """Index into every layout's schema."""
+
+    layout: int | None
+    """The first input that holds one there; None when all inputs are finite and the result is too large."""
+
+
+class NonFiniteBlockError(Exception):
+    """A block of the teacher holds a NaN or an infinity."""
+
+    def __init__(self, origin: NonFinite) -> None:
+        super().__init__(str(origin))
+        self.origin = origin

@@ -1,0 +1,197 @@
+"""The fold on the CPU: each block's bytes from every checkpoint in order in, the finished block to the writer out.
+
+Python threads, one block each: preadv and torch's kernels release the interpreter's lock. A block's accumulator stays
+in the cache while every student's bytes stream past it, so that memory does not grow with the model or the run.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+
+from ckpt_ema.blocks import ELEMENT_MULTIPLE, Alias, Block, BlockPlan
+from ckpt_ema.engine.buffers import Buffer
+from ckpt_ema.engine.contract import NonFinite, NonFiniteBlockError
+from ckpt_ema.engine.gather import gather_block
+from ckpt_ema.engine.inputs import MAX_GAP_BYTES, InputFiles, read_block, stored_dtype
+from ckpt_ema.layouts import Layout
+from ckpt_ema.profiles import Update
+from ckpt_ema.writer import TeacherFile
+
+
+def fold_blocks(
+    plan: BlockPlan,
+    layouts: Sequence[Layout],
+    updates: Sequence[Update],
+    files: InputFiles,
+    teacher: TeacherFile,
+    progress: Callable[[int], None],
+) -> None:
+    """The CPU's Engine; see there for the contract."""
+    blocks = _Queue(plan.blocks())
+    failures: list[BaseException] = []
+    lock = threading.Lock()
+
+    def work() -> None:
+        # One intra-op thread each: torch's own threads on blocks of this size cost more than they bring.
+        torch.set_num_threads(1)
+        try:
+            folder = _BlockFolder(plan, layouts, updates, files)
+            while (block := blocks.take()) is not None:
+                _write_with_aliases(teacher, plan.aliases, folder.fold(block), block.position)
+                num_inputs = len(layouts) if block.lane.action == "average" else 1
+                with lock:
+                    progress((block.end - block.begin) * block.lane.student_dtype.itemsize * num_inputs)
+        except BaseException as error:
+            blocks.stop()
+            failures.append(error)
+
+    threads_before = torch.get_num_threads()
+    threads = [threading.Thread(target=work, name=f"fold-{i}", daemon=True) for i in range(plan.num_threads)]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        # Also when the user interrupts the join: no thread may write to a file that is being discarded.
+        blocks.stop()
+        for thread in threads:
+            if thread.ident is not None:
+                thread.join()
+        torch.set_num_threads(threads_before)
+    if failures:
+        raise failures[0]
+
+
+class _Queue:
+    """Hands out blocks in file order, so that every input is read from front to back."""
+
+    def __init__(self, blocks: Iterator[Block]) -> None:
+        self._blocks = blocks
+        self._lock = threading.Lock()
+        self._stopped = False
+
+    def take(self) -> Block | None:
+        with self._lock:
+            return None if self._stopped else next(self._blocks, None)
+
+    def stop(self) -> None:
+        self._stopped = True
+
+
+def _write_with_aliases(teacher: TeacherFile, aliases: Sequence[Alias], content: memoryview, position: int) -> None:
+    teacher.write(content, position)
+    for alias in aliases:
+        begin = max(alias.original, position)
+        end = min(alias.original + alias.num_bytes, position + len(content))
+        if begin < end:
+            teacher.write(content[begin - position : end - position], begin - alias.original + alias.begin)
+
+
+class _BlockFolder:
+    """One thread's buffers, and what it does with them."""
+
+    def __init__(
+        self, plan: BlockPlan, layouts: Sequence[Layout], updates: Sequence[Update], files: InputFiles
+    ) -> None:
+        self._layouts = layouts
+        self._updates = updates
+        self._files = files
+        self._raw, self._accumulator, self._widened, self._span = (Buffer(size) for size in plan.thread_buffers)
+        self._trash = memoryview(bytearray(MAX_GAP_BYTES))
+
+    def fold(self, block: Block) -> memoryview:
+        """The block's bytes as they go into the teacher."""
+        lane = block.lane
+        count = block.end - block.begin
+        if lane.action == "average":
+            target, buffer = self._average(block)
+        else:
+            target, buffer = self._copy(block)
+        if lane.action == "average" and not _is_finite(target):
+            raise NonFiniteBlockError(self._find_origin(block, ~_comparable(target).isfinite()))
+        return buffer.bytes[: count * lane.dtype.itemsize]
+
+    def _average(self, block: Block) -> tuple[torch.Tensor, Buffer]:
+        lane = block.lane
+        count = block.end - block.begin
+        padded = -(-count // ELEMENT_MULTIPLE) * ELEMENT_MULTIPLE
+        same = lane.accumulate_dtype is lane.student_dtype
+        accumulator = self._accumulator.elements(lane.accumulate_dtype, padded)
+        raw = self._raw.elements(lane.student_dtype, padded)
+        student = raw if same else self._widened.elements(lane.accumulate_dtype, padded)
+        # The first input becomes the teacher: read straight into its place where it needs no conversion.
+        if lane.first_dtype is lane.accumulate_dtype:
+            self._read(self._layouts[0], block, self._accumulator)
+        else:
+            self._read(self._layouts[0], block, self._raw)
+            accumulator.copy_(self._raw.elements(lane.first_dtype, padded))
+        for layout, (keep, take) in zip(self._layouts[1:], self._updates[1:], strict=True):
+            self._read(layout, block, self._raw)
+            if not same:
+                student.copy_(raw)
+            # The hook's own two operations, and so its own bits.
+            accumulator.mul_(keep).add_(student, alpha=take)
+        if lane.dtype is lane.accumulate_dtype:
+            return accumulator[:count], self._accumulator
+        target = self._raw.elements(lane.dtype, padded)
+        target.copy_(accumulator)
+        return target[:count], self._raw
+
+    def _copy(self, block: Block) -> tuple[torch.Tensor, Buffer]:
+        lane = block.lane
+        count = block.end - block.begin
+        self._read(self._layouts[-1], block, self._raw)
+        source = self._raw.elements(lane.student_dtype, count)
+        if lane.student_dtype.kind == "integer":
+            return source, self._raw
+        # An infinity in a buffer is a mask or an observer's start; a NaN is a broken model.
+        if not _is_finite(source) and bool((nan := _comparable(source).isnan()).any()):
+            raise NonFiniteBlockError(self._find_origin(block, nan))
+        if lane.copies_bytes:
+            return source, self._raw
+        target = self._accumulator.elements(lane.dtype, count)
+        target.copy_(source)
+        overflow = ~_comparable(target).isfinite() & _comparable(source).isfinite()
+        if bool(overflow.any()):
+            raise NonFiniteBlockError(NonFinite(self._tensor_at(block, overflow), None))
+        return target, self._accumulator
+
+    def _read(self, layout: Layout, block: Block, buffer: Buffer) -> None:
+        if block.lane.is_strided:
+            gather_block(self._files, layout, block, buffer, self._span, self._trash)
+        else:
+            num_bytes = (block.end - block.begin) * stored_dtype(layout, block).itemsize
+            read_block(self._files, layout, block, buffer.bytes[:num_bytes], self._trash)
+
+    def _find_origin(self, block: Block, bad: torch.Tensor) -> NonFinite:
+        """The tensor of the first element that `bad` marks, and the first input that is not finite there."""
+        bad = bad.clone()
+        tensor = self._tensor_at(block, bad)
+        inputs = range(len(self._layouts)) if block.lane.action == "average" else [len(self._layouts) - 1]
+        for i in inputs:
+            self._read(self._layouts[i], block, self._raw)
+            stored = self._raw.elements(stored_dtype(self._layouts[i], block), block.end - block.begin)
+            brought = ~_comparable(stored).isfinite() & bad
+            if bool(brought.any()):
+                return NonFinite(self._tensor_at(block, brought), i)
+        return NonFinite(tensor, None)
+
+    def _tensor_at(self, block: Block, marked: torch.Tensor) -> int:
+        element = block.begin + int(marked.to(torch.uint8).argmax())
+        return next(index for index, _, _ in block.lane.tensors_between(element, element + 1))
+
+
+def _comparable(elements: torch.Tensor) -> torch.Tensor:
+    """8-bit floats know no arithmetic; float32 holds all of them."""
+    return elements.float() if elements.dtype.itemsize == 1 else elements
+
+
+def _is_finite(elements: torch.Tensor) -> bool:
+    # A sum is finite only when every term is: one pass without a temporary. It may overflow on finite terms; then
+    # the slow way decides.
+    elements = _comparable(elements)
+    return bool(elements.sum().isfinite()) or bool(elements.isfinite().all())

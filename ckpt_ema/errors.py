@@ -1,0 +1,33 @@
+"""The one error a user can meet, and its kind for misuse."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class CkptEmaError(Exception):
+    """Something failed in a way the user can mend.
+
+    `message` says what, where and both values; `details` are lines below it (all of them; whoever prints
+    decides how many to show); `hint` says what to type.
+    """
+
+    def __init__(self, message: str, *, details: Sequence[str] = (), hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.details = tuple(details)
+        self.hint = hint
+
+    def __str__(self) -> str:
+        lines = [self.message, *(f"  {line}" for line in self.details)]
+        if self.hint:
+            lines += ["", f"hint: {self.hint}"]
+        return "\n".join(lines)
+
+
+class UnreadableCheckpointError(CkptEmaError):
+    """A checkpoint is truncated, lies about itself, or is in no format this tool reads."""
+
+
+class MisuseError(CkptEmaError):
+    """What was asked for makes no sense: wrong options rather than wrong files."""

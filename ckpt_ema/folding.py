@@ -1,0 +1,345 @@
+"""The fold: a run directory in, a teacher out.
+
+run -> checkpoints -> catalogue -> updates -> blocks -> engine -> teacher file
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+import warnings
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ckpt_ema.blocks import encode_header, plan_blocks
+from ckpt_ema.catalogue import TeacherTensor, Treatment, build_catalogue
+from ckpt_ema.engine.contract import Engine, NonFinite, NonFiniteBlockError
+from ckpt_ema.engine.inputs import InputFiles
+from ckpt_ema.errors import CkptEmaError, MisuseError
+from ckpt_ema.formats import read_contents
+from ckpt_ema.layouts import Layout, Schema, SchemaPool, compact_layout
+from ckpt_ema.model_buffers import read_model_buffers
+from ckpt_ema.profiles import Update, coefficients_of, ema_updates, momentum_for_first_share
+from ckpt_ema.provenance import teacher_metadata
+from ckpt_ema.records import FoldedCheckpoint, FoldOptions, FoldPlan, FoldReport, PathLike
+from ckpt_ema.runs import OWN_TEACHER, Checkpoint, Run, Selection, find_checkpoints
+from ckpt_ema.students import choose_student
+from ckpt_ema.teacher_folder import check_replaceable, folder_to_fill, is_model_folder, write_companions
+from ckpt_ema.writer import TeacherFile
+
+Progress = Callable[[int, int], None]
+"""Told (bytes read so far, bytes to read in all)."""
+
+
+def plan(run: PathLike | Sequence[PathLike], output: PathLike | None = None, **options: Any) -> FoldPlan:
+    """Plan a fold without reading a tensor; arguments are those of `fold`."""
+    wanted = FoldOptions(**options)
+    paths = _as_paths(run)
+    _check_device(wanted.device)
+    selection = Selection(
+        include=wanted.include,
+        exclude=wanted.exclude,
+        from_step=wanted.from_step,
+        until_step=wanted.until_step,
+        last=wanted.last,
+        state=wanted.state,
+        prefix=wanted.prefix,
+    )
+    found = find_checkpoints(paths, selection)
+    checkpoints, by_interval = _every(found.checkpoints, wanted)
+    newest = checkpoints[-1]
+    treatment = Treatment(
+        skip_buffers=wanted.skip_buffers,
+        buffer_globs=wanted.buffers,
+        model_buffers=read_model_buffers(wanted.model, newest.layout.schema.names) if wanted.model else None,
+        dtype=wanted.dtype,
+    )
+    tensors = build_catalogue(
+        [(checkpoint.label, checkpoint.layout) for checkpoint in checkpoints],
+        treatment,
+        known_buffers=newest.known_buffers,
+    )
+    layouts = [checkpoint.layout for checkpoint in checkpoints]
+    if wanted.init is not None:
+        layouts.insert(0, _initial_layout(Path(wanted.init), tensors))
+    updates = ema_updates(len(checkpoints), wanted.momentum, has_initial_teacher=wanted.init is not None)
+    coefficients = coefficients_of(updates)
+    blocks = plan_blocks(
+        tensors,
+        layouts,
+        accumulate=wanted.accumulate,
+        memory_budget_bytes=wanted.memory_budget_bytes,
+        num_threads=wanted.num_threads,
+    )
+    is_folder, target = _resolve_output(output, found, newest)
+    students = coefficients[-len(checkpoints) :]
+    return FoldPlan(
+        options=wanted,
+        output=target,
+        is_folder=is_folder,
+        directory=found.directory,
+        checkpoints=tuple(
+            FoldedCheckpoint(item.label, item.step, item.unit, share, item.size, item.state_key, item.format)
+            for item, share in zip(checkpoints, students, strict=True)
+        ),
+        initial_teacher=Path(wanted.init).name if wanted.init is not None else None,
+        initial_share=coefficients[0],
+        tensors=tuple(tensors),
+        left_out=(*found.left_out, *by_interval),
+        left_out_tensors=tuple(newest.left_out.items()),
+        notes=tuple(_notes(newest)),
+        warnings=(*found.warnings, *_warnings(checkpoints, coefficients, updates, wanted)),
+        blocks=blocks,
+        layouts=tuple(layouts),
+        updates=tuple(updates),
+        newest=newest,
+    )
+
+
+def fold(
+    run: PathLike | Sequence[PathLike],
+    output: PathLike | None = None,
+    *,
+    progress: Progress | None = None,
+    announce: Callable[[FoldPlan], None] | None = None,
+    **options: Any,
+) -> FoldReport:
+    """Fold the checkpoints of a training run into a teacher.
+
+    teacher = (1 - momentum) * teacher + momentum * student, once per checkpoint in step order, the first of which
+    is copied: the rule, and on float32 students the bits, of MMDetection's MeanTeacherHook.
+
+    `run` is a run directory, or a list of checkpoints in the order they are to be folded. `output` defaults to
+    `teacher.safetensors` in the run directory, or to the folder `teacher` for Hugging Face folders. `options` are the
+    fields of `FoldOptions`. `announce` gets the plan before a tensor is read; without it, its warnings are issued as
+    Python warnings. `progress` is told (bytes read, bytes to read) as it goes, from the folding threads.
+
+    Raises CkptEmaError; then nothing was written and an existing teacher is untouched.
+    """
+    planned = plan(run, output, **options)
+    _check_output(planned)
+    if announce is not None:
+        announce(planned)
+    else:
+        for text in planned.warnings:
+            warnings.warn(text, stacklevel=2)
+    # Here, not above: a plan must not wait for torch.
+    from ckpt_ema.engine import cpu  # noqa: PLC0415
+
+    started = time.perf_counter()
+    read_so_far = 0
+
+    def count(num_bytes: int) -> None:
+        nonlocal read_so_far
+        read_so_far += num_bytes
+        if progress is not None:
+            progress(read_so_far, planned.bytes_to_read)
+
+    if planned.is_folder:
+        folder = planned.newest.model_folder
+        assert folder is not None
+        with (
+            folder_to_fill(planned.output) as filled,
+            _teacher_file(planned, filled / f"{folder.weights_name}.safetensors") as teacher,
+        ):
+            _fold_into(teacher, planned, cpu.fold_blocks, count)
+            write_companions(folder, filled, planned.options.dtype)
+    else:
+        with _teacher_file(planned, planned.output) as teacher:
+            _fold_into(teacher, planned, cpu.fold_blocks, count)
+    return FoldReport(planned, planned.output, "cpu", time.perf_counter() - started)
+
+
+def _fold_into(teacher: TeacherFile, planned: FoldPlan, engine: Engine, count: Callable[[int], None]) -> None:
+    with InputFiles(planned.layouts) as files:
+        try:
+            engine(planned.blocks, planned.layouts, planned.updates, files, teacher, count)
+        except NonFiniteBlockError as error:
+            files.check_unchanged()
+            raise _non_finite(planned, error.origin) from error
+        files.check_unchanged()
+
+
+def _teacher_file(planned: FoldPlan, target: Path) -> TeacherFile:
+    header = encode_header(planned.blocks, planned.tensors, teacher_metadata(planned))
+    return TeacherFile(target, header, planned.blocks.data_bytes, overwrite=planned.options.overwrite)
+
+
+def _as_paths(run: PathLike | Sequence[PathLike]) -> list[Path]:
+    if isinstance(run, (str, os.PathLike)):
+        return [Path(run)]
+    paths = [Path(path) for path in run]
+    if not paths:
+        raise MisuseError("no run directory and no checkpoint was given")
+    return paths
+
+
+def _check_device(device: str) -> None:
+    if device in ("auto", "cpu"):
+        return
+    if device == "cuda" or (device.startswith("cuda:") and device[5:].isdigit()):
+        raise CkptEmaError(
+            f"`--device {device}`: this version folds on the CPU only", hint="pass `--device cpu`, or leave it away"
+        )
+    raise MisuseError(f"`--device` is {device!r}, and must be auto, cpu or cuda[:i]")
+
+
+def _every(checkpoints: Sequence[Checkpoint], options: FoldOptions) -> tuple[list[Checkpoint], list[tuple[str, str]]]:
+    """The checkpoints that the interval selects: the first is the teacher's start, then every interval-th."""
+    first = options.interval - 1 if options.init is not None else 0
+    kept = list(checkpoints[first :: options.interval])
+    if not kept:
+        raise MisuseError(
+            f"`--interval {options.interval}` leaves none of {len(checkpoints)} checkpoints to fold",
+            hint=f"pass `--interval {len(checkpoints)}` or less",
+        )
+    left_out = [(item.label, f"between intervals of {options.interval}") for item in checkpoints if item not in kept]
+    return kept, left_out
+
+
+def _initial_layout(path: Path, tensors: Sequence[TeacherTensor]) -> Layout:
+    """The initial teacher's tensors under the students' indices."""
+    if not path.exists():
+        raise CkptEmaError(f"`{path}` does not exist", hint="pass a teacher that an earlier fold wrote with `--init`")
+    contents = read_contents(path)
+    teacher = choose_student(contents, state="") if not contents.folders else choose_student(contents)
+    differences = []
+    for tensor in tensors:
+        stored = teacher.tensors.get(tensor.name)
+        if tensor.action == "copy":
+            continue
+        if stored is None:
+            differences.append(f"{tensor.name}: missing in `{path.name}`")
+        elif stored.shape != tensor.shape:
+            differences.append(f"{tensor.name}: shape {list(stored.shape)}, the students' is {list(tensor.shape)}")
+        elif stored.dtype.kind != tensor.student_dtype.kind:
+            differences.append(f"{tensor.name}: {stored.dtype}, the students' is {tensor.student_dtype}")
+    averaged = {tensor.name for tensor in tensors}
+    differences += [f"{name}: missing in the students" for name in teacher.tensors if name not in averaged]
+    if differences:
+        raise CkptEmaError(
+            f"{len(differences)} tensors differ between `{path.name}` and the students",
+            details=differences,
+            hint="pass a teacher of the same model with `--init`",
+        )
+    # Copied tensors come from the newest student; the initial teacher's are never read, and need not exist.
+    layout = compact_layout({t.name: teacher.tensors[t.name] for t in tensors if t.action == "average"}, SchemaPool())
+    place = {name: i for i, name in enumerate(layout.schema.names)}
+    own = [place.get(tensor.name) for tensor in tensors]
+    schema = Schema(
+        tuple(tensor.name for tensor in tensors),
+        tuple(t.student_dtype if i is None else layout.schema.dtypes[i] for t, i in zip(tensors, own, strict=True)),
+        tuple(tensor.shape for tensor in tensors),
+        tuple(None if i is None else layout.schema.strides[i] for i in own),
+    )
+    return replace(
+        layout,
+        schema=schema,
+        file_indices=array("H", [0 if i is None else layout.file_indices[i] for i in own]),
+        begins=array("q", [0 if i is None else layout.begins[i] for i in own]),
+    )
+
+
+def _notes(newest: Checkpoint) -> Iterator[str]:
+    if newest.state_key:
+        yield f"the student is `{newest.state_key}` of each checkpoint"
+    for prefix in newest.stripped:
+        yield f"`{prefix}` is taken off the tensor names"
+
+
+def _warnings(
+    checkpoints: Sequence[Checkpoint], coefficients: Sequence[float], updates: Sequence[Update], options: FoldOptions
+) -> Iterator[str]:
+    share = coefficients[0]
+    if len(updates) == 1:
+        yield f"`{checkpoints[0].label}` is the only checkpoint: the teacher is a copy of it"
+    elif share > 0.5:
+        first = (
+            f"the initial teacher `{Path(options.init).name}`"
+            if options.init is not None
+            else (f"the first checkpoint `{checkpoints[0].label}`")
+        )
+        mended = momentum_for_first_share(len(updates) - 1, 0.1)
+        yield (
+            f"{first} keeps {share:.1%} of the teacher: momentum {options.momentum:g} works once per checkpoint here,"
+            f" not once per training step; `--momentum {mended:g}` would leave it 10 %"
+        )
+
+
+def _resolve_output(output: PathLike | None, run: Run, newest: Checkpoint) -> tuple[bool, Path]:
+    """Whether the teacher is a folder, and where it goes."""
+    has_folder = is_model_folder(newest.model_folder)
+    if output is None:
+        return has_folder, run.directory / ("teacher" if has_folder else "teacher.safetensors")
+    path = Path(output)
+    if path.suffix == ".safetensors" and not path.is_dir():
+        return False, path
+    if has_folder:
+        return True, path
+    if path.is_dir():
+        return False, path / "teacher.safetensors"
+    raise MisuseError(
+        f"`--output {path}` is neither a folder nor ends with .safetensors", hint=f"pass `--output {path}.safetensors`"
+    )
+
+
+def _check_output(planned: FoldPlan) -> None:
+    """Refuse what must not be replaced, before a tensor is read."""
+    target = planned.output
+    parent = target.absolute().parent
+    if not parent.is_dir():
+        raise CkptEmaError(f"`{parent}` is no folder", hint=f"create it first: `mkdir -p {parent}`")
+    if not os.path.lexists(target):
+        return
+    inputs = {(file.device, file.inode) for layout in planned.layouts for file in layout.files}
+    with contextlib.suppress(OSError):
+        status = target.stat()
+        is_init = (
+            planned.options.init is not None
+            and Path(planned.options.init).exists()
+            and (os.path.samefile(planned.options.init, target))
+        )
+        folders = {item.resolve() for item in (planned.newest.path, planned.directory)}
+        if ((status.st_dev, status.st_ino) in inputs and not is_init) or (
+            target.is_dir() and planned.is_folder and target.resolve() in folders
+        ):
+            raise CkptEmaError(
+                f"`{target}` is one of the inputs, and is never replaced", hint="pass another `--output`"
+            )
+    if target.name in {name for name, _ in planned.left_out} and target.parent.resolve() == planned.directory.resolve():
+        reason = dict(planned.left_out)[target.name]
+        if reason != OWN_TEACHER:
+            raise CkptEmaError(
+                f"`{target}` is a checkpoint of the run ({reason}), and is never replaced",
+                hint="pass another `--output`",
+            )
+    if not planned.options.overwrite:
+        raise CkptEmaError(f"`{target}` exists", hint="pass `--overwrite` to replace it, or another `--output`")
+    if planned.is_folder:
+        if not target.is_dir():
+            raise CkptEmaError(f"`{target}` is a file, the teacher a folder", hint="pass another `--output`")
+        check_replaceable(target)
+    elif target.is_dir():
+        raise CkptEmaError(f"`{target}` is a folder, the teacher a file", hint="pass another `--output`")
+
+
+def _non_finite(planned: FoldPlan, origin: NonFinite) -> CkptEmaError:
+    tensor = next(tensor for tensor in planned.tensors if tensor.index == origin.tensor)
+    if origin.layout is None:
+        return CkptEmaError(
+            f"`{tensor.name}` overflows {tensor.dtype}: every student is finite, the teacher is not",
+            hint="pass `--dtype float32`" if tensor.dtype.itemsize < 4 else "pass `--accumulate float64`",
+        )
+    names = [item.name for item in planned.checkpoints]
+    if planned.initial_teacher is not None:
+        names.insert(0, planned.initial_teacher)
+    name = names[origin.layout]
+    return CkptEmaError(
+        f"`{tensor.name}` holds a NaN or an infinity in `{name}`, the first that does; nothing was written",
+        hint=f"fold without it: `--exclude '{name}'`"
+        + (f"; if it is a constant mask, copy it: `--buffer '{tensor.name}'`" if tensor.action == "average" else ""),
+    )

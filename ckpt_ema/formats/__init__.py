@@ -1,0 +1,15 @@
+"""Readers of on-disk formats: a path in, the byte ranges of its tensors out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ckpt_ema.formats.contents import Contents, ModelFolder, read_file
+from ckpt_ema.formats.folder import is_weights_file_name, read_folder
+
+__all__ = ["Contents", "ModelFolder", "is_weights_file_name", "read_contents"]
+
+
+def read_contents(path: Path) -> Contents:
+    """Read the table of a checkpoint file or folder; see `read_file` and `read_folder` for what is raised."""
+    return read_folder(path) if path.is_dir() else read_file(path)

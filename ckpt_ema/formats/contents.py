@@ -1,0 +1,90 @@
+"""What one checkpoint holds, whatever wrote it: a path in, a tree of values with tensor leaves out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ckpt_ema.byte_ranges import SourceFile, TensorRange, open_input
+from ckpt_ema.errors import UnreadableCheckpointError
+from ckpt_ema.formats import safetensors, torch_save
+from ckpt_ema.formats.pickles import PickledTensor
+from ckpt_ema.formats.torch_save import TorchSaveFile
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFolder:
+    """A folder in the Hugging Face manner: weights with a configuration beside them."""
+
+    path: Path
+    weights_name: str
+    """What its weights are called without suffix: `model`, `adapter_model`, `diffusion_pytorch_model`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """The values of one checkpoint; no tensor has been read."""
+
+    path: Path
+    format: str
+    """For people: `safetensors`, `torch.save zip`, `folder of 3 safetensors shards`, ..."""
+
+    files: tuple[SourceFile, ...]
+    tree: Any
+    """Nested mappings; tensors are TensorRange or PickledTensor."""
+
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    """`__metadata__` of a safetensors file."""
+
+    torch_file: TorchSaveFile | None = None
+    """Locates the PickledTensors of `tree`."""
+
+    folders: Mapping[str, ModelFolder] = field(default_factory=dict)
+    """Model folder by top-level key of `tree`; the key is "" where the tree is that of one model."""
+
+    trainer_state: Mapping[str, Any] = field(default_factory=dict)
+    """`trainer_state.json`, where there is one."""
+
+    def locate(self, name: str, leaf: TensorRange | PickledTensor) -> TensorRange:
+        """The checked byte range of a tensor of `tree`."""
+        if isinstance(leaf, TensorRange):
+            return leaf
+        if self.torch_file is None:
+            raise TypeError(f"{name} has no file to lie in")
+        return self.torch_file.locate(name, leaf)
+
+
+def read_file(path: Path) -> Contents:
+    """Read the table of one checkpoint file, whatever its name ends with.
+
+    Raises UnreadableCheckpointError when it is truncated, lies, or is in no format known here.
+    """
+    descriptor = open_input(path)
+    try:
+        size = os.fstat(descriptor).st_size
+        head = os.pread(descriptor, 16, 0)
+    finally:
+        os.close(descriptor)
+    if not size:
+        raise UnreadableCheckpointError(f"`{path}` is empty")
+    if head.startswith(torch_save.ZIP_MAGIC):
+        torch_file = torch_save.read_torch_zip(path)
+        return Contents(path, "torch.save zip", (torch_file.source,), torch_file.tree, torch_file=torch_file)
+    if safetensors.looks_like_safetensors(head, size):
+        file = safetensors.read_safetensors(path)
+        return Contents(path, "safetensors", (file.source,), file.tensors, file.metadata)
+    if head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05" and len(head) > 1:
+        torch_file = torch_save.read_torch_legacy(path)
+        return Contents(path, "torch.save legacy", (torch_file.source,), torch_file.tree, torch_file=torch_file)
+    if head.startswith(b"version https://git-lfs"):
+        raise UnreadableCheckpointError(
+            f"`{path}` is a Git LFS pointer, not the file itself", hint="run `git lfs pull`"
+        )
+    if not any(head):
+        raise UnreadableCheckpointError(f"`{path}` starts with zeros: it was never written to its end")
+    raise UnreadableCheckpointError(
+        f"`{path}` is in no format known here: neither safetensors nor written by torch.save"
+    )

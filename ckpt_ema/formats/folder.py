@@ -1,0 +1,239 @@
+"""Checkpoints that are folders (Hugging Face, accelerate, diffusers, torchtune): a folder in, its tensors out."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from ckpt_ema.byte_ranges import SourceFile, TensorRange
+from ckpt_ema.errors import UnreadableCheckpointError
+from ckpt_ema.formats.contents import Contents, ModelFolder, read_file
+from ckpt_ema.formats.pickles import PickledTensor
+
+WEIGHTS_SUFFIX = re.compile(r"\.(safetensors|ckpt|bin|pt|pth|pth\.tar|tar)$", re.IGNORECASE)
+SHARD_NAME = re.compile(r"^(?P<stem>.+)-(?P<index>\d+)-of-(?P<count>\d+)\.(safetensors|bin|pt)$")
+# accelerate numbers the models of one save: `model`, `model_1`, ...
+MODEL_STEM = re.compile(r"^(model|pytorch_model|diffusion_pytorch_model|adapter_model)(_\d+)?$")
+# Saved beside the weights by every trainer, and never a student.
+NEVER_STUDENTS = re.compile(
+    r"^(optimizer|scheduler|scaler|sampler|dl_state_dict|custom_checkpoint|rng_state|random_states|random_state"
+    r"|training_args|trainer_state|recipe_state|optim|zero_pp_rank|bf16_zero_pp_rank|events\.out)([_.\-\d].*)?$"
+)
+DISTRIBUTED_HINTS = {
+    ".metadata": (
+        "a torch.distributed.checkpoint folder",
+        "python -m torch.distributed.checkpoint.format_utils dcp_to_torch",
+    ),
+    "latest": ("a DeepSpeed checkpoint", "python zero_to_fp32.py"),
+    "pytorch_model_fsdp_0": ("an FSDP checkpoint", "accelerate merge-weights"),
+}
+
+
+def is_weights_file_name(name: str) -> bool:
+    """Whether a file called `name` may hold a student's weights."""
+    return bool(
+        WEIGHTS_SUFFIX.search(name)
+        and not name.startswith(".")
+        and not name.startswith("tmp")
+        and not NEVER_STUDENTS.match(name)
+    )
+
+
+def read_folder(folder: Path) -> Contents:
+    """Read the tables of a folder that is one checkpoint.
+
+    Several models in it (accelerate's `model_1`, diffusers' `unet` and `unet_ema`) become several entries of the
+    tree. Raises UnreadableCheckpointError when a shard is missing, or no weights are found.
+    """
+    models = _find_models(folder)
+    if not models:
+        for subfolder in sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")):
+            for found in _find_models(subfolder).values():
+                models[subfolder.name] = found
+    if not models:
+        raise _no_weights(folder)
+    trees: dict[str, Any] = {}
+    parts: list[Contents] = []
+    for key, files in models.items():
+        contents = _read_model(files)
+        trees[key] = contents.tree
+        parts.append(contents)
+    model_folders = {key: ModelFolder(files[0].parent, _weights_name(files[0])) for key, files in models.items()}
+    trainer_state = _read_trainer_state(folder)
+    if len(models) == 1:
+        (only,), (model_folder,) = parts, model_folders.values()
+        return Contents(
+            folder,
+            f"folder with {only.format}",
+            only.files,
+            only.tree,
+            only.metadata,
+            only.torch_file,
+            {"": model_folder},
+            trainer_state,
+        )
+    trees = {
+        key: {name: part.locate(name, leaf) for name, leaf in _flat_tensors(part).items()}
+        for key, part in zip(trees, parts, strict=True)
+    }
+    files_of_all = tuple(file for part in parts for file in part.files)
+    return Contents(
+        folder,
+        f"folder with {len(models)} models",
+        files_of_all,
+        trees,
+        folders=model_folders,
+        trainer_state=trainer_state,
+    )
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether `folder` itself holds weights that `read_folder` would read; a stat of the folder, no file is opened."""
+    return bool(_find_models(folder, check=False))
+
+
+def _find_models(folder: Path, *, check: bool = True) -> dict[str, list[Path]]:
+    """Weight files by model: one file each, or the index or the shards of one."""
+    names = sorted(path.name for path in folder.iterdir() if path.is_file())
+    models: dict[str, list[Path]] = {}
+    # The order of preference is that of Transformers: one safetensors file, its shards, then the older pickles.
+    for suffix in (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json"):
+        for name in names:
+            stem = name.removesuffix(suffix)
+            if not name.endswith(suffix) or not MODEL_STEM.match(stem):
+                continue
+            key = stem.replace("pytorch_model", "model") if stem.startswith("pytorch_model") else stem
+            models.setdefault(key, [folder / name])
+    # `model_7` without `model` is a checkpoint of its own, not accelerate's eighth model.
+    models = {key: files for key, files in models.items() if re.sub(r"_\d+$", "", key) in models}
+    if "model" in models and "adapter_model" in models:
+        # A folder with a whole model and an adapter: the adapter is what was trained on top of it.
+        del models["model"]
+    if not models:
+        models = _find_shards_without_index(folder, names, check=check)
+    return models
+
+
+def _find_shards_without_index(folder: Path, names: list[str], *, check: bool) -> dict[str, list[Path]]:
+    shards: dict[tuple[str, int], list[tuple[int, Path]]] = defaultdict(list)
+    for name in names:
+        match = SHARD_NAME.match(name)
+        if match:
+            shards[match["stem"], int(match["count"])].append((int(match["index"]), folder / name))
+    models = {}
+    for (stem, count), found in shards.items():
+        indices = sorted(index for index, _ in found)
+        if check and indices not in (list(range(1, count + 1)), list(range(count))):
+            raise UnreadableCheckpointError(f"`{folder}` has {len(found)} of {count} shards of `{stem}`")
+        models[stem] = [path for _, path in sorted(found)]
+    if models:
+        return models
+    # Last resort, a folder around one single file of weights; several would be several checkpoints.
+    single = [name for name in names if is_weights_file_name(name)]
+    if len(single) == 1 and re.match(
+        r"^(model|pytorch_model|student|weights|checkpoint|ckpt|state|consolidated)\.", single[0]
+    ):
+        return {"model": [folder / single[0]]}
+    return {}
+
+
+def _weights_name(path: Path) -> str:
+    name = path.name
+    shard = SHARD_NAME.match(name)
+    stem = shard["stem"] if shard else re.sub(r"(\.index\.json)$", "", name)
+    stem = WEIGHTS_SUFFIX.sub("", stem)
+    return stem if stem in ("adapter_model", "diffusion_pytorch_model") else "model"
+
+
+def _read_model(files: list[Path]) -> Contents:
+    first = files[0]
+    if first.name.endswith(".index.json"):
+        return _read_shards(first.parent, *_read_index(first))
+    if len(files) > 1:
+        return _read_shards(first.parent, files, None)
+    return read_file(first)
+
+
+def _read_index(path: Path) -> tuple[list[Path], dict[str, str]]:
+    index = _read_json(path)
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UnreadableCheckpointError(f"`{path}` has no `weight_map`")
+    for name, shard in weight_map.items():
+        # An index is untrusted: a shard is a file beside it, never a path to somewhere else.
+        if (
+            not isinstance(shard, str)
+            or not shard
+            or "/" in shard
+            or "\\" in shard
+            or shard in (".", "..")
+            or "\0" in shard
+        ):
+            raise UnreadableCheckpointError(f"`{path}` says that `{name}` lies outside the folder: {str(shard)[:80]!r}")
+    shards = [path.parent / shard for shard in sorted(set(weight_map.values()))]
+    missing = [shard.name for shard in shards if not shard.is_file()]
+    if missing:
+        raise UnreadableCheckpointError(
+            f"`{path.parent}` lacks {len(missing)} of its {len(shards)} shards", details=missing
+        )
+    return shards, weight_map
+
+
+def _read_shards(folder: Path, shards: list[Path], weight_map: dict[str, str] | None) -> Contents:
+    tensors: dict[str, TensorRange] = {}
+    homes: dict[str, str] = {}
+    files: list[SourceFile] = []
+    for shard in shards:
+        contents = read_file(shard)
+        files += contents.files
+        for name, leaf in _flat_tensors(contents).items():
+            if name in tensors:
+                raise UnreadableCheckpointError(f"`{folder}`: `{homes[name]}` and `{shard.name}` both hold `{name}`")
+            tensors[name] = contents.locate(name, leaf)
+            homes[name] = shard.name
+    for name, shard_name in (weight_map or {}).items():
+        if homes.get(name) != shard_name:
+            raise UnreadableCheckpointError(
+                f"`{folder}`: the index says that `{shard_name}` holds `{name}`, which it does not"
+            )
+    if weight_map is not None and len(homes) > len(weight_map):
+        extra = next(name for name in homes if name not in weight_map)
+        raise UnreadableCheckpointError(f"`{folder}`: `{homes[extra]}` holds `{extra}`, which the index does not know")
+    kind = "safetensors" if shards[0].suffix == ".safetensors" else "torch.save"
+    return Contents(folder, f"{len(shards)} {kind} shards", tuple(files), tensors)
+
+
+def _flat_tensors(contents: Contents) -> dict[str, TensorRange | PickledTensor]:
+    if not isinstance(contents.tree, dict):
+        raise UnreadableCheckpointError(f"`{contents.path}` holds no state dict")
+    return {str(name): leaf for name, leaf in contents.tree.items() if isinstance(leaf, (TensorRange, PickledTensor))}
+
+
+def _read_trainer_state(folder: Path) -> dict[str, Any]:
+    path = folder / "trainer_state.json"
+    return _read_json(path) if path.is_file() else {}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > 256 << 20:
+            raise UnreadableCheckpointError(f"`{path}` has {path.stat().st_size} bytes, too many for a table")
+        table = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UnreadableCheckpointError(f"`{path}` is not valid JSON: {error}") from error
+    if not isinstance(table, dict):
+        raise UnreadableCheckpointError(f"`{path}` is not a JSON table")
+    return table
+
+
+def _no_weights(folder: Path) -> UnreadableCheckpointError:
+    for marker, (what, command) in DISTRIBUTED_HINTS.items():
+        if (folder / marker).exists() or any(child.name == marker for child in folder.glob(f"*/{marker}")):
+            return UnreadableCheckpointError(
+                f"`{folder}` is {what}, which this version does not read",
+                hint=f"convert it first: `{command} ...`",
+            )
+    return UnreadableCheckpointError(f"`{folder}` holds no weights")

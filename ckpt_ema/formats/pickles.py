@@ -1,0 +1,353 @@
+"""A pickle stream in, its plain values and a description of each tensor out; nothing it names is ever run.
+
+A pickle is a program. This unpickler gives it no machine to run on: `find_class` hands out our own constructors for
+the few names that build tensors and an inert class for every other name, so that no module is imported and no
+foreign callable is called. Everything handed out refuses changes, because pickle's BUILD sets attributes on whatever
+lies on its stack.
+"""
+
+from __future__ import annotations
+
+import pickle
+import struct
+from collections.abc import Callable, Iterable
+from typing import Any, NoReturn, Protocol
+
+from ckpt_ema.dtypes import BY_NAME, BY_STORAGE, DType
+
+
+class PickleStream(Protocol):
+    """What the unpickler reads from."""
+
+    def read(self, size: int, /) -> bytes:
+        """Up to `size` bytes."""
+
+    def readline(self) -> bytes:
+        """Bytes up to and with the next line feed."""
+
+
+class MalformedPickleError(Exception):
+    """The stream is no pickle, or one that builds its tensors in a way no torch does."""
+
+
+class _SealedType(type):
+    """A class that BUILD cannot change."""
+
+    def __setattr__(cls, name: str, value: Any) -> NoReturn:
+        raise MalformedPickleError(f"the pickle tries to set `{name}` on a class")
+
+    def __delattr__(cls, name: str) -> NoReturn:
+        raise MalformedPickleError(f"the pickle tries to delete `{name}` from a class")
+
+
+class _Sealed(metaclass=_SealedType):
+    """An object that BUILD cannot change: no `__dict__`, no attribute that can be set."""
+
+    __slots__ = ()
+
+    def __setattr__(self, name: str, value: Any) -> NoReturn:
+        raise MalformedPickleError(f"the pickle tries to set `{name}` on a {type(self).__name__}")
+
+
+def _fill(target: _Sealed, **values: Any) -> None:
+    for name, value in values.items():
+        object.__setattr__(target, name, value)
+
+
+class Inert(_Sealed):
+    """Stands for an object of a class that is not to be run: its name, and the plain values it was built from."""
+
+    __slots__ = ("arguments", "entries", "items", "state")
+
+    qualified_name = ""
+    arguments: tuple[Any, ...]
+    """What the class or function would have been called with."""
+
+    state: Any
+    """What BUILD would have put into the object, usually its attributes."""
+
+    entries: dict[Any, Any]
+    """What the pickle stored under keys."""
+
+    items: list[Any]
+    """What the pickle appended."""
+
+    def __new__(cls, *arguments: Any, **keywords: Any) -> Inert:
+        self = object.__new__(cls)
+        _fill(self, arguments=arguments, state=keywords or None, entries={}, items=[])
+        return self
+
+    def __setstate__(self, state: Any) -> None:
+        object.__setattr__(self, "state", state)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.entries[key] = value
+
+    def append(self, item: Any) -> None:
+        """APPEND."""
+        self.items.append(item)
+
+    def extend(self, items: Iterable[Any]) -> None:
+        """APPENDS."""
+        self.items.extend(items)
+
+    def add(self, item: Any) -> None:
+        """ADDITEMS."""
+        self.items.append(item)
+
+
+def _name_inert(qualified_name: str) -> type[Inert]:
+    class Named(Inert):
+        __slots__ = ()
+
+    type.__setattr__(Named, "qualified_name", qualified_name)
+    return Named
+
+
+class PickledDict(dict[Any, Any], metaclass=_SealedType):
+    """An OrderedDict without the attributes that `state_dict()` hangs on it."""
+
+    __slots__ = ()
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+class PickledStorage(_Sealed):
+    """A run of bytes outside the pickle."""
+
+    __slots__ = ("count", "dtype", "key", "view_offset")
+    key: str
+    dtype: DType
+    count: int
+    """Elements of `dtype`."""
+
+    view_offset: int
+    """Elements of the root storage to skip; only the oldest files have views."""
+
+    def __init__(self, key: str, dtype: DType, count: int, view_offset: int = 0) -> None:
+        _fill(self, key=key, dtype=dtype, count=count, view_offset=view_offset)
+
+
+class PickledTensor(_Sealed):
+    """A tensor as the pickle describes it; not yet checked against the storage's bytes."""
+
+    __slots__ = ("dtype", "is_parameter", "offset", "shape", "storage", "strides")
+    storage: PickledStorage
+    dtype: DType
+    offset: int
+    """Elements of `dtype` from the storage's start."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    is_parameter: bool
+
+    def __init__(
+        self,
+        storage: PickledStorage,
+        dtype: DType,
+        offset: int,
+        shape: tuple[int, ...],
+        strides: tuple[int, ...],
+        is_parameter: bool = False,
+    ) -> None:
+        _fill(
+            self,
+            storage=storage,
+            dtype=dtype,
+            offset=offset,
+            shape=shape,
+            strides=strides,
+            is_parameter=is_parameter,
+        )
+
+
+class _StorageType(_Sealed):
+    __slots__ = ("dtype",)
+    dtype: DType
+
+    def __init__(self, dtype: DType) -> None:
+        _fill(self, dtype=dtype)
+
+
+class _Constructor(_Sealed):
+    """One of the functions below, wrapped so that BUILD finds nothing to change."""
+
+    __slots__ = ("function",)
+    function: Callable[..., Any]
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        _fill(self, function=function)
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.function(*arguments)
+
+
+def _sizes(value: Any) -> tuple[int, ...]:
+    if isinstance(value, Inert) and value.qualified_name == "torch.Size" and len(value.arguments) == 1:
+        value = value.arguments[0]
+    if (
+        isinstance(value, (tuple, list))
+        and len(value) <= 64
+        and all(type(v) is int and 0 <= v < 1 << 63 for v in value)
+    ):
+        return tuple(value)
+    raise MalformedPickleError(f"a {type(value).__name__} where a shape should be")
+
+
+def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_rest: Any) -> PickledTensor:
+    if not isinstance(storage, PickledStorage):
+        raise MalformedPickleError("a tensor without a storage")
+    if type(offset) is not int or offset < 0:
+        raise MalformedPickleError(f"a {type(offset).__name__} where a storage offset should be")
+    shape, strides = _sizes(shape), _sizes(strides)
+    if len(shape) != len(strides):
+        raise MalformedPickleError(f"shape {shape} and strides {strides} disagree")
+    return PickledTensor(storage, storage.dtype, offset + storage.view_offset, shape, strides)
+
+
+def _rebuild_tensor_v3(
+    storage: Any, offset: Any, shape: Any, strides: Any, _grad: Any, _hooks: Any, dtype: Any, *_rest: Any
+) -> PickledTensor:
+    tensor = _rebuild_tensor(storage, offset, shape, strides)
+    if not isinstance(dtype, DType):
+        raise MalformedPickleError(f"a {type(dtype).__name__} where a dtype should be")
+    return PickledTensor(tensor.storage, dtype, tensor.offset, tensor.shape, tensor.strides)
+
+
+def _rebuild_parameter(tensor: Any, *_rest: Any) -> Any:
+    if not isinstance(tensor, PickledTensor):
+        return tensor  # a parameter around something else (sparse, quantised): left for the caller to name
+    return PickledTensor(tensor.storage, tensor.dtype, tensor.offset, tensor.shape, tensor.strides, True)
+
+
+def _rebuild_from_type(function: Any, _type: Any, arguments: Any, _state: Any = None) -> Any:
+    if isinstance(function, (_Constructor, _SealedType)) and isinstance(arguments, tuple):
+        return function(*arguments)
+    raise MalformedPickleError("a tensor subclass without its constructor")
+
+
+def _collect(items: Any = (), *_rest: Any) -> tuple[Any, ...]:
+    # A set becomes a tuple: hashing what a stranger nested can take for ever.
+    return tuple(items) if isinstance(items, (list, tuple)) else ()
+
+
+_NUMPY_FORMATS = {"i8": "q", "i4": "i", "i2": "h", "i1": "b", "u8": "Q", "u4": "I", "f8": "d", "f4": "f", "b1": "?"}
+
+
+def _numpy_scalar(dtype: Any = None, content: Any = None, *_rest: Any) -> Any:
+    """The number in a numpy scalar; scripts store steps and metrics as such."""
+    code = dtype.arguments[0] if isinstance(dtype, Inert) and dtype.arguments else None
+    layout = _NUMPY_FORMATS.get(code) if isinstance(code, str) else None
+    if isinstance(content, str):
+        content = content.encode("latin-1", "replace")  # protocol 2 of Python 3 stores bytes as text
+    if layout is None or not isinstance(content, bytes) or struct.calcsize("<" + layout) != len(content):
+        return None
+    return struct.unpack("<" + layout, content)[0]
+
+
+def _encode(text: Any = "", *_rest: Any) -> Any:
+    """`_codecs.encode(text, "latin1")`, how protocol 2 writes bytes."""
+    return text.encode("latin-1", "replace") if isinstance(text, str) else b""
+
+
+_CONSTRUCTORS: dict[tuple[str, str], Any] = {
+    ("collections", "OrderedDict"): PickledDict,
+    ("builtins", "dict"): PickledDict,
+    ("builtins", "set"): _Constructor(_collect),
+    ("builtins", "frozenset"): _Constructor(_collect),
+    ("builtins", "list"): _Constructor(_collect),
+    ("builtins", "tuple"): _Constructor(_collect),
+    ("_codecs", "encode"): _Constructor(_encode),
+    ("numpy._core.multiarray", "scalar"): _Constructor(_numpy_scalar),
+    ("numpy.core.multiarray", "scalar"): _Constructor(_numpy_scalar),
+    ("torch._utils", "_rebuild_tensor"): _Constructor(_rebuild_tensor),
+    ("torch._utils", "_rebuild_tensor_v2"): _Constructor(_rebuild_tensor),
+    ("torch._utils", "_rebuild_tensor_v3"): _Constructor(_rebuild_tensor_v3),
+    ("torch._utils", "_rebuild_parameter"): _Constructor(_rebuild_parameter),
+    ("torch._utils", "_rebuild_parameter_with_state"): _Constructor(_rebuild_parameter),
+    ("torch._tensor", "_rebuild_from_type_v2"): _Constructor(_rebuild_from_type),
+    ("torch._tensor", "_rebuild_from_type"): _Constructor(_rebuild_from_type),
+}
+_CONSTRUCTORS |= {
+    ("__builtin__", name): value for (module, name), value in _CONSTRUCTORS.items() if module == "builtins"
+}
+_CONSTRUCTORS |= {("torch", name): dtype for name, dtype in BY_NAME.items()}
+_CONSTRUCTORS |= {
+    (module, name): _StorageType(dtype)
+    for module in ("torch", "torch.cuda", "torch.storage")
+    for name, dtype in {**BY_STORAGE, "UntypedStorage": BY_NAME["uint8"]}.items()
+}
+
+
+class MetadataUnpickler(pickle.Unpickler):
+    """Reads one pickle: plain values stay, tensors become PickledTensor, all else Inert."""
+
+    def __init__(self, stream: PickleStream) -> None:
+        # latin-1 reads what Python 2 wrote as 8-bit strings without an error.
+        super().__init__(stream, encoding="latin-1")
+        self._inert_classes: dict[tuple[str, str], type[Inert]] = {}
+
+    def find_class(self, module: str, name: str, /) -> Any:
+        """Our stand-in for `module.name`; imports nothing."""
+        known = _CONSTRUCTORS.get((module, name))
+        if known is not None:
+            return known
+        inert = self._inert_classes.get((module, name))
+        if inert is None:
+            inert = _name_inert(f"{module}.{name}")
+            self._inert_classes[module, name] = inert
+        return inert
+
+    def persistent_load(self, reference: Any, /) -> PickledStorage:
+        """The storage behind torch's `('storage', type, key, location, count[, view])`."""
+        match reference:
+            case ("storage", _StorageType() as kind, str(key), _, int(count), *rest) if count >= 0:
+                match rest:
+                    case [(_, int(view_offset), int(_))] if view_offset >= 0:
+                        return PickledStorage(key, kind.dtype, count, view_offset)
+                return PickledStorage(key, kind.dtype, count)
+        raise MalformedPickleError("a persistent reference that is no storage")
+
+    def load(self) -> Any:
+        """The pickle's root; raises MalformedPickleError for whatever goes wrong inside."""
+        try:
+            return super().load()
+        except (MalformedPickleError, MemoryError):
+            raise
+        except Exception as error:  # any opcode out of place raises whatever it stumbles over
+            raise MalformedPickleError(f"{type(error).__name__}: {error}") from error
+
+
+def module_state(value: Any) -> tuple[dict[str, Any], set[str]] | None:
+    """The state dict of a pickled `torch.nn.Module` and the names of its buffers; None when `value` is none."""
+    if not _is_module(value):
+        return None
+    tensors: dict[str, Any] = {}
+    buffers: set[str] = set()
+    pending: list[tuple[str, Any, int]] = [("", value, 0)]
+    while pending:
+        prefix, module, depth = pending.pop()
+        if depth > 100:
+            raise MalformedPickleError("modules nested more than 100 deep")
+        state = module.state
+        volatile = state.get("_non_persistent_buffers_set", ())
+        for name, tensor in state["_parameters"].items():
+            if tensor is not None:
+                tensors[f"{prefix}{name}"] = tensor
+        for name, tensor in (state.get("_buffers") or {}).items():
+            if tensor is not None and name not in volatile:
+                tensors[f"{prefix}{name}"] = tensor
+                buffers.add(f"{prefix}{name}")
+        children = [(f"{prefix}{name}.", child, depth + 1) for name, child in state["_modules"].items()]
+        pending += [child for child in reversed(children) if _is_module(child[1])]
+    return tensors, buffers
+
+
+def _is_module(value: Any) -> bool:
+    return (
+        isinstance(value, Inert)
+        and isinstance(value.state, dict)
+        and isinstance(value.state.get("_parameters"), dict)
+        and isinstance(value.state.get("_modules"), dict)
+    )

@@ -1,0 +1,84 @@
+"""One checkpoint or teacher looked at: a path in, what it holds out; no tensor is read."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ckpt_ema.byte_ranges import TensorRange
+from ckpt_ema.errors import CkptEmaError, MisuseError, UnreadableCheckpointError
+from ckpt_ema.formats import read_contents
+from ckpt_ema.provenance import read_provenance
+from ckpt_ema.runs import is_own_teacher
+from ckpt_ema.steps import ORIGINS, steps_in_name, steps_inside
+from ckpt_ema.students import StateDict, choose_student, find_state_dicts
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What one checkpoint or teacher holds."""
+
+    path: Path
+    format: str
+    size: int
+    """Bytes of its weight files."""
+
+    step: int | None
+    step_origin: str
+    """Where the step stands and what it counts: `step inside`, `epoch by name`; "" where there is none."""
+
+    state_dicts: tuple[StateDict, ...]
+    chosen: str | None
+    """The state dict that a fold takes, "" for the checkpoint itself; None where it refuses to choose."""
+
+    refusal: str
+    """Why a fold would not take it; "" where it would."""
+
+    tensors: dict[str, TensorRange]
+    """Those of the chosen state dict, under the names a fold gives them."""
+
+    provenance: dict[str, Any] | None
+    """How the teacher was made; None for a checkpoint."""
+
+
+def inspect(path: str | os.PathLike[str], *, state: str | None = None, prefix: str | None = None) -> Inspection:
+    """Look at one checkpoint or teacher; raises CkptEmaError where it cannot be read."""
+    path = Path(path)
+    if not path.exists():
+        raise MisuseError(f"`{path}` does not exist")
+    try:
+        contents = read_contents(path)
+    except UnreadableCheckpointError as error:
+        if path.is_dir() and error.hint is None:
+            raise CkptEmaError(error.message, hint=f"for a run directory: `ckpt-ema plan {path}`") from error
+        raise
+    numbers = {**steps_in_name(path.name), **steps_inside(contents)}
+    origin = next((origin for origin in ORIGINS if origin in numbers), None)
+    chosen: str | None = None
+    refusal = ""
+    tensors: dict[str, TensorRange] = {}
+    try:
+        if is_own_teacher(contents):
+            state = state or ""
+        student = choose_student(contents, state=state, prefix=prefix)
+        chosen, tensors = student.key, student.tensors
+    except UnreadableCheckpointError:
+        raise
+    except CkptEmaError as error:
+        if state or prefix:
+            raise
+        refusal = error.message
+    return Inspection(
+        path=path,
+        format=contents.format,
+        size=sum(file.size for file in contents.files),
+        step=numbers[origin] if origin else None,
+        step_origin=f"{origin[1]} {'inside' if origin[0] == 'inside' else 'by name'}" if origin else "",
+        state_dicts=tuple(find_state_dicts(contents)),
+        chosen=chosen,
+        refusal=refusal,
+        tensors=tensors,
+        provenance=read_provenance(contents.metadata),
+    )

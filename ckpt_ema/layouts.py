@@ -1,0 +1,73 @@
+"""The tensors of one student in little memory: names with ranges in, arrays of offsets under a shared schema out.
+
+A run may have 50 checkpoints of 20000 tensors. What is equal in all of them (names, shapes, dtypes) is kept once; a
+checkpoint keeps 10 bytes per tensor.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ckpt_ema.byte_ranges import SourceFile, TensorRange, span_elements
+from ckpt_ema.dtypes import DType
+
+
+@dataclass(frozen=True, slots=True)
+class Schema:
+    """What the tensors of a student are, sorted by name."""
+
+    names: tuple[str, ...]
+    dtypes: tuple[DType, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    strides: tuple[tuple[int, ...] | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where the tensors of one student lie; entry i belongs to `schema.names[i]`."""
+
+    schema: Schema
+    files: tuple[SourceFile, ...]
+    file_indices: array[int]
+    begins: array[int]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that the tensors' elements take, shared ones counted each time."""
+        return sum(
+            span_elements(shape, None) * dtype.itemsize
+            for shape, dtype in zip(self.schema.shapes, self.schema.dtypes, strict=True)
+        )
+
+
+class SchemaPool:
+    """Gives equal schemas as one object."""
+
+    def __init__(self) -> None:
+        self._schemas: list[Schema] = []
+
+    def share(self, schema: Schema) -> Schema:
+        """The schema seen before that equals `schema`, else `schema` itself."""
+        for known in self._schemas:
+            if known == schema:
+                return known
+        self._schemas.append(schema)
+        return schema
+
+
+def compact_layout(tensors: Mapping[str, TensorRange], pool: SchemaPool) -> Layout:
+    """Pack the ranges of one student."""
+    names = sorted(tensors)
+    ranges = [tensors[name] for name in names]
+    files: dict[SourceFile, int] = {}
+    file_indices = array("H", [files.setdefault(tensor.file, len(files)) for tensor in ranges])
+    schema = Schema(
+        tuple(names),
+        tuple(tensor.dtype for tensor in ranges),
+        tuple(tensor.shape for tensor in ranges),
+        tuple(tensor.strides for tensor in ranges),
+    )
+    begins = array("q", [tensor.begin for tensor in ranges])
+    return Layout(pool.share(schema), tuple(files), file_indices, begins)

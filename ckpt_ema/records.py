@@ -1,0 +1,181 @@
+"""What a fold is asked for, plans and reports: the records between the library and its callers."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ckpt_ema.blocks import Accumulate, BlockPlan
+from ckpt_ema.catalogue import TeacherTensor
+from ckpt_ema.errors import MisuseError
+from ckpt_ema.layouts import Layout
+from ckpt_ema.profiles import Update, check_momentum
+from ckpt_ema.runs import Checkpoint
+from ckpt_ema.sizes import DEFAULT_MEMORY_BUDGET_BYTES
+from ckpt_ema.students import check_prefix
+
+PathLike = str | os.PathLike[str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FoldOptions:
+    """What a fold can be asked for; the defaults are MeanTeacherHook's."""
+
+    momentum: float = 0.001
+    """Share that each new student brings, 0 < momentum < 1."""
+
+    interval: int = 1
+    """Fold every interval-th checkpoint, the hook's interval."""
+
+    skip_buffers: bool = True
+    """Average parameters only; otherwise every floating-point tensor."""
+
+    buffers: tuple[str, ...] = ()
+    """Patterns of tensor names that are buffers."""
+
+    model: str | None = None
+    """`MODULE:FACTORY` of the student, built on the meta device to learn its buffers exactly."""
+
+    init: PathLike | None = None
+    """Teacher to start from; the first checkpoint otherwise."""
+
+    from_step: int | None = None
+    until_step: int | None = None
+    last: int | None = None
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    """Which checkpoints: by step (both ends included), the newest only, or by name."""
+
+    state: str | None = None
+    """Dotted path of the state dict inside each checkpoint; found by itself otherwise."""
+
+    prefix: str | None = None
+    """Sub-model to fold, its prefix stripped from the names."""
+
+    accumulate: Accumulate = "float32"
+    """Dtype of the running teacher: never narrower than the student's, unless `student` is asked for."""
+
+    dtype: Literal["student", "float32", "bfloat16", "float16"] = "student"
+    """Dtype of the written teacher's floating-point tensors."""
+
+    device: str = "auto"
+    """`auto`, `cpu` or `cuda[:i]`."""
+
+    memory_budget_bytes: int = DEFAULT_MEMORY_BUDGET_BYTES
+    """For all buffers together."""
+
+    num_threads: int | None = None
+    """Reading and folding threads; as many as there are processors, at most 16, otherwise."""
+
+    overwrite: bool = False
+    """Replace an existing teacher."""
+
+    def __post_init__(self) -> None:
+        check_momentum(self.momentum)
+        check_prefix(self.prefix)
+        for name in ("interval", "last", "num_threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise MisuseError(f"`{name}` is {value}, and must be 1 or more")
+        for name, choices in (
+            ("accumulate", ("float32", "float64", "student")),
+            ("dtype", ("student", "float32", "bfloat16", "float16")),
+        ):
+            if getattr(self, name) not in choices:
+                raise MisuseError(f"`{name}` is {getattr(self, name)!r}, and must be one of {', '.join(choices)}")
+
+
+@dataclass(frozen=True, slots=True)
+class FoldedCheckpoint:
+    """One student's part in the teacher."""
+
+    name: str
+    step: int | None
+    unit: str
+    """What `step` counts: step, epoch, or a bare number."""
+
+    coefficient: float
+    """Its share in the teacher; 0 for one that the interval leaves out."""
+
+    size: int
+    """Bytes on disk of the files that hold it."""
+
+    state_key: str
+    format: str
+
+
+@dataclass(frozen=True, slots=True)
+class FoldPlan:
+    """All that a fold is going to do, before it reads a tensor."""
+
+    options: FoldOptions
+    output: Path
+    is_folder: bool
+    """Whether the teacher is written as a Hugging Face folder."""
+
+    directory: Path
+    checkpoints: tuple[FoldedCheckpoint, ...]
+    """Those that take part, oldest first."""
+
+    initial_teacher: str | None
+    initial_share: float
+    """Share that the initial teacher, or else the first checkpoint, has in the result."""
+
+    tensors: tuple[TeacherTensor, ...]
+    left_out: tuple[tuple[str, str], ...]
+    """Checkpoints and files that do not take part, with the reason."""
+
+    left_out_tensors: tuple[tuple[str, str], ...]
+    """Entries of the newest checkpoint that are not folded, with the reason."""
+
+    notes: tuple[str, ...]
+    warnings: tuple[str, ...]
+    blocks: BlockPlan
+    layouts: tuple[Layout, ...]
+    updates: tuple[Update, ...]
+    newest: Checkpoint
+
+    @property
+    def num_averaged(self) -> int:
+        """Tensors that are averaged."""
+        return sum(tensor.action == "average" for tensor in self.tensors)
+
+    @property
+    def num_copied(self) -> int:
+        """Tensors that come from the newest checkpoint as they are."""
+        return len(self.tensors) - self.num_averaged
+
+    @property
+    def bytes_to_read(self) -> int:
+        """Tensor bytes read in all."""
+        return self.blocks.bytes_to_read
+
+    @property
+    def bytes_to_write(self) -> int:
+        """Size of the teacher's tensors."""
+        return self.blocks.data_bytes
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Memory for buffers, whatever the size of the model."""
+        return self.blocks.buffer_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class FoldReport:
+    """What a fold has done."""
+
+    plan: FoldPlan
+    output: Path
+    """The teacher: a file, or a folder for `from_pretrained`."""
+
+    device: str
+    seconds: float
+    """From the first byte read to the committed file."""
+
+    @property
+    def gigabytes_per_second(self) -> float:
+        """Tensor bytes read per second, in 1e9."""
+        return self.plan.bytes_to_read / max(self.seconds, 1e-9) / 1e9

@@ -1,0 +1,264 @@
+"""Plans, reports and inspections as people read them and as JSON: records in, text or plain tables out."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from ckpt_ema.catalogue import TeacherTensor
+from ckpt_ema.inspection import Inspection
+from ckpt_ema.records import FoldPlan, FoldReport
+from ckpt_ema.sizes import format_size
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+BAR_WIDTH = 30
+MAX_ROWS = 60
+
+
+class ProgressBar:
+    """A tqdm bar over bytes on stderr; silent unless `shown`."""
+
+    def __init__(self, *, shown: bool) -> None:
+        self._shown = shown
+        self._bar: tqdm[Any] | None = None
+
+    def __enter__(self) -> ProgressBar:
+        return self
+
+    def update(self, done: int, total: int) -> None:
+        """Draw the bar at `done` of `total` bytes."""
+        if not self._shown:
+            return
+        if self._bar is None:
+            from tqdm import tqdm  # noqa: PLC0415  (30 ms that `--help` must not wait for)
+
+            self._bar = tqdm(total=total, unit="B", unit_scale=True, desc="folding", leave=False, dynamic_ncols=True)
+        self._bar.update(done - self._bar.n)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def plan_text(plan: FoldPlan, *, verbose: bool = False) -> str:
+    """The plan as a page of text."""
+    return "\n".join(_plan_lines(plan, verbose))
+
+
+def _plan_lines(plan: FoldPlan, verbose: bool) -> Iterator[str]:
+    options = plan.options
+    yield (
+        f"{_count(len(plan.checkpoints), 'checkpoint')} of {plan.directory}, momentum {options.momentum:g}"
+        f" per checkpoint{f', every {options.interval}th' if options.interval > 1 else ''}"
+    )
+    yield ""
+    yield from _coefficient_table(plan)
+    yield ""
+    for note in plan.notes:
+        yield f"note      {note}"
+    yield f"average   {_count(plan.num_averaged, 'tensor')}, {_elements(plan.tensors, 'average')} elements"
+    for reason, tensors in _copied(plan).items():
+        yield f"copy      {_count(len(tensors), 'tensor')} from {plan.checkpoints[-1].name}: {reason}"
+    for reason, names in _grouped(plan.left_out).items():
+        yield f"left out  {_some(names, verbose)}: {reason}"
+    for reason, names in _grouped(plan.left_out_tensors).items():
+        yield f"not used  {_some(names, verbose)}: {reason}"
+    yield f"read      {format_size(plan.bytes_to_read)}"
+    yield f"write     {format_size(plan.bytes_to_write)} to {plan.output}"
+    yield f"memory    {format_size(plan.buffer_bytes)} of buffers, {_count(plan.blocks.num_threads, 'thread')}"
+    if verbose:
+        yield ""
+        for tensor in plan.tensors:
+            dtype = tensor.student_dtype.name
+            if tensor.dtype is not tensor.student_dtype:
+                dtype += f" -> {tensor.dtype.name}"
+            treatment = tensor.action + (f" ({tensor.reason})" if tensor.reason else "")
+            yield f"  {tensor.name}  {dtype} {list(tensor.shape)}  {treatment}"
+
+
+def _coefficient_table(plan: FoldPlan) -> Iterator[str]:
+    rows = [(item.name, "" if item.step is None else str(item.step), item.coefficient) for item in plan.checkpoints]
+    if plan.initial_teacher is not None:
+        rows.insert(0, (f"{plan.initial_teacher} (initial teacher)", "", plan.initial_share))
+    widest = max(share for _, _, share in rows)
+    unit = plan.checkpoints[-1].unit
+    name_width = max(len("checkpoint"), *(len(name) for name, _, _ in rows))
+    step_width = max(len(unit), *(len(step) for _, step, _ in rows))
+    yield f"{'checkpoint':<{name_width}}  {unit:>{step_width}}  coefficient"
+    cut = len(rows) - MAX_ROWS
+    for i, (name, step, share) in enumerate(rows):
+        if cut > 0 and MAX_ROWS // 2 <= i < MAX_ROWS // 2 + cut:
+            if i == MAX_ROWS // 2:
+                yield f"... {cut} more"
+            continue
+        yield f"{name:<{name_width}}  {step:>{step_width}}  {share:11.6f}  {_bar(share / widest)}".rstrip()
+
+
+def _bar(share: float) -> str:
+    eighths = round(share * BAR_WIDTH * 8)
+    bar = "█" * (eighths // 8)
+    return bar + (" ▏▎▍▌▋▊▉"[eighths % 8] if eighths % 8 else "")
+
+
+def summary_text(report: FoldReport) -> str:
+    """What a fold has done, in a few lines."""
+    plan = report.plan
+    first = plan.initial_teacher or plan.checkpoints[0].name
+    lines = [
+        f"folded {_count(len(plan.checkpoints), 'checkpoint')} into {report.output}",
+        f"  {plan.num_averaged} tensors averaged, {plan.num_copied} copied from {plan.checkpoints[-1].name}",
+        f"  {format_size(plan.bytes_to_read)} in {report.seconds:.2f} s on the {report.device.upper()},"
+        f" {report.gigabytes_per_second:.2f} GB/s",
+        f"  {first} keeps {plan.initial_share:.1%}, {plan.checkpoints[-1].name} has"
+        f" {plan.checkpoints[-1].coefficient:.1%}",
+    ]
+    return "\n".join(lines)
+
+
+def plan_record(plan: FoldPlan) -> dict[str, Any]:
+    """The plan as a table that JSON can hold."""
+    return {
+        "output": str(plan.output),
+        "rule": "ema",
+        "momentum": plan.options.momentum,
+        "per": "checkpoint",
+        "interval": plan.options.interval,
+        "initial_teacher": plan.initial_teacher,
+        "first_share": plan.initial_share,
+        "checkpoints": [
+            {
+                "name": item.name,
+                "step": item.step,
+                "unit": item.unit,
+                "coefficient": item.coefficient,
+                "bytes": item.size,
+                "state": item.state_key,
+                "format": item.format,
+            }
+            for item in plan.checkpoints
+        ],
+        "averaged": {"tensors": plan.num_averaged},
+        "copied": {
+            "tensors": plan.num_copied,
+            "names": {reason: [t.name for t in tensors] for reason, tensors in _copied(plan).items()},
+        },
+        "left_out": [{"name": name, "reason": reason} for name, reason in plan.left_out],
+        "left_out_tensors": [{"name": name, "reason": reason} for name, reason in plan.left_out_tensors],
+        "notes": list(plan.notes),
+        "warnings": list(plan.warnings),
+        "bytes_to_read": plan.bytes_to_read,
+        "bytes_to_write": plan.bytes_to_write,
+        "buffer_bytes": plan.buffer_bytes,
+        "threads": plan.blocks.num_threads,
+    }
+
+
+def report_record(report: FoldReport) -> dict[str, Any]:
+    """The plan and what came of it, as a table that JSON can hold."""
+    return {
+        **plan_record(report.plan),
+        "device": report.device,
+        "seconds": round(report.seconds, 6),
+        "gigabytes_per_second": round(report.gigabytes_per_second, 3),
+    }
+
+
+def inspection_record(found: Inspection) -> dict[str, Any]:
+    """An inspection as a table that JSON can hold."""
+    return {
+        "path": str(found.path),
+        "format": found.format,
+        "bytes": found.size,
+        "step": found.step,
+        "step_origin": found.step_origin,
+        "state_dicts": [{"key": s.key, "kind": s.kind, "entries": s.num_tensors} for s in found.state_dicts],
+        "chosen": found.chosen,
+        "refusal": found.refusal,
+        "tensors": [
+            {"name": name, "dtype": tensor.dtype.name, "shape": list(tensor.shape)}
+            for name, tensor in found.tensors.items()
+        ],
+        "provenance": found.provenance,
+    }
+
+
+def inspection_text(found: Inspection, *, verbose: bool = False) -> str:
+    """An inspection as a page of text."""
+    return "\n".join(_inspection_lines(found, verbose))
+
+
+def _inspection_lines(found: Inspection, verbose: bool) -> Iterator[str]:
+    yield f"{found.path}"
+    yield f"format     {found.format}, {format_size(found.size)}"
+    yield f"step       {found.step} ({found.step_origin})" if found.step is not None else "step       unknown"
+    if found.provenance is None:
+        for state in found.state_dicts:
+            mark = "  <- folded" if state.key == found.chosen else ""
+            where = state.key or "(the checkpoint itself)"
+            yield f"state      {where}: {state.kind}, {state.num_tensors} entries{mark}"
+    if found.refusal:
+        yield f"refused    {found.refusal}"
+    if found.provenance is not None:
+        yield from _provenance_lines(found.provenance)
+    if found.tensors:
+        dtypes: dict[str, int] = defaultdict(int)
+        for tensor in found.tensors.values():
+            dtypes[tensor.dtype.name] += 1
+        yield f"tensors    {len(found.tensors)}: " + ", ".join(f"{n} {name}" for name, n in sorted(dtypes.items()))
+        yield ""
+        shown = len(found.tensors) if verbose else 20
+        width = max(len(name) for name in list(found.tensors)[:shown])
+        for name, tensor in list(found.tensors.items())[:shown]:
+            yield f"  {name:<{width}}  {tensor.dtype.name:<8}  {list(tensor.shape)}"
+        if len(found.tensors) > shown:
+            yield f"  ... and {len(found.tensors) - shown} more (`-v` shows all)"
+
+
+def _provenance_lines(record: dict[str, Any]) -> Iterator[str]:
+    yield f"teacher    by {record.get('tool')} {record.get('version')}: {record.get('rule')}"
+    yield f"momentum   {record.get('momentum')} per {record.get('per')}, interval {record.get('interval')}"
+    checkpoints = record.get("checkpoints")
+    for item in checkpoints if isinstance(checkpoints, list) else []:
+        if isinstance(item, dict) and isinstance(item.get("coefficient"), float):
+            yield f"from       {item.get('name')}  {item['coefficient']:.6f}"
+
+
+def _copied(plan: FoldPlan) -> dict[str, list[TeacherTensor]]:
+    copied: dict[str, list[TeacherTensor]] = defaultdict(list)
+    for tensor in plan.tensors:
+        if tensor.action == "copy":
+            copied[tensor.reason].append(tensor)
+    return dict(copied)
+
+
+def _grouped(pairs: Sequence[tuple[str, str]]) -> dict[str, list[str]]:
+    groups: dict[str, list[str]] = defaultdict(list)
+    for name, reason in pairs:
+        groups[reason].append(name)
+    return dict(groups)
+
+
+def _some(names: Sequence[str], verbose: bool) -> str:
+    shown = names if verbose else names[:4]
+    return ", ".join(shown) + (f" and {len(names) - len(shown)} more" if len(names) > len(shown) else "")
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _elements(tensors: Sequence[TeacherTensor], action: str) -> str:
+    total = 0
+    for tensor in tensors:
+        if tensor.action == action:
+            size = 1
+            for length in tensor.shape:
+                size *= length
+            total += size
+    return f"{total:,}"

@@ -1,0 +1,394 @@
+"""A run directory in, its finished checkpoints in step order out, with what was left out and why."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from ckpt_ema.errors import CkptEmaError, MisuseError, UnreadableCheckpointError
+from ckpt_ema.formats import Contents, ModelFolder, is_weights_file_name, read_contents
+from ckpt_ema.formats.folder import DISTRIBUTED_HINTS, MODEL_STEM, has_weights
+from ckpt_ema.layouts import Layout, SchemaPool, compact_layout
+from ckpt_ema.steps import ORIGINS, Origin, Unit, is_copy_name, stem_of, steps_in_name, steps_inside
+from ckpt_ema.students import AVERAGE_WORD, choose_student
+
+PROVENANCE_KEY = "ckpt_ema"
+OWN_TEACHER = "a teacher that ckpt-ema wrote"
+MAX_SEARCH_DEPTH = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """One finished save of the student."""
+
+    path: Path
+    label: str
+    """Its name within the run, for people."""
+
+    step: int | None
+    """Step (or epoch, or number) after which it was saved; None where nothing says it."""
+
+    unit: Unit
+    """What `step` counts."""
+
+    format: str
+    size: int
+    """Bytes of its files that hold the student."""
+
+    layout: Layout
+    state_key: str
+    """Dotted path of the state dict inside the checkpoint, "" for the checkpoint itself."""
+
+    stripped: tuple[str, ...]
+    """Prefixes taken off the tensor names."""
+
+    left_out: dict[str, str]
+    """What of the checkpoint is not folded, and why."""
+
+    known_buffers: frozenset[str] | None
+    model_folder: ModelFolder | None
+    """Where its configuration and tokenizer lie, for a folder in the Hugging Face manner."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """The checkpoints of one training run, in the order they are folded."""
+
+    directory: Path
+    """The run directory, or the folder that all the checkpoints given lie in."""
+
+    checkpoints: tuple[Checkpoint, ...]
+    left_out: tuple[tuple[str, str], ...]
+    """Names of what is not folded, each with the reason."""
+
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Which checkpoints of a run, and which state dict of each."""
+
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    from_step: int | None = None
+    until_step: int | None = None
+    last: int | None = None
+    state: str | None = None
+    prefix: str | None = None
+
+
+@dataclass(slots=True)
+class _Listing:
+    """What is known while a run is being read."""
+
+    checkpoints: list[tuple[Checkpoint, dict[Origin, int]]] = field(default_factory=list)
+    left_out: list[tuple[str, str]] = field(default_factory=list)
+    unreadable: list[tuple[Path, UnreadableCheckpointError]] = field(default_factory=list)
+    averages: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+def find_checkpoints(paths: Sequence[Path], selection: Selection) -> Run:
+    """The checkpoints to fold: those of a run directory by step, or those listed, as listed.
+
+    Raises CkptEmaError when there are none, when one of them cannot be read (but for the newest of a run
+    directory, which may be half written), and when their order cannot be told.
+    """
+    for path in paths:
+        if not path.exists():
+            raise CkptEmaError(f"`{path}` does not exist")
+    if len(paths) == 1 and paths[0].is_dir() and not _is_one_checkpoint(paths[0]):
+        return _select(_read_run_directory(paths[0], selection), selection)
+    return _select(_read_list(paths, selection), selection)
+
+
+def _read_checkpoint(
+    contents: Contents, selection: Selection, pool: SchemaPool
+) -> tuple[Checkpoint, dict[Origin, int]]:
+    """One checkpoint with its student chosen, and every number that may be its step."""
+    path = contents.path
+    student = choose_student(contents, state=selection.state, prefix=selection.prefix)
+    if not student.tensors:
+        raise UnreadableCheckpointError(f"`{path}` holds no tensors")
+    layout = compact_layout(student.tensors, pool)
+    checkpoint = Checkpoint(
+        path=path,
+        label=path.name,
+        step=None,
+        unit="step",
+        format=contents.format,
+        size=sum(file.size for file in layout.files),
+        layout=layout,
+        state_key=student.key,
+        stripped=student.stripped,
+        left_out=dict(student.left_out or {}),
+        known_buffers=student.known_buffers,
+        model_folder=contents.folders.get(student.key) or contents.folders.get(""),
+    )
+    return checkpoint, {**steps_in_name(path.name), **steps_inside(contents)}
+
+
+def is_own_teacher(contents: Contents) -> bool:
+    """Whether a checkpoint carries this tool's provenance."""
+    return PROVENANCE_KEY in contents.metadata
+
+
+def _is_one_checkpoint(folder: Path) -> bool:
+    return has_weights(folder) and not any(_is_checkpoint_folder(child) for child in _children(folder))
+
+
+def _children(folder: Path) -> list[Path]:
+    try:
+        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    except OSError as error:
+        raise CkptEmaError(f"cannot list `{folder}`: {error.strerror}") from error
+
+
+def _is_checkpoint_folder(path: Path) -> bool:
+    if not path.is_dir() or path.name.startswith("tmp"):
+        return False
+    if has_weights(path) or any((path / marker).exists() for marker in DISTRIBUTED_HINTS):
+        return True
+    if not steps_in_name(path.name) or AVERAGE_WORD.search(path.name):
+        return False
+    # checkpoint-300/ without weights is unfinished, or holds them one level down (diffusers).
+    return any(child.is_dir() and has_weights(child) for child in _children(path)) or (
+        bool(stem_of(path.name).lower().startswith(("checkpoint", "step", "epoch", "global_step", "iter")))
+        and not any(_is_candidate(child) for child in _children(path))
+    )
+
+
+def _is_candidate(path: Path) -> bool:
+    return (path.is_file() and is_weights_file_name(path.name)) or _is_checkpoint_folder(path)
+
+
+def _candidates_of(directory: Path) -> list[Path]:
+    found = [path for path in _children(directory) if _is_candidate(path)]
+    if any(path.is_dir() for path in found):
+        # Trainers put the final model beside checkpoint-N/; it has no step, and is the last one again.
+        found = [path for path in found if path.is_dir() or not MODEL_STEM.match(stem_of(path.name))]
+    return found
+
+
+def _descend(run: Path) -> tuple[Path, list[Path]]:
+    """The one folder at or below `run` that holds checkpoints (`checkpoints/`, `lightning_logs/version_0/...`)."""
+    level = [run]
+    for _ in range(MAX_SEARCH_DEPTH + 1):
+        found = [(folder, candidates) for folder in level if (candidates := _candidates_of(folder))]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            names = [os.path.relpath(folder, run) for folder, _ in found]
+            raise CkptEmaError(
+                f"`{run}` holds {len(found)} folders with checkpoints, and which is the run cannot be told",
+                details=names,
+                hint=f"pass one of them: `{found[0][0]}`",
+            )
+        level = [child for folder in level for child in _children(folder) if child.is_dir()]
+    raise CkptEmaError(
+        f"`{run}` holds no checkpoints",
+        hint="pass the folder they lie in, or the checkpoints themselves in the order they are to be folded",
+    )
+
+
+def _matches(path: Path, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(path.name, pattern) for pattern in patterns)
+
+
+def _read_run_directory(run: Path, selection: Selection) -> tuple[Path, _Listing]:
+    directory, candidates = _descend(run)
+    listing = _Listing()
+    listing.left_out += [
+        (path.name, "the final model, without a step of its own")
+        for path in _children(directory)
+        if path not in candidates and _is_candidate(path)
+    ]
+    pool = SchemaPool()
+    seen: dict[tuple[int, int], Path] = {}
+    # Numbered names first, so that of two names for one file the telling one stays.
+    candidates.sort(key=lambda path: (is_copy_name(path.name), path.is_symlink(), path.name))
+    for path in candidates:
+        if (selection.include and not _matches(path, selection.include)) or _matches(path, selection.exclude):
+            listing.left_out.append((path.name, "not selected by name"))
+            continue
+        try:
+            status = path.stat()
+        except OSError:
+            listing.left_out.append((path.name, "a link to nowhere"))
+            continue
+        original = seen.setdefault((status.st_dev, status.st_ino), path)
+        if original is not path:
+            listing.left_out.append((path.name, f"another name of `{original.name}`"))
+            continue
+        named_average = selection.state is None and bool(AVERAGE_WORD.search(stem_of(path.name)))
+        try:
+            contents = read_contents(path)
+            if is_own_teacher(contents):
+                listing.left_out.append((path.name, OWN_TEACHER))
+            elif not named_average:
+                listing.checkpoints.append(_read_checkpoint(contents, selection, pool))
+        except UnreadableCheckpointError as error:
+            if not named_average:
+                listing.unreadable.append((path, error))
+                continue
+        if named_average and not any(name == path.name for name, _ in listing.left_out):
+            listing.averages.append(path.name)
+            listing.left_out.append((path.name, "an average, by its name"))
+    if listing.averages and not listing.checkpoints and not listing.unreadable:
+        raise CkptEmaError(
+            f"`{directory}` holds averages, and no raw student: {', '.join(listing.averages[:5])}",
+            hint="pass `--state state_dict` if you mean to fold averages",
+        )
+    _sort_by_step(listing, directory)
+    return directory, listing
+
+
+def _sort_by_step(listing: _Listing, directory: Path) -> None:
+    if not listing.checkpoints:
+        _forgive_newest(listing, None)
+        raise CkptEmaError(
+            f"no checkpoint of `{directory}` is left to fold",
+            details=[f"{name}: {reason}" for name, reason in listing.left_out],
+        )
+    _leave_out_stepless_copies(listing)
+    origin = next((o for o in ORIGINS if all(o in numbers for _, numbers in listing.checkpoints)), None)
+    if origin is None:
+        if len(listing.checkpoints) > 1:
+            unknown = [checkpoint.label for checkpoint, numbers in listing.checkpoints if not numbers]
+            raise CkptEmaError(
+                f"the order of the checkpoints in `{directory}` cannot be told: neither their contents nor their names"
+                " give all of them a step",
+                details=[f"{name}: no step" for name in unknown] or ["some count steps, others epochs"],
+                hint="list the checkpoints in the order they are to be folded, oldest first",
+            )
+        _forgive_newest(listing, None)
+        return
+    _forgive_newest(listing, origin)
+    by_step: dict[int, list[Checkpoint]] = defaultdict(list)
+    for checkpoint, numbers in listing.checkpoints:
+        by_step[numbers[origin]].append(replace(checkpoint, step=numbers[origin], unit=origin[1]))
+    ordered = []
+    for step, same in sorted(by_step.items()):
+        originals = [checkpoint for checkpoint in same if not is_copy_name(checkpoint.label)]
+        if len(originals) > 1:
+            raise CkptEmaError(
+                f"{len(originals)} checkpoints claim {origin[1]} {step}",
+                details=[checkpoint.label for checkpoint in originals],
+                hint=f"leave all but one out: `--exclude '{originals[-1].label}'`",
+            )
+        kept = (originals or same)[0]
+        ordered.append((kept, {origin: step}))
+        listing.left_out += [(copy.label, f"a copy of {origin[1]} {step}") for copy in same if copy is not kept]
+    listing.checkpoints = ordered
+
+
+def _leave_out_stepless_copies(listing: _Listing) -> None:
+    """`final.pt` without a step beside checkpoints with one is the last of them again."""
+    stepless = [item for item in listing.checkpoints if not item[1] and is_copy_name(item[0].label)]
+    if 0 < len(stepless) < len(listing.checkpoints):
+        listing.checkpoints = [item for item in listing.checkpoints if item not in stepless]
+        listing.left_out += [(item[0].label, "a copy by its name, without a step") for item in stepless]
+
+
+def _forgive_newest(listing: _Listing, origin: Origin | None) -> None:
+    """Leave an unreadable newest checkpoint out aloud; raise for any other."""
+    readable: dict[Unit, int] = defaultdict(lambda: -1)
+    for checkpoint, numbers in listing.checkpoints:
+        for (_, unit), number in {**steps_in_name(checkpoint.label), **numbers}.items():
+            readable[unit] = max(readable[unit], number)
+    numbered = []
+    for path, error in listing.unreadable:
+        names = steps_in_name(path.name)
+        units: list[Unit] = [unit for _, unit in names]
+        if is_copy_name(path.name) and not names:
+            if "best" in path.name.lower() or not listing.checkpoints:
+                raise error
+            numbered.append((float("inf"), path, error))
+        elif units and all(names["name", unit] > readable[unit] for unit in units) and listing.checkpoints:
+            numbered.append((float(names["name", units[0]]), path, error))
+        else:
+            raise error
+    steps = [item for item in numbered if item[0] != float("inf")]
+    if len(steps) > 1:
+        raise min(steps, key=lambda item: item[0])[2]
+    for _, path, error in numbered:
+        listing.left_out.append((path.name, f"unfinished: {error.message}"))
+        listing.warnings.append(f"`{path.name}` is left out, it looks unfinished: {error.message}")
+
+
+def _read_list(paths: Sequence[Path], selection: Selection) -> tuple[Path, _Listing]:
+    listing = _Listing()
+    pool = SchemaPool()
+    seen: dict[tuple[int, int], Path] = {}
+    for path in paths:
+        if path.is_dir() and not _is_one_checkpoint(path) and not _is_checkpoint_folder(path):
+            raise MisuseError(
+                f"`{path}` is a run directory among {len(paths)} arguments",
+                hint="pass one run directory, or checkpoints in the order they are to be folded",
+            )
+        status = path.stat()
+        original = seen.setdefault((status.st_dev, status.st_ino), path)
+        if original is not path:
+            listing.left_out.append((path.name, f"another name of `{original.name}`"))
+        elif (selection.include and not _matches(path, selection.include)) or _matches(path, selection.exclude):
+            listing.left_out.append((path.name, "not selected by name"))
+        else:
+            contents = read_contents(path)
+            if is_own_teacher(contents):
+                raise CkptEmaError(
+                    f"`{path}` is a teacher that ckpt-ema wrote", hint=f"pass `--init {path}` to start from it"
+                )
+            listing.checkpoints.append(_read_checkpoint(contents, selection, pool))
+    origin = next((o for o in ORIGINS if all(o in numbers for _, numbers in listing.checkpoints)), None)
+    listing.checkpoints = [
+        (replace(checkpoint, step=numbers[origin] if origin else None, unit=origin[1] if origin else "step"), numbers)
+        for checkpoint, numbers in listing.checkpoints
+    ]
+    # Two checkpoints of the same name in different folders are told apart by their folder.
+    labels = [checkpoint.label for checkpoint, _ in listing.checkpoints]
+    parent = Path(os.path.commonpath([path.absolute().parent for path in paths]))
+    if len(set(labels)) < len(labels):
+        listing.checkpoints = [
+            (replace(checkpoint, label=os.path.relpath(checkpoint.path.absolute(), parent)), numbers)
+            for checkpoint, numbers in listing.checkpoints
+        ]
+    steps = [checkpoint.step for checkpoint, _ in listing.checkpoints]
+    known = [step for step in steps if step is not None]
+    if known != sorted(known):
+        listing.warnings.append(
+            f"the checkpoints are folded as listed, but their {origin[1] if origin else 'step'}s do not ascend:"
+            f" {', '.join(str(step) for step in known)}; pass the run directory to fold them in step order"
+        )
+    return parent, listing
+
+
+def _select(found: tuple[Path, _Listing], selection: Selection) -> Run:
+    directory, listing = found
+    kept = []
+    needs_steps = selection.from_step is not None or selection.until_step is not None
+    for checkpoint, _ in listing.checkpoints:
+        if needs_steps and checkpoint.step is None:
+            raise CkptEmaError(
+                f"`{checkpoint.label}` has no known step, so `--from` and `--until` cannot select it",
+                hint="list the checkpoints to fold instead",
+            )
+        step = checkpoint.step if checkpoint.step is not None else 0
+        if selection.from_step is not None and step < selection.from_step:
+            listing.left_out.append((checkpoint.label, f"before {checkpoint.unit} {selection.from_step}"))
+        elif selection.until_step is not None and step > selection.until_step:
+            listing.left_out.append((checkpoint.label, f"after {checkpoint.unit} {selection.until_step}"))
+        else:
+            kept.append(checkpoint)
+    if selection.last is not None:
+        listing.left_out += [(item.label, f"not among the last {selection.last}") for item in kept[: -selection.last]]
+        kept = kept[-selection.last :]
+    if not kept:
+        raise CkptEmaError(
+            f"no checkpoint of `{directory}` is left to fold",
+            details=[f"{name}: {reason}" for name, reason in listing.left_out],
+        )
+    return Run(directory, tuple(kept), tuple(listing.left_out), tuple(listing.warnings))

@@ -1,0 +1,133 @@
+"""After which step a checkpoint was saved: its contents and its name in, numbers by origin out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from ckpt_ema.formats import Contents
+from ckpt_ema.formats.folder import WEIGHTS_SUFFIX
+
+Unit = Literal["step", "epoch", "number"]
+Origin = tuple[Literal["inside", "name"], Unit]
+
+# In order of trust. A bare number in a name is the last resort: accelerate counts saves with it, timm epochs.
+ORIGINS: tuple[Origin, ...] = (
+    ("inside", "step"),
+    ("name", "step"),
+    ("inside", "epoch"),
+    ("name", "epoch"),
+    ("name", "number"),
+)
+
+INSIDE_PATHS: tuple[tuple[Unit, tuple[str, ...]], ...] = (
+    ("step", ("meta", "iter")),
+    ("step", ("state", "timestamp", "Timestamp", "batch")),
+    ("step", ("state", "timestamp", "batch")),
+    *(
+        ("step", (key,))
+        for key in (
+            "global_step",
+            "step",
+            "iteration",
+            "iter",
+            "num_updates",
+            "current_step",
+            "train_step",
+            "total_steps",
+            "steps",
+            "it",
+        )
+    ),
+    ("epoch", ("meta", "epoch")),
+    ("epoch", ("epoch",)),
+    ("epoch", ("epochs_run",)),
+)
+
+_NUMBER = r"(?P<number>\d+)(?![\d.]*\d)"
+NAME_PATTERNS: tuple[tuple[Unit, re.Pattern[str]], ...] = (
+    ("step", re.compile(r"^checkpoint_\d+_" + _NUMBER + r"$")),  # fairseq: epoch, updates
+    (
+        "step",
+        re.compile(
+            r"(?:^|[^a-z])(?:global[_-]?steps?|steps?|iters?|iterations?|updates?|batch|ba)[-_=]?" + _NUMBER,
+            re.IGNORECASE,
+        ),
+    ),
+    ("epoch", re.compile(r"(?:^|[^a-z])(?:epochs?|ep|e)[-_=]?" + _NUMBER, re.IGNORECASE)),
+    (
+        "number",
+        re.compile(r"^(?:checkpoint|ckpt|model|student|weights|net)[-_.]?" + _NUMBER + r"(?:$|[-_])", re.IGNORECASE),
+    ),
+    ("number", re.compile(r"(?<![\d.])" + _NUMBER + r"$")),
+)
+# Lightning appends a version where a name is taken.
+_VERSION_SUFFIX = re.compile(r"-v\d+$")
+_COPY_NAME = re.compile(r"(?:^|[^a-z])(last|latest|best|final|newest|current)(?:[^a-z]|$)|^checkpoint$", re.IGNORECASE)
+
+
+def stem_of(name: str) -> str:
+    """A file's name without what its format appends (`.pth.tar` as a whole)."""
+    while (shorter := WEIGHTS_SUFFIX.sub("", name)) != name:
+        name = shorter
+    return name
+
+
+def is_copy_name(name: str) -> bool:
+    """Whether a checkpoint called `name` is by custom a copy or link of another one: last, best, final."""
+    return bool(_COPY_NAME.search(stem_of(name)))
+
+
+def steps_in_name(name: str) -> dict[Origin, int]:
+    """Numbers that the file's or folder's name gives, by what they count."""
+    stem = _VERSION_SUFFIX.sub("", stem_of(name))
+    found: dict[Origin, int] = {}
+    for unit, pattern in NAME_PATTERNS:
+        match = pattern.search(stem)
+        if match and ("name", unit) not in found and len(match["number"]) < 19:
+            found["name", unit] = int(match["number"])
+    return found
+
+
+def steps_inside(contents: Contents) -> dict[Origin, int]:
+    """Numbers that the checkpoint itself records, by what they count."""
+    found: dict[Origin, int] = {}
+    for unit, number in _recorded_numbers(contents):
+        found.setdefault(("inside", unit), number)
+    return found
+
+
+def _recorded_numbers(contents: Contents) -> Iterator[tuple[Unit, int]]:
+    number = _as_step(contents.trainer_state.get("global_step"))
+    if number is not None:
+        yield "step", number
+    for unit, path in INSIDE_PATHS:
+        number = _as_step(_value_at(contents.tree, path))
+        if number is not None:
+            yield unit, number
+    for unit, path in INSIDE_PATHS:
+        text = contents.metadata.get(path[0], "") if len(path) == 1 else ""
+        if text.isascii() and text.isdigit() and len(text) < 19:
+            yield unit, int(text)
+    history = _value_at(contents.tree, ("optimizer_history",))
+    if isinstance(history, list) and history:  # fairseq
+        number = _as_step(_value_at(history[-1], ("num_updates",)))
+        if number is not None:
+            yield "step", number
+
+
+def _value_at(tree: Any, path: tuple[str, ...]) -> Any:
+    for key in path:
+        if not isinstance(tree, dict):
+            return None
+        tree = tree.get(key)
+    return tree
+
+
+def _as_step(value: Any) -> int | None:
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return value if isinstance(value, int) and 0 <= value < 1 << 62 else None

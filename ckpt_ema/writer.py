@@ -1,0 +1,168 @@
+"""The teacher's file: a header and blocks in any order in, a whole safetensors file under its final name out."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+
+from ckpt_ema.errors import CkptEmaError
+
+TRIAL_BYTES = 8 << 20
+TRIAL_SECONDS = 0.001
+
+
+class TeacherFile:
+    """A safetensors file that appears under its name only when the `with` block ends without an exception.
+
+    Written beside its target under a temporary name; disk space is taken at once, so that a full disk is an error
+    before the first tensor is read. Raises CkptEmaError for whatever the file system refuses.
+    """
+
+    def __init__(self, target: Path, header: bytes, data_bytes: int, *, overwrite: bool) -> None:
+        self._target = target
+        self._header = header
+        self._size = len(header) + data_bytes
+        self._overwrite = overwrite
+        self._temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+        self._descriptor = -1
+
+    def __enter__(self) -> TeacherFile:
+        with _explained(f"cannot write `{self._target}`"):
+            # 0o666 without the umask's bits, as any program's output; O_EXCL: never somebody else's file.
+            self._descriptor = os.open(self._temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666)
+        try:
+            with _explained(f"cannot write `{self._target}` of {self._size} bytes"):
+                _reserve(self._descriptor, self._size)
+                _write_all(self._descriptor, memoryview(self._header), 0)
+        except BaseException:
+            self._discard()
+            raise
+        return self
+
+    def write(self, block: memoryview, position: int) -> None:
+        """Put `block` at `position` of the data section; threads may write at once."""
+        with _explained(f"cannot write `{self._target}`"):
+            _write_all(self._descriptor, block, len(self._header) + position)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            self._discard()
+            return
+        try:
+            with _explained(f"cannot write `{self._target}`"):
+                os.fsync(self._descriptor)
+                os.close(self._descriptor)
+                self._descriptor = -1
+                # Rename last: a reader that has the old teacher open must never see it change.
+                _commit(self._temporary, self._target, overwrite=self._overwrite)
+                sync_folder(self._target.parent)
+        except BaseException:
+            self._discard()
+            raise
+
+    def _discard(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._temporary)
+
+
+def write_small_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write or replace each file whole: beside its target, synced, renamed."""
+    for name, content in files.items():
+        temporary = folder / f".{name}.{secrets.token_hex(4)}.tmp"
+        try:
+            with _explained(f"cannot write `{folder / name}`"):
+                descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666)
+                try:
+                    _write_all(descriptor, memoryview(content), 0)
+                    os.fsync(descriptor)
+                finally:
+                    os.close(descriptor)
+                os.replace(temporary, folder / name)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
+            raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in `folder` survive a power failure."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems sync no folders
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _commit(temporary: Path, target: Path, *, overwrite: bool) -> None:
+    if overwrite:
+        os.replace(temporary, target)
+        return
+    try:
+        # A link fails where the name is taken; a rename would replace what appeared there in the meantime.
+        os.link(temporary, target)
+    except FileExistsError as error:
+        raise CkptEmaError(
+            f"`{target}` appeared while the teacher was being folded", hint="pass `--overwrite` or another `--output`"
+        ) from error
+    except OSError:  # no hard links here (FAT, some network file systems)
+        if target.exists():
+            raise CkptEmaError(f"`{target}` exists", hint="pass `--overwrite` or another `--output`") from None
+        os.replace(temporary, target)
+    else:
+        os.unlink(temporary)
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    """Take the disk space now, so that a full disk is an error before the first tensor is read."""
+    status = os.fstatvfs(descriptor)
+    if size > status.f_bavail * status.f_frsize:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    os.ftruncate(descriptor, size)
+    # Reserving is free where a file system keeps extents. Where it writes zeros instead (tmpfs, NFS), it would cost
+    # as much as the teacher itself: a slice tells, and the free space found above has to do.
+    started = time.perf_counter()
+    try:
+        os.posix_fallocate(descriptor, 0, min(size, TRIAL_BYTES))
+        if time.perf_counter() - started < TRIAL_SECONDS:
+            os.posix_fallocate(descriptor, 0, size)
+    except AttributeError:  # macOS
+        return
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+
+
+def _write_all(descriptor: int, content: memoryview, position: int) -> None:
+    while content:
+        written = os.pwrite(descriptor, content, position)
+        content = content[written:]
+        position += written
+
+
+@contextlib.contextmanager
+def _explained(what: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        hints = {
+            errno.ENOSPC: "free some space, or pass an `--output` on another disk",
+            errno.EDQUOT: "free some of your quota, or pass an `--output` on another disk",
+            errno.EACCES: "pass an `--output` in a folder you may write to",
+            errno.EROFS: "pass an `--output` in a folder you may write to",
+            errno.ENOENT: "create the folder first, or pass another `--output`",
+        }
+        raise CkptEmaError(f"{what}: {error.strerror}", hint=hints.get(error.errno or 0)) from error
