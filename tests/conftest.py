@@ -1,0 +1,108 @@
+"""What the tests share: real runs on disk, the command as a real process, and the hook's rule written down once more."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+from safetensors.torch import save_file
+
+settings.register_profile("suite", max_examples=40, deadline=None)
+settings.load_profile("suite")
+
+StateDict = dict[str, torch.Tensor]
+
+
+def make_student(seed: int) -> StateDict:
+    """A small student with a Linear, a BatchNorm and its buffers; other values for every seed."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "fc.weight": torch.randn(37, 19, generator=generator),
+        "fc.bias": torch.randn(37, generator=generator),
+        "bn.weight": torch.randn(5, generator=generator),
+        "bn.running_mean": torch.randn(5, generator=generator),
+        "bn.num_batches_tracked": torch.tensor(seed * 10),
+    }
+
+
+def hook_teacher(students: Iterable[StateDict], momentum: float, buffers: Iterable[str] = ()) -> StateDict:
+    """The teacher by MeanTeacherHook's own lines; `buffers` and integers come from the newest student."""
+    students = list(students)
+    teacher = {name: tensor.clone() for name, tensor in students[0].items()}
+    for student in students[1:]:
+        for name, tensor in student.items():
+            if name in buffers or not (tensor.is_floating_point() or tensor.is_complex()):
+                teacher[name] = tensor.clone()
+            else:
+                teacher[name].mul_(1 - momentum).add_(tensor, alpha=momentum)
+    return teacher
+
+
+def assert_same_bits(actual: StateDict, expected: StateDict) -> None:
+    """Same names, dtypes, shapes and bytes."""
+    assert set(actual) == set(expected)
+    for name, tensor in expected.items():
+        assert actual[name].dtype == tensor.dtype, name
+        assert actual[name].shape == tensor.shape, name
+        assert raw_bytes(actual[name]) == raw_bytes(tensor), name
+
+
+def raw_bytes(tensor: torch.Tensor) -> bytes:
+    """The elements in row-major order, as they lie in a file."""
+    return bytes(tensor.detach().contiguous().reshape(-1).view(torch.uint8).tolist()) if tensor.numel() else b""
+
+
+def save_students(folder: Path, count: int, *, suffix: str = ".safetensors") -> list[StateDict]:
+    """`step_100 ... step_<count>00` of `make_student(1 ... count)` in `folder`; returns the students."""
+    folder.mkdir(parents=True, exist_ok=True)
+    students = [make_student(seed) for seed in range(1, count + 1)]
+    for index, student in enumerate(students, start=1):
+        path = folder / f"step_{index * 100}{suffix}"
+        if suffix == ".safetensors":
+            save_file(student, path)
+        else:
+            torch.save({"state_dict": student, "global_step": index * 100}, path)
+    return students
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one call of the command left behind."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def cli(tmp_path: Path) -> Callable[..., Outcome]:
+    """`ckpt-ema` as a process of its own, started in the test's folder."""
+
+    def call(*arguments: object, **environment: str) -> Outcome:
+        done = subprocess.run(
+            [sys.executable, "-m", "ckpt_ema", *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env={**os.environ, **environment},
+            timeout=120,
+            check=False,
+        )
+        return Outcome(done.returncode, done.stdout, done.stderr)
+
+    return call
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run directory with five safetensors checkpoints; its students are `make_student(1 ... 5)`."""
+    folder = tmp_path / "run"
+    save_students(folder, 5)
+    return folder
