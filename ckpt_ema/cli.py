@@ -41,7 +41,9 @@ def _errors_become_exits(command: Command) -> Command:
 
     @wraps(command)
     def wrapped(*arguments: Any, **options: Any) -> None:
-        signal.signal(signal.SIGTERM, _raise_exit)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+                signal.signal(number, _stop)
         try:
             command(*arguments, **options)
         except CkptEmaError as error:
@@ -54,9 +56,9 @@ def _errors_become_exits(command: Command) -> Command:
             if error.hint:
                 click.echo(f"\nhint: {error.hint}", err=True)
             sys.exit(2 if isinstance(error, MisuseError) else 1)
-        except KeyboardInterrupt:
-            click.echo("\nInterrupted; nothing was written", err=True)
-            sys.exit(130)
+        except _StoppedError as stop:
+            click.echo("Stopped; nothing was written", err=True)
+            sys.exit(stop.exit_code)
         except OSError as error:
             click.echo(f"Error: {error.strerror or error}: {error.filename or ''}".rstrip(": "), err=True)
             sys.exit(1)
@@ -64,9 +66,19 @@ def _errors_become_exits(command: Command) -> Command:
     return wrapped
 
 
-def _raise_exit(number: int, _frame: FrameType | None) -> NoReturn:
-    # Raised, so that the half-written file is removed on the way out.
-    raise SystemExit(128 + number)
+def _stop(number: int, _frame: FrameType | None) -> NoReturn:
+    # Raised, so that the half-written file is removed on the way out; a second signal must not interrupt that.
+    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(each, signal.SIG_IGN)
+    raise _StoppedError(number)
+
+
+class _StoppedError(BaseException):
+    """A signal asked the command to stop."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.exit_code = 128 + number
 
 
 def _run_options(command: Command) -> Command:

@@ -27,7 +27,7 @@ from ckpt_ema.profiles import Update, coefficients_of, ema_updates, momentum_for
 from ckpt_ema.provenance import teacher_metadata
 from ckpt_ema.records import FoldedCheckpoint, FoldOptions, FoldPlan, FoldReport, PathLike
 from ckpt_ema.runs import OWN_TEACHER, Checkpoint, Run, Selection, find_checkpoints
-from ckpt_ema.students import choose_student
+from ckpt_ema.students import choose_student, is_flat
 from ckpt_ema.teacher_folder import check_replaceable, folder_to_fill, is_model_folder, write_companions
 from ckpt_ema.writer import TeacherFile
 
@@ -204,9 +204,10 @@ def _every(checkpoints: Sequence[Checkpoint], options: FoldOptions) -> tuple[lis
 def _initial_layout(path: Path, tensors: Sequence[TeacherTensor]) -> Layout:
     """The initial teacher's tensors under the students' indices."""
     if not path.exists():
-        raise CkptEmaError(f"`{path}` does not exist", hint="pass a teacher that an earlier fold wrote with `--init`")
+        raise MisuseError(f"`{path}` does not exist", hint="pass a teacher that an earlier fold wrote with `--init`")
     contents = read_contents(path)
-    teacher = choose_student(contents, state="") if not contents.folders else choose_student(contents)
+    # A teacher may be one of ours, or a state dict by itself, whose names look like an average's.
+    teacher = choose_student(contents, state="" if is_flat(contents) else None)
     differences = []
     for tensor in tensors:
         stored = teacher.tensors.get(tensor.name)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 BAR_WIDTH = 30
 MAX_ROWS = 60
+MAX_SHOWN = 20
 
 
 class ProgressBar:
@@ -205,14 +206,14 @@ def _inspection_lines(found: Inspection, verbose: bool) -> Iterator[str]:
     if found.refusal:
         yield f"refused    {found.refusal}"
     if found.provenance is not None:
-        yield from _provenance_lines(found.provenance)
+        yield from _provenance_lines(found.provenance, verbose)
     if found.tensors:
         dtypes: dict[str, int] = defaultdict(int)
         for tensor in found.tensors.values():
             dtypes[tensor.dtype.name] += 1
         yield f"tensors    {len(found.tensors)}: " + ", ".join(f"{n} {name}" for name, n in sorted(dtypes.items()))
         yield ""
-        shown = len(found.tensors) if verbose else 20
+        shown = len(found.tensors) if verbose else MAX_SHOWN
         width = max(len(name) for name in list(found.tensors)[:shown])
         for name, tensor in list(found.tensors.items())[:shown]:
             yield f"  {name:<{width}}  {tensor.dtype.name:<8}  {list(tensor.shape)}"
@@ -220,13 +221,17 @@ def _inspection_lines(found: Inspection, verbose: bool) -> Iterator[str]:
             yield f"  ... and {len(found.tensors) - shown} more (`-v` shows all)"
 
 
-def _provenance_lines(record: dict[str, Any]) -> Iterator[str]:
+def _provenance_lines(record: dict[str, Any], verbose: bool) -> Iterator[str]:
     yield f"teacher    by {record.get('tool')} {record.get('version')}: {record.get('rule')}"
     yield f"momentum   {record.get('momentum')} per {record.get('per')}, interval {record.get('interval')}"
     checkpoints = record.get("checkpoints")
-    for item in checkpoints if isinstance(checkpoints, list) else []:
+    items = checkpoints if isinstance(checkpoints, list) else []
+    shown = len(items) if verbose else MAX_SHOWN
+    for item in items[-shown:]:
         if isinstance(item, dict) and isinstance(item.get("coefficient"), float):
             yield f"from       {item.get('name')}  {item['coefficient']:.6f}"
+    if len(items) > shown:
+        yield f"from       ... and {len(items) - shown} older ones (`-v` shows all)"
 
 
 def _copied(plan: FoldPlan) -> dict[str, list[TeacherTensor]]:

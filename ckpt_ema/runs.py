@@ -100,7 +100,7 @@ def find_checkpoints(paths: Sequence[Path], selection: Selection) -> Run:
     """
     for path in paths:
         if not path.exists():
-            raise CkptEmaError(f"`{path}` does not exist")
+            raise MisuseError(f"`{path}` does not exist", hint="pass a run directory, or checkpoints")
     if len(paths) == 1 and paths[0].is_dir() and not _is_one_checkpoint(paths[0]):
         return _select(_read_run_directory(paths[0], selection), selection)
     return _select(_read_list(paths, selection), selection)

@@ -79,6 +79,12 @@ def find_state_dicts(contents: Contents) -> list[StateDict]:
     return [StateDict(key, kind, len(tensors)) for key, kind, tensors in found]
 
 
+def is_flat(contents: Contents) -> bool:
+    """Whether the checkpoint is one state dict and nothing else."""
+    table = _as_mapping(contents.tree)
+    return bool(table) and all(_is_tensor(value) for value in (table or {}).values())
+
+
 def choose_student(contents: Contents, *, state: str | None = None, prefix: str | None = None) -> Student:
     """Pick the raw student of a checkpoint.
 

@@ -105,17 +105,10 @@ class _BlockFolder:
 
     def fold(self, block: Block) -> memoryview:
         """The block's bytes as they go into the teacher."""
-        lane = block.lane
-        count = block.end - block.begin
-        if lane.action == "average":
-            target, buffer = self._average(block)
-        else:
-            target, buffer = self._copy(block)
-        if lane.action == "average" and not _is_finite(target):
-            raise NonFiniteBlockError(self._find_origin(block, ~_comparable(target).isfinite()))
-        return buffer.bytes[: count * lane.dtype.itemsize]
+        buffer = self._average(block) if block.lane.action == "average" else self._copy(block)
+        return buffer.bytes[: (block.end - block.begin) * block.lane.dtype.itemsize]
 
-    def _average(self, block: Block) -> tuple[torch.Tensor, Buffer]:
+    def _average(self, block: Block) -> Buffer:
         lane = block.lane
         count = block.end - block.begin
         padded = -(-count // ELEMENT_MULTIPLE) * ELEMENT_MULTIPLE
@@ -135,30 +128,32 @@ class _BlockFolder:
                 student.copy_(raw)
             # The hook's own two operations, and so its own bits.
             accumulator.mul_(keep).add_(student, alpha=take)
-        if lane.dtype is lane.accumulate_dtype:
-            return accumulator[:count], self._accumulator
-        target = self._raw.elements(lane.dtype, padded)
-        target.copy_(accumulator)
-        return target[:count], self._raw
+        target, buffer = accumulator, self._accumulator
+        if lane.dtype is not lane.accumulate_dtype:
+            target, buffer = self._raw.elements(lane.dtype, padded), self._raw
+            target.copy_(accumulator)
+        if not _is_finite(target[:count]):
+            raise NonFiniteBlockError(self._find_origin(block, ~_comparable(target[:count]).isfinite()))
+        return buffer
 
-    def _copy(self, block: Block) -> tuple[torch.Tensor, Buffer]:
+    def _copy(self, block: Block) -> Buffer:
         lane = block.lane
         count = block.end - block.begin
         self._read(self._layouts[-1], block, self._raw)
         source = self._raw.elements(lane.student_dtype, count)
         if lane.student_dtype.kind == "integer":
-            return source, self._raw
+            return self._raw
         # An infinity in a buffer is a mask or an observer's start; a NaN is a broken model.
         if not _is_finite(source) and bool((nan := _comparable(source).isnan()).any()):
             raise NonFiniteBlockError(self._find_origin(block, nan))
         if lane.copies_bytes:
-            return source, self._raw
+            return self._raw
         target = self._accumulator.elements(lane.dtype, count)
         target.copy_(source)
         overflow = ~_comparable(target).isfinite() & _comparable(source).isfinite()
         if bool(overflow.any()):
             raise NonFiniteBlockError(NonFinite(self._tensor_at(block, overflow), None))
-        return target, self._accumulator
+        return self._accumulator
 
     def _read(self, layout: Layout, block: Block, buffer: Buffer) -> None:
         if block.lane.is_strided:
@@ -194,4 +189,5 @@ def _is_finite(elements: torch.Tensor) -> bool:
     # A sum is finite only when every term is: one pass without a temporary. It may overflow on finite terms; then
     # the slow way decides.
     elements = _comparable(elements)
-    return bool(elements.sum().isfinite()) or bool(elements.isfinite().all())
+    total = elements.sum(dtype=torch.float32 if elements.dtype is torch.float16 else None)
+    return bool(total.isfinite()) or bool(elements.isfinite().all())
