@@ -61,8 +61,10 @@ def compact_layout(tensors: Mapping[str, TensorRange], pool: SchemaPool) -> Layo
     """Pack the ranges of one student."""
     names = sorted(tensors)
     ranges = [tensors[name] for name in names]
-    files: dict[SourceFile, int] = {}
-    file_indices = array("H", [files.setdefault(tensor.file, len(files)) for tensor in ranges])
+    # By identity: a reader makes one SourceFile per file, and hashing it for every tensor is slow.
+    files = {id(tensor.file): tensor.file for tensor in ranges}
+    numbers = {key: number for number, key in enumerate(files)}
+    file_indices = array("H", [numbers[id(tensor.file)] for tensor in ranges])
     schema = Schema(
         tuple(names),
         tuple(tensor.dtype for tensor in ranges),
@@ -70,4 +72,4 @@ def compact_layout(tensors: Mapping[str, TensorRange], pool: SchemaPool) -> Layo
         tuple(tensor.strides for tensor in ranges),
     )
     begins = array("q", [tensor.begin for tensor in ranges])
-    return Layout(pool.share(schema), tuple(files), file_indices, begins)
+    return Layout(pool.share(schema), tuple(files.values()), file_indices, begins)

@@ -40,6 +40,9 @@ NEVER_A_MODEL = re.compile(
 )
 MAX_DEPTH = 4
 
+Candidate = tuple[str, Kind, dict[Any, Any]]
+"""A table that holds tensors: its dotted path, what its place says about it, the table."""
+
 
 @dataclass(frozen=True, slots=True)
 class StateDict:
@@ -75,7 +78,11 @@ class Student:
 
 def find_state_dicts(contents: Contents) -> list[StateDict]:
     """Every state dict in a checkpoint, the one that a fold would take first."""
-    found = sorted(_candidates(contents.tree), key=lambda item: (item[1] != "raw", _rank(item[0]), -len(item[2])))
+    return _as_state_dicts(list(_candidates(contents.tree)))
+
+
+def _as_state_dicts(candidates: list[Candidate]) -> list[StateDict]:
+    found = sorted(candidates, key=lambda item: (item[1] != "raw", _rank(item[0]), -len(item[2])))
     return [StateDict(key, kind, len(tensors)) for key, kind, tensors in found]
 
 
@@ -92,14 +99,15 @@ def choose_student(contents: Contents, *, state: str | None = None, prefix: str 
     begin with it and strips it. Raises CkptEmaError where only an average is there, where several state dicts
     could be meant, and where a tensor cannot be read without running code.
     """
+    candidates = list(_candidates(contents.tree))
     if state is not None:
         student = _student_of(contents, state, _kind_of_key(state), _state_at(contents, state))
     else:
-        key, tensors = _find_raw(contents)
+        key, tensors = _find_raw(contents, candidates)
         student = _student_of(contents, key, "raw", tensors)
     others = {
         found.key: "an average" if found.kind == "average" else "another state dict"
-        for found in find_state_dicts(contents)
+        for found in _as_state_dicts(candidates)
         if found.key and found.key != student.key and not found.key.startswith(f"{student.key}.")
     }
     student = replace(student, left_out={**(student.left_out or {}), **others})
@@ -146,7 +154,7 @@ def _rank(key: str) -> int:
     return RAW_KEYS.index(leaf) if leaf in RAW_KEYS else len(RAW_KEYS)
 
 
-def _candidates(tree: Any) -> Iterator[tuple[str, Kind, dict[Any, Any]]]:
+def _candidates(tree: Any) -> Iterator[Candidate]:
     """Every table that holds tensors, with its dotted path and what its place says about it."""
     root = _as_mapping(tree)
     pending: list[tuple[str, Any, int]] = [("", root, 0)]
@@ -197,8 +205,7 @@ def _has_composer_ema(root: Mapping[Any, Any]) -> bool:
     return any(isinstance(name, str) and name in ("EMA", "SWA") for name in names)
 
 
-def _find_raw(contents: Contents) -> tuple[str, Any]:
-    candidates = list(_candidates(contents.tree))
+def _find_raw(contents: Contents, candidates: list[Candidate]) -> tuple[str, Any]:
     raw = [(key, table) for key, kind, table in candidates if kind == "raw"]
     averages = [key for key, kind, _ in candidates if kind == "average"]
     if not raw:

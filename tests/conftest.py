@@ -1,4 +1,4 @@
-"""What the tests share: real runs on disk, the command as a real process, and the hook's rule written down once more."""
+"""What the tests share: real runs on disk, the command as a real process, and the hook's rule written once more."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import pickle
 import struct
 from collections.abc import Callable, Iterable
-from typing import Any, NoReturn, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 from ckpt_ema.dtypes import BY_NAME, BY_STORAGE, DType
 
@@ -113,26 +113,21 @@ class PickledDict(dict[Any, Any], metaclass=_SealedType):
         pass
 
 
-class PickledStorage(_Sealed):
-    """A run of bytes outside the pickle."""
+class PickledStorage(NamedTuple):
+    """A run of bytes outside the pickle; a tuple, so BUILD finds nothing to set."""
 
-    __slots__ = ("count", "dtype", "key", "view_offset")
     key: str
     dtype: DType
-    count: int
+    num_elements: int
     """Elements of `dtype`."""
 
-    view_offset: int
+    view_offset: int = 0
     """Elements of the root storage to skip; only the oldest files have views."""
 
-    def __init__(self, key: str, dtype: DType, count: int, view_offset: int = 0) -> None:
-        _fill(self, key=key, dtype=dtype, count=count, view_offset=view_offset)
 
-
-class PickledTensor(_Sealed):
+class PickledTensor(NamedTuple):
     """A tensor as the pickle describes it; not yet checked against the storage's bytes."""
 
-    __slots__ = ("dtype", "is_parameter", "offset", "shape", "storage", "strides")
     storage: PickledStorage
     dtype: DType
     offset: int
@@ -140,26 +135,7 @@ class PickledTensor(_Sealed):
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
-    is_parameter: bool
-
-    def __init__(
-        self,
-        storage: PickledStorage,
-        dtype: DType,
-        offset: int,
-        shape: tuple[int, ...],
-        strides: tuple[int, ...],
-        is_parameter: bool = False,
-    ) -> None:
-        _fill(
-            self,
-            storage=storage,
-            dtype=dtype,
-            offset=offset,
-            shape=shape,
-            strides=strides,
-            is_parameter=is_parameter,
-        )
+    is_parameter: bool = False
 
 
 class _StorageType(_Sealed):
@@ -184,15 +160,18 @@ class _Constructor(_Sealed):
 
 
 def _sizes(value: Any) -> tuple[int, ...]:
-    if isinstance(value, Inert) and value.qualified_name == "torch.Size" and len(value.arguments) == 1:
-        value = value.arguments[0]
-    if (
-        isinstance(value, (tuple, list))
-        and len(value) <= 64
-        and all(type(v) is int and 0 <= v < 1 << 63 for v in value)
-    ):
-        return tuple(value)
-    raise MalformedPickleError(f"a {type(value).__name__} where a shape should be")
+    # Exact types first: isinstance of a class with a metaclass of its own is slow, and this runs for every tensor.
+    if type(value) is not tuple:
+        if isinstance(value, Inert) and value.qualified_name == "torch.Size" and len(value.arguments) == 1:
+            value = value.arguments[0]
+        value = tuple(value) if isinstance(value, (list, tuple)) else None
+    if value is None or len(value) > 64:
+        raise MalformedPickleError("something else where a shape should be")
+    for size in value:
+        if type(size) is not int or not 0 <= size < 1 << 63:
+            raise MalformedPickleError("a shape that is not made of sizes")
+    sizes: tuple[int, ...] = value
+    return sizes
 
 
 def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_rest: Any) -> PickledTensor:
@@ -301,13 +280,17 @@ class MetadataUnpickler(pickle.Unpickler):
 
     def persistent_load(self, reference: Any, /) -> PickledStorage:
         """The storage behind torch's `('storage', type, key, location, count[, view])`."""
-        match reference:
-            case ("storage", _StorageType() as kind, str(key), _, int(count), *rest) if count >= 0:
-                match rest:
-                    case [(_, int(view_offset), int(_))] if view_offset >= 0:
-                        return PickledStorage(key, kind.dtype, count, view_offset)
-                return PickledStorage(key, kind.dtype, count)
-        raise MalformedPickleError("a persistent reference that is no storage")
+        if type(reference) is not tuple or len(reference) not in (5, 6) or reference[0] != "storage":
+            raise MalformedPickleError("a persistent reference that is no storage")
+        _, kind, key, _, count = reference[:5]
+        if type(kind) is not _StorageType or type(key) is not str or type(count) is not int or count < 0:
+            raise MalformedPickleError("a storage without a type, a key or a size")
+        view = reference[5] if len(reference) == 6 else None
+        if view is None:
+            return PickledStorage(key, kind.dtype, count)
+        if type(view) is tuple and len(view) == 3 and type(view[1]) is int and view[1] >= 0:
+            return PickledStorage(key, kind.dtype, count, view[1])
+        raise MalformedPickleError("a storage with a view that is none")
 
     def load(self) -> Any:
         """The pickle's root; raises MalformedPickleError for whatever goes wrong inside."""

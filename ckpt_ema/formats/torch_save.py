@@ -7,7 +7,7 @@ import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ckpt_ema.byte_ranges import (
     SourceFile,
@@ -47,8 +47,7 @@ class TorchSaveFile:
             raise UnreadableCheckpointError(f"{where} lies in storage {tensor.storage.key}, which is missing")
         storage_begin, storage_end = record
         begin = storage_begin + tensor.offset * tensor.dtype.itemsize
-        contiguous = is_contiguous(tensor.shape, tensor.strides)
-        strides = None if contiguous else tensor.strides
+        strides = None if is_contiguous(tensor.shape, tensor.strides) else tensor.strides
         end = begin + span_elements(tensor.shape, strides) * tensor.dtype.itemsize
         if end > storage_end and end > begin:
             raise UnreadableCheckpointError(
@@ -187,8 +186,11 @@ class _DescriptorStream:
         return line
 
 
-@dataclass(frozen=True, slots=True)
-class _Record:
+# Entry of the central directory: magic, flags, method, the two sizes, three lengths, offset of the local header.
+_ENTRY = struct.Struct("<4s4xHH8xIIHHH8xI")
+
+
+class _Record(NamedTuple):
     header_offset: int
     stored_size: int
     size: int
@@ -237,8 +239,10 @@ class _ZipArchive:
                 f"`{self._source.path}`: record `{name}` is compressed; torch.save never does that",
                 hint="unpack it and save the state dict again with torch.save",
             )
-        header = self._read(30, record.header_offset)
-        name_length, extra_length = struct.unpack("<HH", header[26:30])
+        header = os.pread(self._descriptor, 30, record.header_offset)
+        if len(header) < 30:
+            raise self._refuse(f"is truncated: record `{name}` begins behind its end")
+        name_length, extra_length = struct.unpack_from("<HH", header, 26)
         if header[:4] != ZIP_MAGIC:
             raise self._refuse(f"has no record where its directory says `{name}` is")
         begin = record.header_offset + 30 + name_length + extra_length
@@ -276,20 +280,17 @@ class _ZipArchive:
         self._limits = dict(zip(offsets, [*offsets[1:], directory_offset], strict=True))
 
     def _read_entry(self, directory: bytes, position: int) -> int:
-        if len(directory) - position < 46 or directory[position : position + 4] != b"PK\x01\x02":
+        if len(directory) - position < _ENTRY.size:
             raise self._refuse("has a damaged directory")
-        flags, method = struct.unpack_from("<HH", directory, position + 8)
-        stored_size, size, name_length, extra_length, comment_length = struct.unpack_from(
-            "<IIHHH", directory, position + 20
+        magic, flags, method, stored_size, size, name_length, extra_length, comment_length, header_offset = (
+            _ENTRY.unpack_from(directory, position)
         )
-        (header_offset,) = struct.unpack_from("<I", directory, position + 42)
-        name_begin = position + 46
-        extra_begin = name_begin + name_length
-        end = extra_begin + extra_length + comment_length
-        if end > len(directory):
+        extra_begin = position + _ENTRY.size + name_length
+        end: int = extra_begin + extra_length + comment_length
+        if magic != b"PK\x01\x02" or end > len(directory):
             raise self._refuse("has a damaged directory")
-        name = directory[name_begin:extra_begin].decode("utf-8", "replace")
-        if 0xFFFFFFFF in (stored_size, size, header_offset):
+        name = directory[position + _ENTRY.size : extra_begin].decode("utf-8", "replace")
+        if stored_size == 0xFFFFFFFF or size == 0xFFFFFFFF or header_offset == 0xFFFFFFFF:
             size, stored_size, header_offset = self._read_zip64_extra(
                 directory[extra_begin : extra_begin + extra_length], size, stored_size, header_offset
             )
@@ -298,7 +299,7 @@ class _ZipArchive:
         if name in self.records:
             raise self._refuse(f"names the record `{name}` twice")
         self.records[name] = _Record(header_offset, stored_size, size, method)
-        return int(end)
+        return end
 
     def _read_zip64_extra(self, extra: bytes, size: int, stored_size: int, header_offset: int) -> tuple[int, int, int]:
         position = 0
