@@ -84,12 +84,21 @@ def build_catalogue(
     buffers = treatment.model_buffers if treatment.model_buffers is not None else known_buffers
     tensors = []
     for index, name in enumerate(schema.names):
+        _check_name(name)
         student_dtype = schema.dtypes[index]
         reason = _reason_to_copy(name, student_dtype, treatment, buffers)
         dtype = _teacher_dtype(name, student_dtype, treatment.dtype)
         action: Literal["average", "copy"] = "copy" if reason else "average"
         tensors.append(TeacherTensor(name, schema.shapes[index], student_dtype, dtype, action, reason, index))
     return tensors
+
+
+def _check_name(name: str) -> None:
+    if name == "__metadata__" or any("\ud800" <= character <= "\udfff" for character in name):
+        raise CkptEmaError(
+            f"a tensor is called {name!a}, which a safetensors file cannot name",
+            hint="rename it in the checkpoints, or fold a sub-model without it (`--prefix`)",
+        )
 
 
 def _reason_to_copy(name: str, dtype: DType, treatment: Treatment, buffers: Collection[str] | None) -> str:

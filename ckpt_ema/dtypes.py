@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class DType:
-    """The type of a tensor's elements."""
+class DType(NamedTuple):
+    """The type of a tensor's elements.
+
+    A tuple, because pickles get hold of these: a frozen dataclass with slots can be rewritten by pickle's BUILD.
+    """
 
     name: str
     """torch's own name, `getattr(torch, name)`."""

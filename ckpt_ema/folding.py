@@ -27,6 +27,7 @@ from ckpt_ema.profiles import Update, coefficients_of, ema_updates, momentum_for
 from ckpt_ema.provenance import teacher_metadata
 from ckpt_ema.records import FoldedCheckpoint, FoldOptions, FoldPlan, FoldReport, PathLike
 from ckpt_ema.runs import OWN_TEACHER, Checkpoint, Run, Selection, find_checkpoints
+from ckpt_ema.steps import steps_in_name
 from ckpt_ema.students import choose_student, is_flat
 from ckpt_ema.teacher_folder import check_replaceable, folder_to_fill, is_model_folder, write_companions
 from ckpt_ema.writer import TeacherFile
@@ -313,7 +314,7 @@ def _check_output(planned: FoldPlan) -> None:
             )
     if target.name in {name for name, _ in planned.left_out} and target.parent.resolve() == planned.directory.resolve():
         reason = dict(planned.left_out)[target.name]
-        if reason != OWN_TEACHER:
+        if reason != OWN_TEACHER and steps_in_name(target.name):
             raise CkptEmaError(
                 f"`{target}` is a checkpoint of the run ({reason}), and is never replaced",
                 hint="pass another `--output`",

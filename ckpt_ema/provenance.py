@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
@@ -27,10 +28,10 @@ def teacher_metadata(plan: FoldPlan) -> dict[str, str]:
         "per": "checkpoint",
         "interval": options.interval,
         "skip_buffers": options.skip_buffers,
-        "initial_teacher": plan.initial_teacher,
+        "initial_teacher": None if plan.initial_teacher is None else _printable(plan.initial_teacher),
         "checkpoints": [
             {
-                "name": item.name,
+                "name": _printable(item.name),
                 item.unit: item.step,
                 "coefficient": item.coefficient,
                 "bytes": item.size,
@@ -46,6 +47,11 @@ def teacher_metadata(plan: FoldPlan) -> dict[str, str]:
         },
     }
     return {"format": "pt", PROVENANCE_KEY: json.dumps(record, ensure_ascii=False)}
+
+
+def _printable(name: str) -> str:
+    """A file name may be bytes that are no text; a safetensors header may not."""
+    return os.fsencode(name).decode("utf-8", "replace")
 
 
 def read_provenance(metadata: Mapping[str, str]) -> dict[str, Any] | None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
+import gc
+import itertools
 import os
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -14,7 +17,7 @@ from ckpt_ema.formats import Contents, ModelFolder, is_weights_file_name, read_c
 from ckpt_ema.formats.folder import DISTRIBUTED_HINTS, MODEL_STEM, has_weights
 from ckpt_ema.layouts import Layout, SchemaPool, compact_layout
 from ckpt_ema.steps import ORIGINS, Origin, Unit, is_copy_name, stem_of, steps_in_name, steps_inside
-from ckpt_ema.students import AVERAGE_WORD, choose_student
+from ckpt_ema.students import choose_student, is_average_name
 
 PROVENANCE_KEY = "ckpt_ema"
 OWN_TEACHER = "a teacher that ckpt-ema wrote"
@@ -101,9 +104,24 @@ def find_checkpoints(paths: Sequence[Path], selection: Selection) -> Run:
     for path in paths:
         if not path.exists():
             raise MisuseError(f"`{path}` does not exist", hint="pass a run directory, or checkpoints")
-    if len(paths) == 1 and paths[0].is_dir() and not _is_one_checkpoint(paths[0]):
-        return _select(_read_run_directory(paths[0], selection), selection)
-    return _select(_read_list(paths, selection), selection)
+    with _paused_collection():
+        if len(paths) == 1 and paths[0].is_dir() and not _is_one_checkpoint(paths[0]):
+            found = _read_run_directory(paths[0], selection)
+        else:
+            found = _read_list(paths, selection)
+    return _select(found, selection)
+
+
+@contextlib.contextmanager
+def _paused_collection() -> Iterator[None]:
+    """No garbage collection while tables are read: a million new tuples would set it off a thousand times."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _read_checkpoint(
@@ -129,7 +147,10 @@ def _read_checkpoint(
         known_buffers=student.known_buffers,
         model_folder=contents.folders.get(student.key) or contents.folders.get(""),
     )
-    return checkpoint, {**steps_in_name(path.name), **steps_inside(contents)}
+    # `checkpoint-300/model.safetensors`, listed as a file: the folder has the number.
+    names_nothing = path.is_file() and MODEL_STEM.match(stem_of(path.name)) is not None
+    outer = steps_in_name(path.absolute().parent.name) if names_nothing else {}
+    return checkpoint, {**outer, **steps_in_name(path.name), **steps_inside(contents)}
 
 
 def is_own_teacher(contents: Contents) -> bool:
@@ -138,7 +159,21 @@ def is_own_teacher(contents: Contents) -> bool:
 
 
 def _is_one_checkpoint(folder: Path) -> bool:
-    return has_weights(folder) and not any(_is_checkpoint_folder(child) for child in _children(folder))
+    return (
+        has_weights(folder)
+        and not any(_is_checkpoint_folder(child) for child in _children(folder))
+        and not _numbered_below(folder)
+    )
+
+
+def _numbered_below(folder: Path) -> bool:
+    """Whether a folder below `folder` holds checkpoints with a number in their names."""
+    level = [folder]
+    for _ in range(MAX_SEARCH_DEPTH):
+        level = [child for parent in level for child in _children(parent) if child.is_dir()]
+        if any(steps_in_name(path.name) for child in level for path in _candidates_of(child)):
+            return True
+    return False
 
 
 def _children(folder: Path) -> list[Path]:
@@ -153,7 +188,7 @@ def _is_checkpoint_folder(path: Path) -> bool:
         return False
     if has_weights(path) or any((path / marker).exists() for marker in DISTRIBUTED_HINTS):
         return True
-    if not steps_in_name(path.name) or AVERAGE_WORD.search(path.name):
+    if not steps_in_name(path.name) or is_average_name(path.name):
         return False
     # checkpoint-300/ without weights is unfinished, or holds them one level down (diffusers).
     return any(child.is_dir() and has_weights(child) for child in _children(path)) or (
@@ -174,13 +209,26 @@ def _candidates_of(directory: Path) -> list[Path]:
     return found
 
 
-def _descend(run: Path) -> tuple[Path, list[Path]]:
-    """The one folder at or below `run` that holds checkpoints (`checkpoints/`, `lightning_logs/version_0/...`)."""
+def _descend(run: Path) -> tuple[Path, list[Path], list[tuple[str, str]]]:
+    """The one folder at or below `run` that holds checkpoints (`checkpoints/`, `lightning_logs/version_0/...`).
+
+    With its candidates, and with what was passed over on the way: a lone model above the folder of checkpoints.
+    """
+    passed_over: list[tuple[str, str]] = []
     level = [run]
     for _ in range(MAX_SEARCH_DEPTH + 1):
         found = [(folder, candidates) for folder in level if (candidates := _candidates_of(folder))]
+        lone = {folder for folder, candidates in found if _is_lone_model(candidates)}
+        if (lone and any(_numbered_below(folder) for folder in level)) or len(lone) < len(found):
+            passed_over += [
+                (os.path.relpath(path, run), "not among the numbered checkpoints")
+                for folder, candidates in found
+                if folder in lone
+                for path in candidates
+            ]
+            found = [(folder, candidates) for folder, candidates in found if folder not in lone]
         if len(found) == 1:
-            return found[0]
+            return *found[0], passed_over
         if found:
             names = [os.path.relpath(folder, run) for folder, _ in found]
             raise CkptEmaError(
@@ -195,13 +243,20 @@ def _descend(run: Path) -> tuple[Path, list[Path]]:
     )
 
 
+def _is_lone_model(candidates: Sequence[Path]) -> bool:
+    """Whether nothing here looks like a series: one model, or copies, none with a number in its name."""
+    unnumbered = [path for path in candidates if not steps_in_name(path.name)]
+    series = [path for path in unnumbered if not is_copy_name(path.name) and path.stem != "teacher"]
+    return len(unnumbered) == len(candidates) and len(series) <= 1
+
+
 def _matches(path: Path, patterns: Sequence[str]) -> bool:
     return any(fnmatch.fnmatchcase(path.name, pattern) for pattern in patterns)
 
 
 def _read_run_directory(run: Path, selection: Selection) -> tuple[Path, _Listing]:
-    directory, candidates = _descend(run)
-    listing = _Listing()
+    directory, candidates, passed_over = _descend(run)
+    listing = _Listing(left_out=passed_over)
     listing.left_out += [
         (path.name, "the final model, without a step of its own")
         for path in _children(directory)
@@ -224,7 +279,7 @@ def _read_run_directory(run: Path, selection: Selection) -> tuple[Path, _Listing
         if original is not path:
             listing.left_out.append((path.name, f"another name of `{original.name}`"))
             continue
-        named_average = selection.state is None and bool(AVERAGE_WORD.search(stem_of(path.name)))
+        named_average = selection.state is None and is_average_name(stem_of(path.name))
         try:
             contents = read_contents(path)
             if is_own_teacher(contents):
@@ -233,6 +288,7 @@ def _read_run_directory(run: Path, selection: Selection) -> tuple[Path, _Listing
                 listing.checkpoints.append(_read_checkpoint(contents, selection, pool))
         except UnreadableCheckpointError as error:
             if not named_average:
+                error.hint = error.hint or f"leave it out: `--exclude '{path.name}'`"
                 listing.unreadable.append((path, error))
                 continue
         if named_average and not any(name == path.name for name, _ in listing.left_out):
@@ -258,16 +314,18 @@ def _sort_by_step(listing: _Listing, directory: Path) -> None:
     origin = next((o for o in ORIGINS if all(o in numbers for _, numbers in listing.checkpoints)), None)
     if origin is None:
         if len(listing.checkpoints) > 1:
-            unknown = [checkpoint.label for checkpoint, numbers in listing.checkpoints if not numbers]
+            common = max(ORIGINS, key=lambda o: sum(o in numbers for _, numbers in listing.checkpoints))
+            unknown = [item.label for item, numbers in listing.checkpoints if common not in numbers]
             raise CkptEmaError(
                 f"the order of the checkpoints in `{directory}` cannot be told: neither their contents nor their names"
                 " give all of them a step",
-                details=[f"{name}: no step" for name in unknown] or ["some count steps, others epochs"],
+                details=[f"{name}: no {common[1]}" for name in unknown],
                 hint="list the checkpoints in the order they are to be folded, oldest first",
             )
         _forgive_newest(listing, None)
         return
     _forgive_newest(listing, origin)
+    _check_epochs_ascend(listing, origin, directory)
     by_step: dict[int, list[Checkpoint]] = defaultdict(list)
     for checkpoint, numbers in listing.checkpoints:
         by_step[numbers[origin]].append(replace(checkpoint, step=numbers[origin], unit=origin[1]))
@@ -284,6 +342,19 @@ def _sort_by_step(listing: _Listing, directory: Path) -> None:
         ordered.append((kept, {origin: step}))
         listing.left_out += [(copy.label, f"a copy of {origin[1]} {step}") for copy in same if copy is not kept]
     listing.checkpoints = ordered
+
+
+def _check_epochs_ascend(listing: _Listing, origin: Origin, directory: Path) -> None:
+    """Steps that begin anew with every epoch are no order; epochs beside them tell."""
+    epoch: Origin = (origin[0], "epoch")
+    pairs = sorted((n[origin], n[epoch], c.label) for c, n in listing.checkpoints if epoch in n)
+    for (step, older, label), (next_step, newer, next_label) in itertools.pairwise(pairs):
+        if newer < older or (newer != older and step == next_step):
+            raise CkptEmaError(
+                f"the order of the checkpoints in `{directory}` cannot be told: their steps begin anew with each epoch",
+                details=[f"{label}: epoch {older}, step {step}", f"{next_label}: epoch {newer}, step {next_step}"],
+                hint="list the checkpoints in the order they are to be folded, oldest first",
+            )
 
 
 def _leave_out_stepless_copies(listing: _Listing) -> None:

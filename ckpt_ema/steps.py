@@ -84,6 +84,8 @@ def steps_in_name(name: str) -> dict[Origin, int]:
     stem = _VERSION_SUFFIX.sub("", stem_of(name))
     found: dict[Origin, int] = {}
     for unit, pattern in NAME_PATTERNS:
+        if unit == "number" and found:
+            break  # the 50 of `resnet50_step_100` counts nothing
         match = pattern.search(stem)
         if match and ("name", unit) not in found and len(match["number"]) < 19:
             found["name", unit] = int(match["number"])

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ckpt_ema.byte_ranges import TensorRange
 from ckpt_ema.errors import CkptEmaError, MisuseError, UnreadableCheckpointError
 from ckpt_ema.formats import Contents
-from ckpt_ema.formats.pickles import Inert, MalformedPickleError, PickledTensor, module_state
+from ckpt_ema.formats.pickle_scan import MalformedPickleError
+from ckpt_ema.formats.pickles import Inert, PickledTensor, module_state
 
 Kind = Literal["raw", "average"]
 
@@ -33,6 +34,7 @@ RAW_KEYS = (
 AVERAGE_WORD = re.compile(
     r"(^|[._\-])(ema|swa|avg|average|averaged|teacher|shadow|polyak|litema)(\d*)([._\-]|$)", re.IGNORECASE
 )
+_CASE_CHANGE = re.compile(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 NEVER_A_MODEL = re.compile(
     r"^(optim|optimi[sz]er|(lr_)?sched|scaler|grad_scaler|amp([_.]|$)|rng|random_|loss(es)?$|callbacks|loops|criterion|metrics?$"
     r"|ema_updater|averaging_state|dataloader|train_state|hyper_parameters|message_hub|meta|args|cfg|config)",
@@ -40,8 +42,8 @@ NEVER_A_MODEL = re.compile(
 )
 MAX_DEPTH = 4
 
-Candidate = tuple[str, Kind, dict[Any, Any]]
-"""A table that holds tensors: its dotted path, what its place says about it, the table."""
+Candidate = tuple[str, Kind, dict[Any, Any], Any]
+"""A table that holds tensors: its dotted path, what its place says about it, the table, and what it was found in."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +85,7 @@ def find_state_dicts(contents: Contents) -> list[StateDict]:
 
 def _as_state_dicts(candidates: list[Candidate]) -> list[StateDict]:
     found = sorted(candidates, key=lambda item: (item[1] != "raw", _rank(item[0]), -len(item[2])))
-    return [StateDict(key, kind, len(tensors)) for key, kind, tensors in found]
+    return [StateDict(key, kind, len(tensors)) for key, kind, tensors, _ in found]
 
 
 def is_flat(contents: Contents) -> bool:
@@ -137,16 +139,24 @@ def _as_mapping(value: Any) -> dict[Any, Any] | None:
     return None
 
 
-def _is_state_dict(table: Mapping[Any, Any]) -> bool:
-    """Whether a table holds weights itself; a single number (a loss, a step) stored as a tensor is none."""
-    return any(
-        isinstance(name, str) and _is_tensor(value) and (len(value.shape) > 0 or "." in name)
+def _own_tensors(table: Mapping[Any, Any]) -> list[str]:
+    """Names of the weights a table holds itself; a loss, a step or a random state stored as a tensor is none."""
+    return [
+        name
         for name, value in table.items()
-    )
+        if isinstance(name, str)
+        and _is_tensor(value)
+        and ("." in name or (len(value.shape) > 0 and not NEVER_A_MODEL.match(name)))
+    ]
 
 
 def _kind_of_key(key: str) -> Kind:
-    return "average" if AVERAGE_WORD.search(key) else "raw"
+    return "average" if is_average_name(key) else "raw"
+
+
+def is_average_name(name: str) -> bool:
+    """Whether a key or a file's name says that it holds an average: `model_ema`, `modelEMA`, `teacher`."""
+    return bool(AVERAGE_WORD.search(_CASE_CHANGE.sub("_", name)))
 
 
 def _rank(key: str) -> int:
@@ -158,13 +168,15 @@ def _candidates(tree: Any) -> Iterator[Candidate]:
     """Every table that holds tensors, with its dotted path and what its place says about it."""
     root = _as_mapping(tree)
     pending: list[tuple[str, Any, int]] = [("", root, 0)]
+    seen: set[int] = set()
     while pending:
         key, value, depth = pending.pop(0)
-        table = _as_mapping(value)
-        if table is None:
+        # One table under many names is one table; hostile files have 3000 names for it, on every level.
+        if id(value) in seen or (table := _as_mapping(value)) is None:
             continue
-        if _is_state_dict(table):
-            yield key, _kind_at(root or {}, key, table), table
+        seen.add(id(value))
+        if _own_tensors(table):
+            yield key, _kind_at(root or {}, key, table), table, value if depth else tree
         if depth < MAX_DEPTH:
             for name, child in table.items():
                 if isinstance(name, str) and not _is_tensor(child) and not NEVER_A_MODEL.match(name):
@@ -206,47 +218,62 @@ def _has_composer_ema(root: Mapping[Any, Any]) -> bool:
 
 
 def _find_raw(contents: Contents, candidates: list[Candidate]) -> tuple[str, Any]:
-    raw = [(key, table) for key, kind, table in candidates if kind == "raw"]
-    averages = [key for key, kind, _ in candidates if kind == "average"]
+    raw = [candidate for candidate in candidates if candidate[1] == "raw"]
+    averages = [key for key, kind, _, _ in candidates if kind == "average"]
     if not raw:
         if averages:
             raise CkptEmaError(
                 f"`{contents.path}` holds an average, and no raw student: {_list_keys(averages)}",
-                hint=f"pass `--state {averages[0]}` if you mean to fold averages" if averages[0] else None,
+                hint=f"pass `--state {averages[0] or chr(39) * 2}` if you mean to fold averages",
             )
         raise UnreadableCheckpointError(f"`{contents.path}` holds no state dict that can be read")
-    # A state dict under a known key wins over a stray tensor beside it and over what lies deeper.
-    known = [item for item in raw if item[0] and _rank(item[0]) < len(RAW_KEYS)]
     swapped = [item for item in raw if item[0] == "ema_state_dict"]  # raw only where MMEngine swapped
     if swapped:
-        return swapped[0]
+        return swapped[0][0], swapped[0][3]
+    # A state dict under a known key wins over a stray tensor beside it and over what lies deeper.
+    known = [item for item in raw if item[0] and _rank(item[0]) < len(RAW_KEYS)]
     if known:
-        depth = min(key.count(".") for key, _ in known)
-        return min((item for item in known if item[0].count(".") == depth), key=lambda item: _rank(item[0]))
+        depth = min(item[0].count(".") for item in known)
+        known = sorted((item for item in known if item[0].count(".") == depth), key=lambda item: _rank(item[0]))
+        if len(known) > 1 and _rank(known[0][0]) > RAW_KEYS.index("current_model_state"):
+            raise _ambiguous(contents, known)
+        numbered = [item for item in raw if re.fullmatch(re.escape(known[0][0]) + r"_\d+", item[0])]
+        if numbered:  # accelerate's second model
+            raise _ambiguous(contents, [known[0], *numbered])
+        return known[0][0], known[0][3]
     # Sub-models under a known key: {"model": {"encoder": {...}, "decoder": {...}}} is one state dict in two levels.
-    tops = {key.partition(".")[0] for key, _ in raw}
+    tops = {item[0].partition(".")[0] for item in raw}
     if "" not in tops and len(raw) > 1 and len(tops) == 1 and (top := tops.pop()) in RAW_KEYS:
         return top, _flatten(contents, top, raw)
-    if len(raw) == 1:
-        return raw[0]
-    if raw[0][0] == "" and all(not key for key, _ in raw):
-        return raw[0]
-    flat = [item for item in raw if item[0] == ""]
-    if flat and len(flat[0][1]) > 1:
-        return flat[0]
-    raise CkptEmaError(
-        f"`{contents.path}` holds {len(raw)} state dicts, and which one is the student cannot be told",
-        details=[f"{key or '(the checkpoint itself)'}: {len(table)} entries" for key, table in raw],
-        hint=f"pass `--state {next(key for key, _ in raw if key)}`",
+    flat = next((item for item in raw if not item[0]), None)
+    nested = [item for item in raw if item[0]]
+    if flat is not None and nested:
+        # A stray tensor at the top does not make the checkpoint a state dict; weights have dotted names there.
+        names = _own_tensors(flat[2])
+        if any("." in name for name in names) or len(names) > max(len(_own_tensors(item[2])) for item in nested):
+            return flat[0], flat[3]
+        raw = nested
+    if len(raw) > 1:
+        raise _ambiguous(contents, raw)
+    return raw[0][0], raw[0][3]
+
+
+def _ambiguous(contents: Contents, candidates: list[Candidate]) -> CkptEmaError:
+    return CkptEmaError(
+        f"`{contents.path}` holds {len(candidates)} state dicts, and which one is the student cannot be told",
+        details=[f"{key}: {len(table)} entries" for key, _, table, _ in candidates],
+        hint=f"pass `--state {candidates[0][0]}`",
     )
 
 
-def _flatten(contents: Contents, top: str, raw: list[tuple[str, Any]]) -> dict[str, Any]:
+def _flatten(contents: Contents, top: str, raw: list[Candidate]) -> dict[str, Any]:
     flat: dict[str, Any] = {}
-    for key, table in raw:
+    for key, _, table, _ in raw:
         inner = key.removeprefix(top).removeprefix(".")
         for name, value in table.items():
-            full_name = f"{inner}.{name}" if inner else str(name)
+            if not isinstance(name, str):
+                continue
+            full_name = f"{inner}.{name}" if inner else name
             if full_name in flat:
                 raise UnreadableCheckpointError(f"`{contents.path}` names `{full_name}` twice")
             if _is_tensor(value):
@@ -314,7 +341,7 @@ def _student_of(contents: Contents, key: str, kind: Kind, value: Any) -> Student
                 hint="save the student's state dict with plain dense tensors",
             )
         elif table is not at_root:
-            left_out[str(name)] = "not a tensor"
+            left_out[name if isinstance(name, str) else "(an entry without a name)"] = "not a tensor"
     return Student(key, kind, tensors, left_out=left_out, known_buffers=buffers)
 
 
@@ -371,32 +398,76 @@ def _take_prefix(contents: Contents, student: Student, prefix: str) -> Student:
 
 def _take_student_half(contents: Contents, student: Student, *, averages_allowed: bool) -> Student:
     """Fold the student of a mean-teacher pair, and no average that lies beside the raw weights."""
-    tops = {name.partition(".")[0] for name in student.tensors if "." in name}
-    if "student" in tops and "teacher" in tops:
-        taken = {name: name.removeprefix("student.") for name in student.tensors if name.startswith("student.")}
+    pair = _student_prefix(student.tensors)
+    if pair is not None:
+        taken = {name: name.removeprefix(pair) for name in student.tensors if name.startswith(pair)}
+        teacher = pair.removesuffix("student.") + "teacher."
         rest = {
-            name: "the teacher's" if name.startswith("teacher.") else "neither student's nor teacher's"
+            name: "the teacher's" if name.startswith(teacher) else "neither student's nor teacher's"
             for name in student.tensors
             if name not in taken
         }
-        student = _renamed(student, taken, "student.")
+        student = _renamed(student, taken, pair)
         return replace(student, left_out={**(student.left_out or {}), **rest})
-    averages = {top for top in tops if AVERAGE_WORD.search(top)}
-    if not averages or averages_allowed:
+    if averages_allowed:
         return student
-    rest = {
-        name: f"an average (`{name.partition('.')[0]}.`)"
-        for name in student.tensors
-        if name.partition(".")[0] in averages
-    }
-    if len(rest) == len(student.tensors):
+    under = {name: prefix for name in student.tensors if (prefix := _average_prefix(name))}
+    if not under:
+        return student
+    if len(under) == len(student.tensors):
+        prefixes = sorted(set(under.values()))
         raise CkptEmaError(
-            f"`{contents.path}` holds an average, and no raw student: every name begins with"
-            f" {_list_keys(sorted(averages))}",
-            hint=f"pass `--prefix {sorted(averages)[0]}.` if you mean to fold averages",
+            f"`{contents.path}` holds an average, and no raw student: every name begins with {_list_keys(prefixes)}",
+            hint=f"pass `--prefix {prefixes[0]}` if you mean to fold averages",
         )
+    mirrored = _mirrored_prefixes(student.tensors, under)
+    rest = {name: f"an average (`{prefix}`)" for name, prefix in under.items() if prefix in mirrored}
     tensors = {name: tensor for name, tensor in student.tensors.items() if name not in rest}
     return replace(student, tensors=tensors, left_out={**(student.left_out or {}), **rest})
+
+
+def _student_prefix(names: Iterable[str]) -> str | None:
+    """`student.`, or `model.student.`, where the same place has a `teacher.` as well."""
+    places: dict[str, set[str]] = {"student": set(), "teacher": set()}
+    for name in names:
+        parts = name.split(".")[:-1]
+        for half, found in places.items():
+            if half in parts:
+                found.add(".".join(parts[: parts.index(half)]))
+    common = places["student"] & places["teacher"]
+    if not common:
+        return None
+    place = min(common, key=len)
+    return f"{place}.student." if place else "student."
+
+
+def _average_prefix(name: str) -> str | None:
+    """The start of a tensor's name up to the part that says `ema`, `teacher`, ..., with its dot."""
+    parts = name.split(".")
+    for i, part in enumerate(parts[:-1]):
+        if is_average_name(part):
+            return ".".join(parts[: i + 1]) + "."
+    return None
+
+
+def _mirrored_prefixes(names: Iterable[str], under: Mapping[str, str]) -> set[str]:
+    """Those prefixes under which most names are names of the raw model once more.
+
+    An average repeats the model it averages. A layer that is merely called so (an attention block named EMA, a head
+    named avg) does not, and is a part of the student like any other.
+    """
+    raw_endings: set[str] = set()
+    for name in names:
+        if name not in under:
+            parts = name.split(".")
+            raw_endings.update("".join(parts[i:]) for i in range(len(parts)))
+    counts: dict[str, list[int]] = {}
+    for name, prefix in under.items():
+        seen = counts.setdefault(prefix, [0, 0])
+        # Without dots: some averages cannot have them in the names of their buffers.
+        seen[0] += name.removeprefix(prefix).removeprefix("module.").replace(".", "") in raw_endings
+        seen[1] += 1
+    return {prefix for prefix, (repeated, total) in counts.items() if 2 * repeated > total}
 
 
 def check_prefix(prefix: str | None) -> None:

@@ -56,7 +56,11 @@ def assert_same_bits(actual: StateDict, expected: StateDict) -> None:
 
 def raw_bytes(tensor: torch.Tensor) -> bytes:
     """The elements in row-major order, as they lie in a file."""
-    return bytes(tensor.detach().contiguous().reshape(-1).view(torch.uint8).tolist()) if tensor.numel() else b""
+    flat = torch.empty(tensor.numel(), dtype=tensor.dtype)
+    if not tensor.numel():
+        return b""
+    flat.copy_(tensor.detach().reshape(-1))
+    return bytes(flat.view(torch.uint8).tolist())
 
 
 def save_students(folder: Path, count: int, *, suffix: str = ".safetensors") -> list[StateDict]:

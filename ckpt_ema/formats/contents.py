@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ckpt_ema.byte_ranges import SourceFile, TensorRange, open_input
+from ckpt_ema.byte_ranges import SourceFile, TensorRange, open_input, read_exactly
 from ckpt_ema.errors import UnreadableCheckpointError
 from ckpt_ema.formats import safetensors, torch_save
 from ckpt_ema.formats.pickles import PickledTensor
@@ -65,7 +65,7 @@ def read_file(path: Path) -> Contents:
     descriptor = open_input(path)
     try:
         size = os.fstat(descriptor).st_size
-        head = os.pread(descriptor, 16, 0)
+        head = read_exactly(descriptor, min(size, 64), 0, path)
     finally:
         os.close(descriptor)
     if not size:

@@ -13,14 +13,14 @@ from ckpt_ema.errors import UnreadableCheckpointError
 from ckpt_ema.formats.contents import Contents, ModelFolder, read_file
 from ckpt_ema.formats.pickles import PickledTensor
 
-WEIGHTS_SUFFIX = re.compile(r"\.(safetensors|ckpt|bin|pt|pth|pth\.tar|tar)$", re.IGNORECASE)
+WEIGHTS_SUFFIX = re.compile(r"\.(safetensors|ckpt|bin|pt|pth|pyth|th|pth\.tar|tar)$", re.IGNORECASE)
 SHARD_NAME = re.compile(r"^(?P<stem>.+)-(?P<index>\d+)-of-(?P<count>\d+)\.(safetensors|bin|pt)$")
 # accelerate numbers the models of one save: `model`, `model_1`, ...
 MODEL_STEM = re.compile(r"^(model|pytorch_model|diffusion_pytorch_model|adapter_model)(_\d+)?$")
 # Saved beside the weights by every trainer, and never a student.
 NEVER_STUDENTS = re.compile(
     r"^(optimizer|scheduler|scaler|sampler|dl_state_dict|custom_checkpoint|rng_state|random_states|random_state"
-    r"|training_args|trainer_state|recipe_state|optim|zero_pp_rank|bf16_zero_pp_rank|events\.out)([_.\-\d].*)?$"
+    r"|training_args|trainer_state|recipe_state|optim|opt(?=[_.\-\d])|zero_pp_rank|bf16_zero_pp_rank|events\.out)([_.\-\d].*)?$"
 )
 DISTRIBUTED_HINTS = {
     ".metadata": (
@@ -39,6 +39,7 @@ def is_weights_file_name(name: str) -> bool:
         and not name.startswith(".")
         and not name.startswith("tmp")
         and not NEVER_STUDENTS.match(name)
+        and not SHARD_NAME.match(name)  # a part of a checkpoint is none
     )
 
 
@@ -164,15 +165,10 @@ def _read_index(path: Path) -> tuple[list[Path], dict[str, str]]:
         raise UnreadableCheckpointError(f"`{path}` has no `weight_map`")
     for name, shard in weight_map.items():
         # An index is untrusted: a shard is a file beside it, never a path to somewhere else.
-        if (
-            not isinstance(shard, str)
-            or not shard
-            or "/" in shard
-            or "\\" in shard
-            or shard in (".", "..")
-            or "\0" in shard
-        ):
-            raise UnreadableCheckpointError(f"`{path}` says that `{name}` lies outside the folder: {str(shard)[:80]!r}")
+        if not _is_plain_name(shard):
+            raise UnreadableCheckpointError(
+                f"`{path}` says that `{name}` lies in a file that is none: {ascii(shard)[:80]}"
+            )
     shards = [path.parent / shard for shard in sorted(set(weight_map.values()))]
     missing = [shard.name for shard in shards if not shard.is_file()]
     if missing:
@@ -180,6 +176,15 @@ def _read_index(path: Path) -> tuple[list[Path], dict[str, str]]:
             f"`{path.parent}` lacks {len(missing)} of its {len(shards)} shards", details=missing
         )
     return shards, weight_map
+
+
+def _is_plain_name(name: object) -> bool:
+    return (
+        isinstance(name, str)
+        and 0 < len(name.encode("utf-8", "replace")) < 256
+        and name not in (".", "..")
+        and not any(character in name for character in "/\\\0")
+    )
 
 
 def _read_shards(folder: Path, shards: list[Path], weight_map: dict[str, str] | None) -> Contents:

@@ -8,26 +8,16 @@ lies on its stack.
 
 from __future__ import annotations
 
+import io
 import pickle
 import struct
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, NoReturn, Protocol
+from typing import Any, NamedTuple, NoReturn
 
 from ckpt_ema.dtypes import BY_NAME, BY_STORAGE, DType
+from ckpt_ema.formats.pickle_scan import MalformedPickleError
 
-
-class PickleStream(Protocol):
-    """What the unpickler reads from."""
-
-    def read(self, size: int, /) -> bytes:
-        """Up to `size` bytes."""
-
-    def readline(self) -> bytes:
-        """Bytes up to and with the next line feed."""
-
-
-class MalformedPickleError(Exception):
-    """The stream is no pickle, or one that builds its tensors in a way no torch does."""
+MAX_MODULES = 100_000
 
 
 class _SealedType(type):
@@ -262,9 +252,9 @@ _CONSTRUCTORS |= {
 class MetadataUnpickler(pickle.Unpickler):
     """Reads one pickle: plain values stay, tensors become PickledTensor, all else Inert."""
 
-    def __init__(self, stream: PickleStream) -> None:
+    def __init__(self, content: bytes) -> None:
         # latin-1 reads what Python 2 wrote as 8-bit strings without an error.
-        super().__init__(stream, encoding="latin-1")
+        super().__init__(io.BytesIO(content), encoding="latin-1")
         self._inert_classes: dict[tuple[str, str], type[Inert]] = {}
 
     def find_class(self, module: str, name: str, /) -> Any:
@@ -296,7 +286,7 @@ class MetadataUnpickler(pickle.Unpickler):
         """The pickle's root; raises MalformedPickleError for whatever goes wrong inside."""
         try:
             return super().load()
-        except (MalformedPickleError, MemoryError):
+        except MalformedPickleError:
             raise
         except Exception as error:  # any opcode out of place raises whatever it stumbles over
             raise MalformedPickleError(f"{type(error).__name__}: {error}") from error
@@ -309,21 +299,30 @@ def module_state(value: Any) -> tuple[dict[str, Any], set[str]] | None:
     tensors: dict[str, Any] = {}
     buffers: set[str] = set()
     pending: list[tuple[str, Any, int]] = [("", value, 0)]
+    visited = 0
     while pending:
         prefix, module, depth = pending.pop()
-        if depth > 100:
-            raise MalformedPickleError("modules nested more than 100 deep")
+        visited += 1
+        # A module may be shared, but one that holds another twice, sixty levels deep, has 2**60 parts.
+        if depth > 100 or visited > MAX_MODULES:
+            raise MalformedPickleError("modules nested too deep, or too many of them")
         state = module.state
-        volatile = state.get("_non_persistent_buffers_set", ())
+        recorded = state.get("_non_persistent_buffers_set")
+        volatile = recorded if isinstance(recorded, (tuple, set)) else ()
+        buffer_table = state.get("_buffers")
         for name, tensor in state["_parameters"].items():
-            if tensor is not None:
+            if tensor is not None and isinstance(name, str):
                 tensors[f"{prefix}{name}"] = tensor
-        for name, tensor in (state.get("_buffers") or {}).items():
-            if tensor is not None and name not in volatile:
+        for name, tensor in (buffer_table if isinstance(buffer_table, dict) else {}).items():
+            if tensor is not None and isinstance(name, str) and name not in volatile:
                 tensors[f"{prefix}{name}"] = tensor
                 buffers.add(f"{prefix}{name}")
-        children = [(f"{prefix}{name}.", child, depth + 1) for name, child in state["_modules"].items()]
-        pending += [child for child in reversed(children) if _is_module(child[1])]
+        children = [
+            (f"{prefix}{name}.", child, depth + 1)
+            for name, child in state["_modules"].items()
+            if isinstance(name, str) and _is_module(child)
+        ]
+        pending += reversed(children)
     return tensors, buffers
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import os
 import struct
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,10 +19,14 @@ from ckpt_ema.byte_ranges import (
     span_elements,
 )
 from ckpt_ema.errors import UnreadableCheckpointError
-from ckpt_ema.formats.pickles import MalformedPickleError, MetadataUnpickler, PickledStorage, PickledTensor
+from ckpt_ema.formats.pickle_scan import IncompletePickleError, MalformedPickleError, find_pickle_end
+from ckpt_ema.formats.pickles import MetadataUnpickler, PickledStorage, PickledTensor
 
 # Real ones take a few MB; the largest seen hold histories of metrics. What is larger is no table of tensors.
 MAX_PICKLE_BYTES = 256 << 20
+# Of a legacy file, whose pickles lie before the storages.
+LEGACY_HEAD_BYTES = 64 << 20
+STACK_BYTES = 512 << 20
 
 ZIP_MAGIC = b"PK\x03\x04"
 LEGACY_MAGIC_NUMBER = 0x1950A86A20F9469CFC6C
@@ -46,10 +51,12 @@ class TorchSaveFile:
         if record is None:
             raise UnreadableCheckpointError(f"{where} lies in storage {tensor.storage.key}, which is missing")
         storage_begin, storage_end = record
+        if 0 in tensor.shape:
+            return TensorRange(tensor.dtype, tensor.shape, None, self.source, storage_begin, storage_begin)
         begin = storage_begin + tensor.offset * tensor.dtype.itemsize
         strides = None if is_contiguous(tensor.shape, tensor.strides) else tensor.strides
         end = begin + span_elements(tensor.shape, strides) * tensor.dtype.itemsize
-        if end > storage_end and end > begin:
+        if end > storage_end:
             raise UnreadableCheckpointError(
                 f"{where} of shape {list(tensor.shape)} reaches {end - storage_end} bytes beyond its storage"
                 f" of {storage_end - storage_begin}"
@@ -70,7 +77,8 @@ def read_torch_zip(path: Path) -> TorchSaveFile:
                 f"`{path}` was written on a big-endian machine",
                 hint="load and save it again on this machine with torch",
             )
-        tree = _unpickle(io.BytesIO(archive.read_small(f"{root}data.pkl")), path)
+        content = archive.read_small(f"{root}data.pkl")
+        tree = _unpickle(content, 0, path)[0]
         prefix = f"{root}data/"
         storages = {
             name.removeprefix(prefix): archive.locate(name) for name in archive.records if name.startswith(prefix)
@@ -85,48 +93,75 @@ def read_torch_legacy(path: Path) -> TorchSaveFile:
     descriptor = open_input(path)
     try:
         source = SourceFile.from_descriptor(path, descriptor)
-        stream = _DescriptorStream(descriptor, source)
-        if _unpickle(stream, path) != LEGACY_MAGIC_NUMBER:
+        content = read_exactly(descriptor, min(source.size, LEGACY_HEAD_BYTES), 0, path)
+        magic, position = _unpickle(content, 0, path)
+        if magic != LEGACY_MAGIC_NUMBER:
             raise UnreadableCheckpointError(
                 f"`{path}` is a pickle, but not one written by torch.save",
                 hint="load it with what wrote it and save its state dict with torch.save or safetensors",
             )
-        _unpickle(stream, path)  # protocol version
-        system = _unpickle(stream, path)
+        _, position = _unpickle(content, position, path)  # protocol version
+        system, position = _unpickle(content, position, path)
         if isinstance(system, dict) and system.get("little_endian") is False:
             raise UnreadableCheckpointError(f"`{path}` was written on a big-endian machine")
-        unpickler = _StorageCollector(stream)
-        tree = _load(unpickler, path)
-        keys = _unpickle(stream, path)
+        storages_used: dict[str, PickledStorage] = {}
+        tree, position = _unpickle(content, position, path, storages_used)
+        keys, position = _unpickle(content, position, path)
         if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
             raise UnreadableCheckpointError(f"`{path}`: the list of storages is missing")
-        storages = _locate_legacy_storages(keys, unpickler.storages, stream.position, descriptor, source)
+        storages = _locate_legacy_storages(keys, storages_used, position, descriptor, source)
     finally:
         os.close(descriptor)
     return TorchSaveFile(tree, storages, source)
 
 
-def _unpickle(stream: io.BytesIO | _DescriptorStream, path: Path) -> Any:
-    return _load(MetadataUnpickler(stream), path)
-
-
-def _load(unpickler: MetadataUnpickler, path: Path) -> Any:
+def _unpickle(
+    content: bytes, begin: int, path: Path, storages: dict[str, PickledStorage] | None = None
+) -> tuple[Any, int]:
+    """The root of the pickle at `begin`, and where it ends; storages it refers to are put into `storages`."""
     try:
-        return unpickler.load()
+        end = find_pickle_end(content, begin)
+        unpickler = _StorageCollector(content[begin:end], storages)
+        return _with_deep_stack(unpickler.load), end
+    except IncompletePickleError as error:
+        raise UnreadableCheckpointError(f"`{path}` is truncated inside a pickle") from error
     except MalformedPickleError as error:
         raise UnreadableCheckpointError(f"`{path}` cannot be unpickled: {error}") from error
+
+
+def _with_deep_stack(load: Callable[[], Any]) -> Any:
+    """Call `load` on a stack that holds MAX_TUPLES levels of C recursion (hashing nested tuples)."""
+    outcome: list[Any] = []
+
+    def work() -> None:
+        try:
+            outcome.append(load())
+        except BaseException as error:
+            outcome.append(error)
+
+    before = threading.stack_size(STACK_BYTES)
+    try:
+        thread = threading.Thread(target=work, name="unpickle", daemon=True)
+        thread.start()
+    finally:
+        threading.stack_size(before)
+    thread.join()
+    if isinstance(outcome[0], BaseException):
+        raise outcome[0]
+    return outcome[0]
 
 
 class _StorageCollector(MetadataUnpickler):
     """Remembers every storage the pickle refers to: a legacy file says their sizes nowhere else."""
 
-    def __init__(self, stream: _DescriptorStream) -> None:
-        super().__init__(stream)
-        self.storages: dict[str, PickledStorage] = {}
+    def __init__(self, content: bytes, storages: dict[str, PickledStorage] | None) -> None:
+        super().__init__(content)
+        self._storages = storages
 
     def persistent_load(self, reference: Any, /) -> PickledStorage:
         storage = super().persistent_load(reference)
-        self.storages[storage.key] = storage
+        if self._storages is not None:
+            self._storages[storage.key] = storage
         return storage
 
 
@@ -147,43 +182,6 @@ def _locate_legacy_storages(
         located[key] = (begin, end)
         position = end
     return located
-
-
-class _DescriptorStream:
-    """Buffered reads from a descriptor that always know the position of the next byte."""
-
-    def __init__(self, descriptor: int, source: SourceFile) -> None:
-        self._descriptor = descriptor
-        self._source = source
-        self._buffer = b""
-        self._buffer_begin = 0
-        self.position = 0
-
-    def _fill(self, size: int) -> bytes:
-        offset = self.position - self._buffer_begin
-        if offset + size > len(self._buffer):
-            wanted = max(size, 1 << 20)
-            if self.position + size > MAX_PICKLE_BYTES:
-                raise MalformedPickleError(f"more than {MAX_PICKLE_BYTES >> 20} MiB of pickle")
-            available = max(0, min(wanted, self._source.size - self.position))
-            self._buffer = read_exactly(self._descriptor, available, self.position, self._source.path)
-            self._buffer_begin, offset = self.position, 0
-        return self._buffer[offset : offset + size]
-
-    def read(self, size: int, /) -> bytes:
-        """`size` bytes, fewer at the end of the file."""
-        part = self._fill(size)
-        self.position += len(part)
-        return part
-
-    def readline(self) -> bytes:
-        """Bytes up to and with the next line feed; lines of a torch pickle are short."""
-        part = self._fill(min(1 << 16, max(0, self._source.size - self.position)))
-        line = part[: part.find(b"\n") + 1]
-        if not line:
-            raise MalformedPickleError("a line without an end")
-        self.position += len(line)
-        return line
 
 
 # Entry of the central directory: magic, flags, method, the two sizes, three lengths, offset of the local header.
@@ -264,7 +262,7 @@ class _ZipArchive:
             locator = self._read(20, end_offset - 20) if end_offset >= 20 else b""
             if locator[:4] == b"PK\x06\x07":
                 (zip64_offset,) = struct.unpack("<Q", locator[8:16])
-                zip64 = self._read(56, zip64_offset)
+                zip64 = self._read(56, zip64_offset) if zip64_offset + 56 <= end_offset else b""
                 if zip64[:4] != b"PK\x06\x06":
                     raise self._refuse("lies about where its directory is")
                 count, directory_size, directory_offset = struct.unpack("<QQQ", zip64[32:56])
@@ -274,8 +272,10 @@ class _ZipArchive:
         position = 0
         for _ in range(count):
             position = self._read_entry(directory, position)
+        if not self.records:
+            raise self._refuse("is a zip file without a record")
         offsets = sorted(record.header_offset for record in self.records.values())
-        if len(set(offsets)) < len(offsets) or (offsets and offsets[-1] >= directory_offset):
+        if len(set(offsets)) < len(offsets) or offsets[-1] >= directory_offset:
             raise self._refuse("has records that overlap")
         self._limits = dict(zip(offsets, [*offsets[1:], directory_offset], strict=True))
 
