@@ -129,7 +129,8 @@ def _commit(temporary: Path, target: Path, *, overwrite: bool) -> None:
 def _reserve(descriptor: int, size: int) -> None:
     """Take the disk space now, so that a full disk is an error before the first tensor is read."""
     status = os.fstatvfs(descriptor)
-    if size > status.f_bavail * status.f_frsize:
+    # Some network file systems know nothing of their size and say 0 blocks.
+    if status.f_blocks and size > status.f_bavail * status.f_frsize:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     os.ftruncate(descriptor, size)
     # Reserving is free where a file system keeps extents. Where it writes zeros instead (tmpfs, NFS), it would cost

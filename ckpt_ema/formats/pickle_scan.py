@@ -104,6 +104,8 @@ def find_pickle_end(content: bytes, begin: int = 0) -> int:
 def _check_memo_index(content: bytes, opcode: int, position: int) -> int:
     if opcode == ord("r"):
         end = position + 4
+        if end > len(content):
+            raise IncompletePickleError
         index = int.from_bytes(content[position:end], "little")
     else:
         end = content.find(b"\n", position) + 1

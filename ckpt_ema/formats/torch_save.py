@@ -24,8 +24,6 @@ from ckpt_ema.formats.pickles import MetadataUnpickler, PickledStorage, PickledT
 
 # Real ones take a few MB; the largest seen hold histories of metrics. What is larger is no table of tensors.
 MAX_PICKLE_BYTES = 256 << 20
-# Of a legacy file, whose pickles lie before the storages.
-LEGACY_HEAD_BYTES = 64 << 20
 STACK_BYTES = 512 << 20
 
 ZIP_MAGIC = b"PK\x03\x04"
@@ -78,7 +76,9 @@ def read_torch_zip(path: Path) -> TorchSaveFile:
                 hint="load and save it again on this machine with torch",
             )
         content = archive.read_small(f"{root}data.pkl")
-        tree = _unpickle(content, 0, path)[0]
+        if _find_end(content, 0, path) is None:
+            raise UnreadableCheckpointError(f"`{path}`: its pickle does not end")
+        tree = _unpickle(content, path)
         prefix = f"{root}data/"
         storages = {
             name.removeprefix(prefix): archive.locate(name) for name in archive.records if name.startswith(prefix)
@@ -93,38 +93,64 @@ def read_torch_legacy(path: Path) -> TorchSaveFile:
     descriptor = open_input(path)
     try:
         source = SourceFile.from_descriptor(path, descriptor)
-        content = read_exactly(descriptor, min(source.size, LEGACY_HEAD_BYTES), 0, path)
-        magic, position = _unpickle(content, 0, path)
-        if magic != LEGACY_MAGIC_NUMBER:
+        pickles = _LegacyPickles(descriptor, source)
+        if pickles.load_next() != LEGACY_MAGIC_NUMBER:
             raise UnreadableCheckpointError(
                 f"`{path}` is a pickle, but not one written by torch.save",
                 hint="load it with what wrote it and save its state dict with torch.save or safetensors",
             )
-        _, position = _unpickle(content, position, path)  # protocol version
-        system, position = _unpickle(content, position, path)
+        pickles.load_next()  # protocol version
+        system = pickles.load_next()
         if isinstance(system, dict) and system.get("little_endian") is False:
             raise UnreadableCheckpointError(f"`{path}` was written on a big-endian machine")
-        storages_used: dict[str, PickledStorage] = {}
-        tree, position = _unpickle(content, position, path, storages_used)
-        keys, position = _unpickle(content, position, path)
+        used: dict[str, PickledStorage] = {}
+        tree = pickles.load_next(used)
+        keys = pickles.load_next()
         if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
             raise UnreadableCheckpointError(f"`{path}`: the list of storages is missing")
-        storages = _locate_legacy_storages(keys, storages_used, position, descriptor, source)
+        storages = _locate_legacy_storages(keys, used, pickles.position, descriptor, source)
     finally:
         os.close(descriptor)
     return TorchSaveFile(tree, storages, source)
 
 
-def _unpickle(
-    content: bytes, begin: int, path: Path, storages: dict[str, PickledStorage] | None = None
-) -> tuple[Any, int]:
-    """The root of the pickle at `begin`, and where it ends; storages it refers to are put into `storages`."""
+class _LegacyPickles:
+    """The pickles at the start of a legacy file; no more of it is read than they take."""
+
+    def __init__(self, descriptor: int, source: SourceFile) -> None:
+        self._descriptor = descriptor
+        self._source = source
+        self._content = b""
+        self.position = 0
+        """Where the next pickle begins, and behind the last one the storages."""
+
+    def load_next(self, storages: dict[str, PickledStorage] | None = None) -> Any:
+        """The next root; storages that its pickle refers to are put into `storages`."""
+        path = self._source.path
+        limit = min(self._source.size, MAX_PICKLE_BYTES)
+        while (end := _find_end(self._content, self.position, path)) is None:
+            if len(self._content) == limit:
+                raise UnreadableCheckpointError(f"`{path}` is truncated inside a pickle")
+            size = min(max(1 << 20, 4 * len(self._content)), limit)
+            self._content = read_exactly(self._descriptor, size, 0, path)
+        tree = _unpickle(self._content[self.position : end], path, storages)
+        self.position = end
+        return tree
+
+
+def _find_end(content: bytes, begin: int, path: Path) -> int | None:
     try:
-        end = find_pickle_end(content, begin)
-        unpickler = _StorageCollector(content[begin:end], storages)
-        return _with_deep_stack(unpickler.load), end
-    except IncompletePickleError as error:
-        raise UnreadableCheckpointError(f"`{path}` is truncated inside a pickle") from error
+        return find_pickle_end(content, begin)
+    except IncompletePickleError:
+        return None
+    except MalformedPickleError as error:
+        raise UnreadableCheckpointError(f"`{path}` cannot be unpickled: {error}") from error
+
+
+def _unpickle(content: bytes, path: Path, storages: dict[str, PickledStorage] | None = None) -> Any:
+    """The root of one scanned pickle; storages it refers to are put into `storages`."""
+    try:
+        return _with_deep_stack(_StorageCollector(content, storages).load)
     except MalformedPickleError as error:
         raise UnreadableCheckpointError(f"`{path}` cannot be unpickled: {error}") from error
 

@@ -1,0 +1,248 @@
+"""What people see: plans, inspections, provenance, help and the library's records."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import ckpt_ema
+from tests.conftest import Outcome, assert_same_bits, hook_teacher, make_student, save_students
+
+Cli = Callable[..., Outcome]
+OPTIONS = [
+    "--output",
+    "--momentum",
+    "--interval",
+    "--skip-buffers",
+    "--no-skip-buffers",
+    "--buffer",
+    "--model",
+    "--init",
+    "--from",
+    "--until",
+    "--last",
+    "--include",
+    "--exclude",
+    "--state",
+    "--prefix",
+    "--accumulate",
+    "--dtype",
+    "--device",
+    "--memory",
+    "--overwrite",
+    "--json",
+    "--verbose",
+    "--quiet",
+]
+README = Path(__file__).parent.parent / "README.md"
+
+
+def test_plan_shows_every_coefficient_and_reads_no_tensor(run: Path, cli: Cli) -> None:
+    """A plan works on checkpoints whose tensors could not be read: it looks at their tables only."""
+    outcome = cli("plan", run, "--momentum", 0.25)
+    assert outcome.code == 0
+    rows = re.findall(r"^step_\d+\.safetensors +(\d+) +([\d.]+)  [█▏▎▍▌▋▊▉]+$", outcome.stdout, re.MULTILINE)
+    assert [int(step) for step, _ in rows] == [100, 200, 300, 400, 500]
+    assert sum(float(share) for _, share in rows) == pytest.approx(1, abs=1e-5)
+    assert "copy      1 tensor from step_500.safetensors: buffer (known name)" in outcome.stdout
+    assert "copy      1 tensor from step_500.safetensors: int64" in outcome.stdout
+
+
+def test_plan_as_json_says_what_the_text_says(run: Path, cli: Cli) -> None:
+    """`plan --json` has the checkpoints, the treatment of the tensors, and bytes that add up."""
+    record = json.loads(cli("plan", run, "--momentum", 0.25, "--json").stdout)
+    assert [item["step"] for item in record["checkpoints"]] == [100, 200, 300, 400, 500]
+    assert record["first_share"] == pytest.approx(0.75**4)
+    assert record["copied"]["names"] == {
+        "buffer (known name)": ["bn.running_mean"],
+        "int64": ["bn.num_batches_tracked"],
+    }
+    parameters = 4 * (37 * 19 + 37 + 5)
+    assert record["bytes_to_read"] == 5 * parameters + 4 * 5 + 8
+    assert record["bytes_to_write"] == parameters + 4 * 5 + 8
+
+
+def test_first_share_is_warned_of_before_reading(run: Path, cli: Cli) -> None:
+    """A first checkpoint with more than half of the teacher is named, with a momentum that mends it."""
+    outcome = cli("fold", run)
+    assert outcome.code == 0
+    assert "step_100.safetensors` keeps 99.6% of the teacher" in outcome.stderr
+    momentum = re.search(r"`--momentum ([\d.]+)`", outcome.stderr)
+    assert momentum is not None
+    mended = cli("plan", run, "--momentum", momentum[1], "--json")
+    assert mended.stderr == ""
+    assert json.loads(mended.stdout)["first_share"] == pytest.approx(0.1, abs=0.01)
+
+
+def test_teacher_carries_its_provenance(run: Path, cli: Cli) -> None:
+    """The safetensors library finds rule, momentum, checkpoints with coefficients, and `format: pt` in the teacher."""
+    path = cli("fold", run, "--momentum", 0.25, "--interval", 2).stdout.strip()
+    with safe_open(path, "pt") as teacher:
+        metadata = teacher.metadata()
+    assert metadata["format"] == "pt"
+    record = json.loads(metadata["ckpt_ema"])
+    assert (record["tool"], record["version"]) == ("ckpt-ema", ckpt_ema.__version__)
+    assert (record["momentum"], record["interval"], record["skip_buffers"]) == (0.25, 2, True)
+    assert [(item["name"], item["step"]) for item in record["checkpoints"]] == [
+        ("step_100.safetensors", 100),
+        ("step_300.safetensors", 300),
+        ("step_500.safetensors", 500),
+    ]
+    assert [item["coefficient"] for item in record["checkpoints"]] == pytest.approx([0.5625, 0.1875, 0.25])
+    assert all(item["bytes"] == (run / item["name"]).stat().st_size for item in record["checkpoints"])
+    assert record["averaged"]["tensors"] == 3
+    assert record["copied"]["names"]["int64"] == ["bn.num_batches_tracked"]
+    assert str(run.parent) not in json.dumps(metadata)
+
+
+def test_inspect_shows_a_checkpoint(tmp_path: Path, cli: Cli) -> None:
+    """Format, step, state dicts with their kind, and tensors with dtype and shape."""
+    contents = {"model": make_student(1), "model_ema": make_student(2), "iteration": 7, "optimizer": {"state": {}}}
+    torch.save(contents, tmp_path / "model_0000007.pth")
+    text = cli("inspect", tmp_path / "model_0000007.pth").stdout
+    assert re.search(r"^format +torch.save zip", text, re.MULTILINE)
+    assert re.search(r"^step +7 \(step inside\)", text, re.MULTILINE)
+    assert re.search(r"^state +model: raw, 5 entries +<- folded$", text, re.MULTILINE)
+    assert re.search(r"^state +model_ema: average, 5 entries$", text, re.MULTILINE)
+    assert re.search(r"^ +fc.weight +float32 +\[37, 19\]$", text, re.MULTILINE)
+    record = json.loads(cli("inspect", tmp_path / "model_0000007.pth", "--state", "model_ema", "--json").stdout)
+    assert record["chosen"] == "model_ema"
+    assert {"name": "fc.weight", "dtype": "float32", "shape": [37, 19]} in record["tensors"]
+
+
+def test_inspect_shows_where_a_teacher_came_from(run: Path, cli: Cli) -> None:
+    """A teacher's page names rule, momentum and checkpoints."""
+    path = cli("fold", run, "--momentum", 0.25).stdout.strip()
+    text = cli("inspect", path).stdout
+    assert "teacher = (1 - momentum) * teacher + momentum * student" in text
+    assert re.search(r"^momentum +0.25 per checkpoint", text, re.MULTILINE)
+    assert re.search(r"^from +step_500.safetensors +0.250000$", text, re.MULTILINE)
+
+
+MODEL_SOURCE = """
+import torch
+
+class Student(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = torch.nn.Linear(19, 37)
+        self.bn = torch.nn.BatchNorm1d(5)
+        self.register_buffer("prototypes", torch.zeros(4))
+"""
+
+
+def test_a_model_tells_its_buffers_exactly(tmp_path: Path, cli: Cli) -> None:
+    """`--model` finds a buffer that no list of names knows, without a checkpoint's code being run."""
+    (tmp_path / "my_models.py").write_text(MODEL_SOURCE)
+    students = []
+    (tmp_path / "run").mkdir()
+    for seed in (1, 2, 3):
+        generator = torch.Generator().manual_seed(seed + 50)
+        extra = {"bn.bias": torch.randn(5, generator=generator), "bn.running_var": torch.rand(5, generator=generator)}
+        students.append({**make_student(seed), **extra, "prototypes": torch.randn(4, generator=generator)})
+        torch.save(students[-1], tmp_path / "run" / f"step_{seed}.pt")
+    outcome = cli("fold", "run", "--momentum", 0.3, "--model", "my_models:Student")
+    assert outcome.code == 0, outcome.stderr
+    buffers = ("bn.running_mean", "bn.running_var", "prototypes")
+    assert_same_bits(load_file(tmp_path / outcome.stdout.strip()), hook_teacher(students, 0.3, buffers))
+
+
+@pytest.mark.parametrize(
+    ("model", "code", "message"),
+    [
+        ("my_models", 2, "is not MODULE:FACTORY"),
+        ("no_such_module:Student", 2, "ModuleNotFoundError"),
+        ("my_models:Teacher", 2, "AttributeError"),
+        ("my_models:torch.float32", 2, "cannot be built"),
+        ("my_models:Student", 1, "different tensor names"),
+    ],
+)
+def test_a_model_that_does_not_fit_is_an_error(
+    tmp_path: Path, run: Path, cli: Cli, model: str, code: int, message: str
+) -> None:
+    """A model that cannot be built is misuse, one of other tensors a failure; neither is a traceback."""
+    (tmp_path / "my_models.py").write_text(MODEL_SOURCE)
+    outcome = cli("plan", run, "--model", model)
+    assert (outcome.code, "Traceback" in outcome.stderr) == (code, False)
+    assert message in outcome.stderr
+
+
+def test_buffers_named_by_pattern_are_copied(run: Path, cli: Cli) -> None:
+    """`--buffer` adds to what is copied; a pattern that matches nothing is an error."""
+    record = json.loads(cli("plan", run, "--buffer", "fc.*", "--json").stdout)
+    assert record["copied"]["names"]["buffer (`--buffer`)"] == ["fc.bias", "fc.weight"]
+    outcome = cli("plan", run, "--buffer", "nothing.*")
+    assert outcome.code == 1
+    assert "`--buffer nothing.*` matches no tensor" in outcome.stderr
+
+
+@pytest.mark.parametrize("command", ["fold", "plan", "inspect"])
+def test_help_names_every_option_in_words(cli: Cli, command: str) -> None:
+    """Every command prints help with examples, and `-h` is `--help`."""
+    outcome = cli(command, "--help")
+    assert outcome.code == 0
+    assert f"ckpt-ema {command} " in outcome.stdout
+    assert cli(command, "-h").stdout == outcome.stdout
+
+
+def test_every_option_of_the_issue_is_there_and_readme_knows_no_other(cli: Cli) -> None:
+    """The README's options exist, and an option that exists is not spelled differently there."""
+    known = set(re.findall(r"--[a-z][a-z-]+", "".join(cli(c, "--help").stdout for c in ("fold", "plan", "inspect"))))
+    for option in OPTIONS:
+        assert option in known
+    used = set()
+    for line in README.read_text().splitlines():
+        if "ckpt-ema" in line or line.startswith("| "):
+            used |= set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", line))
+    assert used <= known
+
+
+def test_public_names_are_one_sorted_list() -> None:
+    """`__all__` is sorted, complete, and every name in it can be had."""
+    assert ckpt_ema.__all__ == sorted(ckpt_ema.__all__)
+    for name in ckpt_ema.__all__:
+        assert getattr(ckpt_ema, name) is not None
+    with pytest.raises(AttributeError):
+        ckpt_ema.no_such_name  # noqa: B018
+
+
+def test_options_that_make_no_sense_are_refused_at_birth() -> None:
+    """The library checks what the command line would have checked."""
+    for options in ({"momentum": 1.0}, {"interval": 0}, {"dtype": "int8"}, {"accumulate": "float16"}, {"last": 0}):
+        with pytest.raises(ckpt_ema.MisuseError):
+            ckpt_ema.FoldOptions(**options)  # type: ignore[arg-type]
+    with pytest.raises(TypeError):
+        ckpt_ema.plan("run", no_such_option=1)
+
+
+def test_library_warns_of_a_dominating_first_checkpoint(tmp_path: Path) -> None:
+    """Without a callback for the plan, its warnings are Python warnings."""
+    save_students(tmp_path / "run", 3)
+    with pytest.warns(UserWarning, match=r"keeps 99\.8% of the teacher"):
+        ckpt_ema.fold(tmp_path / "run")
+
+
+def test_progress_reaches_the_end(tmp_path: Path) -> None:
+    """The progress callback ends at exactly the planned number of bytes, and never goes back."""
+    save_students(tmp_path / "run", 4)
+    seen: list[tuple[int, int]] = []
+    report = ckpt_ema.fold(
+        tmp_path / "run", announce=lambda plan: None, progress=lambda done, total: seen.append((done, total))
+    )
+    assert seen == sorted(seen)
+    assert seen[-1] == (report.plan.bytes_to_read, report.plan.bytes_to_read)
+
+
+def test_version_is_said_in_one_place(cli: Cli) -> None:
+    """`--version`, the package and its metadata agree."""
+    version = importlib.import_module("ckpt_ema._version").__version__
+    assert cli("--version").stdout.strip().endswith(version)
+    assert ckpt_ema.__version__ == version
