@@ -167,7 +167,7 @@ def _sizes(value: Any) -> tuple[int, ...]:
 def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_rest: Any) -> PickledTensor:
     if not isinstance(storage, PickledStorage):
         raise MalformedPickleError("a tensor without a storage")
-    if type(offset) is not int or offset < 0:
+    if type(offset) is not int or not 0 <= offset < 1 << 63:
         raise MalformedPickleError(f"a {type(offset).__name__} where a storage offset should be")
     shape, strides = _sizes(shape), _sizes(strides)
     if len(shape) != len(strides):
