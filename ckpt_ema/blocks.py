@@ -196,8 +196,10 @@ def plan_blocks(
         )
         for index, original in aliases_of.items()
     )
-    runs = _runs([tensor for tensor in ordered if tensor.index not in aliases_of], offsets, strided, layouts[0])
-    lanes = tuple(_lane(run, offsets, strided, layouts[0], accumulate) for run in runs)
+    stretches = _stretches(
+        [tensor for tensor in ordered if tensor.index not in aliases_of], offsets, strided, layouts[0]
+    )
+    lanes = tuple(_lane(stretch, offsets, strided, layouts[0], accumulate) for stretch in stretches)
     block_elements, threads = _size_blocks(lanes, memory_budget_bytes, num_threads)
     bytes_to_read = sum(
         lane.num_elements * lane.student_dtype.itemsize * (len(layouts) if lane.action == "average" else 1)
@@ -250,10 +252,10 @@ def _find_aliases(tensors: Sequence[TeacherTensor], layouts: Sequence[Layout]) -
     return aliases
 
 
-def _runs(
+def _stretches(
     ordered: Sequence[TeacherTensor], offsets: Mapping[str, tuple[int, int]], strided: Sequence[bool], first: Layout
 ) -> Iterator[list[TeacherTensor]]:
-    """Tensors that follow each other in the teacher and are treated alike; a strided one is a run of its own."""
+    """Tensors that follow each other in the teacher and are treated alike; a strided one is a stretch of its own."""
 
     def kind(tensor: TeacherTensor) -> tuple[object, ...]:
         return (
@@ -264,27 +266,27 @@ def _runs(
             tensor.index if strided[tensor.index] else None,
         )
 
-    run: list[TeacherTensor] = []
+    stretch: list[TeacherTensor] = []
     for tensor in ordered:
         if 0 in tensor.shape:
             continue
         # Aliases lie in between where the next dtype begins; a lane never spans them.
-        if run and (kind(tensor) != kind(run[-1]) or offsets[tensor.name][0] != offsets[run[-1].name][1]):
-            yield run
-            run = []
-        run.append(tensor)
-    if run:
-        yield run
+        if stretch and (kind(tensor) != kind(stretch[-1]) or offsets[tensor.name][0] != offsets[stretch[-1].name][1]):
+            yield stretch
+            stretch = []
+        stretch.append(tensor)
+    if stretch:
+        yield stretch
 
 
 def _lane(
-    run: Sequence[TeacherTensor],
+    stretch: Sequence[TeacherTensor],
     offsets: Mapping[str, tuple[int, int]],
     strided: Sequence[bool],
     first_layout: Layout,
     accumulate: Accumulate,
 ) -> Lane:
-    first = run[0]
+    first = stretch[0]
     averages = first.action == "average"
     return Lane(
         action=first.action,
@@ -293,8 +295,8 @@ def _lane(
         dtype=first.dtype,
         first_dtype=first_layout.schema.dtypes[first.index] if averages else first.student_dtype,
         begin=offsets[first.name][0],
-        tensors=tuple(tensor.index for tensor in run),
-        starts=tuple(itertools.accumulate((count_elements(tensor.shape) for tensor in run), initial=0)),
+        tensors=tuple(tensor.index for tensor in stretch),
+        starts=tuple(itertools.accumulate((count_elements(tensor.shape) for tensor in stretch), initial=0)),
         is_strided=strided[first.index],
     )
 

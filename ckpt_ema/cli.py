@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+import os
 import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from functools import wraps
 from pathlib import Path
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
@@ -20,6 +23,8 @@ from ckpt_ema.errors import CkptEmaError, MisuseError
 from ckpt_ema.sizes import DEFAULT_MEMORY_BUDGET_BYTES, SizeError, format_size, parse_size
 
 if TYPE_CHECKING:
+    from tqdm import tqdm
+
     from ckpt_ema.records import FoldPlan
 
 # `ckpt_ema.report` and the library are imported by the command that needs them: `--help` must not wait for them.
@@ -37,41 +42,111 @@ class _Size(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic
             self.fail(str(error), param, ctx)
 
 
+class _ProgressBar:
+    """A tqdm bar over bytes on stderr; silent unless `shown`."""
+
+    def __init__(self, *, shown: bool) -> None:
+        self._shown = shown
+        self._bar: tqdm[Any] | None = None
+
+    def __enter__(self) -> _ProgressBar:
+        return self
+
+    def update(self, done: int, total: int) -> None:
+        """Draw the bar at `done` of `total` bytes."""
+        if not self._shown:
+            return
+        if self._bar is None:
+            from tqdm import tqdm  # noqa: PLC0415  (30 ms that `--help` must not wait for)
+
+            self._bar = tqdm(total=total, unit="B", unit_scale=True, desc="folding", leave=False, dynamic_ncols=True)
+        self._bar.update(done - self._bar.n)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+class _Path(click.Path):  # type: ignore[type-arg,unused-ignore]
+    """A path that is there: "" from an unset variable would be the current folder."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "":
+            self.fail("it is empty; is a variable of your shell not set?", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 def _errors_become_exits(command: Command) -> Command:
     """Print a CkptEmaError with its hint instead of a traceback: exit 1 failed, 2 misused."""
 
     @wraps(command)
     def wrapped(*arguments: Any, **options: Any) -> None:
-        for stream in (sys.stdout, sys.stderr):
-            if isinstance(stream, io.TextIOWrapper):
-                stream.reconfigure(errors="surrogateescape")  # file names may be bytes that are no text
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
-                signal.signal(number, _stop)
-        try:
-            command(*arguments, **options)
-        except CkptEmaError as error:
-            shown = len(error.details) if options.get("verbose") else 10
-            click.echo(f"Error: {error.message}", err=True)
-            for line in error.details[:shown]:
-                click.echo(f"  {line}", err=True)
-            if len(error.details) > shown:
-                click.echo(f"  ... and {len(error.details) - shown} more (`-v` shows all)", err=True)
-            if error.hint:
-                click.echo(f"\nhint: {error.hint}", err=True)
-            sys.exit(2 if isinstance(error, MisuseError) else 1)
-        except _StoppedError as stop:
-            click.echo("Stopped; nothing was written", err=True)
-            sys.exit(stop.exit_code)
-        except OSError as error:
-            click.echo(f"Error: {error.strerror or error}: {error.filename or ''}".rstrip(": "), err=True)
-            sys.exit(1)
+        _prepare_streams()
+        with _signals_raise():
+            _run(command, arguments, options)
 
     return wrapped
 
 
+def _run(command: Command, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+    try:
+        command(*arguments, **options)
+    except CkptEmaError as error:
+        shown = len(error.details) if options.get("verbose") else 10
+        click.echo(f"Error: {error.message}", err=True)
+        for line in error.details[:shown]:
+            click.echo(f"  {line}", err=True)
+        if len(error.details) > shown:
+            click.echo(f"  ... and {len(error.details) - shown} more (`-v` shows all)", err=True)
+        if error.hint:
+            click.echo(f"\nhint: {error.hint}", err=True)
+        sys.exit(2 if isinstance(error, MisuseError) else 1)
+    except _StoppedError as stop:
+        click.echo("Stopped; a teacher is only ever replaced by a whole one", err=True)
+        sys.exit(stop.exit_code)
+    except BrokenPipeError:  # `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(1)
+    except OSError as error:
+        click.echo(f"Error: {error.strerror or error}: {error.filename or ''}".rstrip(": "), err=True)
+        sys.exit(1)
+
+
+def _prepare_streams() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # File names may be bytes that are no text, and terminals may know no bars.
+            is_utf8 = stream.encoding.lower().replace("-", "") == "utf8"
+            stream.reconfigure(errors="surrogateescape" if is_utf8 else "backslashreplace")
+
+
+def _print(text: str) -> None:
+    """Print on stdout what a checkpoint or a person named: no control character but the line feeds of our tables."""
+    text = "".join(c if c >= " " or c == "\n" else f"\\x{ord(c):02x}" for c in text)
+    if (getattr(sys.stdout, "encoding", None) or "utf-8").lower().replace("-", "") != "utf8":
+        text = text.translate(dict.fromkeys(map(ord, "█▉▊▋▌▍▎▏"), "#"))
+    click.echo(text)
+
+
+@contextlib.contextmanager
+def _signals_raise() -> Iterator[None]:
+    """SIGINT, SIGTERM and SIGHUP raise, so that a half-written file is removed on the way out."""
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+                before[number] = signal.signal(number, _stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def _stop(number: int, _frame: FrameType | None) -> NoReturn:
-    # Raised, so that the half-written file is removed on the way out; a second signal must not interrupt that.
+    # A second signal must not interrupt the cleaning up.
     for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(each, signal.SIG_IGN)
     raise _StoppedError(number)
@@ -88,12 +163,13 @@ class _StoppedError(BaseException):
 def _run_options(command: Command) -> Command:
     """The options that `fold` and `plan` share."""
     options = [
-        click.argument("run", nargs=-1, required=True, type=click.Path(path_type=Path)),
+        click.argument("run", nargs=-1, required=True, type=_Path(path_type=Path)),
         click.option(
             "-o",
             "--output",
-            type=click.Path(path_type=Path),
-            help="The teacher.  [default: RUN/teacher.safetensors; RUN/teacher for Hugging Face folders]",
+            type=_Path(path_type=Path),
+            help="The teacher.  [default: RUN/teacher.safetensors; RUN/teacher for Hugging Face folders; for a list of"
+            " checkpoints, in their folder]",
         ),
         click.option(
             "--momentum",
@@ -104,7 +180,12 @@ def _run_options(command: Command) -> Command:
             help="Share that each new checkpoint brings, 0 < M < 1.",
         ),
         click.option(
-            "--interval", type=int, default=1, show_default=True, metavar="N", help="Fold every N-th checkpoint."
+            "--interval",
+            type=int,
+            default=1,
+            show_default=True,
+            metavar="N",
+            help="Fold every N-th checkpoint after the first.",
         ),
         click.option(
             "--skip-buffers/--no-skip-buffers",
@@ -113,7 +194,11 @@ def _run_options(command: Command) -> Command:
             help="Average parameters only, or every floating-point tensor.",
         ),
         click.option(
-            "--buffer", "buffers", multiple=True, metavar="GLOB", help="Tensors that are buffers; repeatable."
+            "--buffer",
+            "buffers",
+            multiple=True,
+            metavar="GLOB",
+            help="Tensors that are buffers (quote it: '*.queue'); repeatable.",
         ),
         click.option(
             "--model",
@@ -122,10 +207,16 @@ def _run_options(command: Command) -> Command:
         ),
         click.option(
             "--init",
-            type=click.Path(path_type=Path),
+            type=_Path(path_type=Path),
             help="Start from this teacher instead of from the first checkpoint.",
         ),
-        click.option("--from", "from_step", type=int, metavar="STEP", help="First step to fold."),
+        click.option(
+            "--from",
+            "from_step",
+            type=int,
+            metavar="STEP",
+            help="First step to fold; epoch, where only epochs are known.",
+        ),
         click.option("--until", "until_step", type=int, metavar="STEP", help="Last step to fold."),
         click.option("--last", type=int, metavar="N", help="Fold the newest N checkpoints only."),
         click.option("--include", multiple=True, metavar="GLOB", help="Names of checkpoints to fold; repeatable."),
@@ -202,7 +293,12 @@ def fold(run: tuple[Path, ...], output: Path | None, as_json: bool, quiet: bool,
             click.echo(report.plan_text(planned, verbose=True), err=True)
         _warn(planned)
 
-    with report.ProgressBar(shown=not quiet and sys.stderr.isatty()) as bar:
+    shows_bar = not quiet and sys.stderr is not None and sys.stderr.isatty()
+    # What a model of `--model` prints must not get between a script and the teacher's path.
+    with (
+        contextlib.redirect_stdout(sys.stderr),
+        _ProgressBar(shown=shows_bar) as bar,
+    ):
         done = ckpt_ema.fold(run, output, progress=bar.update, announce=announce, **options)
     if not quiet:
         click.echo(report.summary_text(done), err=True)
@@ -221,16 +317,19 @@ def plan(run: tuple[Path, ...], output: Path | None, as_json: bool, quiet: bool,
     """
     from ckpt_ema import report  # noqa: PLC0415
 
-    planned = ckpt_ema.plan(run, output, **options)
+    with contextlib.redirect_stdout(sys.stderr):
+        planned = ckpt_ema.plan(run, output, **options)
     if as_json:
         click.echo(json.dumps(report.plan_record(planned), indent=2))
-    else:
-        click.echo(report.plan_text(planned, verbose=verbose))
+    elif not quiet:
+        _print(report.plan_text(planned, verbose=verbose))
     _warn(planned)
+    if planned.output.exists() and not planned.options.overwrite:
+        click.echo(f"Warning: `{planned.output}` exists: `fold` will ask for `--overwrite`", err=True)
 
 
 @main.command()
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path", type=_Path(path_type=Path))
 @click.option("--state", metavar="KEY", help="State dict to list instead of the one a fold takes.")
 @click.option("--prefix", help="Sub-model to list, stripped from the names.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -250,7 +349,7 @@ def inspect(path: Path, state: str | None, prefix: str | None, as_json: bool, ve
     if as_json:
         click.echo(json.dumps(report.inspection_record(found), indent=2))
     else:
-        click.echo(report.inspection_text(found, verbose=verbose))
+        _print(report.inspection_text(found, verbose=verbose))
 
 
 def _warn(planned: FoldPlan) -> None:

@@ -5,7 +5,7 @@ run -> checkpoints -> catalogue -> updates -> blocks -> engine -> teacher file
 
 from __future__ import annotations
 
-import contextlib
+import glob
 import os
 import time
 import warnings
@@ -21,15 +21,15 @@ from ckpt_ema.engine.contract import Engine, NonFinite, NonFiniteBlockError
 from ckpt_ema.engine.inputs import InputFiles
 from ckpt_ema.errors import CkptEmaError, MisuseError
 from ckpt_ema.formats import read_contents
+from ckpt_ema.formats.folder import WEIGHTS_SUFFIX, has_weights
 from ckpt_ema.layouts import Layout, Schema, SchemaPool, compact_layout
 from ckpt_ema.model_buffers import read_model_buffers
-from ckpt_ema.profiles import Update, coefficients_of, ema_updates, momentum_for_first_share
+from ckpt_ema.profiles import coefficients_of, effective_momentum, ema_updates, momentum_for_first_share
 from ckpt_ema.provenance import teacher_metadata
 from ckpt_ema.records import FoldedCheckpoint, FoldOptions, FoldPlan, FoldReport, PathLike
-from ckpt_ema.runs import OWN_TEACHER, Checkpoint, Run, Selection, find_checkpoints
-from ckpt_ema.steps import steps_in_name
+from ckpt_ema.runs import Checkpoint, Run, Selection, find_checkpoints
 from ckpt_ema.students import choose_student, is_flat
-from ckpt_ema.teacher_folder import check_replaceable, folder_to_fill, is_model_folder, write_companions
+from ckpt_ema.teacher_folder import check_replaceable, folder_to_fill, is_model_folder, staged_companions
 from ckpt_ema.writer import TeacherFile
 
 Progress = Callable[[int, int], None]
@@ -88,12 +88,12 @@ def plan(run: PathLike | Sequence[PathLike], output: PathLike | None = None, **o
             for item, share in zip(checkpoints, students, strict=True)
         ),
         initial_teacher=Path(wanted.init).name if wanted.init is not None else None,
-        initial_share=coefficients[0],
+        first_share=coefficients[0],
         tensors=tuple(tensors),
         left_out=(*found.left_out, *by_interval),
         left_out_tensors=tuple(newest.left_out.items()),
         notes=tuple(_notes(newest)),
-        warnings=(*found.warnings, *_warnings(checkpoints, coefficients, updates, wanted)),
+        warnings=(*found.warnings, *_warnings(checkpoints, coefficients, wanted, tensors)),
         blocks=blocks,
         layouts=tuple(layouts),
         updates=tuple(updates),
@@ -145,10 +145,11 @@ def fold(
         assert folder is not None
         with (
             folder_to_fill(planned.output) as filled,
-            _teacher_file(planned, filled / f"{folder.weights_name}.safetensors") as teacher,
+            staged_companions(folder, filled, planned.options.dtype) as commit_companions,
         ):
-            _fold_into(teacher, planned, cpu.fold_blocks, count)
-            write_companions(folder, filled, planned.options.dtype)
+            with _teacher_file(planned, filled / f"{folder.weights_name}.safetensors") as teacher:
+                _fold_into(teacher, planned, cpu.fold_blocks, count)
+            commit_companions()
     else:
         with _teacher_file(planned, planned.output) as teacher:
             _fold_into(teacher, planned, cpu.fold_blocks, count)
@@ -171,12 +172,10 @@ def _teacher_file(planned: FoldPlan, target: Path) -> TeacherFile:
 
 
 def _as_paths(run: PathLike | Sequence[PathLike]) -> list[Path]:
-    if isinstance(run, (str, os.PathLike)):
-        return [Path(run)]
-    paths = [Path(path) for path in run]
-    if not paths:
-        raise MisuseError("no run directory and no checkpoint was given")
-    return paths
+    given = [run] if isinstance(run, (str, os.PathLike)) else list(run)
+    if not given or not all(os.fspath(path) for path in given):
+        raise MisuseError("no run directory and no checkpoint was given", hint="is a variable of your shell empty?")
+    return [Path(path) for path in given]
 
 
 def _check_device(device: str) -> None:
@@ -198,7 +197,8 @@ def _every(checkpoints: Sequence[Checkpoint], options: FoldOptions) -> tuple[lis
             f"`--interval {options.interval}` leaves none of {len(checkpoints)} checkpoints to fold",
             hint=f"pass `--interval {len(checkpoints)}` or less",
         )
-    left_out = [(item.label, f"between intervals of {options.interval}") for item in checkpoints if item not in kept]
+    taken = {id(item) for item in kept}
+    left_out = [(item.label, f"not one in {options.interval}") for item in checkpoints if id(item) not in taken]
     return kept, left_out
 
 
@@ -206,6 +206,8 @@ def _initial_layout(path: Path, tensors: Sequence[TeacherTensor]) -> Layout:
     """The initial teacher's tensors under the students' indices."""
     if not path.exists():
         raise MisuseError(f"`{path}` does not exist", hint="pass a teacher that an earlier fold wrote with `--init`")
+    if path.is_dir() and not has_weights(path):
+        raise MisuseError(f"`{path}` is no teacher", hint="pass the file or the folder that an earlier fold wrote")
     contents = read_contents(path)
     # A teacher may be one of ours, or a state dict by itself, whose names look like an average's.
     teacher = choose_student(contents, state="" if is_flat(contents) else None)
@@ -254,38 +256,63 @@ def _notes(newest: Checkpoint) -> Iterator[str]:
 
 
 def _warnings(
-    checkpoints: Sequence[Checkpoint], coefficients: Sequence[float], updates: Sequence[Update], options: FoldOptions
+    checkpoints: Sequence[Checkpoint],
+    coefficients: Sequence[float],
+    options: FoldOptions,
+    tensors: Sequence[TeacherTensor],
 ) -> Iterator[str]:
+    if all(tensor.action == "copy" for tensor in tensors):
+        yield f"nothing is averaged: all {len(tensors)} tensors are copied from `{checkpoints[-1].label}`"
     share = coefficients[0]
-    if len(updates) == 1:
+    if len(coefficients) == 1:
         yield f"`{checkpoints[0].label}` is the only checkpoint: the teacher is a copy of it"
     elif share > 0.5:
-        first = (
-            f"the initial teacher `{Path(options.init).name}`"
-            if options.init is not None
-            else (f"the first checkpoint `{checkpoints[0].label}`")
-        )
-        mended = momentum_for_first_share(len(updates) - 1, 0.1)
+        if options.init is not None:
+            first = f"the initial teacher `{Path(options.init).name}`"
+        else:
+            first = f"the first checkpoint `{checkpoints[0].label}`"
         yield (
             f"{first} keeps {share:.1%} of the teacher: momentum {options.momentum:g} works once per checkpoint here,"
-            f" not once per training step; `--momentum {mended:g}` would leave it 10 %"
+            f" not once per training step; {_mended_momentum(checkpoints, len(coefficients) - 1, options.momentum)}"
         )
+
+
+def _mended_momentum(checkpoints: Sequence[Checkpoint], num_updates: int, momentum: float) -> str:
+    """The momentum to type instead: the one per step, where steps are known, else one that forgets the first."""
+    first, last = checkpoints[0].step, checkpoints[-1].step
+    if checkpoints[0].unit == "step" and first is not None and last is not None and len(checkpoints) > 1:
+        gap = round((last - first) / (len(checkpoints) - 1))
+        if gap > 1:
+            per_gap = effective_momentum(momentum, gap)
+            if per_gap < 0.9 and (1 - per_gap) ** num_updates <= 0.5:
+                return f"{momentum:g} per step is `--momentum {per_gap:.2g}` over gaps of {gap} steps"
+    mended = momentum_for_first_share(num_updates, 0.1)
+    return f"`--momentum {mended:g}` would leave it 10 %"
 
 
 def _resolve_output(output: PathLike | None, run: Run, newest: Checkpoint) -> tuple[bool, Path]:
     """Whether the teacher is a folder, and where it goes."""
     has_folder = is_model_folder(newest.model_folder)
     if output is None:
-        return has_folder, run.directory / ("teacher" if has_folder else "teacher.safetensors")
+        if run.root is None:
+            raise MisuseError(
+                "the checkpoints lie in several folders, so `--output` is needed", hint="pass `-o teacher.safetensors`"
+            )
+        return has_folder, run.root / ("teacher" if has_folder else "teacher.safetensors")
+    if not os.fspath(output):
+        raise MisuseError("`--output` is empty", hint="is a variable of your shell empty?")
     path = Path(output)
     if path.suffix == ".safetensors" and not path.is_dir():
         return False, path
-    if has_folder:
+    if has_folder and not WEIGHTS_SUFFIX.search(path.name):
         return True, path
     if path.is_dir():
         return False, path / "teacher.safetensors"
+    if os.fspath(output).endswith("/"):
+        raise MisuseError(f"`--output {output}` is no folder", hint=f"create it first: `mkdir -p {output}`")
     raise MisuseError(
-        f"`--output {path}` is neither a folder nor ends with .safetensors", hint=f"pass `--output {path}.safetensors`"
+        f"`--output {path}` is neither a folder nor ends with .safetensors",
+        hint=f"pass `--output {path.with_suffix('.safetensors')}`",
     )
 
 
@@ -297,28 +324,8 @@ def _check_output(planned: FoldPlan) -> None:
         raise CkptEmaError(f"`{parent}` is no folder", hint=f"create it first: `mkdir -p {parent}`")
     if not os.path.lexists(target):
         return
-    inputs = {(file.device, file.inode) for layout in planned.layouts for file in layout.files}
-    with contextlib.suppress(OSError):
-        status = target.stat()
-        is_init = (
-            planned.options.init is not None
-            and Path(planned.options.init).exists()
-            and (os.path.samefile(planned.options.init, target))
-        )
-        folders = {item.resolve() for item in (planned.newest.path, planned.directory)}
-        if ((status.st_dev, status.st_ino) in inputs and not is_init) or (
-            target.is_dir() and planned.is_folder and target.resolve() in folders
-        ):
-            raise CkptEmaError(
-                f"`{target}` is one of the inputs, and is never replaced", hint="pass another `--output`"
-            )
-    if target.name in {name for name, _ in planned.left_out} and target.parent.resolve() == planned.directory.resolve():
-        reason = dict(planned.left_out)[target.name]
-        if reason != OWN_TEACHER and steps_in_name(target.name):
-            raise CkptEmaError(
-                f"`{target}` is a checkpoint of the run ({reason}), and is never replaced",
-                hint="pass another `--output`",
-            )
+    if planned.is_folder and target.is_dir() and not any(target.iterdir()):
+        return
     if not planned.options.overwrite:
         raise CkptEmaError(f"`{target}` exists", hint="pass `--overwrite` to replace it, or another `--output`")
     if planned.is_folder:
@@ -327,6 +334,27 @@ def _check_output(planned: FoldPlan) -> None:
         check_replaceable(target)
     elif target.is_dir():
         raise CkptEmaError(f"`{target}` is a folder, the teacher a file", hint="pass another `--output`")
+    elif target.exists():
+        _check_no_student(planned, target)
+
+
+def _check_no_student(planned: FoldPlan, target: Path) -> None:
+    """Refuse to replace a checkpoint: `--overwrite` is for teachers, and for files that hold nothing."""
+    inputs = {(file.device, file.inode) for layout in planned.layouts for file in layout.files}
+    status = target.stat()
+    if planned.options.init is not None and os.path.samefile(planned.options.init, target):
+        return  # going on from a teacher in its own place
+    if (status.st_dev, status.st_ino) in inputs:
+        raise CkptEmaError(f"`{target}` is one of the inputs, and is never replaced", hint="pass another `--output`")
+    try:
+        contents = read_contents(target)
+    except CkptEmaError:
+        return
+    if not contents.is_own_teacher and target.stem != "teacher":
+        raise CkptEmaError(
+            f"`{target}` is a checkpoint, and no teacher that ckpt-ema wrote; it is never replaced",
+            hint="pass another `--output`, or remove it yourself",
+        )
 
 
 def _non_finite(planned: FoldPlan, origin: NonFinite) -> CkptEmaError:
@@ -340,8 +368,14 @@ def _non_finite(planned: FoldPlan, origin: NonFinite) -> CkptEmaError:
     if planned.initial_teacher is not None:
         names.insert(0, planned.initial_teacher)
     name = names[origin.layout]
+    if planned.initial_teacher is not None and origin.layout == 0:
+        hint = "pass another teacher with `--init`"
+    elif len(Path(name).parts) > 1 or planned.directory != planned.newest.path.parent:
+        hint = f"leave `{name}` off the list"
+    else:
+        hint = f"fold without it: `--exclude '{glob.escape(name)}'`"
+    if tensor.action == "average":
+        hint += f"; if it is a constant mask, copy it: `--buffer '{tensor.name}'`"
     return CkptEmaError(
-        f"`{tensor.name}` holds a NaN or an infinity in `{name}`, the first that does; nothing was written",
-        hint=f"fold without it: `--exclude '{name}'`"
-        + (f"; if it is a constant mask, copy it: `--buffer '{tensor.name}'`" if tensor.action == "average" else ""),
+        f"`{tensor.name}` holds a NaN or an infinity in `{name}`, the first that does; nothing was written", hint=hint
     )

@@ -11,7 +11,6 @@ from ckpt_ema.byte_ranges import TensorRange
 from ckpt_ema.errors import CkptEmaError, MisuseError, UnreadableCheckpointError
 from ckpt_ema.formats import read_contents
 from ckpt_ema.provenance import read_provenance
-from ckpt_ema.runs import is_own_teacher
 from ckpt_ema.steps import ORIGINS, steps_in_name, steps_inside
 from ckpt_ema.students import StateDict, choose_student, find_state_dicts
 
@@ -60,7 +59,7 @@ def inspect(path: str | os.PathLike[str], *, state: str | None = None, prefix: s
     refusal = ""
     tensors: dict[str, TensorRange] = {}
     try:
-        if is_own_teacher(contents):
+        if contents.is_own_teacher:
             state = state or ""
         student = choose_student(contents, state=state, prefix=prefix)
         chosen, tensors = student.key, student.tensors

@@ -10,7 +10,7 @@ from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ckpt_ema.byte_ranges import SourceFile, TensorRange, span_elements
+from ckpt_ema.byte_ranges import SourceFile, TensorRange
 from ckpt_ema.dtypes import DType
 
 
@@ -32,14 +32,6 @@ class Layout:
     files: tuple[SourceFile, ...]
     file_indices: array[int]
     begins: array[int]
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes that the tensors' elements take, shared ones counted each time."""
-        return sum(
-            span_elements(shape, None) * dtype.itemsize
-            for shape, dtype in zip(self.schema.shapes, self.schema.dtypes, strict=True)
-        )
 
 
 class SchemaPool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import sys
@@ -25,17 +26,19 @@ def read_model_buffers(model: str, names: Collection[str]) -> frozenset[str]:
     import torch  # noqa: PLC0415  (a plan without --model must not wait for it)
 
     # A console script's own folder is on the path, the folder it is called from is not.
-    sys.path.insert(0, os.getcwd())
+    here = os.getcwd()
+    sys.path.insert(0, here)
     try:
         factory = importlib.import_module(module_name)
         for part in factory_name.split("."):
             factory = getattr(factory, part)
         with torch.device("meta"):
             built = factory() if not isinstance(factory, torch.nn.Module) else factory  # type: ignore[operator]
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a training script may parse a command line of its own
         raise MisuseError(f"`--model {model}` cannot be built: {type(error).__name__}: {error}") from error
     finally:
-        sys.path.remove(os.getcwd())
+        with contextlib.suppress(ValueError):
+            sys.path.remove(here)
     if not isinstance(built, torch.nn.Module):
         raise MisuseError(f"`--model {model}` gives a {type(built).__name__}, not a torch.nn.Module")
     own = set(built.state_dict(keep_vars=True))
@@ -47,4 +50,4 @@ def read_model_buffers(model: str, names: Collection[str]) -> frozenset[str]:
             details=lines,
             hint="name the sub-model with `--prefix`, or the buffers with `--buffer`",
         )
-    return frozenset(name for name, _ in built.named_buffers()) & frozenset(names)
+    return frozenset(name for name, _ in built.named_buffers(remove_duplicate=False)) & frozenset(names)

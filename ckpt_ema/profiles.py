@@ -56,6 +56,14 @@ def coefficients_of(updates: Sequence[Update]) -> list[float]:
     return coefficients[::-1]
 
 
+def effective_momentum(momentum: float, gap: int) -> float:
+    """Momentum that folds `gap` equal per-step updates into one.
+
+    1 - (1 - momentum)**gap, kept exact for tiny momenta (expm1/log1p).
+    """
+    return -math.expm1(gap * math.log1p(-momentum))
+
+
 def momentum_for_first_share(num_updates: int, share: float) -> float:
     """The momentum that leaves the first input `share` of the teacher after `num_updates` updates.
 

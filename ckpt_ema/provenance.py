@@ -4,31 +4,29 @@ from __future__ import annotations
 
 import json
 import os
-from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
 from ckpt_ema._version import __version__
-from ckpt_ema.records import FoldPlan
-from ckpt_ema.runs import PROVENANCE_KEY
+from ckpt_ema.formats.contents import PROVENANCE_KEY
+from ckpt_ema.records import RULE, FoldPlan
 
 
 def teacher_metadata(plan: FoldPlan) -> dict[str, str]:
     """`__metadata__` of the teacher: texts only, the same for the same input (no date, no path of this machine)."""
-    copied: dict[str, list[str]] = defaultdict(list)
-    for tensor in plan.tensors:
-        if tensor.action == "copy":
-            copied[tensor.reason].append(tensor.name)
     options = plan.options
     record = {
         "tool": "ckpt-ema",
         "version": __version__,
-        "rule": "teacher = (1 - momentum) * teacher + momentum * student",
+        "rule": RULE,
         "momentum": options.momentum,
         "per": "checkpoint",
         "interval": options.interval,
         "skip_buffers": options.skip_buffers,
         "initial_teacher": None if plan.initial_teacher is None else _printable(plan.initial_teacher),
+        "first_share": plan.first_share,
+        "state": plan.newest.state_key,
+        "stripped": list(plan.newest.stripped),
         "checkpoints": [
             {
                 "name": _printable(item.name),
@@ -39,7 +37,10 @@ def teacher_metadata(plan: FoldPlan) -> dict[str, str]:
             for item in plan.checkpoints
         ],
         "averaged": {"tensors": plan.num_averaged},
-        "copied": {"tensors": plan.num_copied, "names": dict(copied)},
+        "copied": {
+            "tensors": plan.num_copied,
+            "names": {reason: [tensor.name for tensor in tensors] for reason, tensors in plan.copied.items()},
+        },
         "dtypes": {
             "students": sorted({tensor.student_dtype.name for tensor in plan.tensors}),
             "accumulate": options.accumulate,

@@ -16,7 +16,25 @@ from ckpt_ema.runs import Checkpoint
 from ckpt_ema.sizes import DEFAULT_MEMORY_BUDGET_BYTES
 from ckpt_ema.students import check_prefix
 
+RULE = "teacher = (1 - momentum) * teacher + momentum * student"
 PathLike = str | os.PathLike[str]
+
+
+_OPTIONAL_INTEGER = (int, type(None))
+_OPTIONAL_TEXT = (str, type(None))
+_TYPES: dict[str, tuple[type, ...]] = {
+    "momentum": (float, int),
+    "interval": (int,),
+    "from_step": _OPTIONAL_INTEGER,
+    "until_step": _OPTIONAL_INTEGER,
+    "last": _OPTIONAL_INTEGER,
+    "num_threads": _OPTIONAL_INTEGER,
+    "memory_budget_bytes": (int,),
+    "model": _OPTIONAL_TEXT,
+    "state": _OPTIONAL_TEXT,
+    "prefix": _OPTIONAL_TEXT,
+    "device": (str,),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,12 +91,25 @@ class FoldOptions:
     """Replace an existing teacher."""
 
     def __post_init__(self) -> None:
+        for name in ("include", "exclude", "buffers"):
+            patterns = getattr(self, name)
+            if isinstance(patterns, str):  # its characters would be patterns, and `*` matches everything
+                raise MisuseError(
+                    f"`{name}` is a text, and must be a list of patterns", hint=f"pass `{name}=[{patterns!r}]`"
+                )
+            object.__setattr__(self, name, tuple(patterns))
+        for name, kinds in _TYPES.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, kinds):
+                raise MisuseError(f"`{name}` is {value!r}, a {type(value).__name__}")
         check_momentum(self.momentum)
         check_prefix(self.prefix)
         for name in ("interval", "last", "num_threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise MisuseError(f"`{name}` is {value}, and must be 1 or more")
+                raise MisuseError(f"`--{name.replace('num_', '')}` is {value}, and must be 1 or more")
+        if self.from_step is not None and self.until_step is not None and self.from_step > self.until_step:
+            raise MisuseError(f"`--from {self.from_step}` lies behind `--until {self.until_step}`")
         for name, choices in (
             ("accumulate", ("float32", "float64", "student")),
             ("dtype", ("student", "float32", "bfloat16", "float16")),
@@ -97,7 +128,7 @@ class FoldedCheckpoint:
     """What `step` counts: step, epoch, or a bare number."""
 
     coefficient: float
-    """Its share in the teacher; 0 for one that the interval leaves out."""
+    """Its share in the teacher."""
 
     size: int
     """Bytes on disk of the files that hold it."""
@@ -120,7 +151,7 @@ class FoldPlan:
     """Those that take part, oldest first."""
 
     initial_teacher: str | None
-    initial_share: float
+    first_share: float
     """Share that the initial teacher, or else the first checkpoint, has in the result."""
 
     tensors: tuple[TeacherTensor, ...]
@@ -146,6 +177,15 @@ class FoldPlan:
     def num_copied(self) -> int:
         """Tensors that come from the newest checkpoint as they are."""
         return len(self.tensors) - self.num_averaged
+
+    @property
+    def copied(self) -> dict[str, list[TeacherTensor]]:
+        """The copied tensors by the reason why."""
+        by_reason: dict[str, list[TeacherTensor]] = {}
+        for tensor in self.tensors:
+            if tensor.action == "copy":
+                by_reason.setdefault(tensor.reason, []).append(tensor)
+        return by_reason
 
     @property
     def bytes_to_read(self) -> int:

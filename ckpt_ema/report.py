@@ -4,47 +4,17 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ckpt_ema.byte_ranges import count_elements
 from ckpt_ema.catalogue import TeacherTensor
 from ckpt_ema.inspection import Inspection
-from ckpt_ema.records import FoldPlan, FoldReport
+from ckpt_ema.records import RULE, FoldPlan, FoldReport
 from ckpt_ema.sizes import format_size
-
-if TYPE_CHECKING:
-    from tqdm import tqdm
 
 BAR_WIDTH = 30
 MAX_ROWS = 60
 MAX_SHOWN = 20
-
-
-class ProgressBar:
-    """A tqdm bar over bytes on stderr; silent unless `shown`."""
-
-    def __init__(self, *, shown: bool) -> None:
-        self._shown = shown
-        self._bar: tqdm[Any] | None = None
-
-    def __enter__(self) -> ProgressBar:
-        return self
-
-    def update(self, done: int, total: int) -> None:
-        """Draw the bar at `done` of `total` bytes."""
-        if not self._shown:
-            return
-        if self._bar is None:
-            from tqdm import tqdm  # noqa: PLC0415  (30 ms that `--help` must not wait for)
-
-            self._bar = tqdm(total=total, unit="B", unit_scale=True, desc="folding", leave=False, dynamic_ncols=True)
-        self._bar.update(done - self._bar.n)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if self._bar is not None:
-            self._bar.close()
 
 
 def plan_text(plan: FoldPlan, *, verbose: bool = False) -> str:
@@ -56,7 +26,7 @@ def _plan_lines(plan: FoldPlan, verbose: bool) -> Iterator[str]:
     options = plan.options
     yield (
         f"{_count(len(plan.checkpoints), 'checkpoint')} of {plan.directory}, momentum {options.momentum:g}"
-        f" per checkpoint{f', every {options.interval}th' if options.interval > 1 else ''}"
+        f" per checkpoint{f', interval {options.interval}' if options.interval > 1 else ''}"
     )
     yield ""
     yield from _coefficient_table(plan)
@@ -64,7 +34,7 @@ def _plan_lines(plan: FoldPlan, verbose: bool) -> Iterator[str]:
     for note in plan.notes:
         yield f"note      {note}"
     yield f"average   {_count(plan.num_averaged, 'tensor')}, {_elements(plan.tensors, 'average')} elements"
-    for reason, tensors in _copied(plan).items():
+    for reason, tensors in plan.copied.items():
         yield f"copy      {_count(len(tensors), 'tensor')} from {plan.checkpoints[-1].name}: {reason}"
     for reason, names in _grouped(plan.left_out).items():
         yield f"left out  {_some(names, verbose)}: {reason}"
@@ -72,7 +42,8 @@ def _plan_lines(plan: FoldPlan, verbose: bool) -> Iterator[str]:
         yield f"not used  {_some(names, verbose)}: {reason}"
     yield f"read      {format_size(plan.bytes_to_read)}"
     yield f"write     {format_size(plan.bytes_to_write)} to {plan.output}"
-    yield f"memory    {format_size(plan.buffer_bytes)} of buffers, {_count(plan.blocks.num_threads, 'thread')}"
+    threads = _count(plan.blocks.num_threads, "thread")
+    yield f"memory    {format_size(plan.buffer_bytes)} of buffers beside torch itself, {threads}"
     if verbose:
         yield ""
         for tensor in plan.tensors:
@@ -86,7 +57,7 @@ def _plan_lines(plan: FoldPlan, verbose: bool) -> Iterator[str]:
 def _coefficient_table(plan: FoldPlan) -> Iterator[str]:
     rows = [(item.name, "" if item.step is None else str(item.step), item.coefficient) for item in plan.checkpoints]
     if plan.initial_teacher is not None:
-        rows.insert(0, (f"{plan.initial_teacher} (initial teacher)", "", plan.initial_share))
+        rows.insert(0, (f"{plan.initial_teacher} (initial teacher)", "", plan.first_share))
     widest = max(share for _, _, share in rows)
     unit = plan.checkpoints[-1].unit
     name_width = max(len("checkpoint"), *(len(name) for name, _, _ in rows))
@@ -113,12 +84,15 @@ def summary_text(report: FoldReport) -> str:
     first = plan.initial_teacher or plan.checkpoints[0].name
     lines = [
         f"folded {_count(len(plan.checkpoints), 'checkpoint')} into {report.output}",
-        f"  {plan.num_averaged} tensors averaged, {plan.num_copied} copied from {plan.checkpoints[-1].name}",
+        f"  {_count(plan.num_averaged, 'tensor')} averaged, {plan.num_copied} copied from {plan.checkpoints[-1].name}",
         f"  {format_size(plan.bytes_to_read)} in {report.seconds:.2f} s on the {report.device.upper()},"
         f" {report.gigabytes_per_second:.2f} GB/s",
-        f"  {first} keeps {plan.initial_share:.1%}, {plan.checkpoints[-1].name} has"
-        f" {plan.checkpoints[-1].coefficient:.1%}",
     ]
+    if len(plan.updates) > 1:
+        newest = plan.checkpoints[-1]
+        lines.append(f"  {first} keeps {plan.first_share:.1%}, {newest.name} has {newest.coefficient:.1%}")
+    if plan.left_out:
+        lines.append(f"  left out {len(plan.left_out)}: {_some([name for name, _ in plan.left_out], False)}")
     return "\n".join(lines)
 
 
@@ -126,12 +100,12 @@ def plan_record(plan: FoldPlan) -> dict[str, Any]:
     """The plan as a table that JSON can hold."""
     return {
         "output": str(plan.output),
-        "rule": "ema",
+        "rule": RULE,
         "momentum": plan.options.momentum,
         "per": "checkpoint",
         "interval": plan.options.interval,
         "initial_teacher": plan.initial_teacher,
-        "first_share": plan.initial_share,
+        "first_share": plan.first_share,
         "checkpoints": [
             {
                 "name": item.name,
@@ -147,7 +121,7 @@ def plan_record(plan: FoldPlan) -> dict[str, Any]:
         "averaged": {"tensors": plan.num_averaged},
         "copied": {
             "tensors": plan.num_copied,
-            "names": {reason: [t.name for t in tensors] for reason, tensors in _copied(plan).items()},
+            "names": {reason: [t.name for t in tensors] for reason, tensors in plan.copied.items()},
         },
         "left_out": [{"name": name, "reason": reason} for name, reason in plan.left_out],
         "left_out_tensors": [{"name": name, "reason": reason} for name, reason in plan.left_out_tensors],
@@ -234,14 +208,6 @@ def _provenance_lines(record: dict[str, Any], verbose: bool) -> Iterator[str]:
         yield f"from       ... and {len(items) - shown} older ones (`-v` shows all)"
 
 
-def _copied(plan: FoldPlan) -> dict[str, list[TeacherTensor]]:
-    copied: dict[str, list[TeacherTensor]] = defaultdict(list)
-    for tensor in plan.tensors:
-        if tensor.action == "copy":
-            copied[tensor.reason].append(tensor)
-    return dict(copied)
-
-
 def _grouped(pairs: Sequence[tuple[str, str]]) -> dict[str, list[str]]:
     groups: dict[str, list[str]] = defaultdict(list)
     for name, reason in pairs:
@@ -259,11 +225,5 @@ def _count(number: int, noun: str) -> str:
 
 
 def _elements(tensors: Sequence[TeacherTensor], action: str) -> str:
-    total = 0
-    for tensor in tensors:
-        if tensor.action == action:
-            size = 1
-            for length in tensor.shape:
-                size *= length
-            total += size
+    total = sum(count_elements(tensor.shape) for tensor in tensors if tensor.action == action)
     return f"{total:,}"

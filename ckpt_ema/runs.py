@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import gc
+import glob
 import itertools
 import os
 from collections import defaultdict
@@ -14,12 +15,12 @@ from pathlib import Path
 
 from ckpt_ema.errors import CkptEmaError, MisuseError, UnreadableCheckpointError
 from ckpt_ema.formats import Contents, ModelFolder, is_weights_file_name, read_contents
-from ckpt_ema.formats.folder import DISTRIBUTED_HINTS, MODEL_STEM, has_weights
+from ckpt_ema.formats.folder import MODEL_STEM, distributed_marker, has_weights
+from ckpt_ema.formats.safetensors import forget_last_header
 from ckpt_ema.layouts import Layout, SchemaPool, compact_layout
 from ckpt_ema.steps import ORIGINS, Origin, Unit, is_copy_name, stem_of, steps_in_name, steps_inside
-from ckpt_ema.students import choose_student, is_average_name
+from ckpt_ema.students import choose_student, find_state_dicts, is_average_name
 
-PROVENANCE_KEY = "ckpt_ema"
 OWN_TEACHER = "a teacher that ckpt-ema wrote"
 MAX_SEARCH_DEPTH = 3
 
@@ -62,7 +63,10 @@ class Run:
     """The checkpoints of one training run, in the order they are folded."""
 
     directory: Path
-    """The run directory, or the folder that all the checkpoints given lie in."""
+    """The folder that the checkpoints lie in."""
+
+    root: Path | None
+    """The run directory as it was named, or the folder of all checkpoints listed; None where they share none."""
 
     checkpoints: tuple[Checkpoint, ...]
     left_out: tuple[tuple[str, str], ...]
@@ -106,10 +110,13 @@ def find_checkpoints(paths: Sequence[Path], selection: Selection) -> Run:
             raise MisuseError(f"`{path}` does not exist", hint="pass a run directory, or checkpoints")
     with _paused_collection():
         if len(paths) == 1 and paths[0].is_dir() and not _is_one_checkpoint(paths[0]):
-            found = _read_run_directory(paths[0], selection)
+            directory, listing = _read_run_directory(paths[0], selection)
+            root: Path | None = paths[0]
         else:
-            found = _read_list(paths, selection)
-    return _select(found, selection)
+            directory, listing = _read_list(paths, selection)
+            root = directory if len({path.absolute().parent for path in paths}) == 1 else None
+    kept = _select(directory, listing, selection)
+    return Run(directory, root, tuple(kept), tuple(listing.left_out), tuple(listing.warnings))
 
 
 @contextlib.contextmanager
@@ -120,6 +127,7 @@ def _paused_collection() -> Iterator[None]:
     try:
         yield
     finally:
+        forget_last_header()
         if was_enabled:
             gc.enable()
 
@@ -153,16 +161,26 @@ def _read_checkpoint(
     return checkpoint, {**outer, **steps_in_name(path.name), **steps_inside(contents)}
 
 
-def is_own_teacher(contents: Contents) -> bool:
-    """Whether a checkpoint carries this tool's provenance."""
-    return PROVENANCE_KEY in contents.metadata
+def _hint_to_fold_average(contents: Contents) -> str:
+    found = find_state_dicts(contents)
+    return f"pass `--state {found[0].key if found and found[0].key else chr(39) * 2}` if you mean to fold averages"
 
 
 def _is_one_checkpoint(folder: Path) -> bool:
     return (
         has_weights(folder)
+        and not _has_numbered_files(folder)
         and not any(_is_checkpoint_folder(child) for child in _children(folder))
         and not _numbered_below(folder)
+    )
+
+
+def _has_numbered_files(folder: Path) -> bool:
+    """Whether files of a series lie here: `step_100.pt`, but not accelerate's `model_1.safetensors`."""
+    return any(
+        steps_in_name(path.name) and not MODEL_STEM.match(stem_of(path.name)) and path.is_file()
+        for path in _children(folder)
+        if is_weights_file_name(path.name)
     )
 
 
@@ -170,7 +188,7 @@ def _numbered_below(folder: Path) -> bool:
     """Whether a folder below `folder` holds checkpoints with a number in their names."""
     level = [folder]
     for _ in range(MAX_SEARCH_DEPTH):
-        level = [child for parent in level for child in _children(parent) if child.is_dir()]
+        level = _folders_below(level)
         if any(steps_in_name(path.name) for child in level for path in _candidates_of(child)):
             return True
     return False
@@ -186,7 +204,7 @@ def _children(folder: Path) -> list[Path]:
 def _is_checkpoint_folder(path: Path) -> bool:
     if not path.is_dir() or path.name.startswith("tmp"):
         return False
-    if has_weights(path) or any((path / marker).exists() for marker in DISTRIBUTED_HINTS):
+    if (has_weights(path) and not _has_numbered_files(path)) or distributed_marker(path):
         return True
     if not steps_in_name(path.name) or is_average_name(path.name):
         return False
@@ -203,10 +221,20 @@ def _is_candidate(path: Path) -> bool:
 
 def _candidates_of(directory: Path) -> list[Path]:
     found = [path for path in _children(directory) if _is_candidate(path)]
-    if any(path.is_dir() for path in found):
-        # Trainers put the final model beside checkpoint-N/; it has no step, and is the last one again.
+    if any(path.is_dir() for path in found) or _has_numbered_files(directory):
+        # Trainers put the final model beside the checkpoints; it has no step, and is the last one again.
         found = [path for path in found if path.is_dir() or not MODEL_STEM.match(stem_of(path.name))]
     return found
+
+
+def _folders_below(level: Sequence[Path]) -> list[Path]:
+    """The next level of folders; one that a link names as well counts once."""
+    folders = sorted((child for folder in level for child in _children(folder) if child.is_dir()), key=_link_last)
+    return sorted({folder.resolve(): folder for folder in reversed(folders)}.values())
+
+
+def _link_last(path: Path) -> tuple[bool, Path]:
+    return path.is_symlink(), path
 
 
 def _descend(run: Path) -> tuple[Path, list[Path], list[tuple[str, str]]]:
@@ -236,7 +264,7 @@ def _descend(run: Path) -> tuple[Path, list[Path], list[tuple[str, str]]]:
                 details=names,
                 hint=f"pass one of them: `{found[0][0]}`",
             )
-        level = [child for folder in level for child in _children(folder) if child.is_dir()]
+        level = _folders_below(level)
     raise CkptEmaError(
         f"`{run}` holds no checkpoints",
         hint="pass the folder they lie in, or the checkpoints themselves in the order they are to be folded",
@@ -257,10 +285,11 @@ def _matches(path: Path, patterns: Sequence[str]) -> bool:
 def _read_run_directory(run: Path, selection: Selection) -> tuple[Path, _Listing]:
     directory, candidates, passed_over = _descend(run)
     listing = _Listing(left_out=passed_over)
+    taken = set(candidates)
     listing.left_out += [
         (path.name, "the final model, without a step of its own")
         for path in _children(directory)
-        if path not in candidates and _is_candidate(path)
+        if path not in taken and _is_candidate(path)
     ]
     pool = SchemaPool()
     seen: dict[tuple[int, int], Path] = {}
@@ -282,13 +311,13 @@ def _read_run_directory(run: Path, selection: Selection) -> tuple[Path, _Listing
         named_average = selection.state is None and is_average_name(stem_of(path.name))
         try:
             contents = read_contents(path)
-            if is_own_teacher(contents):
+            if contents.is_own_teacher:
                 listing.left_out.append((path.name, OWN_TEACHER))
             elif not named_average:
                 listing.checkpoints.append(_read_checkpoint(contents, selection, pool))
         except UnreadableCheckpointError as error:
             if not named_average:
-                error.hint = error.hint or f"leave it out: `--exclude '{path.name}'`"
+                error.hint = error.hint or f"leave it out: `--exclude '{glob.escape(path.name)}'`"
                 listing.unreadable.append((path, error))
                 continue
         if named_average and not any(name == path.name for name, _ in listing.left_out):
@@ -297,7 +326,7 @@ def _read_run_directory(run: Path, selection: Selection) -> tuple[Path, _Listing
     if listing.averages and not listing.checkpoints and not listing.unreadable:
         raise CkptEmaError(
             f"`{directory}` holds averages, and no raw student: {', '.join(listing.averages[:5])}",
-            hint="pass `--state state_dict` if you mean to fold averages",
+            hint=_hint_to_fold_average(read_contents(directory / listing.averages[0])),
         )
     _sort_by_step(listing, directory)
     return directory, listing
@@ -336,7 +365,7 @@ def _sort_by_step(listing: _Listing, directory: Path) -> None:
             raise CkptEmaError(
                 f"{len(originals)} checkpoints claim {origin[1]} {step}",
                 details=[checkpoint.label for checkpoint in originals],
-                hint=f"leave all but one out: `--exclude '{originals[-1].label}'`",
+                hint=f"leave all but one out: `--exclude '{glob.escape(originals[-1].label)}'`",
             )
         kept = (originals or same)[0]
         ordered.append((kept, {origin: step}))
@@ -361,7 +390,8 @@ def _leave_out_stepless_copies(listing: _Listing) -> None:
     """`final.pt` without a step beside checkpoints with one is the last of them again."""
     stepless = [item for item in listing.checkpoints if not item[1] and is_copy_name(item[0].label)]
     if 0 < len(stepless) < len(listing.checkpoints):
-        listing.checkpoints = [item for item in listing.checkpoints if item not in stepless]
+        dropped = {id(item) for item in stepless}
+        listing.checkpoints = [item for item in listing.checkpoints if id(item) not in dropped]
         listing.left_out += [(item[0].label, "a copy by its name, without a step") for item in stepless]
 
 
@@ -409,10 +439,12 @@ def _read_list(paths: Sequence[Path], selection: Selection) -> tuple[Path, _List
             listing.left_out.append((path.name, "not selected by name"))
         else:
             contents = read_contents(path)
-            if is_own_teacher(contents):
+            if contents.is_own_teacher:
                 raise CkptEmaError(
                     f"`{path}` is a teacher that ckpt-ema wrote", hint=f"pass `--init {path}` to start from it"
                 )
+            if selection.state is None and is_average_name(stem_of(path.name)):
+                raise CkptEmaError(f"`{path}` is an average, by its name", hint=_hint_to_fold_average(contents))
             listing.checkpoints.append(_read_checkpoint(contents, selection, pool))
     origin = next((o for o in ORIGINS if all(o in numbers for _, numbers in listing.checkpoints)), None)
     listing.checkpoints = [
@@ -430,15 +462,15 @@ def _read_list(paths: Sequence[Path], selection: Selection) -> tuple[Path, _List
     steps = [checkpoint.step for checkpoint, _ in listing.checkpoints]
     known = [step for step in steps if step is not None]
     if known != sorted(known):
+        older, newer = next((a, b) for a, b in itertools.pairwise(known) if a > b)
         listing.warnings.append(
-            f"the checkpoints are folded as listed, but their {origin[1] if origin else 'step'}s do not ascend:"
-            f" {', '.join(str(step) for step in known)}; pass the run directory to fold them in step order"
+            f"pass the run directory to fold in step order: the checkpoints are folded as listed, and there"
+            f" {origin[1] if origin else 'step'} {newer} follows {older}"
         )
     return parent, listing
 
 
-def _select(found: tuple[Path, _Listing], selection: Selection) -> Run:
-    directory, listing = found
+def _select(directory: Path, listing: _Listing, selection: Selection) -> list[Checkpoint]:
     kept = []
     needs_steps = selection.from_step is not None or selection.until_step is not None
     for checkpoint, _ in listing.checkpoints:
@@ -458,8 +490,10 @@ def _select(found: tuple[Path, _Listing], selection: Selection) -> Run:
         listing.left_out += [(item.label, f"not among the last {selection.last}") for item in kept[: -selection.last]]
         kept = kept[-selection.last :]
     if not kept:
+        steps = [checkpoint.step for checkpoint, _ in listing.checkpoints if checkpoint.step is not None]
+        known = f": it has {listing.checkpoints[0][0].unit}s {min(steps)} to {max(steps)}" if steps else ""
         raise CkptEmaError(
-            f"no checkpoint of `{directory}` is left to fold",
+            f"no checkpoint of `{directory}` is left to fold{known}",
             details=[f"{name}: {reason}" for name, reason in listing.left_out],
         )
-    return Run(directory, tuple(kept), tuple(listing.left_out), tuple(listing.warnings))
+    return kept

@@ -33,7 +33,10 @@ def parse_size(text: str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text, re.IGNORECASE)
     if not match or match[2].lower() not in _UNITS:
         raise SizeError(f"{text!r} is no size; write for example 256MiB or 2GB")
-    return int(float(match[1]) * _UNITS[match[2].lower()])
+    num_bytes = float(match[1]) * _UNITS[match[2].lower()]
+    if num_bytes >= 2**63:
+        raise SizeError(f"{text[:40]!r} is more memory than there is")
+    return int(num_bytes)
 
 
 def format_size(num_bytes: float) -> str:

@@ -35,9 +35,7 @@ INSIDE_PATHS: tuple[tuple[Unit, tuple[str, ...]], ...] = (
             "num_updates",
             "current_step",
             "train_step",
-            "total_steps",
             "steps",
-            "it",
         )
     ),
     ("epoch", ("meta", "epoch")),
@@ -45,7 +43,8 @@ INSIDE_PATHS: tuple[tuple[Unit, tuple[str, ...]], ...] = (
     ("epoch", ("epochs_run",)),
 )
 
-_NUMBER = r"(?P<number>\d+)(?![\d.]*\d)"
+# Whole and plain: the 1 of `step_1M`, `step_1e3` or `loss_0.1` counts nothing.
+_NUMBER = r"(?P<number>\d+)(?![\d.]*\d)(?![A-Za-z])"
 NAME_PATTERNS: tuple[tuple[Unit, re.Pattern[str]], ...] = (
     ("step", re.compile(r"^checkpoint_\d+_" + _NUMBER + r"$")),  # fairseq: epoch, updates
     (
@@ -55,12 +54,12 @@ NAME_PATTERNS: tuple[tuple[Unit, re.Pattern[str]], ...] = (
             re.IGNORECASE,
         ),
     ),
-    ("epoch", re.compile(r"(?:^|[^a-z])(?:epochs?|ep|e)[-_=]?" + _NUMBER, re.IGNORECASE)),
+    ("epoch", re.compile(r"(?:^|[^a-z\d])(?:epochs?|ep|e)[-_=]?" + _NUMBER, re.IGNORECASE)),
     (
         "number",
         re.compile(r"^(?:checkpoint|ckpt|model|student|weights|net)[-_.]?" + _NUMBER + r"(?:$|[-_])", re.IGNORECASE),
     ),
-    ("number", re.compile(r"(?<![\d.])" + _NUMBER + r"$")),
+    ("number", re.compile(r"(?<![\d.])(?<!\d[A-Za-z])" + _NUMBER + r"$")),
 )
 # Lightning appends a version where a name is taken.
 _VERSION_SUFFIX = re.compile(r"-v\d+$")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from ckpt_ema.byte_ranges import TensorRange
 from ckpt_ema.errors import CkptEmaError, MisuseError, UnreadableCheckpointError
@@ -42,8 +42,19 @@ NEVER_A_MODEL = re.compile(
 )
 MAX_DEPTH = 4
 
-Candidate = tuple[str, Kind, dict[Any, Any], Any]
-"""A table that holds tensors: its dotted path, what its place says about it, the table, and what it was found in."""
+
+class Candidate(NamedTuple):
+    """A table that holds tensors."""
+
+    key: str
+    """Its dotted path inside the checkpoint."""
+
+    kind: Kind
+    """What its place says about it."""
+
+    table: dict[Any, Any]
+    value: Any
+    """What the table was found as: a dict, or the module that was pickled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +75,6 @@ class Student:
     key: str
     """Dotted path of the state dict inside the checkpoint, "" for the checkpoint itself."""
 
-    kind: Kind
-    """`average` only where the user asked for it."""
-
     tensors: dict[str, TensorRange]
     stripped: tuple[str, ...] = ()
     """Prefixes taken off the names."""
@@ -84,8 +92,8 @@ def find_state_dicts(contents: Contents) -> list[StateDict]:
 
 
 def _as_state_dicts(candidates: list[Candidate]) -> list[StateDict]:
-    found = sorted(candidates, key=lambda item: (item[1] != "raw", _rank(item[0]), -len(item[2])))
-    return [StateDict(key, kind, len(tensors)) for key, kind, tensors, _ in found]
+    found = sorted(candidates, key=lambda item: (item.kind != "raw", _rank(item.key), -len(item.table)))
+    return [StateDict(item.key, item.kind, len(item.table)) for item in found]
 
 
 def is_flat(contents: Contents) -> bool:
@@ -103,10 +111,10 @@ def choose_student(contents: Contents, *, state: str | None = None, prefix: str 
     """
     candidates = list(_candidates(contents.tree))
     if state is not None:
-        student = _student_of(contents, state, _kind_of_key(state), _state_at(contents, state))
+        student = _student_of(contents, state, _state_at(contents, state))
     else:
         key, tensors = _find_raw(contents, candidates)
-        student = _student_of(contents, key, "raw", tensors)
+        student = _student_of(contents, key, tensors)
     others = {
         found.key: "an average" if found.kind == "average" else "another state dict"
         for found in _as_state_dicts(candidates)
@@ -176,7 +184,7 @@ def _candidates(tree: Any) -> Iterator[Candidate]:
             continue
         seen.add(id(value))
         if _own_tensors(table):
-            yield key, _kind_at(root or {}, key, table), table, value if depth else tree
+            yield Candidate(key, _kind_at(root or {}, key, table), table, value if depth else tree)
         if depth < MAX_DEPTH:
             for name, child in table.items():
                 if isinstance(name, str) and not _is_tensor(child) and not NEVER_A_MODEL.match(name):
@@ -218,8 +226,8 @@ def _has_composer_ema(root: Mapping[Any, Any]) -> bool:
 
 
 def _find_raw(contents: Contents, candidates: list[Candidate]) -> tuple[str, Any]:
-    raw = [candidate for candidate in candidates if candidate[1] == "raw"]
-    averages = [key for key, kind, _, _ in candidates if kind == "average"]
+    raw = [candidate for candidate in candidates if candidate.kind == "raw"]
+    averages = [candidate.key for candidate in candidates if candidate.kind == "average"]
     if not raw:
         if averages:
             raise CkptEmaError(
@@ -227,50 +235,50 @@ def _find_raw(contents: Contents, candidates: list[Candidate]) -> tuple[str, Any
                 hint=f"pass `--state {averages[0] or chr(39) * 2}` if you mean to fold averages",
             )
         raise UnreadableCheckpointError(f"`{contents.path}` holds no state dict that can be read")
-    swapped = [item for item in raw if item[0] == "ema_state_dict"]  # raw only where MMEngine swapped
+    swapped = [item for item in raw if item.key == "ema_state_dict"]  # raw only where MMEngine swapped
     if swapped:
-        return swapped[0][0], swapped[0][3]
+        return swapped[0].key, swapped[0].value
     # A state dict under a known key wins over a stray tensor beside it and over what lies deeper.
-    known = [item for item in raw if item[0] and _rank(item[0]) < len(RAW_KEYS)]
+    known = [item for item in raw if item.key and _rank(item.key) < len(RAW_KEYS)]
     if known:
-        depth = min(item[0].count(".") for item in known)
-        known = sorted((item for item in known if item[0].count(".") == depth), key=lambda item: _rank(item[0]))
-        if len(known) > 1 and _rank(known[0][0]) > RAW_KEYS.index("current_model_state"):
+        depth = min(item.key.count(".") for item in known)
+        known = sorted((item for item in known if item.key.count(".") == depth), key=lambda item: _rank(item.key))
+        if len(known) > 1 and _rank(known[0].key) > RAW_KEYS.index("current_model_state"):
             raise _ambiguous(contents, known)
-        numbered = [item for item in raw if re.fullmatch(re.escape(known[0][0]) + r"_\d+", item[0])]
+        numbered = [item for item in raw if re.fullmatch(re.escape(known[0].key) + r"_\d+", item.key)]
         if numbered:  # accelerate's second model
             raise _ambiguous(contents, [known[0], *numbered])
-        return known[0][0], known[0][3]
+        return known[0].key, known[0].value
     # Sub-models under a known key: {"model": {"encoder": {...}, "decoder": {...}}} is one state dict in two levels.
-    tops = {item[0].partition(".")[0] for item in raw}
+    tops = {item.key.partition(".")[0] for item in raw}
     if "" not in tops and len(raw) > 1 and len(tops) == 1 and (top := tops.pop()) in RAW_KEYS:
         return top, _flatten(contents, top, raw)
-    flat = next((item for item in raw if not item[0]), None)
-    nested = [item for item in raw if item[0]]
+    flat = next((item for item in raw if not item.key), None)
+    nested = [item for item in raw if item.key]
     if flat is not None and nested:
         # A stray tensor at the top does not make the checkpoint a state dict; weights have dotted names there.
-        names = _own_tensors(flat[2])
-        if any("." in name for name in names) or len(names) > max(len(_own_tensors(item[2])) for item in nested):
-            return flat[0], flat[3]
+        names = _own_tensors(flat.table)
+        if any("." in name for name in names) or len(names) > max(len(_own_tensors(item.table)) for item in nested):
+            return flat.key, flat.value
         raw = nested
     if len(raw) > 1:
         raise _ambiguous(contents, raw)
-    return raw[0][0], raw[0][3]
+    return raw[0].key, raw[0].value
 
 
 def _ambiguous(contents: Contents, candidates: list[Candidate]) -> CkptEmaError:
     return CkptEmaError(
         f"`{contents.path}` holds {len(candidates)} state dicts, and which one is the student cannot be told",
-        details=[f"{key}: {len(table)} entries" for key, _, table, _ in candidates],
-        hint=f"pass `--state {candidates[0][0]}`",
+        details=[f"{item.key}: {len(item.table)} entries" for item in candidates],
+        hint=f"pass `--state {candidates[0].key}`",
     )
 
 
 def _flatten(contents: Contents, top: str, raw: list[Candidate]) -> dict[str, Any]:
     flat: dict[str, Any] = {}
-    for key, _, table, _ in raw:
-        inner = key.removeprefix(top).removeprefix(".")
-        for name, value in table.items():
+    for candidate in raw:
+        inner = candidate.key.removeprefix(top).removeprefix(".")
+        for name, value in candidate.table.items():
             if not isinstance(name, str):
                 continue
             full_name = f"{inner}.{name}" if inner else name
@@ -315,7 +323,7 @@ def _state_at(contents: Contents, state: str) -> Any:
     return value
 
 
-def _student_of(contents: Contents, key: str, kind: Kind, value: Any) -> Student:
+def _student_of(contents: Contents, key: str, value: Any) -> Student:
     buffers: frozenset[str] | None = None
     if isinstance(value, Inert):
         module = module_state(value)
@@ -342,7 +350,7 @@ def _student_of(contents: Contents, key: str, kind: Kind, value: Any) -> Student
             )
         elif table is not at_root:
             left_out[name if isinstance(name, str) else "(an entry without a name)"] = "not a tensor"
-    return Student(key, kind, tensors, left_out=left_out, known_buffers=buffers)
+    return Student(key, tensors, left_out=left_out, known_buffers=buffers)
 
 
 def _was_a_tensor(leaf: Inert) -> bool:

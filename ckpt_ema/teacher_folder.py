@@ -6,15 +6,14 @@ import contextlib
 import json
 import os
 import re
-import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ckpt_ema.errors import CkptEmaError, UnreadableCheckpointError
 from ckpt_ema.formats import ModelFolder, read_contents
-from ckpt_ema.provenance import read_provenance
-from ckpt_ema.writer import sync_folder, write_small_files
+from ckpt_ema.formats.folder import MODEL_STEM, SHARD_NAME, WEIGHTS_SUFFIX
+from ckpt_ema.writer import sync_folder, temporary_name, write_small_file
 
 # What from_pretrained reads beside weights: configuration, tokenizer, processor, chat template, custom model code.
 COMPANION = re.compile(r".*\.(json|txt|model|jinja|tiktoken|py|vocab|bpe)$", re.IGNORECASE)
@@ -22,14 +21,13 @@ NEVER_COMPANION = re.compile(
     r"(trainer_state\.json|training_args.*|.*\.index\.json|.*results\.json|latest.*|.*zero_to_fp32\.py|\..*)$",
     re.IGNORECASE,
 )
+CONFIGURATIONS = ("config.json", "adapter_config.json", "model_index.json")
 MAX_COMPANION_BYTES = 512 << 20
 
 
 def is_model_folder(folder: ModelFolder | None) -> bool:
     """Whether a configuration lies beside the weights, so that `from_pretrained` loads the folder."""
-    return folder is not None and any(
-        (folder.path / name).is_file() for name in ("config.json", "adapter_config.json", "model_index.json")
-    )
+    return folder is not None and any((folder.path / name).is_file() for name in CONFIGURATIONS)
 
 
 def companions_of(folder: ModelFolder) -> list[Path]:
@@ -48,7 +46,7 @@ def check_replaceable(folder: Path) -> None:
     if not any(folder.iterdir()):
         return
     with contextlib.suppress(CkptEmaError):
-        if read_provenance(read_contents(folder).metadata) is not None:
+        if read_contents(folder).is_own_teacher:
             return
     raise CkptEmaError(
         f"`{folder}` is not empty and holds no teacher that ckpt-ema wrote",
@@ -62,7 +60,7 @@ def folder_to_fill(target: Path) -> Iterator[Path]:
     if target.is_dir():
         yield target
         return
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    temporary = temporary_name(target)
     try:
         os.mkdir(temporary)
     except OSError as error:
@@ -79,13 +77,47 @@ def folder_to_fill(target: Path) -> Iterator[Path]:
         raise
 
 
-def write_companions(source: ModelFolder, target: Path, dtype: str) -> None:
-    """Copy what belongs to the model; the configuration says the dtype the weights were written in."""
-    for path in companions_of(source):
-        content = path.read_bytes()
-        if path.name == "config.json" and dtype != "student":
-            content = _with_dtype(content, dtype)
-        write_small_files(target, {path.name: content})
+@contextlib.contextmanager
+def staged_companions(source: ModelFolder, target: Path, dtype: str) -> Iterator[Callable[[], None]]:
+    """Copy what belongs to the model under temporary names; calling what is yielded renames them into place.
+
+    So nothing of an older teacher is replaced before the new weights are. The configuration says the dtype the weights
+    are written in.
+    """
+    staged: list[tuple[Path, Path]] = []
+
+    def commit() -> None:
+        for path in target.iterdir():
+            if _is_stale(path, source, {final.name for _, final in staged}):
+                path.unlink()
+        while staged:
+            temporary, final = staged.pop()
+            os.replace(temporary, final)
+        sync_folder(target)
+
+    try:
+        for path in companions_of(source):
+            content = path.read_bytes()
+            if path.name == "config.json" and dtype != "student":
+                content = _with_dtype(content, dtype)
+            temporary = temporary_name(target / path.name)
+            staged.append((temporary, target / path.name))
+            write_small_file(temporary, content)
+        yield commit
+    except OSError as error:
+        raise CkptEmaError(f"cannot write `{target}`: {error.strerror}") from error
+    finally:
+        for temporary, _ in staged:
+            temporary.unlink(missing_ok=True)
+
+
+def _is_stale(path: Path, source: ModelFolder, names: set[str]) -> bool:
+    """Whether a file of an older teacher would make `from_pretrained` load something else beside the new weights."""
+    if path.name in (f"{source.weights_name}.safetensors", *names):
+        return False
+    stem = WEIGHTS_SUFFIX.sub("", path.name.removesuffix(".index.json"))
+    is_weights = stem != path.name and (MODEL_STEM.match(stem) or SHARD_NAME.match(path.name))
+    return bool(is_weights) or path.name in CONFIGURATIONS
 
 
 def _with_dtype(config: bytes, dtype: str) -> bytes:

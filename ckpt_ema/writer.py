@@ -7,7 +7,7 @@ import errno
 import os
 import secrets
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -29,15 +29,14 @@ class TeacherFile:
         self._header = header
         self._size = len(header) + data_bytes
         self._overwrite = overwrite
-        self._temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+        self._temporary = temporary_name(target)
         self._descriptor = -1
 
     def __enter__(self) -> TeacherFile:
-        with _explained(f"cannot write `{self._target}`"):
-            # 0o666 without the umask's bits, as any program's output; O_EXCL: never somebody else's file.
-            self._descriptor = os.open(self._temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666)
         try:
             with _explained(f"cannot write `{self._target}` of {self._size} bytes"):
+                # 0o666 without the umask's bits, as any program's output; O_EXCL: never somebody else's file.
+                self._descriptor = os.open(self._temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666)
                 _reserve(self._descriptor, self._size)
                 _write_all(self._descriptor, memoryview(self._header), 0)
         except BaseException:
@@ -76,28 +75,28 @@ class TeacherFile:
             os.unlink(self._temporary)
 
 
-def write_small_files(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write or replace each file whole: beside its target, synced, renamed."""
-    for name, content in files.items():
-        temporary = folder / f".{name}.{secrets.token_hex(4)}.tmp"
+def temporary_name(target: Path) -> Path:
+    """A hidden name beside `target` that no reader of checkpoints looks at."""
+    return target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+
+
+def write_small_file(path: Path, content: bytes) -> None:
+    """Create `path` with `content`, synced."""
+    with _explained(f"cannot write `{path}`"):
+        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666)
         try:
-            with _explained(f"cannot write `{folder / name}`"):
-                descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666)
-                try:
-                    _write_all(descriptor, memoryview(content), 0)
-                    os.fsync(descriptor)
-                finally:
-                    os.close(descriptor)
-                os.replace(temporary, folder / name)
-        except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
-            raise
+            _write_all(descriptor, memoryview(content), 0)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in `folder` survive a power failure."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    """Make the names in `folder` survive a power failure, where its file system can."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except PermissionError:  # a folder one may write to, but not list
+        return
     try:
         os.fsync(descriptor)
     except OSError as error:

@@ -15,7 +15,8 @@ activate_environment() {
         return 1
     fi
     # A half-made environment (interrupted, or moved with the folder) is made again from nothing.
-    if [ -e "$root/.venv" ] && ! "$root/.venv/bin/python" -c 'import pip' 2>/dev/null; then
+    if [ -e "$root/.venv" ] && ! { grep -q "$root/.venv" "$root/.venv/bin/activate" \
+        && "$root/.venv/bin/python" -c 'import pip'; } 2>/dev/null; then
         rm -rf "$root/.venv"
     fi
     [ -e "$root/.venv" ] || "$python" -m venv "$root/.venv"

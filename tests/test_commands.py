@@ -5,15 +5,18 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import ckpt_ema
+from ckpt_ema.profiles import effective_momentum
 from tests.conftest import Outcome, assert_same_bits, hook_teacher, make_student, save_students
 
 Cli = Callable[..., Outcome]
@@ -77,7 +80,7 @@ def test_first_share_is_warned_of_before_reading(run: Path, cli: Cli) -> None:
     assert "step_100.safetensors` keeps 99.6% of the teacher" in outcome.stderr
     momentum = re.search(r"`--momentum ([\d.]+)`", outcome.stderr)
     assert momentum is not None
-    mended = cli("plan", run, "--momentum", momentum[1], "--json")
+    mended = cli("plan", run, "--momentum", momentum[1], "--json", "--overwrite")
     assert mended.stderr == ""
     assert json.loads(mended.stdout)["first_share"] == pytest.approx(0.1, abs=0.01)
 
@@ -246,3 +249,72 @@ def test_version_is_said_in_one_place(cli: Cli) -> None:
     version = importlib.import_module("ckpt_ema._version").__version__
     assert cli("--version").stdout.strip().endswith(version)
     assert ckpt_ema.__version__ == version
+
+
+def test_overwrite_never_replaces_a_checkpoint(run: Path, cli: Cli) -> None:
+    """`--overwrite` is for teachers: a checkpoint, folded or not, stays what it was."""
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    for name in ("step_100.safetensors", "step_500.safetensors"):
+        outcome = cli("fold", run, "--last", 3, "-o", run / name, "--overwrite")
+        assert outcome.code == 1
+        assert "never replaced" in outcome.stderr
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+
+
+def test_a_fold_that_averages_nothing_says_so(run: Path, cli: Cli) -> None:
+    """When every tensor is a buffer, the teacher is a copy, and that is said."""
+    outcome = cli("plan", run, "--momentum", 0.5, "--buffer", "*")
+    assert "Warning: nothing is averaged: all 5 tensors are copied from `step_500.safetensors`" in outcome.stderr
+
+
+@pytest.mark.parametrize("words", [["fold", ""], ["plan", "run", "-o", ""], ["plan", "run", "--init", ""]])
+def test_an_empty_path_is_misuse(run: Path, cli: Cli, words: list[str]) -> None:
+    """An unset shell variable does not become the current folder."""
+    assert cli(*words).code == 2
+
+
+def test_patterns_given_as_text_are_refused() -> None:
+    """A text where patterns are meant would be taken apart into its characters."""
+    for name in ("include", "exclude", "buffers"):
+        with pytest.raises(ckpt_ema.MisuseError, match="list of patterns"):
+            ckpt_ema.FoldOptions(**{name: "best*"})  # type: ignore[arg-type]
+
+
+def test_a_pipe_that_closes_early_is_no_error(run: Path, tmp_path: Path) -> None:
+    """`ckpt-ema plan run | head -1` ends quietly."""
+    command = f"{sys.executable} -m ckpt_ema plan {run} --momentum 0.5 -v | head -1"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, cwd=tmp_path, check=False, timeout=60)
+    assert done.stdout.startswith("5 checkpoints of")
+    assert done.stderr == ""
+
+
+def test_terminals_without_unicode_get_plain_bars(run: Path, cli: Cli) -> None:
+    """A latin-1 stdout gets `#` for a bar, and no traceback."""
+    outcome = cli("plan", run, "--momentum", 0.5, PYTHONIOENCODING="latin1")
+    assert outcome.code == 0
+    assert "####" in outcome.stdout
+
+
+def test_momentum_per_step_is_offered_where_steps_are_known(tmp_path: Path, cli: Cli) -> None:
+    """The warning translates the hook's momentum to the gap between checkpoints: 1 - (1 - m)**gap."""
+    save_students(tmp_path / "run", 30)
+    outcome = cli("plan", tmp_path / "run")
+    assert "0.001 per step is `--momentum 0.095` over gaps of 100 steps" in outcome.stderr
+    assert effective_momentum(0.001, 100) == pytest.approx(1 - 0.999**100, rel=1e-12)
+
+
+def test_a_model_beside_numbered_files_does_not_hide_them(run: Path) -> None:
+    """`model.safetensors` beside `step_N.safetensors` is the final model, not the run."""
+    save_file(make_student(9), run / "model.safetensors")
+    plan = ckpt_ema.plan(run, momentum=0.5)
+    assert [checkpoint.step for checkpoint in plan.checkpoints] == [100, 200, 300, 400, 500]
+    assert ("model.safetensors", "the final model, without a step of its own") in plan.left_out
+
+
+@pytest.mark.parametrize("names", [("500k", "1M", "2M"), ("1e3", "2e4", "5e4")])
+def test_steps_with_letters_behind_them_are_unknown(tmp_path: Path, names: tuple[str, ...]) -> None:
+    """`step_1M` is not step 1: the command asks for a list instead of guessing an order."""
+    for seed, name in enumerate(names):
+        save_file(make_student(seed), tmp_path / f"step_{name}.safetensors")
+    with pytest.raises(ckpt_ema.CkptEmaError, match="order of the checkpoints"):
+        ckpt_ema.plan(tmp_path)

@@ -1155,7 +1155,7 @@ def test_checkpoints_are_found_below_the_run_directory(tmp_path: Path, where: st
     (run / "logs" / "events.out.tfevents.1.host").write_bytes(b"x")
     (run / "hparams.yaml").write_text("lr: 0.1\n")
     planned = assert_folds_to(run, tmp_path, STUDENTS)
-    assert plan(run).output == run / where / "teacher.safetensors"
+    assert plan(run).output == run / "teacher.safetensors"
     assert planned.directory == run / where
 
 
@@ -1239,7 +1239,7 @@ def test_a_list_is_folded_as_listed_with_a_warning_when_steps_descend(
     listed = [run / f"step_{step}.safetensors" for step in (300, 100, 500)]
     outcome = cli("fold", *listed, "-o", tmp_path / "t.safetensors", "--momentum", MOMENTUM)
     assert outcome.code == 0, outcome.stderr
-    assert "do not ascend: 300, 100, 500" in outcome.stderr
+    assert "step 100 follows 300" in outcome.stderr
     expected = hook_teacher([make_student(3), make_student(1), make_student(5)], MOMENTUM, BUFFERS)
     assert_same_bits(load_file(tmp_path / "t.safetensors"), expected)
 
@@ -1258,8 +1258,11 @@ def test_what_a_shell_lists_as_text_brings_the_warning(tmp_path: Path, listed: s
     for step, student in zip((200, 1000, 3000), STUDENTS, strict=False):
         (run / f"checkpoint-{step}").mkdir(parents=True)
         save_file(student, run / f"checkpoint-{step}" / "model.safetensors")
-    planned = plan(sorted(run.glob("checkpoint-*" if listed == "folders" else "checkpoint-*/model.safetensors")))
-    assert any("do not ascend: 1000, 200, 3000" in warning for warning in planned.warnings)
+    planned = plan(
+        sorted(run.glob("checkpoint-*" if listed == "folders" else "checkpoint-*/model.safetensors")),
+        output=tmp_path / "t.safetensors",
+    )
+    assert any("number 200 follows 1000" in warning for warning in planned.warnings)
 
 
 @pytest.mark.parametrize("missing", ["first", "second"])

@@ -6,6 +6,7 @@ import torch
 
 from ckpt_ema.blocks import ELEMENT_MULTIPLE
 from ckpt_ema.dtypes import DType
+from ckpt_ema.errors import CkptEmaError
 
 
 class Buffer:
@@ -22,7 +23,8 @@ class Buffer:
 
 
 def torch_dtype(dtype: DType) -> torch.dtype:
-    """torch's object for a dtype; raises AttributeError on a torch too old to know it."""
-    found = getattr(torch, dtype.name)
-    assert isinstance(found, torch.dtype)
+    """torch's object for a dtype; raises CkptEmaError on a torch too old to know it."""
+    found = getattr(torch, dtype.name, None)
+    if not isinstance(found, torch.dtype):
+        raise CkptEmaError(f"torch {torch.__version__} does not know {dtype}", hint="install a newer torch")
     return found

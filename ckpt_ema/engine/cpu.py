@@ -58,12 +58,21 @@ def fold_blocks(
     finally:
         # Also when the user interrupts the join: no thread may write to a file that is being discarded.
         blocks.stop()
-        for thread in threads:
-            if thread.ident is not None:
-                thread.join()
+        _join_all(threads)
         torch.set_num_threads(threads_before)
     if failures:
         raise failures[0]
+
+
+def _join_all(threads: Sequence[threading.Thread]) -> None:
+    """Wait for every thread that was started, whatever signals come in the meantime."""
+    pending = [thread for thread in threads if thread.ident is not None]
+    while pending:
+        try:
+            pending[-1].join()
+            pending.pop()
+        except KeyboardInterrupt:
+            continue  # one is already on its way out
 
 
 class _Queue:

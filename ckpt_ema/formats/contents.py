@@ -14,6 +14,9 @@ from ckpt_ema.formats import safetensors, torch_save
 from ckpt_ema.formats.pickles import PickledTensor
 from ckpt_ema.formats.torch_save import TorchSaveFile
 
+PROVENANCE_KEY = "ckpt_ema"
+"""Key of `__metadata__` under which this tool's teachers say how they were made."""
+
 
 @dataclass(frozen=True, slots=True)
 class ModelFolder:
@@ -47,6 +50,11 @@ class Contents:
 
     trainer_state: Mapping[str, Any] = field(default_factory=dict)
     """`trainer_state.json`, where there is one."""
+
+    @property
+    def is_own_teacher(self) -> bool:
+        """Whether it carries this tool's provenance."""
+        return PROVENANCE_KEY in self.metadata
 
     def locate(self, name: str, leaf: TensorRange | PickledTensor) -> TensorRange:
         """The checked byte range of a tensor of `tree`."""

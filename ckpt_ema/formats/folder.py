@@ -20,7 +20,7 @@ MODEL_STEM = re.compile(r"^(model|pytorch_model|diffusion_pytorch_model|adapter_
 # Saved beside the weights by every trainer, and never a student.
 NEVER_STUDENTS = re.compile(
     r"^(optimizer|scheduler|scaler|sampler|dl_state_dict|custom_checkpoint|rng_state|random_states|random_state"
-    r"|training_args|trainer_state|recipe_state|optim|opt(?=[_.\-\d])|zero_pp_rank|bf16_zero_pp_rank|events\.out)([_.\-\d].*)?$"
+    r"|training_args|trainer_state|recipe_state|optim|opt(?=\d)|zero_pp_rank|bf16_zero_pp_rank|events\.out)([_.\-\d].*)?$"
 )
 DISTRIBUTED_HINTS = {
     ".metadata": (
@@ -49,6 +49,13 @@ def read_folder(folder: Path) -> Contents:
     Several models in it (accelerate's `model_1`, diffusers' `unet` and `unet_ema`) become several entries of the
     tree. Raises UnreadableCheckpointError when a shard is missing, or no weights are found.
     """
+    try:
+        return _read_folder(folder)
+    except OSError as error:
+        raise UnreadableCheckpointError(f"cannot read `{folder}`: {error.strerror}") from error
+
+
+def _read_folder(folder: Path) -> Contents:
     models = _find_models(folder)
     if not models:
         for subfolder in sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")):
@@ -234,9 +241,21 @@ def _read_json(path: Path) -> dict[str, Any]:
     return table
 
 
+def distributed_marker(folder: Path) -> str | None:
+    """The file or folder that shows a distributed checkpoint in `folder`; None where there is none."""
+    for marker in DISTRIBUTED_HINTS:
+        path = folder / marker
+        # DeepSpeed's `latest` is a small text; a link of that name points to a checkpoint.
+        if path.exists() and not (marker == "latest" and (path.is_symlink() or path.stat().st_size > 4096)):
+            return marker
+    return None
+
+
 def _no_weights(folder: Path) -> UnreadableCheckpointError:
-    for marker, (what, command) in DISTRIBUTED_HINTS.items():
-        if (folder / marker).exists() or any(child.name == marker for child in folder.glob(f"*/{marker}")):
+    for place in (folder, *(child for child in folder.iterdir() if child.is_dir())):
+        marker = distributed_marker(place)
+        if marker is not None:
+            what, command = DISTRIBUTED_HINTS[marker]
             return UnreadableCheckpointError(
                 f"`{folder}` is {what}, which this version does not read",
                 hint=f"convert it first: `{command} ...`",

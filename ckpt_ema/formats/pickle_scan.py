@@ -17,7 +17,7 @@ class IncompletePickleError(Exception):
     """The bytes end before the pickle does."""
 
 
-# With its stack (see torch_save.py) the unpickler stands this many tuples inside each other.
+# 20000 tensors take 80000; each may be nested in the one before it, and needs stack then (see torch_save.py).
 MAX_TUPLES = 1_000_000
 
 _PREFIXED = -1
@@ -62,8 +62,8 @@ for _opcode in b"t\x85\x86\x87":
 _ACTIONS[ord(".")] = _STOP
 
 
-def find_pickle_end(content: bytes, begin: int = 0) -> int:
-    """Offset behind the STOP of the pickle that starts at `begin`.
+def find_pickle_end(content: bytes, begin: int = 0) -> tuple[int, int]:
+    """Offset behind the STOP of the pickle that starts at `begin`, and how many tuples it builds.
 
     Raises IncompletePickleError where `content` ends first, and MalformedPickleError for an opcode that no torch
     writes (extension registry, out-of-band buffers), an absurd memo index, or too many tuples.
@@ -93,7 +93,7 @@ def find_pickle_end(content: bytes, begin: int = 0) -> int:
         elif action == _STOP:
             if num_tuples > MAX_TUPLES:
                 raise MalformedPickleError(f"{num_tuples} tuples are more than any table of tensors has")
-            return position
+            return position, num_tuples
         elif action == _MEMO:
             position = _check_memo_index(content, opcode, position)
         else:

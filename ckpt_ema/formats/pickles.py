@@ -125,7 +125,6 @@ class PickledTensor(NamedTuple):
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
-    is_parameter: bool = False
 
 
 class _StorageType(_Sealed):
@@ -185,9 +184,7 @@ def _rebuild_tensor_v3(
 
 
 def _rebuild_parameter(tensor: Any, *_rest: Any) -> Any:
-    if not isinstance(tensor, PickledTensor):
-        return tensor  # a parameter around something else (sparse, quantised): left for the caller to name
-    return PickledTensor(tensor.storage, tensor.dtype, tensor.offset, tensor.shape, tensor.strides, True)
+    return tensor
 
 
 def _rebuild_from_type(function: Any, _type: Any, arguments: Any, _state: Any = None) -> Any:

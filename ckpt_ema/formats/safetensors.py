@@ -91,6 +91,12 @@ class _Header:
 _last_header: tuple[bytes, _Header] | None = None
 
 
+def forget_last_header() -> None:
+    """Free the header kept for the next checkpoint; it may be 100 MB."""
+    global _last_header  # noqa: PLW0603
+    _last_header = None
+
+
 def _read_header(text: bytes, path: Path) -> _Header:
     global _last_header  # noqa: PLW0603
     last = _last_header

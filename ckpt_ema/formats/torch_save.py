@@ -24,7 +24,9 @@ from ckpt_ema.formats.pickles import MetadataUnpickler, PickledStorage, PickledT
 
 # Real ones take a few MB; the largest seen hold histories of metrics. What is larger is no table of tensors.
 MAX_PICKLE_BYTES = 256 << 20
-STACK_BYTES = 512 << 20
+# Hashing nested tuples recurses in C. Any thread's stack holds this many; for more, a stack is made that does.
+SHALLOW_TUPLES = 5000
+STACK_BYTES_PER_TUPLE = 512
 
 ZIP_MAGIC = b"PK\x03\x04"
 LEGACY_MAGIC_NUMBER = 0x1950A86A20F9469CFC6C
@@ -76,9 +78,10 @@ def read_torch_zip(path: Path) -> TorchSaveFile:
                 hint="load and save it again on this machine with torch",
             )
         content = archive.read_small(f"{root}data.pkl")
-        if _find_end(content, 0, path) is None:
+        found = _find_end(content, 0, path)
+        if found is None:
             raise UnreadableCheckpointError(f"`{path}`: its pickle does not end")
-        tree = _unpickle(content, path)
+        tree = _unpickle(content, found[1], path)
         prefix = f"{root}data/"
         storages = {
             name.removeprefix(prefix): archive.locate(name) for name in archive.records if name.startswith(prefix)
@@ -128,17 +131,18 @@ class _LegacyPickles:
         """The next root; storages that its pickle refers to are put into `storages`."""
         path = self._source.path
         limit = min(self._source.size, MAX_PICKLE_BYTES)
-        while (end := _find_end(self._content, self.position, path)) is None:
+        while (found := _find_end(self._content, self.position, path)) is None:
             if len(self._content) == limit:
                 raise UnreadableCheckpointError(f"`{path}` is truncated inside a pickle")
             size = min(max(1 << 20, 4 * len(self._content)), limit)
             self._content = read_exactly(self._descriptor, size, 0, path)
-        tree = _unpickle(self._content[self.position : end], path, storages)
+        end, num_tuples = found
+        tree = _unpickle(self._content[self.position : end], num_tuples, path, storages)
         self.position = end
         return tree
 
 
-def _find_end(content: bytes, begin: int, path: Path) -> int | None:
+def _find_end(content: bytes, begin: int, path: Path) -> tuple[int, int] | None:
     try:
         return find_pickle_end(content, begin)
     except IncompletePickleError:
@@ -147,16 +151,16 @@ def _find_end(content: bytes, begin: int, path: Path) -> int | None:
         raise UnreadableCheckpointError(f"`{path}` cannot be unpickled: {error}") from error
 
 
-def _unpickle(content: bytes, path: Path, storages: dict[str, PickledStorage] | None = None) -> Any:
+def _unpickle(content: bytes, num_tuples: int, path: Path, storages: dict[str, PickledStorage] | None = None) -> Any:
     """The root of one scanned pickle; storages it refers to are put into `storages`."""
     try:
-        return _with_deep_stack(_StorageCollector(content, storages).load)
+        load = _StorageCollector(content, storages).load
+        return load() if num_tuples < SHALLOW_TUPLES else _with_deep_stack(load, num_tuples * STACK_BYTES_PER_TUPLE)
     except MalformedPickleError as error:
         raise UnreadableCheckpointError(f"`{path}` cannot be unpickled: {error}") from error
 
 
-def _with_deep_stack(load: Callable[[], Any]) -> Any:
-    """Call `load` on a stack that holds MAX_TUPLES levels of C recursion (hashing nested tuples)."""
+def _with_deep_stack(load: Callable[[], Any], stack_bytes: int) -> Any:
     outcome: list[Any] = []
 
     def work() -> None:
@@ -165,10 +169,12 @@ def _with_deep_stack(load: Callable[[], Any]) -> Any:
         except BaseException as error:
             outcome.append(error)
 
-    before = threading.stack_size(STACK_BYTES)
+    before = threading.stack_size((4 << 20) + stack_bytes // 4096 * 4096)
+    thread = threading.Thread(target=work, name="unpickle", daemon=True)
     try:
-        thread = threading.Thread(target=work, name="unpickle", daemon=True)
         thread.start()
+    except RuntimeError as error:  # a limit on address space
+        raise MalformedPickleError(f"a stack of {stack_bytes >> 20} MiB for its nested tuples cannot be had") from error
     finally:
         threading.stack_size(before)
     thread.join()
