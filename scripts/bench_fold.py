@@ -242,7 +242,7 @@ def write_run(folder: Path, shapes: list[tuple[int, ...]], dtype: str, arguments
         code = (
             "import sys, json, torch\n"
             "from safetensors.torch import save_file\n"
-            "folder, shapes, dtype, count, how = json.loads(sys.argv[1])\n"
+            "folder, shapes, dtype, count, how = json.load(sys.stdin)\n"
             "g = torch.Generator().manual_seed(0)\n"
             "base = {f'layer{i:05d}.weight': torch.randn(s, generator=g) for i, s in enumerate(shapes)}\n"
             "for k in range(count):\n"
@@ -251,7 +251,7 @@ def write_run(folder: Path, shapes: list[tuple[int, ...]], dtype: str, arguments
             "    else: torch.save({'model': student, 'step': k}, f'{folder}/step_{k}.pt')\n"
         )
         settings = json.dumps([str(folder), shapes, dtype, arguments.checkpoints, how])
-        subprocess.run([sys.executable, "-c", code, settings], check=True)
+        subprocess.run([sys.executable, "-c", code], input=settings, text=True, check=True)
         (folder / "complete").touch()
     for path in folder.glob("step_*"):
         warm(path)
