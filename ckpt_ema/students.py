@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -162,6 +163,7 @@ def _kind_of_key(key: str) -> Kind:
     return "average" if is_average_name(key) else "raw"
 
 
+@functools.lru_cache(maxsize=4096)  # asked for every part of every tensor's name, and the parts repeat
 def is_average_name(name: str) -> bool:
     """Whether a key or a file's name says that it holds an average: `model_ema`, `modelEMA`, `teacher`."""
     return bool(AVERAGE_WORD.search(_CASE_CHANGE.sub("_", name)))
@@ -438,6 +440,8 @@ def _student_prefix(names: Iterable[str]) -> str | None:
     """`student.`, or `model.student.`, where the same place has a `teacher.` as well."""
     places: dict[str, set[str]] = {"student": set(), "teacher": set()}
     for name in names:
+        if "student" not in name and "teacher" not in name:
+            continue
         parts = name.split(".")[:-1]
         for half, found in places.items():
             if half in parts:

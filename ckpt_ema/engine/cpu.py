@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from ckpt_ema.blocks import ELEMENT_MULTIPLE, Alias, Block, BlockPlan
+from ckpt_ema.blocks import ELEMENT_MULTIPLE, Alias, Block, BlockPlan, Lane
 from ckpt_ema.engine.buffers import Buffer
 from ckpt_ema.engine.contract import NonFinite, NonFiniteBlockError
 from ckpt_ema.engine.gather import gather_block
-from ckpt_ema.engine.inputs import MAX_GAP_BYTES, InputFiles, read_block, stored_dtype
+from ckpt_ema.engine.inputs import MAX_GAP_BYTES, InputFiles, LaneExtents, stored_dtype
 from ckpt_ema.layouts import Layout
 from ckpt_ema.profiles import Update
 from ckpt_ema.writer import TeacherFile
@@ -111,6 +111,8 @@ class _BlockFolder:
         self._files = files
         self._raw, self._accumulator, self._widened, self._span = (Buffer(size) for size in plan.thread_buffers)
         self._trash = memoryview(bytearray(MAX_GAP_BYTES))
+        self._lane: Lane | None = None
+        self._extents: dict[int, LaneExtents] = {}
 
     def fold(self, block: Block) -> memoryview:
         """The block's bytes as they go into the teacher."""
@@ -169,7 +171,16 @@ class _BlockFolder:
             gather_block(self._files, layout, block, buffer, self._span, self._trash)
         else:
             num_bytes = (block.end - block.begin) * stored_dtype(layout, block).itemsize
-            read_block(self._files, layout, block, buffer.bytes[:num_bytes], self._trash)
+            extents = self._extents_of(layout, block.lane)
+            extents.read(self._files, block.begin, block.end, buffer.bytes[:num_bytes], self._trash)
+
+    def _extents_of(self, layout: Layout, lane: Lane) -> LaneExtents:
+        if lane is not self._lane:  # blocks come lane by lane; what the last one needed is freed
+            self._lane, self._extents = lane, {}
+        extents = self._extents.get(id(layout))
+        if extents is None:
+            extents = self._extents[id(layout)] = LaneExtents(layout, lane)
+        return extents
 
     def _find_origin(self, block: Block, bad: torch.Tensor) -> NonFinite:
         """The tensor of the first element that `bad` marks, and the first input that is not finite there."""

@@ -14,7 +14,7 @@ import torch
 
 from ckpt_ema.blocks import Block
 from ckpt_ema.engine.buffers import Buffer
-from ckpt_ema.engine.inputs import InputFiles, read_block, read_span, stored_dtype
+from ckpt_ema.engine.inputs import InputFiles, LaneExtents, read_span, stored_dtype
 from ckpt_ema.layouts import Layout
 
 Box = tuple[tuple[int, int], ...]
@@ -33,7 +33,8 @@ def gather_block(
     strides = layout.schema.strides[index]
     if strides is None:
         num_bytes = (block.end - block.begin) * dtype.itemsize
-        read_block(files, layout, block, target.bytes[:num_bytes], trash)
+        extents = LaneExtents(layout, block.lane)
+        extents.read(files, block.begin, block.end, target.bytes[:num_bytes], trash)
         return
     elements = target.elements(dtype, block.end - block.begin)
     room = len(span.bytes) // dtype.itemsize

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import itertools
 import os
 import resource
+from array import array
 from collections.abc import Sequence
 from types import TracebackType
 
-from ckpt_ema.blocks import Block
+from ckpt_ema.blocks import Block, Lane
 from ckpt_ema.byte_ranges import SourceFile, open_input
 from ckpt_ema.dtypes import DType
 from ckpt_ema.errors import CkptEmaError
@@ -74,40 +76,58 @@ def _allow_open_files(count: int) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def read_block(files: InputFiles, layout: Layout, block: Block, buffer: memoryview, trash: memoryview) -> None:
-    """Fill `buffer` with the block's elements as `layout`'s checkpoint stores them, packed in the lane's order.
+class LaneExtents:
+    """Where a lane's elements lie in one checkpoint: runs of bytes that are consecutive in a file.
 
-    `buffer` has the block's size in the stored dtype; `trash` at least MAX_GAP_BYTES, for what lies between two
-    tensors in a file. The lane's tensors are contiguous.
+    Tensors that are neighbours in the lane and in the file are one extent, so that a block of a hundred small tensors
+    is one read. 18 bytes each, since a torch.save file has one per tensor.
     """
-    itemsize = stored_dtype(layout, block).itemsize
-    file_indices, begins = layout.file_indices, layout.begins
-    buffers: list[memoryview] = []
-    read_file, read_begin, file_end = -1, 0, 0
-    filled = piece_begin = 0
-    for index, first, count in block.lane.tensors_between(block.begin, block.end):
-        begin = begins[index] + first * itemsize
-        num_bytes = count * itemsize
-        if file_indices[index] == read_file and begin == file_end:
-            # The neighbour in the lane is the neighbour in the file: one longer piece.
+
+    def __init__(self, layout: Layout, lane: Lane) -> None:
+        self._layout = layout
+        self._itemsize = itemsize = layout.schema.dtypes[lane.tensors[0]].itemsize
+        self._starts = array("q")  # first element within the lane
+        self._begins = array("q")  # first byte in the file
+        self._file_indices = array("H")
+        file_index, file_end = -1, 0
+        for index, start, stop in zip(lane.tensors, lane.starts, lane.starts[1:], strict=False):
+            begin = layout.begins[index]
+            if begin != file_end or layout.file_indices[index] != file_index:
+                file_index = layout.file_indices[index]
+                self._starts.append(start)
+                self._begins.append(begin)
+                self._file_indices.append(file_index)
+            file_end = begin + (stop - start) * itemsize
+        self._starts.append(lane.num_elements)
+
+    def read(self, files: InputFiles, first: int, stop: int, buffer: memoryview, trash: memoryview) -> None:
+        """Fill `buffer` with the lane's elements `[first, stop)` as they are stored, packed.
+
+        `trash` takes what lies between two extents of a file and has at least MAX_GAP_BYTES.
+        """
+        itemsize = self._itemsize
+        buffers: list[memoryview] = []
+        read_file, read_begin, file_end, filled = -1, 0, 0, 0
+        extent = bisect.bisect_right(self._starts, first) - 1
+        while first < stop:
+            end = min(self._starts[extent + 1], stop)
+            file_index = self._file_indices[extent]
+            begin = self._begins[extent] + (first - self._starts[extent]) * itemsize
+            num_bytes = (end - first) * itemsize
+            gap = begin - file_end
+            if file_index == read_file and 0 <= gap <= MAX_GAP_BYTES and len(buffers) < MAX_BUFFERS_PER_READ:
+                buffers.append(trash[:gap])
+            else:
+                if buffers:
+                    _preadv_all(files, self._layout.files[read_file], buffers, read_begin)
+                buffers = []
+                read_file, read_begin = file_index, begin
+            buffers.append(buffer[filled : filled + num_bytes])
             filled += num_bytes
-            file_end += num_bytes
-            continue
-        if filled > piece_begin:
-            buffers.append(buffer[piece_begin:filled])
-        gap = begin - file_end
-        if file_indices[index] == read_file and 0 < gap <= MAX_GAP_BYTES and len(buffers) < MAX_BUFFERS_PER_READ:
-            buffers.append(trash[:gap])
-        else:
-            if buffers:
-                _preadv_all(files, layout.files[read_file], buffers, read_begin)
-            buffers = []
-            read_file, read_begin = file_indices[index], begin
-        piece_begin = filled
-        filled += num_bytes
-        file_end = begin + num_bytes
-    buffers.append(buffer[piece_begin:filled])
-    _preadv_all(files, layout.files[read_file], buffers, read_begin)
+            file_end = begin + num_bytes
+            first = end
+            extent += 1
+        _preadv_all(files, self._layout.files[read_file], buffers, read_begin)
 
 
 def read_span(files: InputFiles, layout: Layout, index: int, first_byte: int, buffer: memoryview) -> None:

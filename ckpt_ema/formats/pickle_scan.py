@@ -26,6 +26,7 @@ _MEMO = -3
 _TUPLE = -4
 _STOP = -5
 _UNKNOWN = -6
+_LINE_MEMO = -7
 
 _FIXED_SIZES = {
     0: b"(0210NQR]})ab\x81\x88\x89\x91\x90\x92\x93\x94deluos" + b"\x8f",
@@ -55,8 +56,8 @@ for _count, _opcodes in _LINE_COUNTS.items():
     for _opcode in _opcodes:
         _ACTIONS[_opcode] = _LINES
         _NUM_LINES[_opcode] = _count
-for _opcode in b"rp":
-    _ACTIONS[_opcode] = _MEMO
+_ACTIONS[ord("r")] = _MEMO
+_ACTIONS[ord("p")] = _LINE_MEMO
 for _opcode in b"t\x85\x86\x87":
     _ACTIONS[_opcode] = _TUPLE
 _ACTIONS[ord(".")] = _STOP
@@ -78,6 +79,13 @@ def find_pickle_end(content: bytes, begin: int = 0) -> tuple[int, int]:
         position += 1
         if action >= 0:
             position += action
+        elif action == _MEMO:
+            if position + 4 > size:
+                raise IncompletePickleError
+            # A pickle cannot have remembered more things than it has bytes; its upper half is enough to tell.
+            if content[position + 2] | content[position + 3] << 8 > size >> 16:
+                raise MalformedPickleError("a memo index is larger than the pickle")
+            position += 4
         elif action == _TUPLE:
             num_tuples += 1
         elif action == _PREFIXED:
@@ -94,27 +102,18 @@ def find_pickle_end(content: bytes, begin: int = 0) -> tuple[int, int]:
             if num_tuples > MAX_TUPLES:
                 raise MalformedPickleError(f"{num_tuples} tuples are more than any table of tensors has")
             return position, num_tuples
-        elif action == _MEMO:
-            position = _check_memo_index(content, opcode, position)
+        elif action == _LINE_MEMO:
+            position = _check_memo_line(content, position)
         else:
             raise MalformedPickleError(f"opcode 0x{opcode:02x} is none that torch writes")
     raise IncompletePickleError
 
 
-def _check_memo_index(content: bytes, opcode: int, position: int) -> int:
-    if opcode == ord("r"):
-        end = position + 4
-        if end > len(content):
-            raise IncompletePickleError
-        index = int.from_bytes(content[position:end], "little")
-    else:
-        end = content.find(b"\n", position) + 1
-        digits = content[position : end - 1]
-        if end == 0:
-            raise IncompletePickleError
-        if not digits.isdigit() or len(digits) > 10:
-            raise MalformedPickleError("a memo index that is no number")
-        index = int(digits)
-    if index > end:  # a pickle cannot have remembered more things than it has bytes so far
-        raise MalformedPickleError(f"memo index {index} is larger than the pickle")
+def _check_memo_line(content: bytes, position: int) -> int:
+    end = content.find(b"\n", position) + 1
+    if end == 0:
+        raise IncompletePickleError
+    digits = content[position : end - 1]
+    if not digits.isdigit() or len(digits) > 10 or int(digits) > end:
+        raise MalformedPickleError("a memo index is no number, or larger than the pickle")
     return end
