@@ -31,6 +31,7 @@ def fold_blocks(
 ) -> None:
     """The CPU's Engine; see there for the contract."""
     blocks = _Queue(plan.blocks())
+    extents = _ExtentTable()
     failures: list[BaseException] = []
     lock = threading.Lock()
 
@@ -38,7 +39,7 @@ def fold_blocks(
         # One intra-op thread each: torch's own threads on blocks of this size cost more than they bring.
         torch.set_num_threads(1)
         try:
-            folder = _BlockFolder(plan, layouts, updates, files)
+            folder = _BlockFolder(plan, layouts, updates, files, extents)
             while (block := blocks.take()) is not None:
                 _write_with_aliases(teacher, plan.aliases, folder.fold(block), block.position)
                 num_inputs = len(layouts) if block.lane.action == "average" else 1
@@ -62,6 +63,23 @@ def fold_blocks(
         torch.set_num_threads(threads_before)
     if failures:
         raise failures[0]
+
+
+class _ExtentTable:
+    """The extents of every lane in every checkpoint, found on first use and shared by the threads."""
+
+    def __init__(self) -> None:
+        self._table: dict[tuple[int, int], LaneExtents] = {}
+        self._lock = threading.Lock()
+
+    def of(self, layout: Layout, lane: Lane) -> LaneExtents:
+        key = (id(layout), id(lane))
+        extents = self._table.get(key)
+        if extents is None:
+            with self._lock:
+                extents = self._table.get(key) or LaneExtents(layout, lane)
+                self._table[key] = extents
+        return extents
 
 
 def _join_all(threads: Sequence[threading.Thread]) -> None:
@@ -104,15 +122,19 @@ class _BlockFolder:
     """One thread's buffers, and what it does with them."""
 
     def __init__(
-        self, plan: BlockPlan, layouts: Sequence[Layout], updates: Sequence[Update], files: InputFiles
+        self,
+        plan: BlockPlan,
+        layouts: Sequence[Layout],
+        updates: Sequence[Update],
+        files: InputFiles,
+        extents: _ExtentTable,
     ) -> None:
         self._layouts = layouts
         self._updates = updates
         self._files = files
         self._raw, self._accumulator, self._widened, self._span = (Buffer(size) for size in plan.thread_buffers)
         self._trash = memoryview(bytearray(MAX_GAP_BYTES))
-        self._lane: Lane | None = None
-        self._extents: dict[int, LaneExtents] = {}
+        self._extents = extents
 
     def fold(self, block: Block) -> memoryview:
         """The block's bytes as they go into the teacher."""
@@ -171,16 +193,8 @@ class _BlockFolder:
             gather_block(self._files, layout, block, buffer, self._span, self._trash)
         else:
             num_bytes = (block.end - block.begin) * stored_dtype(layout, block).itemsize
-            extents = self._extents_of(layout, block.lane)
+            extents = self._extents.of(layout, block.lane)
             extents.read(self._files, block.begin, block.end, buffer.bytes[:num_bytes], self._trash)
-
-    def _extents_of(self, layout: Layout, lane: Lane) -> LaneExtents:
-        if lane is not self._lane:  # blocks come lane by lane; what the last one needed is freed
-            self._lane, self._extents = lane, {}
-        extents = self._extents.get(id(layout))
-        if extents is None:
-            extents = self._extents[id(layout)] = LaneExtents(layout, lane)
-        return extents
 
     def _find_origin(self, block: Block, bad: torch.Tensor) -> NonFinite:
         """The tensor of the first element that `bad` marks, and the first input that is not finite there."""
