@@ -118,14 +118,17 @@ def _prepare_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # File names may be bytes that are no text, and terminals may know no bars.
-            is_utf8 = stream.encoding.lower().replace("-", "") == "utf8"
-            stream.reconfigure(errors="surrogateescape" if is_utf8 else "backslashreplace")
+            stream.reconfigure(errors="surrogateescape" if _is_utf8(stream) else "backslashreplace")
+
+
+def _is_utf8(stream: Any) -> bool:
+    return (getattr(stream, "encoding", None) or "utf-8").lower().replace("-", "") == "utf8"
 
 
 def _print(text: str) -> None:
     """Print on stdout what a checkpoint or a person named: no control character but the line feeds of our tables."""
     text = "".join(c if c >= " " or c == "\n" else f"\\x{ord(c):02x}" for c in text)
-    if (getattr(sys.stdout, "encoding", None) or "utf-8").lower().replace("-", "") != "utf8":
+    if not _is_utf8(sys.stdout):
         text = text.translate(dict.fromkeys(map(ord, "█▉▊▋▌▍▎▏"), "#"))
     click.echo(text)
 

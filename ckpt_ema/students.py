@@ -332,10 +332,6 @@ def _student_of(contents: Contents, key: str, value: Any) -> Student:
         if module is not None:
             value, buffers = module[0], frozenset(module[1])
     at_root = _as_mapping(contents.tree)
-    if not key and isinstance(contents.tree, Inert):
-        module = module_state(contents.tree)
-        if module is not None:
-            buffers = frozenset(module[1])
     table = _as_mapping(value) or {}
     tensors: dict[str, TensorRange] = {}
     left_out: dict[str, str] = {}
