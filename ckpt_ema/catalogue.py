@@ -15,17 +15,20 @@ from ckpt_ema.layouts import Layout, Schema
 
 # Buffers that move during training, by the names torch and the common libraries give them. A bare state dict does
 # not say which of its tensors are buffers; one that never moves averages to itself and needs no rule.
-KNOWN_BUFFERS = re.compile(
-    r"(^|\.)("
-    r"running_mean|running_var|num_batches_tracked"  # BatchNorm, InstanceNorm
-    r"|weight_u|weight_v|weight_orig_u|weight_orig_v|_u|_v"  # spectral norm, old and parametrised
-    r"|min_val|max_val|min_vals|max_vals|zero_point|fake_quant_enabled|observer_enabled"  # quantisation observers
-    r"|ema_cluster_size|cluster_size|embed_avg|ema_w|code_count"  # vector quantisers
-    r"|queue|queue_ptr"  # MoCo
-    r"|position_ids|inv_freq|freqs_cis|cos_cached|sin_cached|attn_mask|relative_position_index|masked_bias"
-    r"|pixel_mean|pixel_std|n_averaged"
-    r")$"
+KNOWN_BUFFERS = frozenset(
+    word
+    for words in (
+        "running_mean running_var num_batches_tracked",  # BatchNorm, InstanceNorm
+        "weight_u weight_v weight_orig_u weight_orig_v _u _v",  # spectral norm, old and parametrised
+        "min_val max_val min_vals max_vals zero_point fake_quant_enabled observer_enabled",  # quantisation observers
+        "ema_cluster_size cluster_size embed_avg ema_w code_count",  # vector quantisers
+        "queue queue_ptr",  # MoCo
+        "position_ids inv_freq freqs_cis cos_cached sin_cached attn_mask relative_position_index masked_bias",
+        "pixel_mean pixel_std n_averaged",
+    )
+    for word in words.split()
 )
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +97,7 @@ def build_catalogue(
 
 
 def _check_name(name: str) -> None:
-    if name == "__metadata__" or any("\ud800" <= character <= "\udfff" for character in name):
+    if name == "__metadata__" or LONE_SURROGATE.search(name):
         raise CkptEmaError(
             f"a tensor is called {name!a}, which a safetensors file cannot name",
             hint="rename it in the checkpoints, or fold a sub-model without it (`--prefix`)",
@@ -104,14 +107,14 @@ def _check_name(name: str) -> None:
 def _reason_to_copy(name: str, dtype: DType, treatment: Treatment, buffers: Collection[str] | None) -> str:
     if dtype.kind == "integer":
         return dtype.name
-    if any(fnmatch.fnmatchcase(name, glob) for glob in treatment.buffer_globs):
+    if treatment.buffer_globs and any(fnmatch.fnmatchcase(name, glob) for glob in treatment.buffer_globs):
         return "buffer (`--buffer`)"
     if not treatment.skip_buffers:
         # The hook's rule for whole state dicts: `is_floating_point`, which complex numbers are not.
         return "" if dtype.is_floating_point else dtype.name
     if buffers is not None:
         return "buffer" if name in buffers else ""
-    return "buffer (known name)" if KNOWN_BUFFERS.search(name) else ""
+    return "buffer (known name)" if name.rpartition(".")[2] in KNOWN_BUFFERS else ""
 
 
 def _teacher_dtype(name: str, student_dtype: DType, wanted: str) -> DType:

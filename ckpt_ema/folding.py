@@ -5,6 +5,8 @@ run -> checkpoints -> catalogue -> updates -> blocks -> engine -> teacher file
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import glob
 import os
 import time
@@ -38,7 +40,23 @@ Progress = Callable[[int, int], None]
 
 def plan(run: PathLike | Sequence[PathLike], output: PathLike | None = None, **options: Any) -> FoldPlan:
     """Plan a fold without reading a tensor; arguments are those of `fold`."""
-    wanted = FoldOptions(**options)
+    with _paused_collection():
+        return _plan(run, output, FoldOptions(**options))
+
+
+@contextlib.contextmanager
+def _paused_collection() -> Iterator[None]:
+    """No garbage collection while tables are read: a million new tuples would set it off a thousand times."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _plan(run: PathLike | Sequence[PathLike], output: PathLike | None, wanted: FoldOptions) -> FoldPlan:
     paths = _as_paths(run)
     _check_device(wanted.device)
     selection = Selection(

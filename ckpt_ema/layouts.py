@@ -34,6 +34,9 @@ class Layout:
     begins: array[int]
 
 
+NONE: tuple[tuple[()], ...] = ((),) * len(TensorRange._fields)
+
+
 class SchemaPool:
     """Gives equal schemas as one object."""
 
@@ -52,16 +55,11 @@ class SchemaPool:
 def compact_layout(tensors: Mapping[str, TensorRange], pool: SchemaPool) -> Layout:
     """Pack the ranges of one student."""
     names = sorted(tensors)
-    ranges = [tensors[name] for name in names]
+    dtypes, shapes, strides, files_of, begins, _ = zip(*map(tensors.__getitem__, names), strict=True) if names else NONE
     # By identity: a reader makes one SourceFile per file, and hashing it for every tensor is slow.
-    files = {id(tensor.file): tensor.file for tensor in ranges}
+    keys = list(map(id, files_of))
+    files = dict(zip(keys, files_of, strict=True))
     numbers = {key: number for number, key in enumerate(files)}
-    file_indices = array("H", [numbers[id(tensor.file)] for tensor in ranges])
-    schema = Schema(
-        tuple(names),
-        tuple(tensor.dtype for tensor in ranges),
-        tuple(tensor.shape for tensor in ranges),
-        tuple(tensor.strides for tensor in ranges),
-    )
-    begins = array("q", [tensor.begin for tensor in ranges])
-    return Layout(pool.share(schema), tuple(files.values()), file_indices, begins)
+    schema = Schema(tuple(names), dtypes, shapes, strides)
+    file_indices = array("H", map(numbers.__getitem__, keys))
+    return Layout(pool.share(schema), tuple(files.values()), file_indices, array("q", begins))

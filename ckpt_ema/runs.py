@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import fnmatch
-import gc
 import glob
 import itertools
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ckpt_ema.errors import CkptEmaError, MisuseError, UnreadableCheckpointError
 from ckpt_ema.formats import Contents, ModelFolder, is_weights_file_name, read_contents
 from ckpt_ema.formats.folder import MODEL_STEM, distributed_marker, has_weights
+from ckpt_ema.formats.pickle_scan import forget_last_scan
 from ckpt_ema.formats.safetensors import forget_last_header
 from ckpt_ema.layouts import Layout, SchemaPool, compact_layout
 from ckpt_ema.steps import ORIGINS, Origin, Unit, is_copy_name, stem_of, steps_in_name, steps_inside
@@ -108,28 +107,18 @@ def find_checkpoints(paths: Sequence[Path], selection: Selection) -> Run:
     for path in paths:
         if not path.exists():
             raise MisuseError(f"`{path}` does not exist", hint="pass a run directory, or checkpoints")
-    with _paused_collection():
+    try:
         if len(paths) == 1 and paths[0].is_dir() and not _is_one_checkpoint(paths[0]):
             directory, listing = _read_run_directory(paths[0], selection)
             root: Path | None = paths[0]
         else:
             directory, listing = _read_list(paths, selection)
             root = directory if len({path.absolute().parent for path in paths}) == 1 else None
-    kept = _select(directory, listing, selection)
-    return Run(directory, root, tuple(kept), tuple(listing.left_out), tuple(listing.warnings))
-
-
-@contextlib.contextmanager
-def _paused_collection() -> Iterator[None]:
-    """No garbage collection while tables are read: a million new tuples would set it off a thousand times."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
     finally:
         forget_last_header()
-        if was_enabled:
-            gc.enable()
+        forget_last_scan()
+    kept = _select(directory, listing, selection)
+    return Run(directory, root, tuple(kept), tuple(listing.left_out), tuple(listing.warnings))
 
 
 def _read_checkpoint(

@@ -32,9 +32,8 @@ RAW_KEYS = (
     "state",
 )
 # A word of a key or of the first part of a tensor name that says: these are averages.
-AVERAGE_WORD = re.compile(
-    r"(^|[._\-])(ema|swa|avg|average|averaged|teacher|shadow|polyak|litema)(\d*)([._\-]|$)", re.IGNORECASE
-)
+_AVERAGE_WORDS = ("ema", "swa", "avg", "average", "averaged", "teacher", "shadow", "polyak", "litema")
+AVERAGE_WORD = re.compile(rf"(^|[._\-])({'|'.join(_AVERAGE_WORDS)})(\d*)([._\-]|$)", re.IGNORECASE)
 _CASE_CHANGE = re.compile(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 NEVER_A_MODEL = re.compile(
     r"^(optim|optimi[sz]er|(lr_)?sched|scaler|grad_scaler|amp([_.]|$)|rng|random_|loss(es)?$|callbacks|loops|criterion|metrics?$"
@@ -42,6 +41,7 @@ NEVER_A_MODEL = re.compile(
     re.IGNORECASE,
 )
 MAX_DEPTH = 4
+TENSORS = (TensorRange, PickledTensor)
 
 
 class Candidate(NamedTuple):
@@ -129,7 +129,7 @@ def choose_student(contents: Contents, *, state: str | None = None, prefix: str 
 
 
 def _is_tensor(value: Any) -> bool:
-    return isinstance(value, (TensorRange, PickledTensor))
+    return isinstance(value, TENSORS)
 
 
 def _as_mapping(value: Any) -> dict[Any, Any] | None:
@@ -148,15 +148,15 @@ def _as_mapping(value: Any) -> dict[Any, Any] | None:
     return None
 
 
-def _own_tensors(table: Mapping[Any, Any]) -> list[str]:
+def _own_tensors(table: Mapping[Any, Any]) -> Iterator[str]:
     """Names of the weights a table holds itself; a loss, a step or a random state stored as a tensor is none."""
-    return [
-        name
-        for name, value in table.items()
-        if isinstance(name, str)
-        and _is_tensor(value)
-        and ("." in name or (len(value.shape) > 0 and not NEVER_A_MODEL.match(name)))
-    ]
+    for name, value in table.items():
+        if (
+            isinstance(name, str)
+            and _is_tensor(value)
+            and ("." in name or (len(value.shape) > 0 and not NEVER_A_MODEL.match(name)))
+        ):
+            yield name
 
 
 def _kind_of_key(key: str) -> Kind:
@@ -185,11 +185,11 @@ def _candidates(tree: Any) -> Iterator[Candidate]:
         if id(value) in seen or (table := _as_mapping(value)) is None:
             continue
         seen.add(id(value))
-        if _own_tensors(table):
+        if next(_own_tensors(table), None) is not None:
             yield Candidate(key, _kind_at(root or {}, key, table), table, value if depth else tree)
         if depth < MAX_DEPTH:
             for name, child in table.items():
-                if isinstance(name, str) and not _is_tensor(child) and not NEVER_A_MODEL.match(name):
+                if not isinstance(child, TENSORS) and isinstance(name, str) and not NEVER_A_MODEL.match(name):
                     pending.append((f"{key}.{name}" if key else name, child, depth + 1))
 
 
@@ -259,8 +259,9 @@ def _find_raw(contents: Contents, candidates: list[Candidate]) -> tuple[str, Any
     nested = [item for item in raw if item.key]
     if flat is not None and nested:
         # A stray tensor at the top does not make the checkpoint a state dict; weights have dotted names there.
-        names = _own_tensors(flat.table)
-        if any("." in name for name in names) or len(names) > max(len(_own_tensors(item.table)) for item in nested):
+        names = list(_own_tensors(flat.table))
+        most = max(sum(1 for _ in _own_tensors(item.table)) for item in nested)
+        if any("." in name for name in names) or len(names) > most:
             return flat.key, flat.value
         raw = nested
     if len(raw) > 1:
@@ -333,13 +334,13 @@ def _student_of(contents: Contents, key: str, value: Any) -> Student:
             value, buffers = module[0], frozenset(module[1])
     at_root = _as_mapping(contents.tree)
     table = _as_mapping(value) or {}
-    tensors: dict[str, TensorRange] = {}
+    leaves: dict[str, TensorRange | PickledTensor] = {}
     left_out: dict[str, str] = {}
     for name, leaf in table.items():
-        if _is_tensor(leaf):
+        if isinstance(leaf, TENSORS):
             if not isinstance(name, str):
                 raise UnreadableCheckpointError(f"`{contents.path}`: a tensor of `{key}` has no text for a name")
-            tensors[name] = contents.locate(name, leaf)
+            leaves[name] = leaf
         elif isinstance(leaf, Inert) and _was_a_tensor(leaf):
             raise CkptEmaError(
                 f"`{contents.path}`: `{name}` is a tensor of a kind that is not stored as plain numbers"
@@ -348,7 +349,7 @@ def _student_of(contents: Contents, key: str, value: Any) -> Student:
             )
         elif table is not at_root:
             left_out[name if isinstance(name, str) else "(an entry without a name)"] = "not a tensor"
-    return Student(key, tensors, left_out=left_out, known_buffers=buffers)
+    return Student(key, contents.locate(leaves), left_out=left_out, known_buffers=buffers)
 
 
 def _was_a_tensor(leaf: Inert) -> bool:
@@ -372,7 +373,7 @@ def _strip_wrappers(student: Student) -> Student:
     """Take off what DDP, torch.compile and averaging wrappers put before every name."""
     names = list(student.tensors)
     counters = {"n_averaged", "steps", "num_updates", "step", "initted"}
-    if any("_orig_mod." in name for name in names):
+    if "_orig_mod." in "\n".join(names):
         student = _renamed(student, {name: name.replace("_orig_mod.", "") for name in names}, "_orig_mod.")
         names = list(student.tensors)
     wrapped = [name for name in names if name.startswith("module.")]
@@ -416,6 +417,10 @@ def _take_student_half(contents: Contents, student: Student, *, averages_allowed
         student = _renamed(student, taken, pair)
         return replace(student, left_out={**(student.left_out or {}), **rest})
     if averages_allowed:
+        return student
+    # All names at once first: they are many, and hardly ever is one of them an average's.
+    text = "\n".join(student.tensors).lower()
+    if not any(word in text for word in _AVERAGE_WORDS):
         return student
     under = {name: prefix for name in student.tensors if (prefix := _average_prefix(name))}
     if not under:

@@ -136,7 +136,7 @@ def prepare_floor(run: Path, output: Path) -> Callable[[], None]:
                     return
                 part = buffer[: (block.end - block.begin) * block.lane.student_dtype.itemsize]
                 for layout in plan.layouts:
-                    LaneExtents(layout, block.lane).read(files, block.begin, block.end, part, trash)
+                    LaneExtents(files, layout, block.lane).read(block.begin, block.end, part, trash, {})
                 os.pwrite(descriptor, part, block.position)
 
         with InputFiles(plan.layouts) as files:

@@ -8,6 +8,8 @@ from ckpt_ema.blocks import ELEMENT_MULTIPLE
 from ckpt_ema.dtypes import DType
 from ckpt_ema.errors import CkptEmaError
 
+MAX_VIEWS = 16
+
 
 class Buffer:
     """A run of bytes, allocated once, seen as bytes and as a tensor of any dtype."""
@@ -16,10 +18,17 @@ class Buffer:
         memory = bytearray(max(num_bytes, 16 * ELEMENT_MULTIPLE))
         self.bytes = memoryview(memory)
         self._tensor = torch.frombuffer(memory, dtype=torch.uint8)
+        self._views: dict[tuple[DType, int], torch.Tensor] = {}
 
     def elements(self, dtype: DType, count: int) -> torch.Tensor:
         """The first `count` elements of `dtype`, shape [count]."""
-        return self._tensor[: count * dtype.itemsize].view(torch_dtype(dtype))
+        # Kept, since nearly all blocks ask for the same, and a thread that makes views holds the others up.
+        view = self._views.get((dtype, count))
+        if view is None:
+            if len(self._views) >= MAX_VIEWS:
+                self._views.clear()
+            view = self._views[dtype, count] = self._tensor[: count * dtype.itemsize].view(torch_dtype(dtype))
+        return view
 
 
 def torch_dtype(dtype: DType) -> torch.dtype:

@@ -6,16 +6,18 @@ in the cache while every student's bytes stream past it, so that memory does not
 
 from __future__ import annotations
 
+import cmath
 import threading
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
 from ckpt_ema.blocks import ELEMENT_MULTIPLE, Alias, Block, BlockPlan, Lane
+from ckpt_ema.engine.arithmetic import update_
 from ckpt_ema.engine.buffers import Buffer
 from ckpt_ema.engine.contract import NonFinite, NonFiniteBlockError
 from ckpt_ema.engine.gather import gather_block
-from ckpt_ema.engine.inputs import MAX_GAP_BYTES, InputFiles, LaneExtents, stored_dtype
+from ckpt_ema.engine.inputs import MAX_GAP_BYTES, InputFiles, LaneExtents, Scatters, stored_dtype
 from ckpt_ema.layouts import Layout
 from ckpt_ema.profiles import Update
 from ckpt_ema.writer import TeacherFile
@@ -31,7 +33,7 @@ def fold_blocks(
 ) -> None:
     """The CPU's Engine; see there for the contract."""
     blocks = _Queue(plan.blocks())
-    extents = _ExtentTable()
+    extents = _ExtentTable(files)
     failures: list[BaseException] = []
     lock = threading.Lock()
 
@@ -68,7 +70,8 @@ def fold_blocks(
 class _ExtentTable:
     """The extents of every lane in every checkpoint, found on first use and shared by the threads."""
 
-    def __init__(self) -> None:
+    def __init__(self, files: InputFiles) -> None:
+        self._files = files
         self._table: dict[tuple[int, int], LaneExtents] = {}
         self._lock = threading.Lock()
 
@@ -77,7 +80,7 @@ class _ExtentTable:
         extents = self._table.get(key)
         if extents is None:
             with self._lock:
-                extents = self._table.get(key) or LaneExtents(layout, lane)
+                extents = self._table.get(key) or LaneExtents(self._files, layout, lane)
                 self._table[key] = extents
         return extents
 
@@ -135,9 +138,12 @@ class _BlockFolder:
         self._raw, self._accumulator, self._widened, self._span = (Buffer(size) for size in plan.thread_buffers)
         self._trash = memoryview(bytearray(MAX_GAP_BYTES))
         self._extents = extents
+        self._scatters: Scatters = {}
+        """Of the block at hand, for the raw buffer."""
 
     def fold(self, block: Block) -> memoryview:
         """The block's bytes as they go into the teacher."""
+        self._scatters.clear()
         buffer = self._average(block) if block.lane.action == "average" else self._copy(block)
         return buffer.bytes[: (block.end - block.begin) * block.lane.dtype.itemsize]
 
@@ -155,12 +161,12 @@ class _BlockFolder:
         else:
             self._read(self._layouts[0], block, self._raw)
             accumulator.copy_(self._raw.elements(lane.first_dtype, padded))
+        row = accumulator.view(1, -1)
         for layout, (keep, take) in zip(self._layouts[1:], self._updates[1:], strict=True):
             self._read(layout, block, self._raw)
             if not same:
                 student.copy_(raw)
-            # The hook's own two operations, and so its own bits.
-            accumulator.mul_(keep).add_(student, alpha=take)
+            update_(row, student, keep, take)
         target, buffer = accumulator, self._accumulator
         if lane.dtype is not lane.accumulate_dtype:
             target, buffer = self._raw.elements(lane.dtype, padded), self._raw
@@ -194,7 +200,8 @@ class _BlockFolder:
         else:
             num_bytes = (block.end - block.begin) * stored_dtype(layout, block).itemsize
             extents = self._extents.of(layout, block.lane)
-            extents.read(self._files, block.begin, block.end, buffer.bytes[:num_bytes], self._trash)
+            scatters = self._scatters if buffer is self._raw else {}
+            extents.read(block.begin, block.end, buffer.bytes[:num_bytes], self._trash, scatters)
 
     def _find_origin(self, block: Block, bad: torch.Tensor) -> NonFinite:
         """The tensor of the first element that `bad` marks, and the first input that is not finite there."""
@@ -224,4 +231,4 @@ def _is_finite(elements: torch.Tensor) -> bool:
     # the slow way decides.
     elements = _comparable(elements)
     total = elements.sum(dtype=torch.float32 if elements.dtype is torch.float16 else None)
-    return bool(total.isfinite()) or bool(elements.isfinite().all())
+    return cmath.isfinite(total.item()) or bool(elements.isfinite().all())

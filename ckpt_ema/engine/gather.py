@@ -33,8 +33,7 @@ def gather_block(
     strides = layout.schema.strides[index]
     if strides is None:
         num_bytes = (block.end - block.begin) * dtype.itemsize
-        extents = LaneExtents(layout, block.lane)
-        extents.read(files, block.begin, block.end, target.bytes[:num_bytes], trash)
+        LaneExtents(files, layout, block.lane).read(block.begin, block.end, target.bytes[:num_bytes], trash, {})
         return
     elements = target.elements(dtype, block.end - block.begin)
     room = len(span.bytes) // dtype.itemsize

@@ -10,6 +10,7 @@ import resource
 from array import array
 from collections.abc import Sequence
 from types import TracebackType
+from typing import NamedTuple
 
 from ckpt_ema.blocks import Block, Lane
 from ckpt_ema.byte_ranges import SourceFile, open_input
@@ -20,6 +21,13 @@ from ckpt_ema.layouts import Layout
 # Between the records of a torch.save zip lie some 100 bytes; reading them along is cheaper than another call.
 MAX_GAP_BYTES = 4096
 MAX_BUFFERS_PER_READ = 512
+
+
+class OpenFile(NamedTuple):
+    """An input file and its descriptor."""
+
+    descriptor: int
+    source: SourceFile
 
 
 class InputFiles:
@@ -51,9 +59,9 @@ class InputFiles:
         for file, descriptor in self._descriptors.items():
             file.check_unchanged(descriptor)
 
-    def descriptor(self, file: SourceFile) -> int:
-        """The open descriptor of `file`."""
-        return self._descriptors[file]
+    def opened(self, file: SourceFile) -> OpenFile:
+        """`file` with its descriptor."""
+        return OpenFile(self._descriptors[file], file)
 
     def _close(self) -> None:
         for descriptor in self._descriptors.values():
@@ -76,64 +84,85 @@ def _allow_open_files(count: int) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
+Scatters = dict[tuple[bytes, bytes], list[tuple[int, list[memoryview]]]]
+"""How a block's extents go into one buffer, by their lengths and the gaps between them; see LaneExtents.read."""
+
+
 class LaneExtents:
     """Where a lane's elements lie in one checkpoint: runs of bytes that are consecutive in a file.
 
     Tensors that are neighbours in the lane and in the file are one extent, so that a block of a hundred small tensors
-    is one read. 18 bytes each, since a torch.save file has one per tensor.
+    is one read. 20 bytes each, since a torch.save file has one per tensor.
     """
 
-    def __init__(self, layout: Layout, lane: Lane) -> None:
-        self._layout = layout
+    def __init__(self, files: InputFiles, layout: Layout, lane: Lane) -> None:
+        self._files = [files.opened(file) for file in layout.files]
         self._itemsize = itemsize = layout.schema.dtypes[lane.tensors[0]].itemsize
         self._starts = array("q")  # first element within the lane
         self._begins = array("q")  # first byte in the file
         self._file_indices = array("H")
+        self._gaps = array("h")  # bytes since the extent before; -1 where reading them along would not pay
         file_index, file_end = -1, 0
         for index, start, stop in zip(lane.tensors, lane.starts, lane.starts[1:], strict=False):
             begin = layout.begins[index]
             if begin != file_end or layout.file_indices[index] != file_index:
+                gap = begin - file_end if layout.file_indices[index] == file_index else -1
                 file_index = layout.file_indices[index]
                 self._starts.append(start)
                 self._begins.append(begin)
                 self._file_indices.append(file_index)
+                self._gaps.append(gap if 0 <= gap <= MAX_GAP_BYTES else -1)
             file_end = begin + (stop - start) * itemsize
         self._starts.append(lane.num_elements)
 
-    def read(self, files: InputFiles, first: int, stop: int, buffer: memoryview, trash: memoryview) -> None:
+    def read(self, first: int, stop: int, buffer: memoryview, trash: memoryview, scatters: Scatters) -> None:
         """Fill `buffer` with the lane's elements `[first, stop)` as they are stored, packed.
 
-        `trash` takes what lies between two extents of a file and has at least MAX_GAP_BYTES.
+        `trash` takes what lies between two extents of a file and has at least MAX_GAP_BYTES. `scatters` keeps what
+        was worked out for these elements, this buffer and this trash: the other checkpoints of a run mostly need
+        the same, and a thread that works it out holds the others up.
         """
         itemsize = self._itemsize
-        buffers: list[memoryview] = []
-        read_file, read_begin, file_end, filled = -1, 0, 0, 0
         extent = bisect.bisect_right(self._starts, first) - 1
-        while first < stop:
+        begin = self._begins[extent] + (first - self._starts[extent]) * itemsize
+        if stop <= self._starts[extent + 1]:
+            _preadv_all(self._files[self._file_indices[extent]], [buffer], begin)
+            return
+        last = bisect.bisect_left(self._starts, stop)
+        key = self._starts[extent:last].tobytes(), self._gaps[extent + 1 : last].tobytes()
+        scatter = scatters.get(key)
+        if scatter is None:
+            scatter = scatters[key] = self._scatter(range(extent, last), first, stop, buffer, trash)
+        for offset, buffers in scatter:
+            file = self._files[self._file_indices[extent + offset]]
+            _preadv_all(file, buffers, self._begins[extent + offset] if offset else begin)
+
+    def _scatter(
+        self, extents: range, first: int, stop: int, buffer: memoryview, trash: memoryview
+    ) -> list[tuple[int, list[memoryview]]]:
+        """The reads that fill `buffer`: at which extent each begins, counted from the first, and its buffers."""
+        reads: list[tuple[int, list[memoryview]]] = []
+        buffers: list[memoryview] = []
+        filled = 0
+        for extent in extents:
             end = min(self._starts[extent + 1], stop)
-            file_index = self._file_indices[extent]
-            begin = self._begins[extent] + (first - self._starts[extent]) * itemsize
-            num_bytes = (end - first) * itemsize
-            gap = begin - file_end
-            if file_index == read_file and 0 <= gap <= MAX_GAP_BYTES and len(buffers) < MAX_BUFFERS_PER_READ:
+            num_bytes = (end - first) * self._itemsize
+            gap = self._gaps[extent]
+            if buffers and gap >= 0 and len(buffers) < MAX_BUFFERS_PER_READ:
                 buffers.append(trash[:gap])
             else:
-                if buffers:
-                    _preadv_all(files, self._layout.files[read_file], buffers, read_begin)
                 buffers = []
-                read_file, read_begin = file_index, begin
+                reads.append((extent - extents.start, buffers))
             buffers.append(buffer[filled : filled + num_bytes])
             filled += num_bytes
-            file_end = begin + num_bytes
             first = end
-            extent += 1
-        _preadv_all(files, self._layout.files[read_file], buffers, read_begin)
+        return reads
 
 
 def read_span(files: InputFiles, layout: Layout, index: int, first_byte: int, buffer: memoryview) -> None:
     """Fill `buffer` with what a checkpoint stores from `first_byte` of tensor `index` on, gaps included."""
-    file = layout.files[layout.file_indices[index]]
-    _preadv_all(files, file, [buffer], layout.begins[index] + first_byte)
+    file = files.opened(layout.files[layout.file_indices[index]])
+    _preadv_all(file, [buffer], layout.begins[index] + first_byte)
 
 
 def stored_dtype(layout: Layout, block: Block) -> DType:
@@ -141,8 +170,8 @@ def stored_dtype(layout: Layout, block: Block) -> DType:
     return layout.schema.dtypes[block.lane.tensors[0]]
 
 
-def _preadv_all(files: InputFiles, file: SourceFile, buffers: list[memoryview], offset: int) -> None:
-    descriptor = files.descriptor(file)
+def _preadv_all(file: OpenFile, buffers: list[memoryview], offset: int) -> None:
+    descriptor, source = file
     wanted = sum(map(len, buffers))
     try:
         got = os.preadv(descriptor, buffers, offset)
@@ -154,11 +183,11 @@ def _preadv_all(files: InputFiles, file: SourceFile, buffers: list[memoryview], 
             got = os.preadv(descriptor, buffers, offset)
             if got == 0:
                 raise CkptEmaError(
-                    f"`{file.path}` became shorter while it was being folded: it ends before byte {offset + wanted}",
+                    f"`{source.path}` became shorter while it was being folded: it ends before byte {offset + wanted}",
                     hint="wait until the trainer has finished the checkpoint, then run the same command again",
                 )
     except OSError as error:
-        raise CkptEmaError(f"cannot read `{file.path}` at byte {offset}: {error.strerror}") from error
+        raise CkptEmaError(f"cannot read `{source.path}` at byte {offset}: {error.strerror}") from error
 
 
 def _skip(buffers: list[memoryview], num_bytes: int) -> list[memoryview]:

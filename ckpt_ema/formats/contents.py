@@ -11,7 +11,6 @@ from typing import Any
 from ckpt_ema.byte_ranges import SourceFile, TensorRange, open_input, read_exactly
 from ckpt_ema.errors import UnreadableCheckpointError
 from ckpt_ema.formats import safetensors, torch_save
-from ckpt_ema.formats.pickles import PickledTensor
 from ckpt_ema.formats.torch_save import TorchSaveFile
 
 PROVENANCE_KEY = "ckpt_ema"
@@ -56,13 +55,9 @@ class Contents:
         """Whether it carries this tool's provenance."""
         return PROVENANCE_KEY in self.metadata
 
-    def locate(self, name: str, leaf: TensorRange | PickledTensor) -> TensorRange:
-        """The checked byte range of a tensor of `tree`."""
-        if isinstance(leaf, TensorRange):
-            return leaf
-        if self.torch_file is None:
-            raise TypeError(f"{name} has no file to lie in")
-        return self.torch_file.locate(name, leaf)
+    def locate(self, tensors: Mapping[str, Any]) -> dict[str, TensorRange]:
+        """The checked byte ranges of tensors of `tree`, by name."""
+        return dict(tensors) if self.torch_file is None else self.torch_file.locate(tensors)
 
 
 def read_file(path: Path) -> Contents:

@@ -83,10 +83,7 @@ def _read_folder(folder: Path) -> Contents:
             {"": model_folder},
             trainer_state,
         )
-    trees = {
-        key: {name: part.locate(name, leaf) for name, leaf in _flat_tensors(part).items()}
-        for key, part in zip(trees, parts, strict=True)
-    }
+    trees = {key: part.locate(_flat_tensors(part)) for key, part in zip(trees, parts, strict=True)}
     files_of_all = tuple(file for part in parts for file in part.files)
     return Contents(
         folder,
@@ -201,10 +198,10 @@ def _read_shards(folder: Path, shards: list[Path], weight_map: dict[str, str] | 
     for shard in shards:
         contents = read_file(shard)
         files += contents.files
-        for name, leaf in _flat_tensors(contents).items():
+        for name, tensor in contents.locate(_flat_tensors(contents)).items():
             if name in tensors:
                 raise UnreadableCheckpointError(f"`{folder}`: `{homes[name]}` and `{shard.name}` both hold `{name}`")
-            tensors[name] = contents.locate(name, leaf)
+            tensors[name] = tensor
             homes[name] = shard.name
     for name, shard_name in (weight_map or {}).items():
         if homes.get(name) != shard_name:

@@ -138,14 +138,17 @@ class _StorageType(_Sealed):
 class _Constructor(_Sealed):
     """One of the functions below, wrapped so that BUILD finds nothing to change."""
 
-    __slots__ = ("function",)
-    function: Callable[..., Any]
+    __slots__ = ()
+    __call__: Callable[..., Any]
 
-    def __init__(self, function: Callable[..., Any]) -> None:
-        _fill(self, function=function)
 
-    def __call__(self, *arguments: Any) -> Any:
-        return self.function(*arguments)
+def _wrapped(function: Callable[..., Any]) -> _Constructor:
+    # A class per function, whose instance is the callable: a wrapper's own call would double the cost per tensor.
+    class Wrapped(_Constructor):
+        __slots__ = ()
+        __call__ = staticmethod(function)
+
+    return Wrapped()
 
 
 def _sizes(value: Any) -> tuple[int, ...]:
@@ -164,14 +167,15 @@ def _sizes(value: Any) -> tuple[int, ...]:
 
 
 def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_rest: Any) -> PickledTensor:
-    if not isinstance(storage, PickledStorage):
+    if type(storage) is not PickledStorage:
         raise MalformedPickleError("a tensor without a storage")
     if type(offset) is not int or not 0 <= offset < 1 << 63:
         raise MalformedPickleError(f"a {type(offset).__name__} where a storage offset should be")
     shape, strides = _sizes(shape), _sizes(strides)
     if len(shape) != len(strides):
         raise MalformedPickleError(f"shape {shape} and strides {strides} disagree")
-    return PickledTensor(storage, storage.dtype, offset + storage.view_offset, shape, strides)
+    _, dtype, _, view_offset = storage
+    return tuple.__new__(PickledTensor, (storage, dtype, offset + view_offset, shape, strides))
 
 
 def _rebuild_tensor_v3(
@@ -220,20 +224,20 @@ def _encode(text: Any = "", *_rest: Any) -> Any:
 _CONSTRUCTORS: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): PickledDict,
     ("builtins", "dict"): PickledDict,
-    ("builtins", "set"): _Constructor(_collect),
-    ("builtins", "frozenset"): _Constructor(_collect),
-    ("builtins", "list"): _Constructor(_collect),
-    ("builtins", "tuple"): _Constructor(_collect),
-    ("_codecs", "encode"): _Constructor(_encode),
-    ("numpy._core.multiarray", "scalar"): _Constructor(_numpy_scalar),
-    ("numpy.core.multiarray", "scalar"): _Constructor(_numpy_scalar),
-    ("torch._utils", "_rebuild_tensor"): _Constructor(_rebuild_tensor),
-    ("torch._utils", "_rebuild_tensor_v2"): _Constructor(_rebuild_tensor),
-    ("torch._utils", "_rebuild_tensor_v3"): _Constructor(_rebuild_tensor_v3),
-    ("torch._utils", "_rebuild_parameter"): _Constructor(_rebuild_parameter),
-    ("torch._utils", "_rebuild_parameter_with_state"): _Constructor(_rebuild_parameter),
-    ("torch._tensor", "_rebuild_from_type_v2"): _Constructor(_rebuild_from_type),
-    ("torch._tensor", "_rebuild_from_type"): _Constructor(_rebuild_from_type),
+    ("builtins", "set"): _wrapped(_collect),
+    ("builtins", "frozenset"): _wrapped(_collect),
+    ("builtins", "list"): _wrapped(_collect),
+    ("builtins", "tuple"): _wrapped(_collect),
+    ("_codecs", "encode"): _wrapped(_encode),
+    ("numpy._core.multiarray", "scalar"): _wrapped(_numpy_scalar),
+    ("numpy.core.multiarray", "scalar"): _wrapped(_numpy_scalar),
+    ("torch._utils", "_rebuild_tensor"): _wrapped(_rebuild_tensor),
+    ("torch._utils", "_rebuild_tensor_v2"): _wrapped(_rebuild_tensor),
+    ("torch._utils", "_rebuild_tensor_v3"): _wrapped(_rebuild_tensor_v3),
+    ("torch._utils", "_rebuild_parameter"): _wrapped(_rebuild_parameter),
+    ("torch._utils", "_rebuild_parameter_with_state"): _wrapped(_rebuild_parameter),
+    ("torch._tensor", "_rebuild_from_type_v2"): _wrapped(_rebuild_from_type),
+    ("torch._tensor", "_rebuild_from_type"): _wrapped(_rebuild_from_type),
 }
 _CONSTRUCTORS |= {
     ("__builtin__", name): value for (module, name), value in _CONSTRUCTORS.items() if module == "builtins"
@@ -252,6 +256,8 @@ class MetadataUnpickler(pickle.Unpickler):
     def __init__(self, content: bytes) -> None:
         # latin-1 reads what Python 2 wrote as 8-bit strings without an error.
         super().__init__(io.BytesIO(content), encoding="latin-1")
+        self.storages: dict[str, PickledStorage] = {}
+        """Every storage the pickle refers to, by its key; a legacy file says their sizes nowhere else."""
         self._inert_classes: dict[tuple[str, str], type[Inert]] = {}
 
     def find_class(self, module: str, name: str, /) -> Any:
@@ -269,15 +275,19 @@ class MetadataUnpickler(pickle.Unpickler):
         """The storage behind torch's `('storage', type, key, location, count[, view])`."""
         if type(reference) is not tuple or len(reference) not in (5, 6) or reference[0] != "storage":
             raise MalformedPickleError("a persistent reference that is no storage")
-        _, kind, key, _, count = reference[:5]
+        kind, key, count = reference[1], reference[2], reference[4]
         if type(kind) is not _StorageType or type(key) is not str or type(count) is not int or count < 0:
             raise MalformedPickleError("a storage without a type, a key or a size")
         view = reference[5] if len(reference) == 6 else None
         if view is None:
-            return PickledStorage(key, kind.dtype, count)
-        if type(view) is tuple and len(view) == 3 and type(view[1]) is int and view[1] >= 0:
-            return PickledStorage(key, kind.dtype, count, view[1])
-        raise MalformedPickleError("a storage with a view that is none")
+            view_offset = 0
+        elif type(view) is tuple and len(view) == 3 and type(view[1]) is int and view[1] >= 0:
+            view_offset = view[1]
+        else:
+            raise MalformedPickleError("a storage with a view that is none")
+        storage = tuple.__new__(PickledStorage, (key, kind.dtype, count, view_offset))
+        self.storages[key] = storage
+        return storage
 
     def load(self) -> Any:
         """The pickle's root; raises MalformedPickleError for whatever goes wrong inside."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ckpt_ema.byte_ranges import (
     SourceFile,
@@ -39,29 +39,44 @@ class TorchSaveFile:
     tree: Any
     """The object that was saved, with PickledTensor leaves."""
 
-    storages: dict[str, tuple[int, int]]
-    """Byte range of each storage by its key."""
-
     source: SourceFile
+    locate_storages: Callable[[int, Iterable[str]], dict[str, tuple[int, int]]]
+    """(descriptor, storage keys) -> the byte range of each storage that the file has."""
 
-    def locate(self, name: str, tensor: PickledTensor) -> TensorRange:
-        """The byte range of `tensor`, checked against its storage; `name` is for the error."""
-        where = f"`{self.source.path}`: tensor `{name}`"
-        record = self.storages.get(tensor.storage.key)
-        if record is None:
-            raise UnreadableCheckpointError(f"{where} lies in storage {tensor.storage.key}, which is missing")
-        storage_begin, storage_end = record
-        if 0 in tensor.shape:
-            return TensorRange(tensor.dtype, tensor.shape, None, self.source, storage_begin, storage_begin)
-        begin = storage_begin + tensor.offset * tensor.dtype.itemsize
-        strides = None if is_contiguous(tensor.shape, tensor.strides) else tensor.strides
-        end = begin + span_elements(tensor.shape, strides) * tensor.dtype.itemsize
-        if end > storage_end:
-            raise UnreadableCheckpointError(
-                f"{where} of shape {list(tensor.shape)} reaches {end - storage_end} bytes beyond its storage"
-                f" of {storage_end - storage_begin}"
-            )
-        return TensorRange(tensor.dtype, tensor.shape, strides, self.source, begin, end)
+    def locate(self, tensors: Mapping[str, PickledTensor]) -> dict[str, TensorRange]:
+        """The byte range of each tensor, checked against its storage."""
+        located: dict[str, TensorRange] = {}
+        geometries: dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[tuple[int, ...] | None, int]] = {}
+        source = self.source
+        descriptor = open_input(source.path)
+        try:
+            source.check_unchanged(descriptor)
+            storages = self.locate_storages(descriptor, {tensor.storage.key: None for tensor in tensors.values()})
+        finally:
+            os.close(descriptor)
+        for name, (storage, dtype, offset, shape, strides) in tensors.items():
+            record = storages.get(storage.key)
+            if record is None:
+                raise self._refuse(name, f"lies in storage {storage.key}, which is missing")
+            # A model's layers repeat each other.
+            geometry = geometries.get((shape, strides))
+            if geometry is None:
+                gaps = None if is_contiguous(shape, strides) else strides
+                geometry = geometries[shape, strides] = gaps, span_elements(shape, gaps)
+            gaps, span = geometry
+            begin = record[0] + offset * dtype.itemsize if span else record[0]
+            end = begin + span * dtype.itemsize
+            if end > record[1]:
+                raise self._refuse(
+                    name,
+                    f"of shape {list(shape)} reaches {end - record[1]} bytes beyond its storage"
+                    f" of {record[1] - record[0]}",
+                )
+            located[name] = tuple.__new__(TensorRange, (dtype, shape, gaps, source, begin, end))
+        return located
+
+    def _refuse(self, name: str, what: str) -> UnreadableCheckpointError:
+        return UnreadableCheckpointError(f"`{self.source.path}`: tensor `{name}` {what}")
 
 
 def read_torch_zip(path: Path) -> TorchSaveFile:
@@ -71,24 +86,26 @@ def read_torch_zip(path: Path) -> TorchSaveFile:
         source = SourceFile.from_descriptor(path, descriptor)
         archive = _ZipArchive(descriptor, source)
         root = archive.find_root()
-        byteorder = archive.read_small(f"{root}byteorder") if f"{root}byteorder" in archive.records else b"little"
+        written = f"{root}byteorder" in archive.records
+        byteorder = archive.read_small(descriptor, f"{root}byteorder") if written else b"little"
         if byteorder.strip() != b"little":
             raise UnreadableCheckpointError(
                 f"`{path}` was written on a big-endian machine",
                 hint="load and save it again on this machine with torch",
             )
-        content = archive.read_small(f"{root}data.pkl")
+        content = archive.read_small(descriptor, f"{root}data.pkl")
         found = _find_end(content, 0, path)
         if found is None:
             raise UnreadableCheckpointError(f"`{path}`: its pickle does not end")
-        tree = _unpickle(content, found[1], path)
-        prefix = f"{root}data/"
-        storages = {
-            name.removeprefix(prefix): archive.locate(name) for name in archive.records if name.startswith(prefix)
-        }
+        tree, _ = _unpickle(content, found[1], path)
     finally:
         os.close(descriptor)
-    return TorchSaveFile(tree, storages, source)
+
+    def locate_storages(descriptor: int, keys: Iterable[str]) -> dict[str, tuple[int, int]]:
+        present = {key: name for key in keys if (name := f"{root}data/{key}") in archive.records}
+        return dict(zip(present, archive.locate(descriptor, present.values()), strict=True))
+
+    return TorchSaveFile(tree, source, locate_storages)
 
 
 def read_torch_legacy(path: Path) -> TorchSaveFile:
@@ -106,15 +123,15 @@ def read_torch_legacy(path: Path) -> TorchSaveFile:
         system = pickles.load_next()
         if isinstance(system, dict) and system.get("little_endian") is False:
             raise UnreadableCheckpointError(f"`{path}` was written on a big-endian machine")
-        used: dict[str, PickledStorage] = {}
-        tree = pickles.load_next(used)
+        tree = pickles.load_next()
+        used = pickles.storages
         keys = pickles.load_next()
         if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
             raise UnreadableCheckpointError(f"`{path}`: the list of storages is missing")
         storages = _locate_legacy_storages(keys, used, pickles.position, descriptor, source)
     finally:
         os.close(descriptor)
-    return TorchSaveFile(tree, storages, source)
+    return TorchSaveFile(tree, source, lambda _, keys: {key: storages[key] for key in keys if key in storages})
 
 
 class _LegacyPickles:
@@ -126,9 +143,11 @@ class _LegacyPickles:
         self._content = b""
         self.position = 0
         """Where the next pickle begins, and behind the last one the storages."""
+        self.storages: dict[str, PickledStorage] = {}
+        """What the pickle loaded last refers to."""
 
-    def load_next(self, storages: dict[str, PickledStorage] | None = None) -> Any:
-        """The next root; storages that its pickle refers to are put into `storages`."""
+    def load_next(self) -> Any:
+        """The root of the next pickle."""
         path = self._source.path
         limit = min(self._source.size, MAX_PICKLE_BYTES)
         while (found := _find_end(self._content, self.position, path)) is None:
@@ -137,7 +156,7 @@ class _LegacyPickles:
             size = min(max(1 << 20, 4 * len(self._content)), limit)
             self._content = read_exactly(self._descriptor, size, 0, path)
         end, num_tuples = found
-        tree = _unpickle(self._content[self.position : end], num_tuples, path, storages)
+        tree, self.storages = _unpickle(self._content[self.position : end], num_tuples, path)
         self.position = end
         return tree
 
@@ -151,11 +170,13 @@ def _find_end(content: bytes, begin: int, path: Path) -> tuple[int, int] | None:
         raise UnreadableCheckpointError(f"`{path}` cannot be unpickled: {error}") from error
 
 
-def _unpickle(content: bytes, num_tuples: int, path: Path, storages: dict[str, PickledStorage] | None = None) -> Any:
-    """The root of one scanned pickle; storages it refers to are put into `storages`."""
+def _unpickle(content: bytes, num_tuples: int, path: Path) -> tuple[Any, dict[str, PickledStorage]]:
+    """The root of one scanned pickle, and the storages it refers to."""
+    unpickler = MetadataUnpickler(content)
     try:
-        load = _StorageCollector(content, storages).load
-        return load() if num_tuples < SHALLOW_TUPLES else _with_deep_stack(load, num_tuples * STACK_BYTES_PER_TUPLE)
+        if num_tuples < SHALLOW_TUPLES:
+            return unpickler.load(), unpickler.storages
+        return _with_deep_stack(unpickler.load, num_tuples * STACK_BYTES_PER_TUPLE), unpickler.storages
     except MalformedPickleError as error:
         raise UnreadableCheckpointError(f"`{path}` cannot be unpickled: {error}") from error
 
@@ -183,20 +204,6 @@ def _with_deep_stack(load: Callable[[], Any], stack_bytes: int) -> Any:
     return outcome[0]
 
 
-class _StorageCollector(MetadataUnpickler):
-    """Remembers every storage the pickle refers to: a legacy file says their sizes nowhere else."""
-
-    def __init__(self, content: bytes, storages: dict[str, PickledStorage] | None) -> None:
-        super().__init__(content)
-        self._storages = storages
-
-    def persistent_load(self, reference: Any, /) -> PickledStorage:
-        storage = super().persistent_load(reference)
-        if self._storages is not None:
-            self._storages[storage.key] = storage
-        return storage
-
-
 def _locate_legacy_storages(
     keys: list[str], storages: dict[str, PickledStorage], position: int, descriptor: int, source: SourceFile
 ) -> dict[str, tuple[int, int]]:
@@ -217,34 +224,28 @@ def _locate_legacy_storages(
 
 
 # Entry of the central directory: magic, flags, method, the two sizes, three lengths, offset of the local header.
+_LENGTHS = struct.Struct("<HH")
 _ENTRY = struct.Struct("<4s4xHH8xIIHHH8xI")
 
 
-class _Record(NamedTuple):
-    header_offset: int
-    stored_size: int
-    size: int
-    method: int
+_Record = tuple[int, int, int, int]
+"""Offset of the local header, stored size, size, method; a bare tuple, since there is one per tensor."""
 
 
 class _ZipArchive:
     """The central directory of a zip, read with pread alone."""
 
     def __init__(self, descriptor: int, source: SourceFile) -> None:
-        self._descriptor = descriptor
         self._source = source
         self.records: dict[str, _Record] = {}
-        self._read_directory()
+        self._read_directory(descriptor)
 
     def _refuse(self, what: str) -> UnreadableCheckpointError:
         return UnreadableCheckpointError(f"`{self._source.path}` {what}")
 
-    def _read(self, size: int, offset: int) -> bytes:
-        return read_exactly(self._descriptor, size, offset, self._source.path)
-
     def find_root(self) -> str:
         """`archive/` or whatever folder torch.save put its records in."""
-        roots = [name.removesuffix("data.pkl") for name in self.records if name.endswith(("/data.pkl",))]
+        roots = [name.removesuffix("data.pkl") for name in self.records if name.endswith("/data.pkl")]
         if len(roots) != 1:
             raise self._refuse("is a zip file, but not one written by torch.save")
         if f"{roots[0]}constants.pkl" in self.records:
@@ -254,59 +255,65 @@ class _ZipArchive:
             )
         return roots[0]
 
-    def read_small(self, name: str) -> bytes:
+    def read_small(self, descriptor: int, name: str) -> bytes:
         """The content of a record that is no storage."""
-        begin, end = self.locate(name)
+        ((begin, end),) = self.locate(descriptor, [name])
         if end - begin > MAX_PICKLE_BYTES:
             raise self._refuse(f"has a `{name}` of {end - begin} bytes, above the limit of {MAX_PICKLE_BYTES}")
-        return self._read(end - begin, begin)
+        return read_exactly(descriptor, end - begin, begin, self._source.path)
 
-    def locate(self, name: str) -> tuple[int, int]:
-        """The byte range of a record's content."""
-        record = self.records[name]
-        if record.method != 0 or record.stored_size != record.size:
-            raise UnreadableCheckpointError(
-                f"`{self._source.path}`: record `{name}` is compressed; torch.save never does that",
-                hint="unpack it and save the state dict again with torch.save",
-            )
-        header = os.pread(self._descriptor, 30, record.header_offset)
-        if len(header) < 30:
-            raise self._refuse(f"is truncated: record `{name}` begins behind its end")
-        name_length, extra_length = struct.unpack_from("<HH", header, 26)
-        if header[:4] != ZIP_MAGIC:
-            raise self._refuse(f"has no record where its directory says `{name}` is")
-        begin = record.header_offset + 30 + name_length + extra_length
-        end = begin + record.size
-        if end > self._limits[record.header_offset]:
-            raise self._refuse(f"has a record `{name}` that overlaps the next one")
-        return begin, end
+    def locate(self, descriptor: int, names: Iterable[str]) -> Iterator[tuple[int, int]]:
+        """The byte range of each record's content."""
+        pread, records, limits, lengths = os.pread, self.records, self._limits, _LENGTHS.unpack_from
+        for name in names:
+            header_offset, stored_size, size, method = records[name]
+            if method != 0 or stored_size != size:
+                raise UnreadableCheckpointError(
+                    f"`{self._source.path}`: record `{name}` is compressed; torch.save never does that",
+                    hint="unpack it and save the state dict again with torch.save",
+                )
+            # Asked of the record itself: its directory does not say where the content begins.
+            header = pread(descriptor, 30, header_offset)
+            if len(header) < 30:
+                raise self._refuse(f"is truncated: record `{name}` begins behind its end")
+            if not header.startswith(ZIP_MAGIC):
+                raise self._refuse(f"has no record where its directory says `{name}` is")
+            name_length, extra_length = lengths(header, 26)
+            begin = header_offset + 30 + name_length + extra_length
+            end = begin + size
+            if end > limits[header_offset]:
+                raise self._refuse(f"has a record `{name}` that overlaps the next one")
+            yield begin, end
 
-    def _read_directory(self) -> None:
+    def _read_directory(self, descriptor: int) -> None:
+        def read(size: int, offset: int) -> bytes:
+            return read_exactly(descriptor, size, offset, self._source.path)
+
         size = self._source.size
         tail_size = min(size, 65557)  # the end record's 22 bytes and the longest comment
-        tail = self._read(tail_size, size - tail_size)
+        tail = read(tail_size, size - tail_size)
         at = tail.rfind(b"PK\x05\x06")
         if at < 0 or len(tail) - at < 22:
             raise self._refuse("is truncated: the directory of its records is missing")
         count, directory_size, directory_offset = struct.unpack("<HII", tail[at + 10 : at + 20])
         end_offset = size - tail_size + at
         if count == 0xFFFF or directory_size == 0xFFFFFFFF or directory_offset == 0xFFFFFFFF:
-            locator = self._read(20, end_offset - 20) if end_offset >= 20 else b""
+            locator = read(20, end_offset - 20) if end_offset >= 20 else b""
             if locator[:4] == b"PK\x06\x07":
                 (zip64_offset,) = struct.unpack("<Q", locator[8:16])
-                zip64 = self._read(56, zip64_offset) if zip64_offset + 56 <= end_offset else b""
+                zip64 = read(56, zip64_offset) if zip64_offset + 56 <= end_offset else b""
                 if zip64[:4] != b"PK\x06\x06":
                     raise self._refuse("lies about where its directory is")
                 count, directory_size, directory_offset = struct.unpack("<QQQ", zip64[32:56])
         if directory_offset + directory_size > end_offset:
             raise self._refuse("lies about where its directory is")
-        directory = self._read(directory_size, directory_offset)
+        directory = read(directory_size, directory_offset)
         position = 0
         for _ in range(count):
             position = self._read_entry(directory, position)
         if not self.records:
             raise self._refuse("is a zip file without a record")
-        offsets = sorted(record.header_offset for record in self.records.values())
+        offsets = sorted(record[0] for record in self.records.values())
         if len(set(offsets)) < len(offsets) or offsets[-1] >= directory_offset:
             raise self._refuse("has records that overlap")
         self._limits = dict(zip(offsets, [*offsets[1:], directory_offset], strict=True))
@@ -330,7 +337,7 @@ class _ZipArchive:
             raise self._refuse(f"has an encrypted record `{name}`")
         if name in self.records:
             raise self._refuse(f"names the record `{name}` twice")
-        self.records[name] = _Record(header_offset, stored_size, size, method)
+        self.records[name] = (header_offset, stored_size, size, method)
         return end
 
     def _read_zip64_extra(self, extra: bytes, size: int, stored_size: int, header_offset: int) -> tuple[int, int, int]:
