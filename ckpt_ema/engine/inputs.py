@@ -5,10 +5,11 @@ from __future__ import annotations
 import bisect
 import contextlib
 import itertools
+import operator
 import os
 import resource
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import NamedTuple
 
@@ -92,28 +93,29 @@ class LaneExtents:
     """Where a lane's elements lie in one checkpoint: runs of bytes that are consecutive in a file.
 
     Tensors that are neighbours in the lane and in the file are one extent, so that a block of a hundred small tensors
-    is one read. 20 bytes each, since a torch.save file has one per tensor.
+    is one read. 12 to 20 bytes each, since a torch.save file has one per tensor.
     """
 
     def __init__(self, files: InputFiles, layout: Layout, lane: Lane) -> None:
         self._files = [files.opened(file) for file in layout.files]
         self._itemsize = itemsize = layout.schema.dtypes[lane.tensors[0]].itemsize
-        self._starts = array("q")  # first element within the lane
-        self._begins = array("q")  # first byte in the file
-        self._file_indices = array("H")
-        self._gaps = array("h")  # bytes since the extent before; -1 where reading them along would not pay
-        file_index, file_end = -1, 0
-        for index, start, stop in zip(lane.tensors, lane.starts, lane.starts[1:], strict=False):
-            begin = layout.begins[index]
-            if begin != file_end or layout.file_indices[index] != file_index:
-                gap = begin - file_end if layout.file_indices[index] == file_index else -1
-                file_index = layout.file_indices[index]
-                self._starts.append(start)
-                self._begins.append(begin)
-                self._file_indices.append(file_index)
-                self._gaps.append(gap if 0 <= gap <= MAX_GAP_BYTES else -1)
-            file_end = begin + (stop - start) * itemsize
-        self._starts.append(lane.num_elements)
+        begins = [layout.begins[index] for index in lane.tensors]
+        indices = [layout.file_indices[index] for index in lane.tensors]
+        ends = [begin + size * itemsize for begin, size in zip(begins, _differences(lane.starts), strict=True)]
+        gaps = [-1] + [
+            begin - end if index == index_before else -1
+            for begin, end, index, index_before in zip(begins[1:], ends, indices[1:], indices, strict=False)
+        ]
+        heads = [i for i, gap in enumerate(gaps) if gap]
+        # Where nothing is merged, as in torch.save files, all checkpoints share the lane's own starts.
+        all_heads = len(heads) == len(gaps)
+        self._starts = lane.starts if all_heads else array("q", [lane.starts[i] for i in (*heads, -1)])
+        """First element within the lane, and the lane's number of elements."""
+        self._begins = array("q", [begins[i] for i in heads])
+        """First byte in the file."""
+        self._file_indices = array("H", [indices[i] for i in heads])
+        self._gaps = array("h", [gaps[i] if 0 < gaps[i] <= MAX_GAP_BYTES else -1 for i in heads])
+        """Bytes since the extent before; -1 where reading them along would not pay."""
 
     def read(self, first: int, stop: int, buffer: memoryview, trash: memoryview, scatters: Scatters) -> None:
         """Fill `buffer` with the lane's elements `[first, stop)` as they are stored, packed.
@@ -157,6 +159,10 @@ class LaneExtents:
             filled += num_bytes
             first = end
         return reads
+
+
+def _differences(values: array[int]) -> Iterator[int]:
+    return map(operator.sub, values[1:], values)
 
 
 def read_span(files: InputFiles, layout: Layout, index: int, first_byte: int, buffer: memoryview) -> None:

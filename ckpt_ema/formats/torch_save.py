@@ -308,9 +308,7 @@ class _ZipArchive:
         if directory_offset + directory_size > end_offset:
             raise self._refuse("lies about where its directory is")
         directory = read(directory_size, directory_offset)
-        position = 0
-        for _ in range(count):
-            position = self._read_entry(directory, position)
+        self._read_entries(directory, count)
         if not self.records:
             raise self._refuse("is a zip file without a record")
         offsets = sorted(record[0] for record in self.records.values())
@@ -318,27 +316,30 @@ class _ZipArchive:
             raise self._refuse("has records that overlap")
         self._limits = dict(zip(offsets, [*offsets[1:], directory_offset], strict=True))
 
-    def _read_entry(self, directory: bytes, position: int) -> int:
-        if len(directory) - position < _ENTRY.size:
-            raise self._refuse("has a damaged directory")
-        magic, flags, method, stored_size, size, name_length, extra_length, comment_length, header_offset = (
-            _ENTRY.unpack_from(directory, position)
-        )
-        extra_begin = position + _ENTRY.size + name_length
-        end: int = extra_begin + extra_length + comment_length
-        if magic != b"PK\x01\x02" or end > len(directory):
-            raise self._refuse("has a damaged directory")
-        name = directory[position + _ENTRY.size : extra_begin].decode("utf-8", "replace")
-        if stored_size == 0xFFFFFFFF or size == 0xFFFFFFFF or header_offset == 0xFFFFFFFF:
-            size, stored_size, header_offset = self._read_zip64_extra(
-                directory[extra_begin : extra_begin + extra_length], size, stored_size, header_offset
+    def _read_entries(self, directory: bytes, count: int) -> None:
+        records, unpack, entry_size, limit = self.records, _ENTRY.unpack_from, _ENTRY.size, len(directory)
+        position = 0
+        for _ in range(count):
+            if limit - position < entry_size:
+                raise self._refuse("has a damaged directory")
+            magic, flags, method, stored_size, size, name_length, extra_length, comment_length, header_offset = unpack(
+                directory, position
             )
-        if flags & 1:
-            raise self._refuse(f"has an encrypted record `{name}`")
-        if name in self.records:
-            raise self._refuse(f"names the record `{name}` twice")
-        self.records[name] = (header_offset, stored_size, size, method)
-        return end
+            extra_begin = position + entry_size + name_length
+            end = extra_begin + extra_length + comment_length
+            if magic != b"PK\x01\x02" or end > limit:
+                raise self._refuse("has a damaged directory")
+            name = directory[position + entry_size : extra_begin].decode("utf-8", "replace")
+            if stored_size == 0xFFFFFFFF or size == 0xFFFFFFFF or header_offset == 0xFFFFFFFF:
+                size, stored_size, header_offset = self._read_zip64_extra(
+                    directory[extra_begin : extra_begin + extra_length], size, stored_size, header_offset
+                )
+            if flags & 1:
+                raise self._refuse(f"has an encrypted record `{name}`")
+            if name in records:
+                raise self._refuse(f"names the record `{name}` twice")
+            records[name] = (header_offset, stored_size, size, method)
+            position = end
 
     def _read_zip64_extra(self, extra: bytes, size: int, stored_size: int, header_offset: int) -> tuple[int, int, int]:
         position = 0
