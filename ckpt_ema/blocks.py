@@ -10,7 +10,6 @@ import bisect
 import itertools
 import json
 import os
-from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -52,7 +51,7 @@ class Lane:
     tensors: tuple[int, ...]
     """Indices into every layout's schema."""
 
-    starts: array[int]
+    starts: tuple[int, ...]
     """First element of each tensor within the lane, and the lane's number of elements."""
 
     is_strided: bool
@@ -298,7 +297,7 @@ def _lane(
         first_dtype=first_layout.schema.dtypes[first.index] if averages else first.student_dtype,
         begin=offsets[first.name][0],
         tensors=tuple(tensor.index for tensor in stretch),
-        starts=array("q", itertools.accumulate((count_elements(tensor.shape) for tensor in stretch), initial=0)),
+        starts=tuple(itertools.accumulate((count_elements(tensor.shape) for tensor in stretch), initial=0)),
         is_strided=strided[first.index],
     )
 

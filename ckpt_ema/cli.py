@@ -145,7 +145,9 @@ def _signals_raise() -> Iterator[None]:
         yield
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            # Once stopped, deaf until the end: a signal during the interpreter's own exit would print a traceback.
+            if signal.getsignal(number) is _stop:
+                signal.signal(number, handler)
 
 
 def _stop(number: int, _frame: FrameType | None) -> NoReturn:

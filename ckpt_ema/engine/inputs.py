@@ -85,7 +85,7 @@ def _allow_open_files(count: int) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-Scatters = dict[tuple[bytes, bytes], list[tuple[int, list[memoryview]]]]
+Scatters = dict[tuple[tuple[int, ...], bytes], list[tuple[int, list[memoryview]]]]
 """How a block's extents go into one buffer, by their lengths and the gaps between them; see LaneExtents.read."""
 
 
@@ -109,7 +109,7 @@ class LaneExtents:
         heads = [i for i, gap in enumerate(gaps) if gap]
         # Where nothing is merged, as in torch.save files, all checkpoints share the lane's own starts.
         all_heads = len(heads) == len(gaps)
-        self._starts = lane.starts if all_heads else array("q", [lane.starts[i] for i in (*heads, -1)])
+        self._starts = lane.starts if all_heads else tuple(lane.starts[i] for i in (*heads, -1))
         """First element within the lane, and the lane's number of elements."""
         self._begins = array("q", [begins[i] for i in heads])
         """First byte in the file."""
@@ -131,7 +131,7 @@ class LaneExtents:
             _preadv_all(self._files[self._file_indices[extent]], [buffer], begin)
             return
         last = bisect.bisect_left(self._starts, stop)
-        key = self._starts[extent:last].tobytes(), self._gaps[extent + 1 : last].tobytes()
+        key = self._starts[extent:last], self._gaps[extent + 1 : last].tobytes()
         scatter = scatters.get(key)
         if scatter is None:
             scatter = scatters[key] = self._scatter(range(extent, last), first, stop, buffer, trash)
@@ -161,7 +161,7 @@ class LaneExtents:
         return reads
 
 
-def _differences(values: array[int]) -> Iterator[int]:
+def _differences(values: tuple[int, ...]) -> Iterator[int]:
     return map(operator.sub, values[1:], values)
 
 
