@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from ckpt_ema.errors import CkptEmaError, MisuseError
     from ckpt_ema.folding import fold, plan
     from ckpt_ema.inspection import Inspection, inspect
-    from ckpt_ema.records import FoldedCheckpoint, FoldOptions, FoldPlan, FoldReport
+    from ckpt_ema.records import FoldedCheckpoint, FoldOptions, FoldPlan, FoldReport, PlannedTeacher
 
 __all__ = [
     "CkptEmaError",
@@ -21,6 +21,7 @@ __all__ = [
     "FoldedCheckpoint",
     "Inspection",
     "MisuseError",
+    "PlannedTeacher",
     "__version__",
     "fold",
     "inspect",
@@ -35,6 +36,7 @@ _HOMES = {
     "FoldedCheckpoint": "records",
     "Inspection": "inspection",
     "MisuseError": "errors",
+    "PlannedTeacher": "records",
     "fold": "folding",
     "inspect": "inspection",
     "plan": "folding",

@@ -174,15 +174,18 @@ def _run_options(command: Command) -> Command:
             "--output",
             type=_Path(path_type=Path),
             help="The teacher.  [default: RUN/teacher.safetensors; RUN/teacher for Hugging Face folders; for a list of"
-            " checkpoints, in their folder]",
+            " checkpoints, in their folder]  For several teachers a pattern (teacher-{momentum}.safetensors), or a"
+            " folder.",
         ),
         click.option(
             "--momentum",
             type=float,
-            default=0.001,
-            show_default=True,
+            multiple=True,
+            default=(0.001,),
+            show_default="0.001",
             metavar="M",
-            help="Share that each new checkpoint brings, 0 < M < 1.",
+            help="Share that each new checkpoint brings, 0 < M < 1; given several times, as many teachers from one"
+            " pass.",
         ),
         click.option(
             "--interval",
@@ -307,7 +310,7 @@ def fold(run: tuple[Path, ...], output: Path | None, as_json: bool, quiet: bool,
         done = ckpt_ema.fold(run, output, progress=bar.update, announce=announce, **options)
     if not quiet:
         click.echo(report.summary_text(done), err=True)
-    click.echo(json.dumps(report.report_record(done), indent=2) if as_json else str(done.output))
+    click.echo(json.dumps(report.report_record(done), indent=2) if as_json else "\n".join(done.plan.output_names))
 
 
 @main.command()
@@ -329,8 +332,9 @@ def plan(run: tuple[Path, ...], output: Path | None, as_json: bool, quiet: bool,
     elif not quiet:
         _print(report.plan_text(planned, verbose=verbose))
     _warn(planned)
-    if planned.output.exists() and not planned.options.overwrite:
-        click.echo(f"Warning: `{planned.output}` exists: `fold` will ask for `--overwrite`", err=True)
+    taken = [teacher.output for teacher in planned.teachers if teacher.output.exists()]
+    if taken and not planned.options.overwrite:
+        click.echo(f"Warning: `{taken[0]}` exists: `fold` will ask for `--overwrite`", err=True)
 
 
 @main.command()

@@ -1,6 +1,6 @@
 """The fold: a run directory in, a teacher out.
 
-run -> checkpoints -> catalogue -> updates -> blocks -> engine -> teacher file
+run -> checkpoints -> catalogue -> updates -> blocks -> engine -> teacher files
 """
 
 from __future__ import annotations
@@ -23,15 +23,17 @@ from ckpt_ema.engine.contract import Engine, NonFinite, NonFiniteBlockError
 from ckpt_ema.engine.inputs import InputFiles
 from ckpt_ema.errors import CkptEmaError, MisuseError
 from ckpt_ema.formats import read_contents
-from ckpt_ema.formats.folder import WEIGHTS_SUFFIX, has_weights
+from ckpt_ema.formats.folder import has_weights
 from ckpt_ema.layouts import Layout, Schema, SchemaPool, compact_layout
 from ckpt_ema.model_buffers import read_model_buffers
+from ckpt_ema.outputs import check_outputs, resolve_outputs
 from ckpt_ema.profiles import coefficients_of, effective_momentum, ema_updates, momentum_for_first_share
 from ckpt_ema.provenance import teacher_metadata
-from ckpt_ema.records import FoldedCheckpoint, FoldOptions, FoldPlan, FoldReport, PathLike
-from ckpt_ema.runs import Checkpoint, Run, Selection, find_checkpoints
+from ckpt_ema.records import FoldedCheckpoint, FoldOptions, FoldPlan, FoldReport, PathLike, PlannedTeacher
+from ckpt_ema.runs import Checkpoint, Selection, find_checkpoints
 from ckpt_ema.students import choose_student, is_flat
-from ckpt_ema.teacher_folder import check_replaceable, folder_to_fill, is_model_folder, staged_companions
+from ckpt_ema.teacher_folder import folder_to_fill, staged_companions
+from ckpt_ema.timings import Timings
 from ckpt_ema.writer import TeacherFile
 
 Progress = Callable[[int, int], None]
@@ -85,36 +87,42 @@ def _plan(run: PathLike | Sequence[PathLike], output: PathLike | None, wanted: F
     layouts = [checkpoint.layout for checkpoint in checkpoints]
     if wanted.init is not None:
         layouts.insert(0, _initial_layout(Path(wanted.init), tensors))
-    updates = ema_updates(len(checkpoints), wanted.momentum, has_initial_teacher=wanted.init is not None)
-    coefficients = coefficients_of(updates)
     blocks = plan_blocks(
         tensors,
         layouts,
         accumulate=wanted.accumulate,
         memory_budget_bytes=wanted.memory_budget_bytes,
         num_threads=wanted.num_threads,
+        num_teachers=len(wanted.momenta),
     )
-    is_folder, target = _resolve_output(output, found, newest)
-    students = coefficients[-len(checkpoints) :]
+    is_folder, targets = resolve_outputs(output, found, newest, wanted.momenta)
+    all_updates = [
+        ema_updates(len(checkpoints), momentum, has_initial_teacher=wanted.init is not None)
+        for momentum in wanted.momenta
+    ]
+    coefficients = [coefficients_of(updates) for updates in all_updates]
+    teachers = tuple(
+        PlannedTeacher(momentum, target, tuple(updates), shares[0])
+        for momentum, target, updates, shares in zip(wanted.momenta, targets, all_updates, coefficients, strict=True)
+    )
+    by_checkpoint = zip(*(shares[-len(checkpoints) :] for shares in coefficients), strict=True)
     return FoldPlan(
         options=wanted,
-        output=target,
+        teachers=teachers,
         is_folder=is_folder,
         directory=found.directory,
         checkpoints=tuple(
-            FoldedCheckpoint(item.label, item.step, item.unit, share, item.size, item.state_key, item.format)
-            for item, share in zip(checkpoints, students, strict=True)
+            FoldedCheckpoint(item.label, item.step, item.unit, shares, item.size, item.state_key, item.format)
+            for item, shares in zip(checkpoints, by_checkpoint, strict=True)
         ),
         initial_teacher=Path(wanted.init).name if wanted.init is not None else None,
-        first_share=coefficients[0],
         tensors=tuple(tensors),
         left_out=(*found.left_out, *by_interval),
         left_out_tensors=tuple(newest.left_out.items()),
         notes=tuple(_notes(newest)),
-        warnings=(*found.warnings, *_warnings(checkpoints, coefficients, wanted, tensors)),
+        warnings=(*found.warnings, *_warnings(checkpoints, teachers, wanted, tensors)),
         blocks=blocks,
         layouts=tuple(layouts),
-        updates=tuple(updates),
         newest=newest,
     )
 
@@ -127,20 +135,21 @@ def fold(
     announce: Callable[[FoldPlan], None] | None = None,
     **options: Any,
 ) -> FoldReport:
-    """Fold the checkpoints of a training run into a teacher.
+    """Fold the checkpoints of a training run into a teacher, or into several in one pass.
 
     teacher = (1 - momentum) * teacher + momentum * student, once per checkpoint in step order, the first of which
     is copied: the rule, and on float32 students the bits, of MMDetection's MeanTeacherHook.
 
     `run` is a run directory, or a list of checkpoints in the order they are to be folded. `output` defaults to
-    `teacher.safetensors` in the run directory, or to the folder `teacher` for Hugging Face folders. `options` are the
-    fields of `FoldOptions`. `announce` gets the plan before a tensor is read; without it, its warnings are issued as
-    Python warnings. `progress` is told (bytes read, bytes to read) as it goes, from the folding threads.
+    `teacher.safetensors` in the run directory, or to the folder `teacher` for Hugging Face folders; with a list of
+    momenta it is a pattern with `{momentum}`, or a folder. `options` are the fields of `FoldOptions`. `announce` gets
+    the plan before a tensor is read; without it, its warnings are issued as Python warnings. `progress` is told
+    (bytes read, bytes to read) as it goes, from the folding threads.
 
     Raises CkptEmaError; then nothing was written and an existing teacher is untouched.
     """
     planned = plan(run, output, **options)
-    _check_output(planned)
+    check_outputs(planned)
     if announce is not None:
         announce(planned)
     else:
@@ -158,35 +167,45 @@ def fold(
         if progress is not None:
             progress(read_so_far, planned.bytes_to_read)
 
-    if planned.is_folder:
-        folder = planned.newest.model_folder
-        assert folder is not None
-        with (
-            folder_to_fill(planned.output) as filled,
-            staged_companions(folder, filled, planned.options.dtype) as commit_companions,
-        ):
-            with _teacher_file(planned, filled / f"{folder.weights_name}.safetensors") as teacher:
-                _fold_into(teacher, planned, cpu.fold_blocks, count)
-            commit_companions()
-    else:
-        with _teacher_file(planned, planned.output) as teacher:
-            _fold_into(teacher, planned, cpu.fold_blocks, count)
-    return FoldReport(planned, planned.output, "cpu", time.perf_counter() - started)
+    with contextlib.ExitStack() as stack:
+        teachers = [stack.enter_context(_teacher_file(planned, number)) for number in range(len(planned.teachers))]
+        timings = _fold_into(teachers, planned, cpu.fold_blocks, count)
+    return FoldReport(planned, "cpu", time.perf_counter() - started, timings)
 
 
-def _fold_into(teacher: TeacherFile, planned: FoldPlan, engine: Engine, count: Callable[[int], None]) -> None:
+def _fold_into(
+    teachers: Sequence[TeacherFile], planned: FoldPlan, engine: Engine, count: Callable[[int], None]
+) -> Timings:
+    updates = [teacher.updates for teacher in planned.teachers]
     with InputFiles(planned.layouts) as files:
         try:
-            engine(planned.blocks, planned.layouts, planned.updates, files, teacher, count)
+            timings = engine(planned.blocks, planned.layouts, updates, files, teachers, count)
         except NonFiniteBlockError as error:
             files.check_unchanged()
             raise _non_finite(planned, error.origin) from error
         files.check_unchanged()
+    return timings
 
 
-def _teacher_file(planned: FoldPlan, target: Path) -> TeacherFile:
-    header = encode_header(planned.blocks, planned.tensors, teacher_metadata(planned))
-    return TeacherFile(target, header, planned.blocks.data_bytes, overwrite=planned.options.overwrite)
+@contextlib.contextmanager
+def _teacher_file(planned: FoldPlan, number: int) -> Iterator[TeacherFile]:
+    """One teacher's file, within its folder where it has one; it appears when the block is left without an error."""
+    target, overwrite = planned.teachers[number].output, planned.options.overwrite
+    header = encode_header(planned.blocks, planned.tensors, teacher_metadata(planned, number))
+    if not planned.is_folder:
+        with TeacherFile(target, header, planned.blocks.data_bytes, overwrite=overwrite) as teacher:
+            yield teacher
+        return
+    source = planned.newest.model_folder
+    assert source is not None
+    with (
+        folder_to_fill(target) as filled,
+        staged_companions(source, filled, planned.options.dtype) as commit_companions,
+    ):
+        weights = filled / f"{source.weights_name}.safetensors"
+        with TeacherFile(weights, header, planned.blocks.data_bytes, overwrite=overwrite) as teacher:
+            yield teacher
+        commit_companions()
 
 
 def _as_paths(run: PathLike | Sequence[PathLike]) -> list[Path]:
@@ -275,23 +294,29 @@ def _notes(newest: Checkpoint) -> Iterator[str]:
 
 def _warnings(
     checkpoints: Sequence[Checkpoint],
-    coefficients: Sequence[float],
+    teachers: Sequence[PlannedTeacher],
     options: FoldOptions,
     tensors: Sequence[TeacherTensor],
 ) -> Iterator[str]:
     if all(tensor.action == "copy" for tensor in tensors):
         yield f"nothing is averaged: all {len(tensors)} tensors are copied from `{checkpoints[-1].label}`"
-    share = coefficients[0]
-    if len(coefficients) == 1:
+    num_updates = len(teachers[0].updates) - 1
+    dominated = [teacher for teacher in teachers if teacher.first_share > 0.5]
+    if not num_updates:
         yield f"`{checkpoints[0].label}` is the only checkpoint: the teacher is a copy of it"
-    elif share > 0.5:
+    elif dominated:
         if options.init is not None:
             first = f"the initial teacher `{Path(options.init).name}`"
         else:
             first = f"the first checkpoint `{checkpoints[0].label}`"
+        momentum = dominated[0].momentum
+        keeps = f"{dominated[0].first_share:.1%} of the teacher: momentum {momentum:g} works"
+        if len(teachers) > 1:
+            shares = ", ".join(f"{teacher.first_share:.1%} ({teacher.momentum:g})" for teacher in dominated)
+            keeps = f"more than half of {len(dominated)} of {len(teachers)} teachers, {shares}: momentum works"
         yield (
-            f"{first} keeps {share:.1%} of the teacher: momentum {options.momentum:g} works once per checkpoint here,"
-            f" not once per training step; {_mended_momentum(checkpoints, len(coefficients) - 1, options.momentum)}"
+            f"{first} keeps {keeps} once per checkpoint here, not once per training step;"
+            f" {_mended_momentum(checkpoints, num_updates, momentum)}"
         )
 
 
@@ -306,73 +331,6 @@ def _mended_momentum(checkpoints: Sequence[Checkpoint], num_updates: int, moment
                 return f"{momentum:g} per step is `--momentum {per_gap:.2g}` over gaps of {gap} steps"
     mended = momentum_for_first_share(num_updates, 0.1)
     return f"`--momentum {mended:g}` would leave it 10 %"
-
-
-def _resolve_output(output: PathLike | None, run: Run, newest: Checkpoint) -> tuple[bool, Path]:
-    """Whether the teacher is a folder, and where it goes."""
-    has_folder = is_model_folder(newest.model_folder)
-    if output is None:
-        if run.root is None:
-            raise MisuseError(
-                "the checkpoints lie in several folders, so `--output` is needed", hint="pass `-o teacher.safetensors`"
-            )
-        return has_folder, run.root / ("teacher" if has_folder else "teacher.safetensors")
-    if not os.fspath(output):
-        raise MisuseError("`--output` is empty", hint="is a variable of your shell empty?")
-    path = Path(output)
-    if path.suffix == ".safetensors" and not path.is_dir():
-        return False, path
-    if has_folder and not WEIGHTS_SUFFIX.search(path.name):
-        return True, path
-    if path.is_dir():
-        return False, path / "teacher.safetensors"
-    if os.fspath(output).endswith("/"):
-        raise MisuseError(f"`--output {output}` is no folder", hint=f"create it first: `mkdir -p {output}`")
-    raise MisuseError(
-        f"`--output {path}` is neither a folder nor ends with .safetensors",
-        hint=f"pass `--output {path.with_suffix('.safetensors')}`",
-    )
-
-
-def _check_output(planned: FoldPlan) -> None:
-    """Refuse what must not be replaced, before a tensor is read."""
-    target = planned.output
-    parent = target.absolute().parent
-    if not parent.is_dir():
-        raise CkptEmaError(f"`{parent}` is no folder", hint=f"create it first: `mkdir -p {parent}`")
-    if not os.path.lexists(target):
-        return
-    if planned.is_folder and target.is_dir() and not any(target.iterdir()):
-        return
-    if not planned.options.overwrite:
-        raise CkptEmaError(f"`{target}` exists", hint="pass `--overwrite` to replace it, or another `--output`")
-    if planned.is_folder:
-        if not target.is_dir():
-            raise CkptEmaError(f"`{target}` is a file, the teacher a folder", hint="pass another `--output`")
-        check_replaceable(target)
-    elif target.is_dir():
-        raise CkptEmaError(f"`{target}` is a folder, the teacher a file", hint="pass another `--output`")
-    elif target.exists():
-        _check_no_student(planned, target)
-
-
-def _check_no_student(planned: FoldPlan, target: Path) -> None:
-    """Refuse to replace a checkpoint: `--overwrite` is for teachers, and for files that hold nothing."""
-    inputs = {(file.device, file.inode) for layout in planned.layouts for file in layout.files}
-    status = target.stat()
-    if planned.options.init is not None and os.path.samefile(planned.options.init, target):
-        return  # going on from a teacher in its own place
-    if (status.st_dev, status.st_ino) in inputs:
-        raise CkptEmaError(f"`{target}` is one of the inputs, and is never replaced", hint="pass another `--output`")
-    try:
-        contents = read_contents(target)
-    except CkptEmaError:
-        return
-    if not contents.is_own_teacher and target.stem != "teacher":
-        raise CkptEmaError(
-            f"`{target}` is a checkpoint, and no teacher that ckpt-ema wrote; it is never replaced",
-            hint="pass another `--output`, or remove it yourself",
-        )
 
 
 def _non_finite(planned: FoldPlan, origin: NonFinite) -> CkptEmaError:

@@ -12,26 +12,27 @@ from ckpt_ema.formats.contents import PROVENANCE_KEY
 from ckpt_ema.records import RULE, FoldPlan
 
 
-def teacher_metadata(plan: FoldPlan) -> dict[str, str]:
-    """`__metadata__` of the teacher: texts only, the same for the same input (no date, no path of this machine)."""
+def teacher_metadata(plan: FoldPlan, number: int) -> dict[str, str]:
+    """`__metadata__` of one teacher: texts only, the same for the same input (no date, no path of this machine)."""
     options = plan.options
+    teacher = plan.teachers[number]
     record = {
         "tool": "ckpt-ema",
         "version": __version__,
         "rule": RULE,
-        "momentum": options.momentum,
+        "momentum": teacher.momentum,
         "per": "checkpoint",
         "interval": options.interval,
         "skip_buffers": options.skip_buffers,
         "initial_teacher": None if plan.initial_teacher is None else _printable(plan.initial_teacher),
-        "first_share": plan.first_share,
+        "first_share": teacher.first_share,
         "state": plan.newest.state_key,
         "stripped": list(plan.newest.stripped),
         "checkpoints": [
             {
                 "name": _printable(item.name),
                 item.unit: item.step,
-                "coefficient": item.coefficient,
+                "coefficient": item.coefficients[number],
                 "bytes": item.size,
             }
             for item in plan.checkpoints

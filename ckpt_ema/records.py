@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -15,6 +16,7 @@ from ckpt_ema.profiles import Update, check_momentum
 from ckpt_ema.runs import Checkpoint
 from ckpt_ema.sizes import DEFAULT_MEMORY_BUDGET_BYTES
 from ckpt_ema.students import check_prefix
+from ckpt_ema.timings import Timings
 
 RULE = "teacher = (1 - momentum) * teacher + momentum * student"
 PathLike = str | os.PathLike[str]
@@ -23,7 +25,6 @@ PathLike = str | os.PathLike[str]
 _OPTIONAL_INTEGER = (int, type(None))
 _OPTIONAL_TEXT = (str, type(None))
 _TYPES: dict[str, tuple[type, ...]] = {
-    "momentum": (float, int),
     "interval": (int,),
     "from_step": _OPTIONAL_INTEGER,
     "until_step": _OPTIONAL_INTEGER,
@@ -41,8 +42,8 @@ _TYPES: dict[str, tuple[type, ...]] = {
 class FoldOptions:
     """What a fold can be asked for; the defaults are MeanTeacherHook's."""
 
-    momentum: float = 0.001
-    """Share that each new student brings, 0 < momentum < 1."""
+    momentum: float | Sequence[float] = 0.001
+    """Share that each new student brings, 0 < momentum < 1; several make as many teachers from one pass."""
 
     interval: int = 1
     """Fold every interval-th checkpoint, the hook's interval."""
@@ -102,7 +103,15 @@ class FoldOptions:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, kinds):
                 raise MisuseError(f"`{name}` is {value!r}, a {type(value).__name__}")
-        check_momentum(self.momentum)
+        given = (self.momentum,) if isinstance(self.momentum, (float, int)) else tuple(self.momentum)
+        if not given:
+            raise MisuseError("`momentum` is an empty list", hint="pass for example `momentum=[0.1, 0.3]`")
+        for momentum in given:
+            if isinstance(momentum, bool) or not isinstance(momentum, (float, int)):
+                raise MisuseError(f"`momentum` is {momentum!r}, a {type(momentum).__name__}")
+            check_momentum(momentum)
+        if len(set(given)) < len(given):
+            raise MisuseError(f"`--momentum {max(given, key=given.count)}` is given twice")
         check_prefix(self.prefix)
         for name in ("interval", "last", "num_threads"):
             value = getattr(self, name)
@@ -117,18 +126,23 @@ class FoldOptions:
             if getattr(self, name) not in choices:
                 raise MisuseError(f"`{name}` is {getattr(self, name)!r}, and must be one of {', '.join(choices)}")
 
+    @property
+    def momenta(self) -> tuple[float, ...]:
+        """One per teacher, in the order given."""
+        return (self.momentum,) if isinstance(self.momentum, (float, int)) else tuple(self.momentum)
+
 
 @dataclass(frozen=True, slots=True)
 class FoldedCheckpoint:
-    """One student's part in the teacher."""
+    """One student's part in the teachers."""
 
     name: str
     step: int | None
     unit: str
     """What `step` counts: step, epoch, or a bare number."""
 
-    coefficient: float
-    """Its share in the teacher."""
+    coefficients: tuple[float, ...]
+    """Its share in each teacher."""
 
     size: int
     """Bytes on disk of the files that hold it."""
@@ -136,24 +150,43 @@ class FoldedCheckpoint:
     state_key: str
     format: str
 
+    @property
+    def coefficient(self) -> float:
+        """Its share in the only teacher, or in the first of several."""
+        return self.coefficients[0]
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedTeacher:
+    """One of the teachers that a pass over the checkpoints makes."""
+
+    momentum: float
+    output: Path
+    """Its file, or its folder for `from_pretrained`."""
+
+    updates: tuple[Update, ...]
+    """One per input, the first of which copies."""
+
+    first_share: float
+    """Share that the initial teacher, or else the first checkpoint, has in it."""
+
 
 @dataclass(frozen=True, slots=True)
 class FoldPlan:
     """All that a fold is going to do, before it reads a tensor."""
 
     options: FoldOptions
-    output: Path
+    teachers: tuple[PlannedTeacher, ...]
+    """One per momentum."""
+
     is_folder: bool
-    """Whether the teacher is written as a Hugging Face folder."""
+    """Whether each is written as a Hugging Face folder."""
 
     directory: Path
     checkpoints: tuple[FoldedCheckpoint, ...]
     """Those that take part, oldest first."""
 
     initial_teacher: str | None
-    first_share: float
-    """Share that the initial teacher, or else the first checkpoint, has in the result."""
-
     tensors: tuple[TeacherTensor, ...]
     left_out: tuple[tuple[str, str], ...]
     """Checkpoints and files that do not take part, with the reason."""
@@ -165,8 +198,22 @@ class FoldPlan:
     warnings: tuple[str, ...]
     blocks: BlockPlan
     layouts: tuple[Layout, ...]
-    updates: tuple[Update, ...]
     newest: Checkpoint
+
+    @property
+    def output(self) -> Path:
+        """The only teacher, or the first of several."""
+        return self.teachers[0].output
+
+    @property
+    def output_names(self) -> list[str]:
+        """Every teacher's path, as it was asked for."""
+        return [str(teacher.output) for teacher in self.teachers]
+
+    @property
+    def first_share(self) -> float:
+        """Of the only teacher, or of the first of several."""
+        return self.teachers[0].first_share
 
     @property
     def num_averaged(self) -> int:
@@ -194,8 +241,8 @@ class FoldPlan:
 
     @property
     def bytes_to_write(self) -> int:
-        """Size of the teacher's tensors."""
-        return self.blocks.data_bytes
+        """Size of all teachers' tensors."""
+        return self.blocks.data_bytes * len(self.teachers)
 
     @property
     def buffer_bytes(self) -> int:
@@ -208,12 +255,17 @@ class FoldReport:
     """What a fold has done."""
 
     plan: FoldPlan
-    output: Path
-    """The teacher: a file, or a folder for `from_pretrained`."""
-
     device: str
     seconds: float
-    """From the first byte read to the committed file."""
+    """From the first byte read to the committed files."""
+
+    timings: Timings
+    """Where these seconds went."""
+
+    @property
+    def output(self) -> Path:
+        """The only teacher, or the first of several: a file, or a folder for `from_pretrained`."""
+        return self.plan.output
 
     @property
     def gigabytes_per_second(self) -> float:

@@ -25,7 +25,7 @@ def plan_text(plan: FoldPlan, *, verbose: bool = False) -> str:
 def _plan_lines(plan: FoldPlan, verbose: bool) -> Iterator[str]:
     options = plan.options
     yield (
-        f"{_count(len(plan.checkpoints), 'checkpoint')} of {plan.directory}, momentum {options.momentum:g}"
+        f"{_count(len(plan.checkpoints), 'checkpoint')} of {plan.directory}, momentum {_momenta(plan)}"
         f" per checkpoint{f', interval {options.interval}' if options.interval > 1 else ''}"
     )
     yield ""
@@ -41,7 +41,8 @@ def _plan_lines(plan: FoldPlan, verbose: bool) -> Iterator[str]:
     for reason, names in _grouped(plan.left_out_tensors).items():
         yield f"not used  {_some(names, verbose)}: {reason}"
     yield f"read      {format_size(plan.bytes_to_read)}"
-    yield f"write     {format_size(plan.bytes_to_write)} to {plan.output}"
+    each = f"{len(plan.teachers)} x " if len(plan.teachers) > 1 else ""
+    yield f"write     {each}{format_size(plan.blocks.data_bytes)} to {', '.join(plan.output_names)}"
     threads = _count(plan.blocks.num_threads, "thread")
     yield f"memory    {format_size(plan.buffer_bytes)} of buffers beside torch itself, {threads}"
     if verbose:
@@ -54,22 +55,33 @@ def _plan_lines(plan: FoldPlan, verbose: bool) -> Iterator[str]:
             yield f"  {tensor.name}  {dtype} {list(tensor.shape)}  {treatment}"
 
 
+def _momenta(plan: FoldPlan) -> str:
+    return ", ".join(f"{teacher.momentum:g}" for teacher in plan.teachers)
+
+
 def _coefficient_table(plan: FoldPlan) -> Iterator[str]:
-    rows = [(item.name, "" if item.step is None else str(item.step), item.coefficient) for item in plan.checkpoints]
+    """A row per checkpoint; one teacher gets a bar beside its coefficients, several a column each."""
+    rows = [(item.name, "" if item.step is None else str(item.step), item.coefficients) for item in plan.checkpoints]
     if plan.initial_teacher is not None:
-        rows.insert(0, (f"{plan.initial_teacher} (initial teacher)", "", plan.first_share))
-    widest = max(share for _, _, share in rows)
+        shares = tuple(teacher.first_share for teacher in plan.teachers)
+        rows.insert(0, (f"{plan.initial_teacher} (initial teacher)", "", shares))
+    titles = [f"momentum {teacher.momentum:g}" for teacher in plan.teachers]
+    if len(titles) == 1:
+        titles = ["coefficient"]
     unit = plan.checkpoints[-1].unit
     name_width = max(len("checkpoint"), *(len(name) for name, _, _ in rows))
     step_width = max(len(unit), *(len(step) for _, step, _ in rows))
-    yield f"{'checkpoint':<{name_width}}  {unit:>{step_width}}  coefficient"
+    yield f"{'checkpoint':<{name_width}}  {unit:>{step_width}}  " + "  ".join(f"{title:>11}" for title in titles)
+    widest = max(shares[0] for _, _, shares in rows)
     cut = len(rows) - MAX_ROWS
-    for i, (name, step, share) in enumerate(rows):
+    for i, (name, step, shares) in enumerate(rows):
         if cut > 0 and MAX_ROWS // 2 <= i < MAX_ROWS // 2 + cut:
             if i == MAX_ROWS // 2:
                 yield f"... {cut} more"
             continue
-        yield f"{name:<{name_width}}  {step:>{step_width}}  {share:11.6f}  {_bar(share / widest)}".rstrip()
+        columns = "  ".join(f"{share:>{max(11, len(title))}.6f}" for share, title in zip(shares, titles, strict=True))
+        bar = f"  {_bar(shares[0] / widest)}" if len(shares) == 1 else ""
+        yield f"{name:<{name_width}}  {step:>{step_width}}  {columns}{bar}".rstrip()
 
 
 def _bar(share: float) -> str:
@@ -83,14 +95,17 @@ def summary_text(report: FoldReport) -> str:
     plan = report.plan
     first = plan.initial_teacher or plan.checkpoints[0].name
     lines = [
-        f"folded {_count(len(plan.checkpoints), 'checkpoint')} into {report.output}",
+        f"folded {_count(len(plan.checkpoints), 'checkpoint')} into {', '.join(plan.output_names)}",
         f"  {_count(plan.num_averaged, 'tensor')} averaged, {plan.num_copied} copied from {plan.checkpoints[-1].name}",
         f"  {format_size(plan.bytes_to_read)} in {report.seconds:.2f} s on the {report.device.upper()},"
         f" {report.gigabytes_per_second:.2f} GB/s",
+        f"  {', '.join(f'{name} {share:.0%}' for name, share in report.timings.shares().items())}",
     ]
-    if len(plan.updates) > 1:
-        newest = plan.checkpoints[-1]
-        lines.append(f"  {first} keeps {plan.first_share:.1%}, {newest.name} has {newest.coefficient:.1%}")
+    newest = plan.checkpoints[-1]
+    for teacher, share in zip(plan.teachers, newest.coefficients, strict=True):
+        if len(teacher.updates) > 1:
+            which = f"momentum {teacher.momentum:g}: " if len(plan.teachers) > 1 else ""
+            lines.append(f"  {which}{first} keeps {teacher.first_share:.1%}, {newest.name} has {share:.1%}")
     if plan.left_out:
         lines.append(f"  left out {len(plan.left_out)}: {_some([name for name, _ in plan.left_out], False)}")
     return "\n".join(lines)
@@ -98,20 +113,23 @@ def summary_text(report: FoldReport) -> str:
 
 def plan_record(plan: FoldPlan) -> dict[str, Any]:
     """The plan as a table that JSON can hold."""
+    several = len(plan.teachers) > 1
+    teachers = [
+        {"output": str(teacher.output), "momentum": teacher.momentum, "first_share": teacher.first_share}
+        for teacher in plan.teachers
+    ]
     return {
-        "output": str(plan.output),
+        **({"teachers": teachers} if several else teachers[0]),
         "rule": RULE,
-        "momentum": plan.options.momentum,
         "per": "checkpoint",
         "interval": plan.options.interval,
         "initial_teacher": plan.initial_teacher,
-        "first_share": plan.first_share,
         "checkpoints": [
             {
                 "name": item.name,
                 "step": item.step,
                 "unit": item.unit,
-                "coefficient": item.coefficient,
+                **({"coefficients": list(item.coefficients)} if several else {"coefficient": item.coefficient}),
                 "bytes": item.size,
                 "state": item.state_key,
                 "format": item.format,
@@ -141,6 +159,7 @@ def report_record(report: FoldReport) -> dict[str, Any]:
         "device": report.device,
         "seconds": round(report.seconds, 6),
         "gigabytes_per_second": round(report.gigabytes_per_second, 3),
+        "timings": {name: round(share * report.seconds, 6) for name, share in report.timings.shares().items()},
     }
 
 

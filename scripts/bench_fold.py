@@ -15,13 +15,14 @@ import shutil
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-MOMENTUM = 0.1
+from bench_candidates import CANDIDATES
+
 THREADS = len(os.sched_getaffinity(0))
 
 
@@ -36,7 +37,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="also draw the fold's figures here (needs matplotlib)")
     parser.add_argument("--only", nargs="*", choices=list(SECTIONS), default=list(SECTIONS))
     parser.add_argument("--keep", action="store_true", help="keep the checkpoints for the next call")
-    parser.add_argument("--measure", nargs=3, metavar=("WHAT", "RUN", "OUTPUT"), help=argparse.SUPPRESS)
+    parser.add_argument("--measure", nargs=4, metavar=("WHAT", "RUN", "OUTPUT", "OPTIONS"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
         measure(*arguments.measure)
@@ -51,7 +52,9 @@ def main() -> None:
         if not arguments.keep:
             shutil.rmtree(arguments.inputs, ignore_errors=True)
     if arguments.plot and "fold" in figures:
-        draw(figures, arguments.plot)
+        draw_fold(figures, arguments.plot)
+    if arguments.plot and "growth" in figures:
+        draw_growth(figures, arguments.plot.with_name("growth.svg"))
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
 
@@ -77,14 +80,15 @@ def describe_machine() -> str:
 # --- what is measured, each in a process of its own -------------------------------------------------------------------
 
 
-def measure(what: str, run: str, output: str) -> None:
+def measure(what: str, run: str, output: str, options: str) -> None:
     """Print the seconds that one candidate takes, and the process's peak memory."""
     import resource
 
     import torch  # noqa: F401  (imported before the clock starts, for all alike)
 
-    work = CANDIDATES[what](Path(run), Path(output))
-    touch_memory(Path(output), Path(run))
+    settings = json.loads(options)
+    work = CANDIDATES[what](Path(run), Path(output), **settings)
+    touch_memory(Path(output), Path(run), len(settings.get("momentum", [0])))
     peak_before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     started = time.perf_counter()
     work()
@@ -93,9 +97,10 @@ def measure(what: str, run: str, output: str) -> None:
     print(json.dumps({"seconds": seconds, "peak": peak, "peak_before": peak_before}))
 
 
-def touch_memory(output: Path, run: Path) -> None:
+def touch_memory(output: Path, run: Path, num_teachers: int = 1) -> None:
     """Write and delete a file of the output's size: a virtual machine's host is slow to give memory at first touch."""
-    num_bytes = next(run.glob("step_*")).stat().st_size
+    output = output.with_name("touch-memory")
+    num_bytes = next(run.glob("step_*")).stat().st_size * num_teachers
     chunk = bytes(1 << 22)
     with output.open("wb") as file:
         for _ in range(num_bytes // len(chunk) + 1):
@@ -103,124 +108,51 @@ def touch_memory(output: Path, run: Path) -> None:
     output.unlink()
 
 
-def prepare_fold(run: Path, output: Path) -> Callable[[], None]:
-    import ckpt_ema.engine.cpu  # noqa: F401  (imported before the clock starts)
-    from ckpt_ema import fold
-
-    def work() -> None:
-        fold(run, output, momentum=MOMENTUM, announce=lambda plan: None)
-
-    return work
-
-
-def prepare_floor(run: Path, output: Path) -> Callable[[], None]:
-    """The same threads, the same preads into one buffer each, the same bytes written; nothing computed."""
-    import ckpt_ema
-    from ckpt_ema.engine.inputs import InputFiles, LaneExtents
-
-    plan = ckpt_ema.plan(run, output, momentum=MOMENTUM)
-
-    def work() -> None:
-        blocks = iter(list(plan.blocks.blocks()))
-        lock = threading.Lock()
-        descriptor = os.open(output, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
-        os.ftruncate(descriptor, plan.bytes_to_write)
-
-        def work_off() -> None:
-            buffer = memoryview(bytearray(plan.blocks.thread_buffers[0]))
-            trash = memoryview(bytearray(4096))
-            while True:
-                with lock:
-                    block = next(blocks, None)
-                if block is None:
-                    return
-                part = buffer[: (block.end - block.begin) * block.lane.student_dtype.itemsize]
-                for layout in plan.layouts:
-                    LaneExtents(files, layout, block.lane).read(block.begin, block.end, part, trash, {})
-                os.pwrite(descriptor, part, block.position)
-
-        with InputFiles(plan.layouts) as files:
-            threads = [threading.Thread(target=work_off) for _ in range(plan.blocks.num_threads)]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-        os.close(descriptor)
-
-    return work
-
-
-def prepare_loop(run: Path, output: Path) -> Callable[[], None]:
-    """The loop a user would write."""
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    def work() -> None:
-        paths = sorted(run.glob("step_*.safetensors"), key=lambda path: int(path.stem.split("_")[1]))
-        teacher = load_file(paths[0])
-        with torch.no_grad():
-            for path in paths[1:]:
-                for name, tensor in load_file(path).items():
-                    teacher[name].mul_(1 - MOMENTUM).add_(tensor, alpha=MOMENTUM)
-        save_file(teacher, output)
-
-    return work
-
-
-def prepare_averaged_model(run: Path, output: Path) -> Callable[[], None]:
-    """torch's AveragedModel, fed the same checkpoints."""
-    import torch
-    from safetensors.torch import load_file, save_file
-    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-
-    class Model(torch.nn.Module):
-        def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
-            super().__init__()
-            self.weights = torch.nn.ParameterList([torch.nn.Parameter(tensor) for tensor in tensors.values()])
-
-    def work() -> None:
-        paths = sorted(run.glob("step_*.safetensors"), key=lambda path: int(path.stem.split("_")[1]))
-        model = Model(load_file(paths[0]))
-        averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(1 - MOMENTUM))
-        averaged.update_parameters(model)
-        for path in paths[1:]:
-            with torch.no_grad():
-                for parameter, tensor in zip(model.weights, load_file(path).values(), strict=True):
-                    parameter.copy_(tensor)
-            averaged.update_parameters(model)
-        save_file(averaged.module.state_dict(), output)
-
-    return work
-
-
-CANDIDATES = {
-    "fold": prepare_fold,
-    "floor": prepare_floor,
-    "loop": prepare_loop,
-    "AveragedModel": prepare_averaged_model,
-}
-
-
 # --- comparisons ------------------------------------------------------------------------------------------------------
 
 
-def run_candidate(what: str, run: Path, arguments: argparse.Namespace) -> dict[str, float]:
-    output = arguments.outputs / f"ckpt-ema-bench-{os.getpid()}.safetensors"
+@dataclass(frozen=True)
+class Case:
+    """One thing to time: a candidate on a run."""
+
+    what: str
+    run: Path
+    options: dict[str, Any] = field(default_factory=dict)
+    is_cold: bool = False
+    """Whether the page cache is emptied of the run's files first."""
+
+
+def run_candidate(case: Case, arguments: argparse.Namespace) -> dict[str, float]:
+    folder = arguments.outputs / f"ckpt-ema-bench-{os.getpid()}"
+    several = len(case.options.get("momentum", [0])) > 1
+    output = folder / ("teacher-{momentum}.safetensors" if several else "teacher.safetensors")
+    folder.mkdir()
     try:
-        command = [sys.executable, __file__, "--measure", what, str(run), str(output)]
+        if case.is_cold:
+            forget(case.run)
+        command = [sys.executable, __file__, "--measure", case.what, str(case.run), str(output)]
+        command.append(json.dumps(case.options))
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     finally:
-        output.unlink(missing_ok=True)
+        shutil.rmtree(folder)
     figures: dict[str, float] = json.loads(done.stdout)
     return figures
 
 
-def compare(runs: dict[str, tuple[str, Path]], arguments: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
-    """Run each (candidate, run) in turn, round by round; the first round is thrown away."""
-    results: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
+def forget(run: Path) -> None:
+    """Drop a run's files from the page cache."""
+    for path in run.glob("step_*"):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def compare(cases: dict[str, Case], arguments: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
+    """Run each case in turn, round by round; the first round is thrown away."""
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in cases}
     for round_number in range(arguments.rounds + 1):
-        for name, (what, run) in runs.items():
-            figures = run_candidate(what, run, arguments)
+        for name, case in cases.items():
+            figures = run_candidate(case, arguments)
             if round_number:
                 results[name].append(figures)
     return results
@@ -258,6 +190,11 @@ def write_run(folder: Path, shapes: list[tuple[int, ...]], dtype: str, arguments
     return folder
 
 
+def layers(elements: float) -> list[tuple[int, ...]]:
+    """Shapes of about as many elements in all."""
+    return [(4096, 2048)] * max(1, round(elements / (4096 * 2048)))
+
+
 def warm(path: Path) -> None:
     with path.open("rb") as file:
         while file.read(1 << 24):
@@ -267,16 +204,16 @@ def warm(path: Path) -> None:
 def bench_fold(arguments: argparse.Namespace) -> dict[str, Any]:
     rows = {}
     for dtype in ("float32", "bfloat16"):
-        shapes = [(4096, 2048)] * max(1, round(arguments.elements / (4096 * 2048)))
-        run = write_run(arguments.inputs / dtype, shapes, dtype, arguments, "safetensors")
-        results = compare({name: (name, run) for name in CANDIDATES}, arguments)
+        run = write_run(arguments.inputs / dtype, layers(arguments.elements), dtype, arguments, "safetensors")
+        names = ("read", "floor", "fold", "loop", "AveragedModel")
+        results = compare({name: Case(name, run) for name in names}, arguments)
         size = next(run.glob("step_*")).stat().st_size
         print(
             f"\n{arguments.checkpoints} checkpoints of {size / 1e9:.2f} GB, {dtype}, warm page cache, output on tmpfs\n"
         )
         print("| | seconds | GB/s read | times the floor | fold is faster by | peak memory |")
         print("|---|---|---|---|---|---|")
-        for name in ("floor", "fold", "loop", "AveragedModel"):
+        for name in names:
             seconds = median_seconds(results[name])
             floor = median_ratio(results[name], results["floor"])
             faster = median_ratio(results[name], results["fold"])
@@ -303,7 +240,7 @@ def bench_small_tensors(arguments: argparse.Namespace) -> dict[str, Any]:
     for how in ("safetensors", "torch.save"):
         one = write_run(arguments.inputs / f"one-{how}", [(elements,)], "float32", arguments, how)
         many = write_run(arguments.inputs / f"many-{how}", [(elements // 20000,)] * 20000, "float32", arguments, how)
-        results = compare({"one": ("fold", one), "many": ("fold", many)}, arguments)
+        results = compare({"one": Case("fold", one), "many": Case("fold", many)}, arguments)
         ratio = median_ratio(results["many"], results["one"])
         one_seconds, many_seconds = median_seconds(results["one"]), median_seconds(results["many"])
         print(f"| {how} | {one_seconds:.2f} s | {many_seconds:.2f} s | {ratio:.2f} |", flush=True)
@@ -311,6 +248,84 @@ def bench_small_tensors(arguments: argparse.Namespace) -> dict[str, Any]:
         if not arguments.keep:
             shutil.rmtree(one)
             shutil.rmtree(many)
+    return rows
+
+
+def bench_cold(arguments: argparse.Namespace) -> dict[str, Any]:
+    """From the disk: the fold against dd reading the same files."""
+    run = write_run(arguments.inputs / "cold", layers(arguments.elements), "float32", arguments, "safetensors")
+    results = compare({"dd": Case("dd", run, is_cold=True), "fold": Case("fold", run, is_cold=True)}, arguments)
+    size = sum(path.stat().st_size for path in run.glob("step_*"))
+    print(f"\n{arguments.checkpoints} checkpoints of {size / arguments.checkpoints / 1e9:.2f} GB, cold page cache\n")
+    print("| | seconds | GB/s read | times dd |")
+    print("|---|---|---|---|")
+    for name, items in results.items():
+        seconds, ratio = median_seconds(items), median_ratio(items, results["dd"])
+        print(f"| {name} | {seconds:.2f} | {size / seconds / 1e9:.2f} | {ratio:.2f} |", flush=True)
+    if not arguments.keep:
+        shutil.rmtree(run)
+    return results
+
+
+def bench_teachers(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What more teachers from one pass cost, where reading is free and where it is not."""
+    print(
+        f"\nteachers from one pass, {arguments.checkpoints} checkpoints of {arguments.elements / 5e9:.2f} GB, float32\n"
+    )
+    print("| teachers | warm | times one | cold | times one |")
+    print("|---|---|---|---|---|")
+    run = write_run(arguments.inputs / "teachers", layers(arguments.elements / 5), "float32", arguments, "safetensors")
+    momenta = [k / 10 for k in range(1, 9)]
+    cases = {}
+    for is_cold in (False, True):
+        for count in (1, 2, 4, 8):
+            name = f"{count} {'cold' if is_cold else 'warm'}"
+            cases[name] = Case("fold", run, {"momentum": momenta[:count]}, is_cold)
+    rows = compare(cases, arguments)
+    for count in (1, 2, 4, 8):
+        warm, cold = rows[f"{count} warm"], rows[f"{count} cold"]
+        print(
+            f"| {count} | {median_seconds(warm):.2f} s | {median_ratio(warm, rows['1 warm']):.2f} |"
+            f" {median_seconds(cold):.2f} s | {median_ratio(cold, rows['1 cold']):.2f} |",
+            flush=True,
+        )
+    if not arguments.keep:
+        shutil.rmtree(run)
+    return rows
+
+
+def bench_growth(arguments: argparse.Namespace) -> dict[str, Any]:
+    """How the time grows with each of the things that may grow."""
+    small = arguments.elements / 5
+    cases: dict[str, dict[str, Case]] = {"checkpoints": {}, "million parameters": {}, "tensors": {}, "threads": {}}
+
+    def run_of(elements: float, checkpoints: int, tensors: int) -> Path:
+        folder = arguments.inputs / f"growth-{elements:.0f}-{checkpoints}-{tensors}"
+        settings = argparse.Namespace(**{**vars(arguments), "checkpoints": checkpoints})
+        return write_run(folder, [(round(elements / tensors),)] * tensors, "float32", settings, "safetensors")
+
+    base = run_of(small, 6, 40)
+    for count in (3, 6, 12, 24):
+        cases["checkpoints"][f"{count}"] = Case("fold", run_of(small, count, 40))
+    for part in (0.25, 0.5, 1, 2, 4):
+        cases["million parameters"][f"{part * small / 1e6:.0f}"] = Case("fold", run_of(part * small, 6, 40))
+    for count in (1, 40, 1000, 20000):
+        cases["tensors"][f"{count}"] = Case("fold", run_of(small, 6, count))
+    for count in (1, 2, 3, 4):
+        cases["threads"][f"{count}"] = Case("fold", base, {"num_threads": count})
+    rows: dict[str, Any] = {}
+    print(f"\nhow the time grows, from 6 checkpoints of {small * 4 / 1e9:.2f} GB in 40 float32 tensors\n")
+    print("| what grows | | seconds | GB/s read |")
+    print("|---|---|---|---|")
+    for what, group in cases.items():
+        rows[what] = compare(group, arguments)
+        for value, items in rows[what].items():
+            size = sum(path.stat().st_size for path in group[value].run.glob("step_*"))
+            seconds = median_seconds(items)
+            print(f"| {what} | {value} | {seconds:.2f} | {size / seconds / 1e9:.1f} |", flush=True)
+    for path in arguments.inputs.glob("growth-*"):
+        if not arguments.keep:
+            shutil.rmtree(path)
     return rows
 
 
@@ -336,15 +351,40 @@ def bench_start(arguments: argparse.Namespace) -> dict[str, Any]:
     return rows
 
 
-def draw(figures: dict[str, Any], path: Path) -> None:
-    """One panel per dtype, one bar per candidate: median seconds, the spread of the rounds as a line."""
+def start_plot() -> Any:
+    """matplotlib's pyplot, set so that the same figures make the same file."""
     import matplotlib
 
     matplotlib.use("svg")
-    # Same figures, same file: no dates, no random identifiers.
-    matplotlib.rcParams["svg.hashsalt"] = "ckpt-ema"
+    matplotlib.rcParams["svg.hashsalt"] = "ckpt-ema"  # no random identifiers
     import matplotlib.pyplot as plt
 
+    return plt
+
+
+def draw_growth(figures: dict[str, Any], path: Path) -> None:
+    """One panel per thing that grows: median seconds, the spread of the rounds as a line."""
+    plt = start_plot()
+    panels, axes = plt.subplots(1, len(figures["growth"]), figsize=(9, 2.4), layout="constrained")
+    for axis, (what, group) in zip(axes, figures["growth"].items(), strict=True):
+        values = [float(value) for value in group]
+        seconds = [[item["seconds"] for item in items] for items in group.values()]
+        axis.vlines(
+            values, [min(each) for each in seconds], [max(each) for each in seconds], color="black", linewidth=1
+        )
+        axis.plot(values, [statistics.median(each) for each in seconds], "o-", color="#c8553d", markersize=4)
+        axis.set_xlabel(what)
+        axis.set_ylim(bottom=0)
+        if what == "tensors":
+            axis.set_xscale("log")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("seconds per fold")
+    panels.savefig(path, metadata={"Date": None})
+
+
+def draw_fold(figures: dict[str, Any], path: Path) -> None:
+    """One panel per dtype, one bar per candidate: median seconds, the spread of the rounds as a line."""
+    plt = start_plot()
     names = {
         "floor": "read + write only",
         "fold": "ckpt-ema fold",
@@ -383,6 +423,9 @@ def whole_process(words: list[str], count: int) -> Iterator[float]:
 SECTIONS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "fold": bench_fold,
     "small-tensors": bench_small_tensors,
+    "cold": bench_cold,
+    "teachers": bench_teachers,
+    "growth": bench_growth,
     "start": bench_start,
 }
 

@@ -478,6 +478,22 @@ def test_transformers_folders_of_every_kind(tmp_path: Path, kind: str, make: Cal
     assert_same_bits(load_transformers(report.output, model), hook_teacher(students, MOMENTUM))
 
 
+def test_several_teachers_of_a_transformers_run_are_a_folder_each(tmp_path: Path) -> None:
+    """Each beside its own copy of the configuration, each the teacher of its own fold."""
+    pytest.importorskip("transformers")
+    run = tmp_path / "run"
+    students = []
+    for step in (10, 20, 30):
+        model = bert()
+        model.save_pretrained(run / f"checkpoint-{step}")
+        students.append(bits_of(model.state_dict()))
+    report = quiet_fold(run, momentum=[0.25, 0.5])
+    assert [teacher.output for teacher in report.plan.teachers] == [run / "teacher-0.25", run / "teacher-0.5"]
+    for teacher in report.plan.teachers:
+        expected = hook_teacher(students, teacher.momentum)
+        assert_same_bits(load_transformers(teacher.output, model), expected)
+
+
 @pytest.mark.parametrize("dtype", ["student", "float32", "float16"])
 def test_transformers_teacher_loads_in_the_dtype_it_was_written_in(tmp_path: Path, dtype: str) -> None:
     """bfloat16 students and `--dtype float32`: the configuration says float32, so nothing is rounded on loading."""

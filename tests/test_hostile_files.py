@@ -926,7 +926,7 @@ def test_names_that_are_no_utf8_are_folded_or_refused(tmp_path: Path) -> None:
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 # What each module may import, lowest first; a module imports only what stands on an earlier line (or its own).
 LEVELS: tuple[tuple[str, ...], ...] = (
-    ("_version", "errors", "sizes"),
+    ("_version", "errors", "sizes", "timings"),
     ("dtypes",),
     ("byte_ranges",),
     (
@@ -940,7 +940,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("steps", "students", "layouts"),
     ("catalogue", "profiles", "runs", "model_buffers", "writer"),
     ("blocks",),
-    ("engine", "records", "inspection", "engine.buffers", "engine.arithmetic", "provenance"),
+    ("engine", "records", "inspection", "engine.buffers", "engine.arithmetic", "provenance", "outputs"),
 )
 
 

@@ -10,26 +10,27 @@ from ckpt_ema.blocks import BlockPlan
 from ckpt_ema.engine.inputs import InputFiles
 from ckpt_ema.layouts import Layout
 from ckpt_ema.profiles import Update
+from ckpt_ema.timings import Timings
 from ckpt_ema.writer import TeacherFile
 
 
 class Engine(Protocol):
-    """Folds every block of a plan and hands it to the teacher's file."""
+    """Folds every block of a plan and hands it to the teachers' files."""
 
     def __call__(
         self,
         plan: BlockPlan,
         layouts: Sequence[Layout],
-        updates: Sequence[Update],
+        updates: Sequence[Sequence[Update]],
         files: InputFiles,
-        teacher: TeacherFile,
+        teachers: Sequence[TeacherFile],
         progress: Callable[[int], None],
-    ) -> None:
-        """Run `teacher = keep * teacher + take * student` over the layouts, oldest first.
+    ) -> Timings:
+        """Run `teacher = keep * teacher + take * student` over the layouts, oldest first, for each teacher.
 
-        `layouts[i]` enters with `updates[i]`, the first of which copies; copied lanes come from the last layout.
-        `progress` is told the bytes read, from any thread but never from two at once. Raises NonFiniteBlockError,
-        and what reading and writing raise; nothing of it runs any more when it returns.
+        `layouts[i]` enters teacher t with `updates[t][i]`, the first of which copies; copied lanes come from the last
+        layout. `progress` is told the bytes read, from any thread but never from two at once. Raises
+        NonFiniteBlockError, and what reading and writing raise; nothing of it runs any more when it returns.
         """
 
 

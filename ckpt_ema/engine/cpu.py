@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import cmath
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from ckpt_ema.blocks import ELEMENT_MULTIPLE, Alias, Block, BlockPlan, Lane
+from ckpt_ema.blocks import ELEMENT_MULTIPLE, Block, BlockPlan, Lane
 from ckpt_ema.engine.arithmetic import update_
 from ckpt_ema.engine.buffers import Buffer
 from ckpt_ema.engine.contract import NonFinite, NonFiniteBlockError
@@ -20,33 +21,38 @@ from ckpt_ema.engine.gather import gather_block
 from ckpt_ema.engine.inputs import MAX_GAP_BYTES, InputFiles, LaneExtents, Scatters, stored_dtype
 from ckpt_ema.layouts import Layout
 from ckpt_ema.profiles import Update
+from ckpt_ema.timings import Timings
 from ckpt_ema.writer import TeacherFile
 
 
 def fold_blocks(
     plan: BlockPlan,
     layouts: Sequence[Layout],
-    updates: Sequence[Update],
+    updates: Sequence[Sequence[Update]],
     files: InputFiles,
-    teacher: TeacherFile,
+    teachers: Sequence[TeacherFile],
     progress: Callable[[int], None],
-) -> None:
+) -> Timings:
     """The CPU's Engine; see there for the contract."""
     blocks = _Queue(plan.blocks())
     extents = _ExtentTable(files)
     failures: list[BaseException] = []
+    timings = Timings()
     lock = threading.Lock()
 
     def work() -> None:
         # One intra-op thread each: torch's own threads on blocks of this size cost more than they bring.
         torch.set_num_threads(1)
         try:
-            folder = _BlockFolder(plan, layouts, updates, files, extents)
+            started = time.perf_counter()
+            folder = _BlockFolder(plan, layouts, updates, files, teachers, extents)
             while (block := blocks.take()) is not None:
-                _write_with_aliases(teacher, plan.aliases, folder.fold(block), block.position)
+                folder.fold(block)
                 num_inputs = len(layouts) if block.lane.action == "average" else 1
                 with lock:
                     progress((block.end - block.begin) * block.lane.student_dtype.itemsize * num_inputs)
+            with lock:
+                folder.add_timings(timings, time.perf_counter() - started, plan.num_threads)
         except BaseException as error:
             blocks.stop()
             failures.append(error)
@@ -65,6 +71,7 @@ def fold_blocks(
         torch.set_num_threads(threads_before)
     if failures:
         raise failures[0]
+    return timings
 
 
 class _ExtentTable:
@@ -112,15 +119,6 @@ class _Queue:
         self._stopped = True
 
 
-def _write_with_aliases(teacher: TeacherFile, aliases: Sequence[Alias], content: memoryview, position: int) -> None:
-    teacher.write(content, position)
-    for alias in aliases:
-        begin = max(alias.original, position)
-        end = min(alias.original + alias.num_bytes, position + len(content))
-        if begin < end:
-            teacher.write(content[begin - position : end - position], begin - alias.original + alias.begin)
-
-
 class _BlockFolder:
     """One thread's buffers, and what it does with them."""
 
@@ -128,73 +126,95 @@ class _BlockFolder:
         self,
         plan: BlockPlan,
         layouts: Sequence[Layout],
-        updates: Sequence[Update],
+        updates: Sequence[Sequence[Update]],
         files: InputFiles,
+        teachers: Sequence[TeacherFile],
         extents: _ExtentTable,
     ) -> None:
+        self._aliases = plan.aliases
         self._layouts = layouts
-        self._updates = updates
+        # By input: a student enters every teacher before the next one is read.
+        self._updates = list(zip(*updates, strict=True))
         self._files = files
-        self._raw, self._accumulator, self._widened, self._span = (Buffer(size) for size in plan.thread_buffers)
+        self._teachers = teachers
+        raw, accumulator, widened, span = plan.thread_buffers
+        self._raw, self._widened, self._span = Buffer(raw), Buffer(widened), Buffer(span)
+        self._accumulators = [Buffer(accumulator) for _ in teachers]
         self._trash = memoryview(bytearray(MAX_GAP_BYTES))
         self._extents = extents
         self._scatters: Scatters = {}
         """Of the block at hand, for the raw buffer."""
 
-    def fold(self, block: Block) -> memoryview:
-        """The block's bytes as they go into the teacher."""
-        self._scatters.clear()
-        buffer = self._average(block) if block.lane.action == "average" else self._copy(block)
-        return buffer.bytes[: (block.end - block.begin) * block.lane.dtype.itemsize]
+        self._reading = self._writing = 0.0
 
-    def _average(self, block: Block) -> Buffer:
+    def fold(self, block: Block) -> None:
+        """Fold one block of every teacher, and write it."""
+        self._scatters.clear()
+        if block.lane.action == "average":
+            self._average(block)
+        else:
+            self._copy(block)
+
+    def add_timings(self, timings: Timings, seconds: float, num_threads: int) -> None:
+        """Add this thread's part, of `seconds` in all."""
+        timings.reading += self._reading / num_threads
+        timings.writing += self._writing / num_threads
+        timings.computing += (seconds - self._reading - self._writing) / num_threads
+
+    def _average(self, block: Block) -> None:
         lane = block.lane
         count = block.end - block.begin
         padded = -(-count // ELEMENT_MULTIPLE) * ELEMENT_MULTIPLE
-        same = lane.accumulate_dtype is lane.student_dtype
-        accumulator = self._accumulator.elements(lane.accumulate_dtype, padded)
         raw = self._raw.elements(lane.student_dtype, padded)
+        same = lane.accumulate_dtype is lane.student_dtype
         student = raw if same else self._widened.elements(lane.accumulate_dtype, padded)
+        accumulators = [buffer.elements(lane.accumulate_dtype, padded) for buffer in self._accumulators]
         # The first input becomes the teacher: read straight into its place where it needs no conversion.
         if lane.first_dtype is lane.accumulate_dtype:
-            self._read(self._layouts[0], block, self._accumulator)
+            self._read(self._layouts[0], block, self._accumulators[0])
         else:
             self._read(self._layouts[0], block, self._raw)
-            accumulator.copy_(self._raw.elements(lane.first_dtype, padded))
-        row = accumulator.view(1, -1)
-        for layout, (keep, take) in zip(self._layouts[1:], self._updates[1:], strict=True):
+            accumulators[0].copy_(self._raw.elements(lane.first_dtype, padded))
+        for accumulator in accumulators[1:]:
+            accumulator.copy_(accumulators[0])
+        rows = [accumulator.view(1, -1) for accumulator in accumulators]
+        for layout, updates in zip(self._layouts[1:], self._updates[1:], strict=True):
             self._read(layout, block, self._raw)
             if not same:
                 student.copy_(raw)
-            update_(row, student, keep, take)
-        target, buffer = accumulator, self._accumulator
-        if lane.dtype is not lane.accumulate_dtype:
-            target, buffer = self._raw.elements(lane.dtype, padded), self._raw
-            target.copy_(accumulator)
-        if not _is_finite(target[:count]):
-            raise NonFiniteBlockError(self._find_origin(block, ~_comparable(target[:count]).isfinite()))
-        return buffer
+            for row, (keep, take) in zip(rows, updates, strict=True):
+                update_(row, student, keep, take)
+        for teacher, accumulator, buffer in zip(self._teachers, accumulators, self._accumulators, strict=True):
+            target, finished = accumulator, buffer
+            if lane.dtype is not lane.accumulate_dtype:
+                target, finished = self._raw.elements(lane.dtype, padded), self._raw
+                target.copy_(accumulator)
+            if not _is_finite(target[:count]):
+                raise NonFiniteBlockError(self._find_origin(block, ~_comparable(target[:count]).isfinite()))
+            self._write(teacher, block, finished)
 
-    def _copy(self, block: Block) -> Buffer:
+    def _copy(self, block: Block) -> None:
         lane = block.lane
         count = block.end - block.begin
         self._read(self._layouts[-1], block, self._raw)
-        source = self._raw.elements(lane.student_dtype, count)
-        if lane.student_dtype.kind == "integer":
-            return self._raw
-        # An infinity in a buffer is a mask or an observer's start; a NaN is a broken model.
-        if not _is_finite(source) and bool((nan := _comparable(source).isnan()).any()):
-            raise NonFiniteBlockError(self._find_origin(block, nan))
-        if lane.copies_bytes:
-            return self._raw
-        target = self._accumulator.elements(lane.dtype, count)
-        target.copy_(source)
-        overflow = ~_comparable(target).isfinite() & _comparable(source).isfinite()
-        if bool(overflow.any()):
-            raise NonFiniteBlockError(NonFinite(self._tensor_at(block, overflow), None))
-        return self._accumulator
+        finished = self._raw
+        if lane.student_dtype.kind != "integer":
+            source = self._raw.elements(lane.student_dtype, count)
+            # An infinity in a buffer is a mask or an observer's start; a NaN is a broken model.
+            if not _is_finite(source) and bool((nan := _comparable(source).isnan()).any()):
+                raise NonFiniteBlockError(self._find_origin(block, nan))
+            if not lane.copies_bytes:
+                finished = self._accumulators[0]
+                target = finished.elements(lane.dtype, count)
+                target.copy_(source)
+                overflow = ~_comparable(target).isfinite() & _comparable(source).isfinite()
+                if bool(overflow.any()):
+                    raise NonFiniteBlockError(NonFinite(self._tensor_at(block, overflow), None))
+        for teacher in self._teachers:
+            self._write(teacher, block, finished)
 
     def _read(self, layout: Layout, block: Block, buffer: Buffer) -> None:
+        started = time.perf_counter()
         if block.lane.is_strided:
             gather_block(self._files, layout, block, buffer, self._span, self._trash)
         else:
@@ -202,6 +222,19 @@ class _BlockFolder:
             extents = self._extents.of(layout, block.lane)
             scatters = self._scatters if buffer is self._raw else {}
             extents.read(block.begin, block.end, buffer.bytes[:num_bytes], self._trash, scatters)
+        self._reading += time.perf_counter() - started
+
+    def _write(self, teacher: TeacherFile, block: Block, finished: Buffer) -> None:
+        started = time.perf_counter()
+        position = block.position
+        content = finished.bytes[: (block.end - block.begin) * block.lane.dtype.itemsize]
+        teacher.write(content, position)
+        for alias in self._aliases:
+            begin = max(alias.original, position)
+            end = min(alias.original + alias.num_bytes, position + len(content))
+            if begin < end:
+                teacher.write(content[begin - position : end - position], begin - alias.original + alias.begin)
+        self._writing += time.perf_counter() - started
 
     def _find_origin(self, block: Block, bad: torch.Tensor) -> NonFinite:
         """The tensor of the first element that `bad` marks, and the first input that is not finite there."""

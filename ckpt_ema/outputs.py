@@ -1,0 +1,112 @@
+"""Where the teachers go: what the user asked for in, one path per momentum out, or why not."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from ckpt_ema.errors import CkptEmaError, MisuseError
+from ckpt_ema.formats import read_contents
+from ckpt_ema.formats.folder import WEIGHTS_SUFFIX
+from ckpt_ema.records import FoldPlan, PathLike
+from ckpt_ema.runs import Checkpoint, Run
+from ckpt_ema.teacher_folder import check_replaceable, is_model_folder
+
+PLACEHOLDER = "{momentum}"
+
+
+def resolve_outputs(
+    output: PathLike | None, run: Run, newest: Checkpoint, momenta: Sequence[float]
+) -> tuple[bool, list[Path]]:
+    """Whether each teacher is a folder for `from_pretrained`, and where each goes."""
+    has_folder = is_model_folder(newest.model_folder)
+    own_name = f"teacher-{PLACEHOLDER}" if len(momenta) > 1 else "teacher"
+    own_name += "" if has_folder else ".safetensors"
+    if output is None:
+        if run.root is None:
+            raise MisuseError(
+                "the checkpoints lie in several folders, so `--output` is needed", hint=f"pass `-o {own_name}`"
+            )
+        return has_folder, [run.root / _fill(own_name, momentum) for momentum in momenta]
+    text = os.fspath(output)
+    if not text:
+        raise MisuseError("`--output` is empty", hint="is a variable of your shell empty?")
+    if len(momenta) > 1 and PLACEHOLDER not in text:
+        if not Path(text).is_dir():
+            raise MisuseError(
+                f"`--output {text}` is one name for {len(momenta)} teachers",
+                hint=f"pass `--output {_with_placeholder(Path(text))}`, or an existing folder",
+            )
+        text = str(Path(text) / own_name)
+    resolved = [_resolve(_fill(text, momentum), has_folder) for momentum in momenta]
+    return resolved[0][0], [path for _, path in resolved]
+
+
+def _fill(text: str, momentum: float) -> str:
+    return text.replace(PLACEHOLDER, f"{momentum!r}")
+
+
+def _with_placeholder(path: Path) -> str:
+    return str(path.with_name(f"{path.stem}-{PLACEHOLDER}{path.suffix}"))
+
+
+def _resolve(output: str, has_folder: bool) -> tuple[bool, Path]:
+    path = Path(output)
+    if path.suffix == ".safetensors" and not path.is_dir():
+        return False, path
+    if has_folder and not WEIGHTS_SUFFIX.search(path.name):
+        return True, path
+    if path.is_dir():
+        return False, path / "teacher.safetensors"
+    if output.endswith("/"):
+        raise MisuseError(f"`--output {output}` is no folder", hint=f"create it first: `mkdir -p {output}`")
+    raise MisuseError(
+        f"`--output {path}` is neither a folder nor ends with .safetensors",
+        hint=f"pass `--output {path.with_suffix('.safetensors')}`",
+    )
+
+
+def check_outputs(planned: FoldPlan) -> None:
+    """Refuse what must not be replaced, before a tensor is read."""
+    for teacher in planned.teachers:
+        _check_output(planned, teacher.output)
+
+
+def _check_output(planned: FoldPlan, target: Path) -> None:
+    parent = target.absolute().parent
+    if not parent.is_dir():
+        raise CkptEmaError(f"`{parent}` is no folder", hint=f"create it first: `mkdir -p {parent}`")
+    if not os.path.lexists(target):
+        return
+    if planned.is_folder and target.is_dir() and not any(target.iterdir()):
+        return
+    if not planned.options.overwrite:
+        raise CkptEmaError(f"`{target}` exists", hint="pass `--overwrite` to replace it, or another `--output`")
+    if planned.is_folder:
+        if not target.is_dir():
+            raise CkptEmaError(f"`{target}` is a file, the teacher a folder", hint="pass another `--output`")
+        check_replaceable(target)
+    elif target.is_dir():
+        raise CkptEmaError(f"`{target}` is a folder, the teacher a file", hint="pass another `--output`")
+    elif target.exists():
+        _check_no_student(planned, target)
+
+
+def _check_no_student(planned: FoldPlan, target: Path) -> None:
+    """Refuse to replace a checkpoint: `--overwrite` is for teachers, and for files that hold nothing."""
+    inputs = {(file.device, file.inode) for layout in planned.layouts for file in layout.files}
+    status = target.stat()
+    if planned.options.init is not None and os.path.samefile(planned.options.init, target):
+        return  # going on from a teacher in its own place
+    if (status.st_dev, status.st_ino) in inputs:
+        raise CkptEmaError(f"`{target}` is one of the inputs, and is never replaced", hint="pass another `--output`")
+    try:
+        contents = read_contents(target)
+    except CkptEmaError:
+        return
+    if not contents.is_own_teacher and target.stem != "teacher":
+        raise CkptEmaError(
+            f"`{target}` is a checkpoint, and no teacher that ckpt-ema wrote; it is never replaced",
+            hint="pass another `--output`, or remove it yourself",
+        )

@@ -1,0 +1,31 @@
+"""Where the seconds of a fold went."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(slots=True)
+class Timings:
+    """Seconds by what was done; with several threads, those of one of them on average."""
+
+    reading: float = 0.0
+    copying: float = 0.0
+    """Between host and device; 0 on the CPU."""
+
+    computing: float = 0.0
+    writing: float = 0.0
+    waiting: float = 0.0
+    """For the device or for a buffer; 0 on the CPU, where a thread does one thing after the other."""
+
+    def shares(self) -> dict[str, float]:
+        """What was done and its share of the time, for all that took any."""
+        total = self.reading + self.copying + self.computing + self.writing + self.waiting
+        named = {
+            "reading": self.reading,
+            "copying": self.copying,
+            "computing": self.computing,
+            "writing": self.writing,
+            "waiting": self.waiting,
+        }
+        return {name: seconds / total for name, seconds in named.items() if seconds > 0}

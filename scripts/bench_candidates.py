@@ -1,0 +1,130 @@
+"""What the benchmark measures: each candidate prepares (imports, plans) and hands back the work to be timed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+MOMENTUM = 0.1
+
+
+def prepare_fold(run: Path, output: Path, **options: Any) -> Callable[[], None]:
+    """ckpt-ema itself, its planning included."""
+    import ckpt_ema.engine.cpu  # noqa: F401  (imported before the clock starts)
+    from ckpt_ema import fold
+
+    def work() -> None:
+        fold(run, output, announce=lambda plan: None, **{"momentum": MOMENTUM, **options})
+
+    return work
+
+
+def prepare_read(run: Path, output: Path) -> Callable[[], None]:
+    """The same threads and preads into one buffer each; nothing computed, nothing written."""
+    return prepare_floor(run, output, writes=False)
+
+
+def prepare_floor(run: Path, output: Path, *, writes: bool = True) -> Callable[[], None]:
+    """The same threads, the same preads into one buffer each, the same bytes written; nothing computed."""
+    import ckpt_ema
+    from ckpt_ema.engine.inputs import InputFiles, LaneExtents
+
+    plan = ckpt_ema.plan(run, output, momentum=MOMENTUM)
+
+    def work() -> None:
+        blocks = iter(list(plan.blocks.blocks()))
+        lock = threading.Lock()
+        descriptor = os.open(output, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+        os.ftruncate(descriptor, plan.bytes_to_write)
+
+        def work_off() -> None:
+            buffer = memoryview(bytearray(plan.blocks.thread_buffers[0]))
+            trash = memoryview(bytearray(4096))
+            while True:
+                with lock:
+                    block = next(blocks, None)
+                if block is None:
+                    return
+                part = buffer[: (block.end - block.begin) * block.lane.student_dtype.itemsize]
+                for layout in plan.layouts:
+                    LaneExtents(files, layout, block.lane).read(block.begin, block.end, part, trash, {})
+                if writes:
+                    os.pwrite(descriptor, part, block.position)
+
+        with InputFiles(plan.layouts) as files:
+            threads = [threading.Thread(target=work_off) for _ in range(plan.blocks.num_threads)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        os.close(descriptor)
+
+    return work
+
+
+def prepare_loop(run: Path, output: Path) -> Callable[[], None]:
+    """The loop a user would write."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    def work() -> None:
+        paths = sorted(run.glob("step_*.safetensors"), key=lambda path: int(path.stem.split("_")[1]))
+        teacher = load_file(paths[0])
+        with torch.no_grad():
+            for path in paths[1:]:
+                for name, tensor in load_file(path).items():
+                    teacher[name].mul_(1 - MOMENTUM).add_(tensor, alpha=MOMENTUM)
+        save_file(teacher, output)
+
+    return work
+
+
+def prepare_averaged_model(run: Path, output: Path) -> Callable[[], None]:
+    """torch's AveragedModel, fed the same checkpoints."""
+    import torch
+    from safetensors.torch import load_file, save_file
+    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+    class Model(torch.nn.Module):
+        def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+            super().__init__()
+            self.weights = torch.nn.ParameterList([torch.nn.Parameter(tensor) for tensor in tensors.values()])
+
+    def work() -> None:
+        paths = sorted(run.glob("step_*.safetensors"), key=lambda path: int(path.stem.split("_")[1]))
+        model = Model(load_file(paths[0]))
+        averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(1 - MOMENTUM))
+        averaged.update_parameters(model)
+        for path in paths[1:]:
+            with torch.no_grad():
+                for parameter, tensor in zip(model.weights, load_file(path).values(), strict=True):
+                    parameter.copy_(tensor)
+            averaged.update_parameters(model)
+        save_file(averaged.module.state_dict(), output)
+
+    return work
+
+
+def prepare_dd(run: Path, output: Path) -> Callable[[], None]:
+    """The files read by dd, one after the other."""
+    paths = sorted(run.glob("step_*"))
+
+    def work() -> None:
+        for path in paths:
+            subprocess.run(["dd", f"if={path}", "of=/dev/null", "bs=16M", "status=none"], check=True)
+
+    return work
+
+
+CANDIDATES: dict[str, Callable[..., Callable[[], None]]] = {
+    "fold": prepare_fold,
+    "floor": prepare_floor,
+    "read": prepare_read,
+    "dd": prepare_dd,
+    "loop": prepare_loop,
+    "AveragedModel": prepare_averaged_model,
+}
