@@ -309,7 +309,7 @@ def fold(run: tuple[Path, ...], output: Path | None, as_json: bool, quiet: bool,
     ):
         done = ckpt_ema.fold(run, output, progress=bar.update, announce=announce, **options)
     if not quiet:
-        click.echo(report.summary_text(done), err=True)
+        click.echo(report.summary_text(done, verbose=verbose), err=True)
     click.echo(json.dumps(report.report_record(done), indent=2) if as_json else "\n".join(done.plan.output_names))
 
 

@@ -156,8 +156,12 @@ def fold(
         for text in planned.warnings:
             warnings.warn(text, stacklevel=2)
     # Here, not above: a plan must not wait for torch.
-    from ckpt_ema.engine import cpu  # noqa: PLC0415
+    from ckpt_ema.engine.choice import choose_engine  # noqa: PLC0415
 
+    updates = [teacher.updates for teacher in planned.teachers]
+    choice = choose_engine(
+        planned.options.device, planned.blocks, planned.layouts, updates, planned.options.memory_budget_bytes
+    )
     started = time.perf_counter()
     read_so_far = 0
 
@@ -169,8 +173,8 @@ def fold(
 
     with contextlib.ExitStack() as stack:
         teachers = [stack.enter_context(_teacher_file(planned, number)) for number in range(len(planned.teachers))]
-        timings = _fold_into(teachers, planned, cpu.fold_blocks, count)
-    return FoldReport(planned, "cpu", time.perf_counter() - started, timings)
+        timings = _fold_into(teachers, planned, choice.engine, count)
+    return FoldReport(planned, choice.device, choice.reason, time.perf_counter() - started, timings)
 
 
 def _fold_into(
@@ -216,13 +220,9 @@ def _as_paths(run: PathLike | Sequence[PathLike]) -> list[Path]:
 
 
 def _check_device(device: str) -> None:
-    if device in ("auto", "cpu"):
-        return
-    if device == "cuda" or (device.startswith("cuda:") and device[5:].isdigit()):
-        raise CkptEmaError(
-            f"`--device {device}`: this version folds on the CPU only", hint="pass `--device cpu`, or leave it away"
-        )
-    raise MisuseError(f"`--device` is {device!r}, and must be auto, cpu or cuda[:i]")
+    # Whether the GPU is there is asked when folding: a plan must not wait for torch.
+    if device not in ("auto", "cpu", "cuda") and not (device.startswith("cuda:") and device[5:].isdigit()):
+        raise MisuseError(f"`--device` is {device!r}, and must be auto, cpu or cuda[:i]")
 
 
 def _every(checkpoints: Sequence[Checkpoint], options: FoldOptions) -> tuple[list[Checkpoint], list[tuple[str, str]]]:

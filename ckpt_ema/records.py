@@ -256,6 +256,11 @@ class FoldReport:
 
     plan: FoldPlan
     device: str
+    """`cpu`, or `cuda:0`."""
+
+    device_reason: str
+    """Why it."""
+
     seconds: float
     """From the first byte read to the committed files."""
 

@@ -90,14 +90,21 @@ def _bar(share: float) -> str:
     return bar + (" ▏▎▍▌▋▊▉"[eighths % 8] if eighths % 8 else "")
 
 
-def summary_text(report: FoldReport) -> str:
+def _device(report: FoldReport, verbose: bool) -> str:
+    """The device, and why it wherever there was a choice."""
+    name = "the CPU" if report.device == "cpu" else report.device
+    chosen = report.plan.options.device == "auto" and report.device_reason != "no GPU here"
+    return f"{name} ({report.device_reason})" if verbose or chosen else name
+
+
+def summary_text(report: FoldReport, *, verbose: bool = False) -> str:
     """What a fold has done, in a few lines."""
     plan = report.plan
     first = plan.initial_teacher or plan.checkpoints[0].name
     lines = [
         f"folded {_count(len(plan.checkpoints), 'checkpoint')} into {', '.join(plan.output_names)}",
         f"  {_count(plan.num_averaged, 'tensor')} averaged, {plan.num_copied} copied from {plan.checkpoints[-1].name}",
-        f"  {format_size(plan.bytes_to_read)} in {report.seconds:.2f} s on the {report.device.upper()},"
+        f"  {format_size(plan.bytes_to_read)} in {report.seconds:.2f} s on {_device(report, verbose)},"
         f" {report.gigabytes_per_second:.2f} GB/s",
         f"  {', '.join(f'{name} {share:.0%}' for name, share in report.timings.shares().items())}",
     ]
@@ -157,6 +164,7 @@ def report_record(report: FoldReport) -> dict[str, Any]:
     return {
         **plan_record(report.plan),
         "device": report.device,
+        "device_reason": report.device_reason,
         "seconds": round(report.seconds, 6),
         "gigabytes_per_second": round(report.gigabytes_per_second, 3),
         "timings": {name: round(share * report.seconds, 6) for name, share in report.timings.shares().items()},

@@ -269,9 +269,8 @@ def bench_cold(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def bench_teachers(arguments: argparse.Namespace) -> dict[str, Any]:
     """What more teachers from one pass cost, where reading is free and where it is not."""
-    print(
-        f"\nteachers from one pass, {arguments.checkpoints} checkpoints of {arguments.elements / 5e9:.2f} GB, float32\n"
-    )
+    gigabytes = 4 * arguments.elements / 5 / 1e9
+    print(f"\nteachers from one pass, {arguments.checkpoints} checkpoints of {gigabytes:.2f} GB, float32\n")
     print("| teachers | warm | times one | cold | times one |")
     print("|---|---|---|---|---|")
     run = write_run(arguments.inputs / "teachers", layers(arguments.elements / 5), "float32", arguments, "safetensors")
@@ -297,34 +296,42 @@ def bench_teachers(arguments: argparse.Namespace) -> dict[str, Any]:
 def bench_growth(arguments: argparse.Namespace) -> dict[str, Any]:
     """How the time grows with each of the things that may grow."""
     small = arguments.elements / 5
-    cases: dict[str, dict[str, Case]] = {"checkpoints": {}, "million parameters": {}, "tensors": {}, "threads": {}}
 
-    def run_of(elements: float, checkpoints: int, tensors: int) -> Path:
+    def run_of(elements: float, checkpoints: int = 6, tensors: int = 40) -> Path:
         folder = arguments.inputs / f"growth-{elements:.0f}-{checkpoints}-{tensors}"
         settings = argparse.Namespace(**{**vars(arguments), "checkpoints": checkpoints})
         return write_run(folder, [(round(elements / tensors),)] * tensors, "float32", settings, "safetensors")
 
-    base = run_of(small, 6, 40)
-    for count in (3, 6, 12, 24):
-        cases["checkpoints"][f"{count}"] = Case("fold", run_of(small, count, 40))
-    for part in (0.25, 0.5, 1, 2, 4):
-        cases["million parameters"][f"{part * small / 1e6:.0f}"] = Case("fold", run_of(part * small, 6, 40))
-    for count in (1, 40, 1000, 20000):
-        cases["tensors"][f"{count}"] = Case("fold", run_of(small, 6, count))
-    for count in (1, 2, 3, 4):
-        cases["threads"][f"{count}"] = Case("fold", base, {"num_threads": count})
+    def by_checkpoints() -> dict[str, Case]:
+        run = run_of(small, checkpoints=24)
+        return {f"{count}": Case("fold", run, {"last": count}) for count in (3, 6, 12, 24)}
+
+    def by_size() -> dict[str, Case]:
+        sizes = [part * small for part in (0.25, 0.5, 1, 2)]
+        return {f"{size / 1e6:.0f}": Case("fold", run_of(size)) for size in sizes}
+
+    def by_tensors() -> dict[str, Case]:
+        return {f"{count}": Case("fold", run_of(small, tensors=count)) for count in (1, 100, 1000, 10000)}
+
+    def by_threads() -> dict[str, Case]:
+        return {f"{count}": Case("fold", run_of(small), {"num_threads": count}) for count in (1, 2, 3, 4)}
+
     rows: dict[str, Any] = {}
-    print(f"\nhow the time grows, from 6 checkpoints of {small * 4 / 1e9:.2f} GB in 40 float32 tensors\n")
-    print("| what grows | | seconds | GB/s read |")
-    print("|---|---|---|---|")
-    for what, group in cases.items():
-        rows[what] = compare(group, arguments)
+    print(f"\nhow the time grows, from 6 checkpoints of {4 * small / 1e9:.2f} GB in 40 float32 tensors\n")
+    print("| what grows | | seconds |")
+    print("|---|---|---|")
+    groups = {
+        "checkpoints": by_checkpoints,
+        "million parameters": by_size,
+        "tensors": by_tensors,
+        "threads": by_threads,
+    }
+    for what, prepare in groups.items():
+        rows[what] = compare(prepare(), arguments)
         for value, items in rows[what].items():
-            size = sum(path.stat().st_size for path in group[value].run.glob("step_*"))
-            seconds = median_seconds(items)
-            print(f"| {what} | {value} | {seconds:.2f} | {size / seconds / 1e9:.1f} |", flush=True)
-    for path in arguments.inputs.glob("growth-*"):
-        if not arguments.keep:
+            print(f"| {what} | {value} | {median_seconds(items):.2f} |", flush=True)
+        # Group by group: all of them together would push each other out of the page cache.
+        for path in arguments.inputs.glob("growth-*"):
             shutil.rmtree(path)
     return rows
 

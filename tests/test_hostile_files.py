@@ -940,7 +940,8 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("steps", "students", "layouts"),
     ("catalogue", "profiles", "runs", "model_buffers", "writer"),
     ("blocks",),
-    ("engine", "records", "inspection", "engine.buffers", "engine.arithmetic", "provenance", "outputs"),
+    ("engine", "records", "inspection", "engine.buffers", "engine.arithmetic", "provenance", "teacher_folder"),
+    ("outputs",),
 )
 
 

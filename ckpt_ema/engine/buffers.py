@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 
 from ckpt_ema.blocks import ELEMENT_MULTIPLE
@@ -14,10 +16,15 @@ MAX_VIEWS = 16
 class Buffer:
     """A run of bytes, allocated once, seen as bytes and as a tensor of any dtype."""
 
-    def __init__(self, num_bytes: int) -> None:
-        memory = bytearray(max(num_bytes, 16 * ELEMENT_MULTIPLE))
-        self.bytes = memoryview(memory)
-        self._tensor = torch.frombuffer(memory, dtype=torch.uint8)
+    def __init__(self, num_bytes: int, *, pinned: bool = False) -> None:
+        size = max(num_bytes, 16 * ELEMENT_MULTIPLE)
+        if pinned:  # page-locked, so that a GPU copies from it while the processor does something else
+            self.tensor = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+            self.bytes = memoryview((ctypes.c_char * size).from_address(self.tensor.data_ptr())).cast("B")
+        else:
+            memory = bytearray(size)
+            self.tensor = torch.frombuffer(memory, dtype=torch.uint8)
+            self.bytes = memoryview(memory)
         self._views: dict[tuple[DType, int], torch.Tensor] = {}
 
     def elements(self, dtype: DType, count: int) -> torch.Tensor:
@@ -27,7 +34,7 @@ class Buffer:
         if view is None:
             if len(self._views) >= MAX_VIEWS:
                 self._views.clear()
-            view = self._views[dtype, count] = self._tensor[: count * dtype.itemsize].view(torch_dtype(dtype))
+            view = self._views[dtype, count] = self.tensor[: count * dtype.itemsize].view(torch_dtype(dtype))
         return view
 
 

@@ -6,12 +6,35 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from ckpt_ema.blocks import BlockPlan
+from ckpt_ema.blocks import Alias, BlockPlan
 from ckpt_ema.engine.inputs import InputFiles
 from ckpt_ema.layouts import Layout
 from ckpt_ema.profiles import Update
 from ckpt_ema.timings import Timings
-from ckpt_ema.writer import TeacherFile
+
+
+class Teacher(Protocol):
+    """Where finished blocks go."""
+
+    def write(self, block: memoryview, position: int) -> None:
+        """Put `block` at `position` of the data section; threads may write at once."""
+
+
+class Nowhere:
+    """A teacher that is not kept: for a block that is folded to find out what is wrong with it, or how fast it goes."""
+
+    def write(self, block: memoryview, position: int) -> None:
+        """Forget `block`."""
+
+
+def write_block(teacher: Teacher, aliases: Sequence[Alias], content: memoryview, position: int) -> None:
+    """Write a finished block, and once more for every alias of what lies in it."""
+    teacher.write(content, position)
+    for alias in aliases:
+        begin = max(alias.original, position)
+        end = min(alias.original + alias.num_bytes, position + len(content))
+        if begin < end:
+            teacher.write(content[begin - position : end - position], begin - alias.original + alias.begin)
 
 
 class Engine(Protocol):
@@ -23,7 +46,7 @@ class Engine(Protocol):
         layouts: Sequence[Layout],
         updates: Sequence[Sequence[Update]],
         files: InputFiles,
-        teachers: Sequence[TeacherFile],
+        teachers: Sequence[Teacher],
         progress: Callable[[int], None],
     ) -> Timings:
         """Run `teacher = keep * teacher + take * student` over the layouts, oldest first, for each teacher.

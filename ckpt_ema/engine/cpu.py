@@ -13,16 +13,15 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from ckpt_ema.blocks import ELEMENT_MULTIPLE, Block, BlockPlan, Lane
+from ckpt_ema.blocks import ELEMENT_MULTIPLE, Block, BlockPlan
 from ckpt_ema.engine.arithmetic import update_
 from ckpt_ema.engine.buffers import Buffer
-from ckpt_ema.engine.contract import NonFinite, NonFiniteBlockError
+from ckpt_ema.engine.contract import NonFinite, NonFiniteBlockError, Nowhere, Teacher, write_block
 from ckpt_ema.engine.gather import gather_block
-from ckpt_ema.engine.inputs import MAX_GAP_BYTES, InputFiles, LaneExtents, Scatters, stored_dtype
+from ckpt_ema.engine.inputs import MAX_GAP_BYTES, ExtentTable, InputFiles, Scatters, stored_dtype
 from ckpt_ema.layouts import Layout
 from ckpt_ema.profiles import Update
 from ckpt_ema.timings import Timings
-from ckpt_ema.writer import TeacherFile
 
 
 def fold_blocks(
@@ -30,12 +29,12 @@ def fold_blocks(
     layouts: Sequence[Layout],
     updates: Sequence[Sequence[Update]],
     files: InputFiles,
-    teachers: Sequence[TeacherFile],
+    teachers: Sequence[Teacher],
     progress: Callable[[int], None],
 ) -> Timings:
     """The CPU's Engine; see there for the contract."""
     blocks = _Queue(plan.blocks())
-    extents = _ExtentTable(files)
+    extents = ExtentTable(files)
     failures: list[BaseException] = []
     timings = Timings()
     lock = threading.Lock()
@@ -74,22 +73,13 @@ def fold_blocks(
     return timings
 
 
-class _ExtentTable:
-    """The extents of every lane in every checkpoint, found on first use and shared by the threads."""
-
-    def __init__(self, files: InputFiles) -> None:
-        self._files = files
-        self._table: dict[tuple[int, int], LaneExtents] = {}
-        self._lock = threading.Lock()
-
-    def of(self, layout: Layout, lane: Lane) -> LaneExtents:
-        key = (id(layout), id(lane))
-        extents = self._table.get(key)
-        if extents is None:
-            with self._lock:
-                extents = self._table.get(key) or LaneExtents(self._files, layout, lane)
-                self._table[key] = extents
-        return extents
+def refold(
+    plan: BlockPlan, block: Block, layouts: Sequence[Layout], updates: Sequence[Sequence[Update]], files: InputFiles
+) -> None:
+    """Fold a block that another engine found not to be finite, in the plan's own portions; raises where it is not."""
+    folder = _BlockFolder(plan, layouts, updates, files, [Nowhere()] * len(updates), ExtentTable(files))
+    for begin in range(block.begin, block.end, plan.block_elements):
+        folder.fold(Block(block.lane, begin, min(begin + plan.block_elements, block.end)))
 
 
 def _join_all(threads: Sequence[threading.Thread]) -> None:
@@ -128,8 +118,8 @@ class _BlockFolder:
         layouts: Sequence[Layout],
         updates: Sequence[Sequence[Update]],
         files: InputFiles,
-        teachers: Sequence[TeacherFile],
-        extents: _ExtentTable,
+        teachers: Sequence[Teacher],
+        extents: ExtentTable,
     ) -> None:
         self._aliases = plan.aliases
         self._layouts = layouts
@@ -224,16 +214,10 @@ class _BlockFolder:
             extents.read(block.begin, block.end, buffer.bytes[:num_bytes], self._trash, scatters)
         self._reading += time.perf_counter() - started
 
-    def _write(self, teacher: TeacherFile, block: Block, finished: Buffer) -> None:
+    def _write(self, teacher: Teacher, block: Block, finished: Buffer) -> None:
         started = time.perf_counter()
-        position = block.position
         content = finished.bytes[: (block.end - block.begin) * block.lane.dtype.itemsize]
-        teacher.write(content, position)
-        for alias in self._aliases:
-            begin = max(alias.original, position)
-            end = min(alias.original + alias.num_bytes, position + len(content))
-            if begin < end:
-                teacher.write(content[begin - position : end - position], begin - alias.original + alias.begin)
+        write_block(teacher, self._aliases, content, block.position)
         self._writing += time.perf_counter() - started
 
     def _find_origin(self, block: Block, bad: torch.Tensor) -> NonFinite:

@@ -8,6 +8,7 @@ import itertools
 import operator
 import os
 import resource
+import threading
 from array import array
 from collections.abc import Iterator, Sequence
 from types import TracebackType
@@ -159,6 +160,25 @@ class LaneExtents:
             filled += num_bytes
             first = end
         return reads
+
+
+class ExtentTable:
+    """The extents of every lane in every checkpoint, found on first use and shared by the threads."""
+
+    def __init__(self, files: InputFiles) -> None:
+        self._files = files
+        self._table: dict[tuple[int, int], LaneExtents] = {}
+        self._lock = threading.Lock()
+
+    def of(self, layout: Layout, lane: Lane) -> LaneExtents:
+        """Those of one lane in one checkpoint."""
+        key = (id(layout), id(lane))
+        extents = self._table.get(key)
+        if extents is None:
+            with self._lock:
+                extents = self._table.get(key) or LaneExtents(self._files, layout, lane)
+                self._table[key] = extents
+        return extents
 
 
 def _differences(values: tuple[int, ...]) -> Iterator[int]:

@@ -1,0 +1,136 @@
+"""Which engine folds: what the user asked for in, an engine with its device and the reason out."""
+
+from __future__ import annotations
+
+import functools
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+
+from ckpt_ema.blocks import BlockPlan
+from ckpt_ema.engine import cpu, cuda
+from ckpt_ema.engine.contract import Engine, Nowhere
+from ckpt_ema.engine.inputs import InputFiles
+from ckpt_ema.errors import CkptEmaError
+from ckpt_ema.layouts import Layout
+from ckpt_ema.profiles import Update
+
+PROBED_BYTES = 512 << 20
+"""Bytes read by one engine in a probe; a fold of less than ten times as many is not worth one."""
+
+
+class Choice(NamedTuple):
+    """An engine, and why it."""
+
+    engine: Engine
+    device: str
+    """`cpu` or `cuda:0`."""
+
+    reason: str
+
+
+def choose_engine(
+    wanted: str,
+    plan: BlockPlan,
+    layouts: Sequence[Layout],
+    updates: Sequence[Sequence[Update]],
+    memory_budget_bytes: int,
+) -> Choice:
+    """The engine for `auto`, `cpu`, `cuda` or `cuda:i`; `auto` takes the GPU where a probe says that it is faster.
+
+    Raises CkptEmaError when a GPU is asked for that is not there.
+    """
+    if wanted == "cpu":
+        return Choice(cpu.fold_blocks, "cpu", "asked for")
+    if not torch.cuda.is_available():
+        if wanted == "auto":
+            return Choice(cpu.fold_blocks, "cpu", "no GPU here")
+        built = "" if torch.version.cuda or torch.version.hip else f": torch {torch.__version__} is built without one"
+        raise CkptEmaError(f"`--device {wanted}`: torch finds no GPU{built}", hint="pass `--device cpu`")
+    device = torch.device("cuda:0" if wanted in ("auto", "cuda") else wanted)
+    if device.index >= torch.cuda.device_count():
+        raise CkptEmaError(
+            f"`--device {wanted}`: there are {torch.cuda.device_count()} GPUs, counted from 0",
+            hint="pass `--device cuda:0`",
+        )
+    on_gpu = functools.partial(cuda.fold_blocks, device=device, memory_budget_bytes=memory_budget_bytes)
+    if wanted != "auto":
+        return Choice(on_gpu, str(device), "asked for")
+    if plan.bytes_to_read < 10 * PROBED_BYTES:
+        return Choice(cpu.fold_blocks, "cpu", "too little to read for a GPU to pay")
+    probe = _Probe(plan, layouts, updates)
+    by_cpu = probe.run(cpu.fold_blocks)
+    try:
+        by_gpu = probe.run(on_gpu)
+    except (RuntimeError, CkptEmaError) as error:  # a driver too old, a device in use: no reason not to fold
+        return Choice(cpu.fold_blocks, "cpu", f"{device} failed in a probe: {str(error).splitlines()[0]}")
+    if by_gpu.byte_sum != by_cpu.byte_sum:
+        return Choice(cpu.fold_blocks, "cpu", f"{device} rounds in another way than the hook")
+    rates = f"{by_gpu.rate:.1f} GB/s on {device}, {by_cpu.rate:.1f} on the CPU, in a probe"
+    if by_gpu.rate > by_cpu.rate:
+        return Choice(on_gpu, str(device), rates)
+    return Choice(cpu.fold_blocks, "cpu", rates)
+
+
+class ByteSum:
+    """A teacher of which only the sum of its bytes is kept, which does not depend on how it is cut into blocks."""
+
+    def __init__(self) -> None:
+        self.total = 0
+        self._lock = threading.Lock()
+
+    def write(self, block: memoryview, position: int) -> None:
+        """Count `block`."""
+        total = int(torch.frombuffer(block, dtype=torch.uint8).sum(dtype=torch.int64)) if block else 0
+        with self._lock:
+            self.total += total
+
+
+class Probed(NamedTuple):
+    """What a probe of one engine found."""
+
+    rate: float
+    """Gigabytes read per second."""
+
+    byte_sum: int
+    """Of all teachers' bytes."""
+
+
+class _Probe:
+    """The first blocks of a fold, folded and forgotten."""
+
+    def __init__(self, plan: BlockPlan, layouts: Sequence[Layout], updates: Sequence[Sequence[Update]]) -> None:
+        self._plan, self._num_bytes = _start_of(plan, PROBED_BYTES // max(1, len(layouts)))
+        self._num_bytes *= len(layouts)
+        self._layouts, self._updates = layouts, updates
+
+    def run(self, engine: Engine) -> Probed:
+        """Fold with `engine` twice: the first run warms the page cache and the device, the second is timed."""
+        nothing: Callable[[int], None] = lambda num_bytes: None  # noqa: E731
+        for teachers in ([ByteSum() for _ in self._updates], [Nowhere() for _ in self._updates]):
+            with InputFiles(self._layouts) as files:
+                started = time.perf_counter()
+                engine(self._plan, self._layouts, self._updates, files, teachers, nothing)
+                seconds = time.perf_counter() - started
+            if isinstance(teachers[0], ByteSum):
+                byte_sum = sum(teacher.total for teacher in teachers if isinstance(teacher, ByteSum))
+        return Probed(self._num_bytes / max(seconds, 1e-9) / 1e9, byte_sum)
+
+
+def _start_of(plan: BlockPlan, num_bytes: int) -> tuple[BlockPlan, int]:
+    """The plan's averaged, contiguous lanes up to `num_bytes` of one student, and how many these are."""
+    lanes = []
+    taken = 0
+    for lane in plan.lanes:
+        room = (num_bytes - taken) // lane.student_dtype.itemsize
+        if lane.action != "average" or lane.is_strided or room <= 0:
+            continue
+        elements = min(lane.num_elements, room)
+        whole = [start for start in lane.starts[:-1] if start < elements]
+        lanes.append(replace(lane, tensors=lane.tensors[: len(whole)], starts=(*whole, elements)))
+        taken += elements * lane.student_dtype.itemsize
+    return replace(plan, lanes=tuple(lanes), aliases=()), taken

@@ -1,0 +1,134 @@
+"""The GPU's engine against the CPU's, and who chooses between them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import ckpt_ema
+from ckpt_ema import CkptEmaError
+from ckpt_ema.engine import choice, cpu
+from ckpt_ema.engine.choice import choose_engine
+from tests.test_many_teachers import MOMENTA, quiet_fold, varied_student
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and torch finds none here")
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """Four students with tensors of every kind, one of them larger than a block."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for i in range(4):
+        student = varied_student(i)
+        student["large.weight"] = torch.randn(1 << 20, generator=torch.Generator().manual_seed(i))
+        student["large.bfloat16"] = student["large.weight"].to(torch.bfloat16)
+        student["complex.weight"] = torch.randn(33, dtype=torch.complex64, generator=torch.Generator().manual_seed(i))
+        student["eight.weight"] = torch.randn(77, generator=torch.Generator().manual_seed(i)).to(torch.float8_e4m3fn)
+        torch.save({"model": student, "step": i}, folder / f"step_{i}.pt")
+    return folder
+
+
+@needs_gpu
+@pytest.mark.parametrize("options", [{}, {"momentum": MOMENTA}, {"dtype": "float16"}, {"accumulate": "float64"}])
+@pytest.mark.parametrize("budget", [1 << 22, 1 << 28])
+def test_the_gpu_writes_what_the_cpu_writes(run: Path, tmp_path: Path, budget: int, options: dict[str, Any]) -> None:
+    """Byte for byte, whatever the blocks and the dtypes."""
+    options = {"momentum": 0.3, "memory_budget_bytes": budget, **options}
+    gpu = quiet_fold(run, tmp_path / "gpu-{momentum}.safetensors", device="cuda", **options)
+    on_cpu = quiet_fold(run, tmp_path / "cpu-{momentum}.safetensors", device="cpu", **options)
+    assert gpu.device == "cuda:0"
+    for one, other in zip(gpu.plan.teachers, on_cpu.plan.teachers, strict=True):
+        assert one.output.read_bytes() == other.output.read_bytes()
+
+
+@needs_gpu
+def test_the_gpu_names_the_tensor_and_the_checkpoint_too(run: Path, tmp_path: Path) -> None:
+    """A NaN is found on the device, and the message is the CPU's."""
+    broken = torch.load(run / "step_2.pt")
+    broken["model"]["large.weight"][777_777] = torch.nan
+    torch.save(broken, run / "step_2.pt")
+    messages = []
+    for device in ("cpu", "cuda"):
+        with pytest.raises(CkptEmaError) as caught:
+            quiet_fold(run, tmp_path / "t.safetensors", momentum=0.5, device=device)
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1]
+    assert "large.weight" in messages[0]
+    assert not list(tmp_path.glob("*safetensors*"))
+
+
+@needs_gpu
+def test_the_devices_memory_is_given_back(run: Path, tmp_path: Path) -> None:
+    """After a fold, and after one that failed."""
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    quiet_fold(run, tmp_path / "t.safetensors", momentum=0.5, device="cuda")
+    assert torch.cuda.memory_reserved() <= before
+
+
+@needs_gpu
+def test_a_full_device_is_a_clear_error(run: Path, tmp_path: Path) -> None:
+    """A smaller block is tried, then the command says what is free; nothing is written."""
+    torch.cuda.set_per_process_memory_fraction(1e-6)
+    try:
+        with pytest.raises(CkptEmaError, match="has no room for blocks of"):
+            quiet_fold(run, tmp_path / "t.safetensors", momentum=0.5, device="cuda")
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert not list(tmp_path.glob("*safetensors*"))
+
+
+@needs_gpu
+def test_a_gpu_that_is_not_there_is_a_clear_error(run: Path, tmp_path: Path) -> None:
+    """`cuda:99` says how many there are."""
+    with pytest.raises(CkptEmaError, match="counted from 0"):
+        quiet_fold(run, tmp_path / "t.safetensors", momentum=0.5, device="cuda:99")
+
+
+@needs_gpu
+def test_auto_takes_what_a_probe_found_faster(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And says what it measured."""
+    monkeypatch.setattr(choice, "PROBED_BYTES", 1 << 20)
+    report = quiet_fold(run, tmp_path / "t.safetensors", momentum=0.5)
+    assert "in a probe" in report.device_reason
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_without_a_gpu_auto_is_the_cpu(run: Path, tmp_path: Path) -> None:
+    """Without a probe, and the report says why."""
+    report = quiet_fold(run, tmp_path / "t.safetensors", momentum=0.5)
+    assert (report.device, report.device_reason) == ("cpu", "no GPU here")
+    plan = report.plan
+    updates = [teacher.updates for teacher in plan.teachers]
+    assert choose_engine("auto", plan.blocks, plan.layouts, updates, 1 << 20).engine is cpu.fold_blocks
+
+
+def test_a_probe_folds_the_first_blocks_and_forgets_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It reads no more than it is to, of every lane from its start, and leaves no file."""
+    monkeypatch.setattr(choice, "PROBED_BYTES", 3 << 20)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for i in range(3):
+        values = torch.full((1 << 19,), float(i))
+        save_file({"a": values, "b": values.clone(), "c": values.to(torch.bfloat16)}, folder / f"step_{i}.safetensors")
+    plan = ckpt_ema.plan(folder, momentum=[0.5, 0.25])
+    updates = [teacher.updates for teacher in plan.teachers]
+    read: list[int] = []
+
+    def engine(*arguments: Any) -> Any:
+        return cpu.fold_blocks(*arguments[:-1], read.append)
+
+    found = choice._Probe(plan.blocks, plan.layouts, updates).run(engine)
+    assert found.rate > 0
+    assert sum(read) == 2 * (3 << 20)
+    assert sorted(tmp_path.iterdir()) == [folder]
+    for threads in (1, 3):
+        other = ckpt_ema.plan(folder, momentum=[0.5, 0.25], num_threads=threads, memory_budget_bytes=1 << 20)
+        assert choice._Probe(other.blocks, other.layouts, updates).run(engine).byte_sum == found.byte_sum
+    changed = [tuple(update._replace(take=update.take + 1e-7) for update in each) for each in updates]
+    assert choice._Probe(plan.blocks, plan.layouts, changed).run(engine).byte_sum != found.byte_sum
