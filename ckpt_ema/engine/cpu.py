@@ -122,6 +122,7 @@ class _BlockFolder:
         extents: ExtentTable,
     ) -> None:
         self._aliases = plan.aliases
+        self._num_threads = plan.num_threads
         self._layouts = layouts
         # By input: a student enters every teacher before the next one is read.
         self._updates = list(zip(*updates, strict=True))
@@ -141,9 +142,19 @@ class _BlockFolder:
         """Fold one block of every teacher, and write it."""
         self._scatters.clear()
         if block.lane.action == "average":
+            self._announce_next(block)
             self._average(block)
         else:
             self._copy(block)
+
+    def _announce_next(self, block: Block) -> None:
+        """Let the disk work on this thread's next block while this one is folded."""
+        size = block.end - block.begin
+        begin = block.begin + self._num_threads * size
+        end = min(begin + size, block.lane.num_elements)
+        if begin < end and not block.lane.is_strided:
+            for layout in self._layouts:
+                self._extents.of(layout, block.lane).announce(begin, end)
 
     def add_timings(self, timings: Timings, seconds: float, num_threads: int) -> None:
         """Add this thread's part, of `seconds` in all."""
