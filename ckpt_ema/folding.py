@@ -312,8 +312,8 @@ def _warnings(
         momentum = dominated[0].momentum
         keeps = f"{dominated[0].first_share:.1%} of the teacher: momentum {momentum:g} works"
         if len(teachers) > 1:
-            shares = ", ".join(f"{teacher.first_share:.1%} ({teacher.momentum:g})" for teacher in dominated)
-            keeps = f"more than half of {len(dominated)} of {len(teachers)} teachers, {shares}: momentum works"
+            shares = ", ".join(f"{teacher.first_share:.1%} (momentum {teacher.momentum:g})" for teacher in dominated)
+            keeps = f"{shares} of the teacher: momentum works"
         yield (
             f"{first} keeps {keeps} once per checkpoint here, not once per training step;"
             f" {_mended_momentum(checkpoints, num_updates, momentum)}"

@@ -34,12 +34,15 @@ def resolve_outputs(
         raise MisuseError("`--output` is empty", hint="is a variable of your shell empty?")
     if len(momenta) > 1 and PLACEHOLDER not in text:
         if not Path(text).is_dir():
+            if text.endswith("/"):
+                raise _no_folder(text)
+            pattern = Path(text).with_name(f"{Path(text).stem}-{PLACEHOLDER}{'' if has_folder else '.safetensors'}")
             raise MisuseError(
                 f"`--output {text}` is one name for {len(momenta)} teachers",
-                hint=f"pass `--output {_with_placeholder(Path(text))}`, or an existing folder",
+                hint=f"pass `--output '{pattern}'`, or an existing folder",
             )
         text = str(Path(text) / own_name)
-    resolved = [_resolve(_fill(text, momentum), has_folder) for momentum in momenta]
+    resolved = [_resolve(text, momentum, has_folder) for momentum in momenta]
     return resolved[0][0], [path for _, path in resolved]
 
 
@@ -47,24 +50,27 @@ def _fill(text: str, momentum: float) -> str:
     return text.replace(PLACEHOLDER, f"{momentum!r}")
 
 
-def _with_placeholder(path: Path) -> str:
-    return str(path.with_name(f"{path.stem}-{PLACEHOLDER}{path.suffix}"))
-
-
-def _resolve(output: str, has_folder: bool) -> tuple[bool, Path]:
-    path = Path(output)
+def _resolve(pattern: str, momentum: float, has_folder: bool) -> tuple[bool, Path]:
+    path = Path(_fill(pattern, momentum))
     if path.suffix == ".safetensors" and not path.is_dir():
         return False, path
     if has_folder and not WEIGHTS_SUFFIX.search(path.name):
         return True, path
     if path.is_dir():
         return False, path / "teacher.safetensors"
-    if output.endswith("/"):
-        raise MisuseError(f"`--output {output}` is no folder", hint=f"create it first: `mkdir -p {output}`")
+    if pattern.endswith("/"):
+        raise _no_folder(pattern)
+    # Of the pattern: a momentum's decimals look like a suffix.
+    named = Path(pattern)
+    has_suffix = bool(named.suffix) and "}" not in named.suffix
     raise MisuseError(
         f"`--output {path}` is neither a folder nor ends with .safetensors",
-        hint=f"pass `--output {path.with_suffix('.safetensors')}`",
+        hint=f"pass `--output '{named.with_suffix('.safetensors') if has_suffix else f'{pattern}.safetensors'}'`",
     )
+
+
+def _no_folder(text: str) -> MisuseError:
+    return MisuseError(f"`--output {text}` is no folder", hint=f"create it first: `mkdir -p {text}`")
 
 
 def check_outputs(planned: FoldPlan) -> None:

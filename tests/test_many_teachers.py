@@ -137,6 +137,26 @@ def test_one_name_for_several_teachers_is_refused_with_the_pattern(run: Path, tm
 
 
 @pytest.mark.parametrize(
+    ("given", "hint"),
+    [
+        ("t.safetensors", "--output '{here}/t-{momentum}.safetensors'"),
+        ("t.pt", "--output '{here}/t-{momentum}.safetensors'"),
+        ("a.{momentum}", "--output '{here}/a.{momentum}.safetensors'"),
+        ("{momentum}", "--output '{here}/{momentum}.safetensors'"),
+        ("t-{momentum}.pt", "--output '{here}/t-{momentum}.safetensors'"),
+        ("new/", "mkdir -p {here}/new/"),
+    ],
+)
+def test_the_hint_for_a_name_that_will_not_do_can_be_typed(run: Path, tmp_path: Path, given: str, hint: str) -> None:
+    """What it says to pass is then taken."""
+    with pytest.raises(MisuseError) as caught:
+        ckpt_ema.plan(run, f"{tmp_path}/{given}", momentum=[0.1, 0.3])
+    assert hint.replace("{here}", str(tmp_path)) in str(caught.value)
+    if "--output" in hint:
+        ckpt_ema.plan(run, str(caught.value).split("--output '")[1].split("'")[0], momentum=[0.1, 0.3])
+
+
+@pytest.mark.parametrize(
     ("momenta", "message"),
     [
         ([0.1, 0.1], "given twice"),
