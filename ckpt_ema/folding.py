@@ -22,7 +22,7 @@ from ckpt_ema.catalogue import TeacherTensor, Treatment, build_catalogue
 from ckpt_ema.engine.contract import Engine, NonFinite, NonFiniteBlockError
 from ckpt_ema.engine.inputs import InputFiles
 from ckpt_ema.errors import CkptEmaError, MisuseError
-from ckpt_ema.formats import read_contents
+from ckpt_ema.formats import forget_tables, read_contents
 from ckpt_ema.formats.folder import has_weights
 from ckpt_ema.layouts import Layout, Schema, SchemaPool, compact_layout
 from ckpt_ema.model_buffers import read_model_buffers
@@ -42,18 +42,22 @@ Progress = Callable[[int, int], None]
 
 def plan(run: PathLike | Sequence[PathLike], output: PathLike | None = None, **options: Any) -> FoldPlan:
     """Plan a fold without reading a tensor; arguments are those of `fold`."""
-    with _paused_collection():
+    with _reading_tables():
         return _plan(run, output, FoldOptions(**options))
 
 
 @contextlib.contextmanager
-def _paused_collection() -> Iterator[None]:
-    """No garbage collection while tables are read: a million new tuples would set it off a thousand times."""
+def _reading_tables() -> Iterator[None]:
+    """No garbage collection while tables are read: a million new tuples would set it off a thousand times.
+
+    What is kept of one table for the next is let go at the end.
+    """
     was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
+        forget_tables()
         if was_enabled:
             gc.enable()
 
@@ -146,10 +150,12 @@ def fold(
     the plan before a tensor is read; without it, its warnings are issued as Python warnings. `progress` is told
     (bytes read, bytes to read) as it goes, from the folding threads.
 
-    Raises CkptEmaError; then nothing was written and an existing teacher is untouched.
+    Raises CkptEmaError; then nothing was written and an existing teacher is untouched. Of several teachers each
+    appears whole or not at all, one after the other when all are finished.
     """
     planned = plan(run, output, **options)
-    check_outputs(planned)
+    with _reading_tables():
+        check_outputs(planned)
     if announce is not None:
         announce(planned)
     else:
@@ -195,9 +201,10 @@ def _fold_into(
 def _teacher_file(planned: FoldPlan, number: int) -> Iterator[TeacherFile]:
     """One teacher's file, within its folder where it has one; it appears when the block is left without an error."""
     target, overwrite = planned.teachers[number].output, planned.options.overwrite
+    data_bytes, num_alike = planned.blocks.data_bytes, len(planned.teachers) - number
     header = encode_header(planned.blocks, planned.tensors, teacher_metadata(planned, number))
     if not planned.is_folder:
-        with TeacherFile(target, header, planned.blocks.data_bytes, overwrite=overwrite) as teacher:
+        with TeacherFile(target, header, data_bytes, overwrite=overwrite, num_alike=num_alike) as teacher:
             yield teacher
         return
     source = planned.newest.model_folder
@@ -207,7 +214,7 @@ def _teacher_file(planned: FoldPlan, number: int) -> Iterator[TeacherFile]:
         staged_companions(source, filled, planned.options.dtype) as commit_companions,
     ):
         weights = filled / f"{source.weights_name}.safetensors"
-        with TeacherFile(weights, header, planned.blocks.data_bytes, overwrite=overwrite) as teacher:
+        with TeacherFile(weights, header, data_bytes, overwrite=overwrite, num_alike=num_alike) as teacher:
             yield teacher
         commit_companions()
 

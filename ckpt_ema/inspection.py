@@ -9,7 +9,7 @@ from typing import Any
 
 from ckpt_ema.byte_ranges import TensorRange
 from ckpt_ema.errors import CkptEmaError, MisuseError, UnreadableCheckpointError
-from ckpt_ema.formats import read_contents
+from ckpt_ema.formats import forget_tables, read_contents
 from ckpt_ema.provenance import read_provenance
 from ckpt_ema.steps import ORIGINS, steps_in_name, steps_inside
 from ckpt_ema.students import StateDict, choose_student, find_state_dicts
@@ -53,6 +53,8 @@ def inspect(path: str | os.PathLike[str], *, state: str | None = None, prefix: s
         if path.is_dir() and error.hint is None:
             raise CkptEmaError(error.message, hint=f"for a run directory: `ckpt-ema plan {path}`") from error
         raise
+    finally:
+        forget_tables()
     numbers = {**steps_in_name(path.name), **steps_inside(contents)}
     origin = next((origin for origin in ORIGINS if origin in numbers), None)
     chosen: str | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -103,15 +103,7 @@ class FoldOptions:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, kinds):
                 raise MisuseError(f"`{name}` is {value!r}, a {type(value).__name__}")
-        given = (self.momentum,) if isinstance(self.momentum, (float, int)) else tuple(self.momentum)
-        if not given:
-            raise MisuseError("`momentum` is an empty list", hint="pass for example `momentum=[0.1, 0.3]`")
-        for momentum in given:
-            if isinstance(momentum, bool) or not isinstance(momentum, (float, int)):
-                raise MisuseError(f"`momentum` is {momentum!r}, a {type(momentum).__name__}")
-            check_momentum(momentum)
-        if len(set(given)) < len(given):
-            raise MisuseError(f"`--momentum {max(given, key=given.count)}` is given twice")
+        object.__setattr__(self, "momentum", _as_momenta(self.momentum))
         check_prefix(self.prefix)
         for name in ("interval", "last", "num_threads"):
             value = getattr(self, name)
@@ -129,7 +121,23 @@ class FoldOptions:
     @property
     def momenta(self) -> tuple[float, ...]:
         """One per teacher, in the order given."""
-        return (self.momentum,) if isinstance(self.momentum, (float, int)) else tuple(self.momentum)
+        return (self.momentum,) if isinstance(self.momentum, float) else tuple(self.momentum)
+
+
+def _as_momenta(given: object) -> float | tuple[float, ...]:
+    """A momentum as a float, several as a tuple of them; raises MisuseError for anything else."""
+    several = isinstance(given, Iterable) and not isinstance(given, (str, bytes))
+    momenta = []
+    for momentum in given if isinstance(given, Iterable) and several else (given,):
+        if isinstance(momentum, bool) or not isinstance(momentum, (float, int)):
+            raise MisuseError(f"`momentum` is {momentum!r}, a {type(momentum).__name__}")
+        check_momentum(momentum)
+        momenta.append(float(momentum))
+    if not momenta:
+        raise MisuseError("`momentum` is an empty list", hint="pass for example `momentum=[0.1, 0.3]`")
+    if len(set(momenta)) < len(momenta):
+        raise MisuseError(f"`--momentum {max(momenta, key=momenta.count)}` is given twice")
+    return tuple(momenta) if several else momenta[0]
 
 
 @dataclass(frozen=True, slots=True)

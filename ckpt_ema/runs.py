@@ -14,8 +14,6 @@ from pathlib import Path
 from ckpt_ema.errors import CkptEmaError, MisuseError, UnreadableCheckpointError
 from ckpt_ema.formats import Contents, ModelFolder, is_weights_file_name, read_contents
 from ckpt_ema.formats.folder import MODEL_STEM, distributed_marker, has_weights
-from ckpt_ema.formats.pickle_scan import forget_last_scan
-from ckpt_ema.formats.safetensors import forget_last_header
 from ckpt_ema.layouts import Layout, SchemaPool, compact_layout
 from ckpt_ema.steps import ORIGINS, Origin, Unit, is_copy_name, stem_of, steps_in_name, steps_inside
 from ckpt_ema.students import choose_student, find_state_dicts, is_average_name
@@ -107,16 +105,12 @@ def find_checkpoints(paths: Sequence[Path], selection: Selection) -> Run:
     for path in paths:
         if not path.exists():
             raise MisuseError(f"`{path}` does not exist", hint="pass a run directory, or checkpoints")
-    try:
-        if len(paths) == 1 and paths[0].is_dir() and not _is_one_checkpoint(paths[0]):
-            directory, listing = _read_run_directory(paths[0], selection)
-            root: Path | None = paths[0]
-        else:
-            directory, listing = _read_list(paths, selection)
-            root = directory if len({path.absolute().parent for path in paths}) == 1 else None
-    finally:
-        forget_last_header()
-        forget_last_scan()
+    if len(paths) == 1 and paths[0].is_dir() and not _is_one_checkpoint(paths[0]):
+        directory, listing = _read_run_directory(paths[0], selection)
+        root: Path | None = paths[0]
+    else:
+        directory, listing = _read_list(paths, selection)
+        root = directory if len({path.absolute().parent for path in paths}) == 1 else None
     kept = _select(directory, listing, selection)
     return Run(directory, root, tuple(kept), tuple(listing.left_out), tuple(listing.warnings))
 

@@ -24,11 +24,13 @@ class TeacherFile:
     before the first tensor is read. Raises CkptEmaError for whatever the file system refuses.
     """
 
-    def __init__(self, target: Path, header: bytes, data_bytes: int, *, overwrite: bool) -> None:
+    def __init__(self, target: Path, header: bytes, data_bytes: int, *, overwrite: bool, num_alike: int = 1) -> None:
+        """`num_alike` files of this size are going to be written, this one among them; there must be room for all."""
         self._target = target
         self._header = header
         self._size = len(header) + data_bytes
         self._overwrite = overwrite
+        self._needed = self._size * num_alike
         self._temporary = temporary_name(target)
         self._descriptor = -1
 
@@ -37,7 +39,7 @@ class TeacherFile:
             with _explained(f"cannot write `{self._target}` of {self._size} bytes"):
                 # 0o666 without the umask's bits, as any program's output; O_EXCL: never somebody else's file.
                 self._descriptor = os.open(self._temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666)
-                _reserve(self._descriptor, self._size)
+                _reserve(self._descriptor, self._size, self._needed)
                 _write_all(self._descriptor, memoryview(self._header), 0)
         except BaseException:
             self._discard()
@@ -125,11 +127,11 @@ def _commit(temporary: Path, target: Path, *, overwrite: bool) -> None:
         os.unlink(temporary)
 
 
-def _reserve(descriptor: int, size: int) -> None:
+def _reserve(descriptor: int, size: int, needed: int) -> None:
     """Take the disk space now, so that a full disk is an error before the first tensor is read."""
     status = os.fstatvfs(descriptor)
     # Some network file systems know nothing of their size and say 0 blocks.
-    if status.f_blocks and size > status.f_bavail * status.f_frsize:
+    if status.f_blocks and needed > status.f_bavail * status.f_frsize:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     os.ftruncate(descriptor, size)
     # Reserving is free where a file system keeps extents. Where it writes zeros instead (tmpfs, NFS), it would cost

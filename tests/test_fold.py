@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 import ckpt_ema
-from tests.conftest import assert_same_bits, hook_teacher, make_student, raw_bytes, save_students
+from tests.conftest import StateDict, assert_same_bits, hook_teacher, make_student, raw_bytes, save_students
 
 BUFFERS = ("bn.running_mean",)
 
@@ -194,3 +194,24 @@ def test_two_folds_of_the_same_input_are_byte_identical(tmp_path: Path) -> None:
     for name in ("a", "b"):
         quiet_fold(tmp_path / "run", tmp_path / f"{name}.safetensors", momentum=0.1)
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_an_initial_teacher_of_another_width_enters_scattered_reads(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Blocks of many small tensors, whose reads are worked out once, are cut anew for a teacher of another dtype."""
+    run = tmp_path / "run"
+    run.mkdir()
+    students = []
+    for i in range(3):
+        student: StateDict = {}
+        for k in range(12):
+            student[f"{k}.weight"] = torch.full((5 + k,), float(10 * k + i))
+            # Further apart than is read along, so that the reads of both files look alike but for their widths.
+            student[f"{k}.counts"] = torch.full((1000,), i)
+        torch.save({"model": student, "step": i}, run / f"step_{i}.pt")
+        students.append(student)
+    start = {name: (tensor + 4).to(dtype) if "weight" in name else tensor for name, tensor in students[0].items()}
+    torch.save(start, tmp_path / "start.pt")
+    report = quiet_fold(run, tmp_path / "teacher.safetensors", momentum=0.5, init=tmp_path / "start.pt")
+    widened = {name: tensor.float() if "weight" in name else tensor for name, tensor in start.items()}
+    assert_same_bits(load_file(report.output), hook_teacher([widened, *students], 0.5))

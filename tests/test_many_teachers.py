@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -121,6 +122,13 @@ def test_names_tell_the_teachers_apart(run: Path, tmp_path: Path, where: str) ->
     assert len(ckpt_ema.plan(run, tmp_path / "next.safetensors").checkpoints) == 5
 
 
+def test_momenta_may_come_as_anything_that_yields_numbers(run: Path, tmp_path: Path) -> None:
+    """A generator, a tensor's or numpy's numbers: the names are plain."""
+    given = (value for value in np.array([0.1, 0.25]))
+    plan = ckpt_ema.plan(run, tmp_path / "t-{momentum}.safetensors", momentum=given)
+    assert [teacher.output.name for teacher in plan.teachers] == ["t-0.1.safetensors", "t-0.25.safetensors"]
+
+
 def test_one_teacher_may_have_its_momentum_in_its_name_too(run: Path, tmp_path: Path) -> None:
     """A pattern means the same for one momentum as for several."""
     report = quiet_fold(run, tmp_path / "t-{momentum}.safetensors", momentum=0.25)
@@ -164,6 +172,8 @@ def test_the_hint_for_a_name_that_will_not_do_can_be_typed(run: Path, tmp_path: 
         ([0.1, 1.0], "must lie between 0 and 1"),
         ([0.1, "0.2"], "'0.2', a str"),
         ([0.1, True], "True, a bool"),
+        ("0.5", "'0.5', a str"),
+        (None, "None, a NoneType"),
     ],
 )
 def test_momenta_that_make_no_sense_are_misuse(run: Path, momenta: list[Any], message: str) -> None:

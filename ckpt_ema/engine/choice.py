@@ -13,7 +13,7 @@ import torch
 
 from ckpt_ema.blocks import BlockPlan
 from ckpt_ema.engine import cpu, cuda
-from ckpt_ema.engine.contract import Engine, Nowhere
+from ckpt_ema.engine.contract import Engine, NonFiniteBlockError, Nowhere
 from ckpt_ema.engine.inputs import InputFiles
 from ckpt_ema.errors import CkptEmaError
 from ckpt_ema.layouts import Layout
@@ -21,6 +21,8 @@ from ckpt_ema.profiles import Update
 
 PROBED_BYTES = 512 << 20
 """Bytes read by one engine in a probe; a fold of less than ten times as many is not worth one."""
+
+SUMMED_BYTES = 1 << 20
 
 
 class Choice(NamedTuple):
@@ -63,12 +65,14 @@ def choose_engine(
     if plan.bytes_to_read < 10 * PROBED_BYTES:
         return Choice(cpu.fold_blocks, "cpu", "too little to read for a GPU to pay")
     probe = _Probe(plan, layouts, updates)
-    by_cpu = probe.run(cpu.fold_blocks)
     try:
+        by_cpu = probe.run(cpu.fold_blocks)
         by_gpu = probe.run(on_gpu)
+    except NonFiniteBlockError:
+        return Choice(cpu.fold_blocks, "cpu", "the students are not finite")  # as the fold itself is going to say
     except (RuntimeError, CkptEmaError) as error:  # a driver too old, a device in use: no reason not to fold
-        return Choice(cpu.fold_blocks, "cpu", f"{device} failed in a probe: {str(error).splitlines()[0]}")
-    if by_gpu.byte_sum != by_cpu.byte_sum:
+        return Choice(cpu.fold_blocks, "cpu", f"the probe failed: {(str(error).splitlines() or [''])[0]}")
+    if by_gpu.checksum != by_cpu.checksum:
         return Choice(cpu.fold_blocks, "cpu", f"{device} rounds in another way than the hook")
     rates = f"{by_gpu.rate:.1f} GB/s on {device}, {by_cpu.rate:.1f} on the CPU, in a probe"
     if by_gpu.rate > by_cpu.rate:
@@ -76,8 +80,8 @@ def choose_engine(
     return Choice(cpu.fold_blocks, "cpu", rates)
 
 
-class ByteSum:
-    """A teacher of which only the sum of its bytes is kept, which does not depend on how it is cut into blocks."""
+class Checksum:
+    """A teacher of which only a sum is kept: of each byte times its position, however it is cut into blocks."""
 
     def __init__(self) -> None:
         self.total = 0
@@ -85,7 +89,12 @@ class ByteSum:
 
     def write(self, block: memoryview, position: int) -> None:
         """Count `block`."""
-        total = int(torch.frombuffer(block, dtype=torch.uint8).sum(dtype=torch.int64)) if block else 0
+        total = 0
+        for begin in range(0, len(block), SUMMED_BYTES):
+            part = torch.frombuffer(block[begin : begin + SUMMED_BYTES], dtype=torch.uint8).to(torch.int64)
+            # Odd weights below 2**20: the sum of a part stays below 2**63.
+            places = torch.arange(position + begin, position + begin + len(part)) * 2654435761 % (1 << 20)
+            total += int((part * (places | 1)).sum())
         with self._lock:
             self.total += total
 
@@ -96,8 +105,8 @@ class Probed(NamedTuple):
     rate: float
     """Gigabytes read per second."""
 
-    byte_sum: int
-    """Of all teachers' bytes."""
+    checksum: int
+    """Of all teachers' bytes and their positions."""
 
 
 class _Probe:
@@ -111,14 +120,14 @@ class _Probe:
     def run(self, engine: Engine) -> Probed:
         """Fold with `engine` twice: the first run warms the page cache and the device, the second is timed."""
         nothing: Callable[[int], None] = lambda num_bytes: None  # noqa: E731
-        for teachers in ([ByteSum() for _ in self._updates], [Nowhere() for _ in self._updates]):
+        for teachers in ([Checksum() for _ in self._updates], [Nowhere() for _ in self._updates]):
             with InputFiles(self._layouts) as files:
                 started = time.perf_counter()
                 engine(self._plan, self._layouts, self._updates, files, teachers, nothing)
                 seconds = time.perf_counter() - started
-            if isinstance(teachers[0], ByteSum):
-                byte_sum = sum(teacher.total for teacher in teachers if isinstance(teacher, ByteSum))
-        return Probed(self._num_bytes / max(seconds, 1e-9) / 1e9, byte_sum)
+            if isinstance(teachers[0], Checksum):
+                checksum = sum(teacher.total for teacher in teachers if isinstance(teacher, Checksum))
+        return Probed(self._num_bytes / max(seconds, 1e-9) / 1e9, checksum)
 
 
 def _start_of(plan: BlockPlan, num_bytes: int) -> tuple[BlockPlan, int]:

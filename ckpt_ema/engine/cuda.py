@@ -60,6 +60,7 @@ def fold_blocks(
     if not averaged:
         return timings
     slot_bytes = min(SLOT_BYTES, memory_budget_bytes // (NUM_INPUT_SLOTS + NUM_OUTPUT_SLOTS))
+    slot_bytes = 1 << max(0, slot_bytes.bit_length() - 1)  # torch pins powers of two, whatever is asked for
     widest = max(max(lane.student_dtype.itemsize, lane.first_dtype.itemsize, lane.dtype.itemsize) for lane in averaged)
     for size in (slot_bytes, slot_bytes // 4):
         elements = size // widest // ELEMENT_MULTIPLE * ELEMENT_MULTIPLE
@@ -70,11 +71,14 @@ def fold_blocks(
         cut = replace(plan, lanes=averaged, block_elements=elements)
         try:
             pipeline = _Pipeline(plan, cut, layouts, updates, files, teachers, progress, device, timings)
-        except torch.OutOfMemoryError:
+        except RuntimeError:  # no room on the device, or for pinned memory
             torch.cuda.empty_cache()
             continue
         try:
             pipeline.run()
+        except RuntimeError as error:
+            what = (str(error).splitlines() or [""])[0]
+            raise CkptEmaError(f"{device} failed: {what}", hint="pass `--device cpu`") from error
         finally:
             del pipeline
             torch.cuda.empty_cache()
@@ -127,6 +131,7 @@ class _Pipeline:
         self._plan, self._layouts, self._files, self._teachers = plan, layouts, files, teachers
         self._updates, self._progress, self._device, self._timings = updates, progress, device, timings
         self._extents = ExtentTable(files)
+        self._num_readers = min(MAX_READERS, max(2, plan.num_threads))
         self._lock = threading.Lock()
         lanes, elements = plan.lanes, plan.block_elements
         raw = elements * max(max(lane.student_dtype.itemsize, lane.first_dtype.itemsize) for lane in lanes)
@@ -143,7 +148,7 @@ class _Pipeline:
 
     def run(self) -> None:
         """Fold every block; nothing of it runs any more on return, on the device or off."""
-        readers = ThreadPoolExecutor(min(MAX_READERS, max(2, self._plan.num_threads)), "read")
+        readers = ThreadPoolExecutor(self._num_readers, "read")
         writer = ThreadPoolExecutor(1, "write")
         try:
             self._drive(readers, writer)
@@ -158,9 +163,11 @@ class _Pipeline:
         pending: deque[tuple[Block, int, _Slot, Future[None]]] = deque()
         number = 0
         while True:
-            while self._inputs and (item := next(wanted, None)) is not None:
+            while self._may_read(bool(pending)) and (item := next(wanted, None)) is not None:
                 slot = self._inputs.popleft()
+                started = time.perf_counter()
                 slot.copied.synchronize()  # the device has taken what was in it
+                self._timings.waiting += time.perf_counter() - started
                 pending.append((*item, slot, readers.submit(self._read, *item, slot)))
             if not pending:
                 break
@@ -177,6 +184,10 @@ class _Pipeline:
             if slot.writing is not None:
                 slot.writing.result()
 
+    def _may_read(self, has_pending: bool) -> bool:
+        """Whether a buffer is there to be filled; the one whose copy was queued last is left to the device."""
+        return bool(self._inputs) and (not has_pending or self._inputs[0].copied.query())
+
     def _reads(self) -> Iterator[tuple[Block, int]]:
         for block in self._plan.blocks():
             for index in range(len(self._layouts)):
@@ -190,7 +201,7 @@ class _Pipeline:
         self._extents.of(layout, block.lane).read(block.begin, block.end, slot.buffer.bytes[:num_bytes], trash, {})
         seconds = time.perf_counter() - started
         with self._lock:
-            self._timings.reading += seconds / max(2, self._plan.num_threads)
+            self._timings.reading += seconds / self._num_readers
             self._progress(num_bytes)
 
     def _enter(self, block: Block, index: int, slot: _Slot, stage: _Stage) -> None:
@@ -249,6 +260,9 @@ class _Pipeline:
         if not bool(slot.is_finite):
             # The CPU folds this block once more, and finds the tensor and the checkpoint it came from.
             cpu.refold(self._plan_of_cpu, block, self._layouts, self._updates, self._files)
+            raise CkptEmaError(
+                f"{self._device} made a NaN or an infinity where the CPU makes none", hint="pass `--device cpu`"
+            )
         started = time.perf_counter()
         content = slot.buffer.bytes[: (block.end - block.begin) * block.lane.dtype.itemsize]
         write_block(teacher, self._plan.aliases, content, block.position)

@@ -86,7 +86,7 @@ def _allow_open_files(count: int) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-Scatters = dict[tuple[tuple[int, ...], bytes], list[tuple[int, list[memoryview]]]]
+Scatters = dict[tuple[int, tuple[int, ...], bytes], list[tuple[int, list[memoryview]]]]
 """How a block's extents go into one buffer, by their lengths and the gaps between them; see LaneExtents.read."""
 
 
@@ -132,7 +132,7 @@ class LaneExtents:
             _preadv_all(self._files[self._file_indices[extent]], [buffer], begin)
             return
         last = bisect.bisect_left(self._starts, stop)
-        key = self._starts[extent:last], self._gaps[extent + 1 : last].tobytes()
+        key = itemsize, self._starts[extent:last], self._gaps[extent + 1 : last].tobytes()
         scatter = scatters.get(key)
         if scatter is None:
             scatter = scatters[key] = self._scatter(range(extent, last), first, stop, buffer, trash)
@@ -146,11 +146,13 @@ class LaneExtents:
         last = bisect.bisect_left(self._starts, stop) - 1
         begin = self._begins[extent] + (first - self._starts[extent]) * self._itemsize
         end = self._begins[last] + (stop - self._starts[last]) * self._itemsize
-        if self._file_indices[extent] == self._file_indices[last] and hasattr(os, "posix_fadvise"):
+        # Stored in another order than the lane's, the elements may be the whole file: no advice then.
+        is_near = 0 < end - begin <= 2 * (stop - first) * self._itemsize
+        if is_near and self._file_indices[extent] == self._file_indices[last] and hasattr(os, "posix_fadvise"):
             descriptor = self._files[self._file_indices[extent]].descriptor
             # Advice: where a file system cannot take it, the read itself will do.
             with contextlib.suppress(OSError):
-                os.posix_fadvise(descriptor, begin, max(0, end - begin), os.POSIX_FADV_WILLNEED)
+                os.posix_fadvise(descriptor, begin, end - begin, os.POSIX_FADV_WILLNEED)
 
     def _scatter(
         self, extents: range, first: int, stop: int, buffer: memoryview, trash: memoryview

@@ -6,10 +6,18 @@ from pathlib import Path
 
 from ckpt_ema.formats.contents import Contents, ModelFolder, read_file
 from ckpt_ema.formats.folder import is_weights_file_name, read_folder
+from ckpt_ema.formats.pickle_scan import forget_last_scan
+from ckpt_ema.formats.safetensors import forget_last_header
 
-__all__ = ["Contents", "ModelFolder", "is_weights_file_name", "read_contents"]
+__all__ = ["Contents", "ModelFolder", "forget_tables", "is_weights_file_name", "read_contents"]
 
 
 def read_contents(path: Path) -> Contents:
     """Read the table of a checkpoint file or folder; see `read_file` and `read_folder` for what is raised."""
     return read_folder(path) if path.is_dir() else read_file(path)
+
+
+def forget_tables() -> None:
+    """Free what is kept of the last table that was read, for the next one of the same run."""
+    forget_last_header()
+    forget_last_scan()

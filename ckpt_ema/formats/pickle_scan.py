@@ -128,7 +128,9 @@ def find_pickle_end(content: bytes, begin: int = 0) -> tuple[int, int]:
     actions = _ACTIONS
     match_run = _RUN.match
     size = len(content)
-    last = _last_scan if _last_scan is not None and begin == 0 and len(_last_scan.content) == size else None
+    last = _last_scan  # once: another thread may forget it meanwhile
+    if last is not None and (begin or len(last.content) != size):
+        last = None
     trail = _Scan(content)
     position, num_tuples, rejoins_from = begin, 0, size
     if last is not None:

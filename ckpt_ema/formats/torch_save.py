@@ -273,7 +273,10 @@ class _ZipArchive:
                     hint="unpack it and save the state dict again with torch.save",
                 )
             # Asked of the record itself: its directory does not say where the content begins.
-            header = pread(descriptor, 30, header_offset)
+            try:
+                header = pread(descriptor, 30, header_offset)
+            except OSError as error:
+                raise self._refuse(f"cannot be read at byte {header_offset}: {error.strerror}") from error
             if len(header) < 30:
                 raise self._refuse(f"is truncated: record `{name}` begins behind its end")
             if not header.startswith(ZIP_MAGIC):
