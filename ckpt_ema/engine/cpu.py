@@ -152,7 +152,8 @@ class _BlockFolder:
             before = self._reading
             self._average(block)
             num_bytes = (block.end - block.begin) * block.lane.student_dtype.itemsize * len(self._layouts)
-            self._reads_slowly = num_bytes < (self._reading - before) * SLOW_BYTES_PER_SECOND
+            # Once slow, slow to the end: what was announced is read fast.
+            self._reads_slowly |= num_bytes < (self._reading - before) * SLOW_BYTES_PER_SECOND
         else:
             self._copy(block)
 
