@@ -67,6 +67,11 @@ class Lane:
         """Whether its bytes go from the newest student to the teacher as they are."""
         return self.action == "copy" and self.student_dtype is self.dtype
 
+    @property
+    def is_plain_average(self) -> bool:
+        """Whether it is averaged, and contiguous in every checkpoint."""
+        return self.action == "average" and not self.is_strided
+
     def tensors_between(self, begin: int, end: int) -> Iterator[tuple[int, int, int]]:
         """(schema index, first element within the tensor, number of elements) of what lies in `[begin, end)`."""
         position = bisect.bisect_right(self.starts, begin) - 1

@@ -19,7 +19,7 @@ from typing import Any
 
 from ckpt_ema.blocks import encode_header, plan_blocks
 from ckpt_ema.catalogue import TeacherTensor, Treatment, build_catalogue
-from ckpt_ema.engine.contract import Engine, NonFinite, NonFiniteBlockError
+from ckpt_ema.engine.contract import Engine, NonFinite, NonFiniteBlockError, Task
 from ckpt_ema.engine.inputs import InputFiles
 from ckpt_ema.errors import CkptEmaError, MisuseError
 from ckpt_ema.formats import forget_tables, read_contents
@@ -189,7 +189,7 @@ def _fold_into(
     updates = [teacher.updates for teacher in planned.teachers]
     with InputFiles(planned.layouts) as files:
         try:
-            timings = engine(planned.blocks, planned.layouts, updates, files, teachers, count)
+            timings = engine(Task(planned.blocks, planned.layouts, updates, files), teachers, count)
         except NonFiniteBlockError as error:
             files.check_unchanged()
             raise _non_finite(planned, error.origin) from error

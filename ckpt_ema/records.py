@@ -126,18 +126,21 @@ class FoldOptions:
 
 def _as_momenta(given: object) -> float | tuple[float, ...]:
     """A momentum as a float, several as a tuple of them; raises MisuseError for anything else."""
-    several = isinstance(given, Iterable) and not isinstance(given, (str, bytes))
-    momenta = []
-    for momentum in given if isinstance(given, Iterable) and several else (given,):
-        if isinstance(momentum, bool) or not isinstance(momentum, (float, int)):
-            raise MisuseError(f"`momentum` is {momentum!r}, a {type(momentum).__name__}")
-        check_momentum(momentum)
-        momenta.append(float(momentum))
-    if not momenta:
-        raise MisuseError("`momentum` is an empty list", hint="pass for example `momentum=[0.1, 0.3]`")
-    if len(set(momenta)) < len(momenta):
-        raise MisuseError(f"`--momentum {max(momenta, key=momenta.count)}` is given twice")
-    return tuple(momenta) if several else momenta[0]
+    if isinstance(given, Iterable) and not isinstance(given, (str, bytes)):
+        momenta = tuple(_as_momentum(momentum) for momentum in given)
+        if not momenta:
+            raise MisuseError("`momentum` is an empty list", hint="pass for example `momentum=[0.1, 0.3]`")
+        if len(set(momenta)) < len(momenta):
+            raise MisuseError(f"`--momentum {max(momenta, key=momenta.count)}` is given twice")
+        return momenta
+    return _as_momentum(given)
+
+
+def _as_momentum(given: object) -> float:
+    if isinstance(given, bool) or not isinstance(given, (float, int)):
+        raise MisuseError(f"`momentum` is {given!r}, a {type(given).__name__}")
+    check_momentum(given)
+    return float(given)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 
 @dataclass(slots=True)
@@ -20,12 +20,6 @@ class Timings:
 
     def shares(self) -> dict[str, float]:
         """What was done and its share of the time, for all that took any."""
-        total = self.reading + self.copying + self.computing + self.writing + self.waiting
-        named = {
-            "reading": self.reading,
-            "copying": self.copying,
-            "computing": self.computing,
-            "writing": self.writing,
-            "waiting": self.waiting,
-        }
+        named = asdict(self)
+        total = sum(named.values())
         return {name: seconds / total for name, seconds in named.items() if seconds > 0}

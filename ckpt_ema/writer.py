@@ -31,12 +31,13 @@ class TeacherFile:
         self._size = len(header) + data_bytes
         self._overwrite = overwrite
         self._needed = self._size * num_alike
+        self._and_more = f" and {num_alike - 1} more like it" if num_alike > 1 else ""
         self._temporary = temporary_name(target)
         self._descriptor = -1
 
     def __enter__(self) -> TeacherFile:
         try:
-            with _explained(f"cannot write `{self._target}` of {self._size} bytes"):
+            with _explained(f"cannot write `{self._target}` of {self._size} bytes{self._and_more}"):
                 # 0o666 without the umask's bits, as any program's output; O_EXCL: never somebody else's file.
                 self._descriptor = os.open(self._temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666)
                 _reserve(self._descriptor, self._size, self._needed)

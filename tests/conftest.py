@@ -8,11 +8,14 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import settings
 from safetensors.torch import save_file
+
+import ckpt_ema
 
 settings.register_profile("suite", max_examples=40, deadline=None)
 settings.load_profile("suite")
@@ -74,6 +77,11 @@ def save_students(folder: Path, count: int, *, suffix: str = ".safetensors") -> 
         else:
             torch.save({"state_dict": student, "global_step": index * 100}, path)
     return students
+
+
+def quiet_fold(run: Path | list[Path], output: Path | None, **options: Any) -> ckpt_ema.FoldReport:
+    """A fold whose warning about the first share is not the point."""
+    return ckpt_ema.fold(run, output, announce=lambda plan: None, **options)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ import ckpt_ema
 from ckpt_ema import CkptEmaError
 from ckpt_ema.engine import choice, cpu
 from ckpt_ema.engine.choice import choose_engine
-from tests.test_many_teachers import MOMENTA, quiet_fold, varied_student
+from tests.conftest import quiet_fold
+from tests.test_many_teachers import MOMENTA, varied_student
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and torch finds none here")
 

@@ -8,15 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import ckpt_ema
-from tests.conftest import StateDict, assert_same_bits, hook_teacher, make_student, raw_bytes, save_students
+from tests.conftest import StateDict, assert_same_bits, hook_teacher, make_student, quiet_fold, raw_bytes, save_students
 
 BUFFERS = ("bn.running_mean",)
-
-
-def quiet_fold(run: Path, output: Path, **options: object) -> ckpt_ema.FoldReport:
-    """Fold without Python warnings about the first share."""
-    return ckpt_ema.fold(run, output, announce=lambda plan: None, **options)
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])

@@ -14,17 +14,12 @@ from safetensors.torch import load_file, save_file
 
 import ckpt_ema
 from ckpt_ema import CkptEmaError, MisuseError
-from tests.conftest import Outcome, StateDict, assert_same_bits, hook_teacher, make_student, save_students
+from tests.conftest import Outcome, StateDict, assert_same_bits, hook_teacher, make_student, quiet_fold, save_students
 
 Cli = Callable[..., Outcome]
 
 MOMENTA = (0.1, 0.3, 0.5, 0.75)
 BUFFERS = ("bn.running_mean",)
-
-
-def quiet_fold(run: Path, output: Path | None, **options: Any) -> ckpt_ema.FoldReport:
-    """A fold whose warning about the first share is not the point."""
-    return ckpt_ema.fold(run, output, announce=lambda plan: None, **options)
 
 
 def varied_student(seed: int) -> StateDict:

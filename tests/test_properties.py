@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 import ckpt_ema
 from ckpt_ema.errors import MisuseError
 from ckpt_ema.profiles import coefficients_of, ema_updates
-from tests.conftest import StateDict, assert_same_bits, hook_teacher
+from tests.conftest import StateDict, assert_same_bits, hook_teacher, quiet_fold
 from tests.test_safety import write_sparse
 
 STORAGES = ("zip", "legacy", "safetensors")
@@ -97,11 +97,6 @@ def expected_teacher(students: list[StateDict], momentum: float) -> StateDict:
         {n: t.float() if t.dtype in NARROW else t.contiguous() for n, t in student.items()} for student in students
     ]
     return {n: t.to(students[0][n].dtype) for n, t in hook_teacher(widened, momentum).items()}
-
-
-def quiet_fold(run: Any, output: Path, **options: Any) -> ckpt_ema.FoldReport:
-    """A fold without Python warnings."""
-    return ckpt_ema.fold(run, output, announce=lambda plan: None, **options)
 
 
 @given(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ import torch
 
 from ckpt_ema.blocks import BlockPlan
 from ckpt_ema.engine import cpu, cuda
-from ckpt_ema.engine.contract import Engine, NonFiniteBlockError, Nowhere
+from ckpt_ema.engine.contract import Engine, NonFiniteBlockError, Nowhere, Task, Teacher
 from ckpt_ema.engine.inputs import InputFiles
 from ckpt_ema.errors import CkptEmaError
 from ckpt_ema.layouts import Layout
@@ -119,15 +119,16 @@ class _Probe:
 
     def run(self, engine: Engine) -> Probed:
         """Fold with `engine` twice: the first run warms the page cache and the device, the second is timed."""
-        nothing: Callable[[int], None] = lambda num_bytes: None  # noqa: E731
-        for teachers in ([Checksum() for _ in self._updates], [Nowhere() for _ in self._updates]):
-            with InputFiles(self._layouts) as files:
-                started = time.perf_counter()
-                engine(self._plan, self._layouts, self._updates, files, teachers, nothing)
-                seconds = time.perf_counter() - started
-            if isinstance(teachers[0], Checksum):
-                checksum = sum(teacher.total for teacher in teachers if isinstance(teacher, Checksum))
-        return Probed(self._num_bytes / max(seconds, 1e-9) / 1e9, checksum)
+        sums = [Checksum() for _ in self._updates]
+        self._seconds(engine, sums)
+        seconds = self._seconds(engine, [Nowhere() for _ in self._updates])
+        return Probed(self._num_bytes / max(seconds, 1e-9) / 1e9, sum(each.total for each in sums))
+
+    def _seconds(self, engine: Engine, teachers: Sequence[Teacher]) -> float:
+        with InputFiles(self._layouts) as files:
+            started = time.perf_counter()
+            engine(Task(self._plan, self._layouts, self._updates, files), teachers, lambda num_bytes: None)
+            return time.perf_counter() - started
 
 
 def _start_of(plan: BlockPlan, num_bytes: int) -> tuple[BlockPlan, int]:
@@ -136,7 +137,7 @@ def _start_of(plan: BlockPlan, num_bytes: int) -> tuple[BlockPlan, int]:
     taken = 0
     for lane in plan.lanes:
         room = (num_bytes - taken) // lane.student_dtype.itemsize
-        if lane.action != "average" or lane.is_strided or room <= 0:
+        if not lane.is_plain_average or room <= 0:
             continue
         elements = min(lane.num_elements, room)
         whole = [start for start in lane.starts[:-1] if start < elements]

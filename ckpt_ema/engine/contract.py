@@ -37,23 +37,29 @@ def write_block(teacher: Teacher, aliases: Sequence[Alias], content: memoryview,
             teacher.write(content[begin - position : end - position], begin - alias.original + alias.begin)
 
 
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What is folded: every block of a plan, over its inputs."""
+
+    plan: BlockPlan
+    layouts: Sequence[Layout]
+    """The inputs, oldest first."""
+
+    updates: Sequence[Sequence[Update]]
+    """`updates[t][i]`: how layout i enters teacher t. The first copies."""
+
+    files: InputFiles
+
+
 class Engine(Protocol):
     """Folds every block of a plan and hands it to the teachers' files."""
 
-    def __call__(
-        self,
-        plan: BlockPlan,
-        layouts: Sequence[Layout],
-        updates: Sequence[Sequence[Update]],
-        files: InputFiles,
-        teachers: Sequence[Teacher],
-        progress: Callable[[int], None],
-    ) -> Timings:
-        """Run `teacher = keep * teacher + take * student` over the layouts, oldest first, for each teacher.
+    def __call__(self, task: Task, teachers: Sequence[Teacher], progress: Callable[[int], None]) -> Timings:
+        """Run `teacher = keep * teacher + take * student` over the task's layouts, for each teacher.
 
-        `layouts[i]` enters teacher t with `updates[t][i]`, the first of which copies; copied lanes come from the last
-        layout. `progress` is told the bytes read, from any thread but never from two at once. Raises
-        NonFiniteBlockError, and what reading and writing raise; nothing of it runs any more when it returns.
+        Copied lanes come from the last layout. `progress` is told the bytes read, from any thread but never from two
+        at once. Raises NonFiniteBlockError, and what reading and writing raise; nothing of it runs any more when it
+        returns.
         """
 
 

@@ -13,31 +13,24 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from ckpt_ema.blocks import ELEMENT_MULTIPLE, Block, BlockPlan
+from ckpt_ema.blocks import ELEMENT_MULTIPLE, Block
 from ckpt_ema.engine.arithmetic import update_
 from ckpt_ema.engine.buffers import Buffer
-from ckpt_ema.engine.contract import NonFinite, NonFiniteBlockError, Nowhere, Teacher, write_block
+from ckpt_ema.engine.contract import NonFinite, NonFiniteBlockError, Nowhere, Task, Teacher, write_block
 from ckpt_ema.engine.gather import gather_block
-from ckpt_ema.engine.inputs import MAX_GAP_BYTES, ExtentTable, InputFiles, Scatters, stored_dtype
+from ckpt_ema.engine.inputs import MAX_GAP_BYTES, ExtentTable, Scatters, stored_dtype
 from ckpt_ema.layouts import Layout
-from ckpt_ema.profiles import Update
 from ckpt_ema.timings import Timings
 
 SLOW_BYTES_PER_SECOND = 1.5e9
 """A thread that reads less than this waits for a disk; the page cache gives several times as much."""
 
 
-def fold_blocks(
-    plan: BlockPlan,
-    layouts: Sequence[Layout],
-    updates: Sequence[Sequence[Update]],
-    files: InputFiles,
-    teachers: Sequence[Teacher],
-    progress: Callable[[int], None],
-) -> Timings:
+def fold_blocks(task: Task, teachers: Sequence[Teacher], progress: Callable[[int], None]) -> Timings:
     """The CPU's Engine; see there for the contract."""
+    plan, num_layouts = task.plan, len(task.layouts)
     blocks = _Queue(plan.blocks())
-    extents = ExtentTable(files)
+    extents = ExtentTable(task.files)
     failures: list[BaseException] = []
     timings = Timings()
     lock = threading.Lock()
@@ -47,10 +40,10 @@ def fold_blocks(
         torch.set_num_threads(1)
         try:
             started = time.perf_counter()
-            folder = _BlockFolder(plan, layouts, updates, files, teachers, extents)
+            folder = _BlockFolder(task, teachers, extents)
             while (block := blocks.take()) is not None:
                 folder.fold(block)
-                num_inputs = len(layouts) if block.lane.action == "average" else 1
+                num_inputs = num_layouts if block.lane.action == "average" else 1
                 with lock:
                     progress((block.end - block.begin) * block.lane.student_dtype.itemsize * num_inputs)
             with lock:
@@ -76,13 +69,12 @@ def fold_blocks(
     return timings
 
 
-def refold(
-    plan: BlockPlan, block: Block, layouts: Sequence[Layout], updates: Sequence[Sequence[Update]], files: InputFiles
-) -> None:
+def refold(task: Task, block: Block) -> None:
     """Fold a block that another engine found not to be finite, in the plan's own portions; raises where it is not."""
-    folder = _BlockFolder(plan, layouts, updates, files, [Nowhere()] * len(updates), ExtentTable(files))
-    for begin in range(block.begin, block.end, plan.block_elements):
-        folder.fold(Block(block.lane, begin, min(begin + plan.block_elements, block.end)))
+    folder = _BlockFolder(task, [Nowhere()] * len(task.updates), ExtentTable(task.files))
+    size = task.plan.block_elements
+    for begin in range(block.begin, block.end, size):
+        folder.fold(Block(block.lane, begin, min(begin + size, block.end)))
 
 
 def _join_all(threads: Sequence[threading.Thread]) -> None:
@@ -115,21 +107,14 @@ class _Queue:
 class _BlockFolder:
     """One thread's buffers, and what it does with them."""
 
-    def __init__(
-        self,
-        plan: BlockPlan,
-        layouts: Sequence[Layout],
-        updates: Sequence[Sequence[Update]],
-        files: InputFiles,
-        teachers: Sequence[Teacher],
-        extents: ExtentTable,
-    ) -> None:
+    def __init__(self, task: Task, teachers: Sequence[Teacher], extents: ExtentTable) -> None:
+        plan = task.plan
         self._aliases = plan.aliases
         self._num_threads = plan.num_threads
-        self._layouts = layouts
+        self._layouts = task.layouts
         # By input: a student enters every teacher before the next one is read.
-        self._updates = list(zip(*updates, strict=True))
-        self._files = files
+        self._updates = list(zip(*task.updates, strict=True))
+        self._files = task.files
         self._teachers = teachers
         raw, accumulator, widened, span = plan.thread_buffers
         self._raw, self._widened, self._span = Buffer(raw), Buffer(widened), Buffer(span)

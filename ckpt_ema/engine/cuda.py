@@ -17,14 +17,12 @@ from dataclasses import replace
 
 import torch
 
-from ckpt_ema.blocks import ELEMENT_MULTIPLE, Block, BlockPlan, Lane
+from ckpt_ema.blocks import ELEMENT_MULTIPLE, Block, BlockPlan, Lane, buffer_bytes_per_element
 from ckpt_ema.engine import cpu
 from ckpt_ema.engine.buffers import Buffer, torch_dtype
-from ckpt_ema.engine.contract import Teacher, write_block
-from ckpt_ema.engine.inputs import MAX_GAP_BYTES, ExtentTable, InputFiles, stored_dtype
+from ckpt_ema.engine.contract import Task, Teacher, write_block
+from ckpt_ema.engine.inputs import MAX_GAP_BYTES, ExtentTable, stored_dtype
 from ckpt_ema.errors import CkptEmaError, MisuseError
-from ckpt_ema.layouts import Layout
-from ckpt_ema.profiles import Update
 from ckpt_ema.timings import Timings
 
 # What is copied to the device at once; large enough for the link's full speed.
@@ -38,10 +36,7 @@ MAX_SPANS = 4096
 
 
 def fold_blocks(
-    plan: BlockPlan,
-    layouts: Sequence[Layout],
-    updates: Sequence[Sequence[Update]],
-    files: InputFiles,
+    task: Task,
     teachers: Sequence[Teacher],
     progress: Callable[[int], None],
     *,
@@ -52,16 +47,17 @@ def fold_blocks(
 
     Raises CkptEmaError when the device has no room for the smaller of two block sizes.
     """
-    averaged = tuple(lane for lane in plan.lanes if lane.action == "average" and not lane.is_strided)
-    others = tuple(lane for lane in plan.lanes if lane.action != "average" or lane.is_strided)
+    plan = task.plan
+    averaged = tuple(lane for lane in plan.lanes if lane.is_plain_average)
+    others = tuple(lane for lane in plan.lanes if not lane.is_plain_average)
     timings = Timings()
     if others:
-        timings = cpu.fold_blocks(replace(plan, lanes=others), layouts, updates, files, teachers, progress)
+        timings = cpu.fold_blocks(replace(task, plan=replace(plan, lanes=others)), teachers, progress)
     if not averaged:
         return timings
     slot_bytes = min(SLOT_BYTES, memory_budget_bytes // (NUM_INPUT_SLOTS + NUM_OUTPUT_SLOTS))
     slot_bytes = 1 << max(0, slot_bytes.bit_length() - 1)  # torch pins powers of two, whatever is asked for
-    widest = max(max(lane.student_dtype.itemsize, lane.first_dtype.itemsize, lane.dtype.itemsize) for lane in averaged)
+    widest = max(buffer_bytes_per_element(lane)[0] for lane in averaged)
     for size in (slot_bytes, slot_bytes // 4):
         elements = size // widest // ELEMENT_MULTIPLE * ELEMENT_MULTIPLE
         if not elements:
@@ -70,7 +66,7 @@ def fold_blocks(
             )
         cut = replace(plan, lanes=averaged, block_elements=elements)
         try:
-            pipeline = _Pipeline(plan, cut, layouts, updates, files, teachers, progress, device, timings)
+            pipeline = _Pipeline(task, cut, teachers, progress, device, timings)
         except RuntimeError:  # no room on the device, or for pinned memory
             torch.cuda.empty_cache()
             continue
@@ -113,24 +109,21 @@ class _Stage:
 
 
 class _Pipeline:
-    """Everything that one pass over the blocks needs, allocated before the first read."""
+    """The buffers and streams of one pass over the blocks; only the check for NaN allocates while it runs."""
 
     def __init__(
         self,
-        plan_of_cpu: BlockPlan,
+        task: Task,
         plan: BlockPlan,
-        layouts: Sequence[Layout],
-        updates: Sequence[Sequence[Update]],
-        files: InputFiles,
         teachers: Sequence[Teacher],
         progress: Callable[[int], None],
         device: torch.device,
         timings: Timings,
     ) -> None:
-        self._plan_of_cpu = plan_of_cpu
-        self._plan, self._layouts, self._files, self._teachers = plan, layouts, files, teachers
-        self._updates, self._progress, self._device, self._timings = updates, progress, device, timings
-        self._extents = ExtentTable(files)
+        """`plan` is the task's, cut into the device's blocks."""
+        self._task, self._plan, self._teachers = task, plan, teachers
+        self._progress, self._device, self._timings = progress, device, timings
+        self._extents = ExtentTable(task.files)
         self._num_readers = min(MAX_READERS, max(2, plan.num_threads))
         self._lock = threading.Lock()
         lanes, elements = plan.lanes, plan.block_elements
@@ -178,7 +171,7 @@ class _Pipeline:
             self._enter(block, index, slot, self._stages[number % NUM_STAGES])
             self._inputs.append(slot)
             number += 1
-            if index == len(self._layouts) - 1:
+            if index == len(self._task.layouts) - 1:
                 self._finish(block, writer)
         for slot in self._outputs:
             if slot.writing is not None:
@@ -190,12 +183,12 @@ class _Pipeline:
 
     def _reads(self) -> Iterator[tuple[Block, int]]:
         for block in self._plan.blocks():
-            for index in range(len(self._layouts)):
+            for index in range(len(self._task.layouts)):
                 yield block, index
 
     def _read(self, block: Block, index: int, slot: _Slot) -> None:
         started = time.perf_counter()
-        layout = self._layouts[index]
+        layout = self._task.layouts[index]
         num_bytes = (block.end - block.begin) * stored_dtype(layout, block).itemsize
         trash = memoryview(bytearray(MAX_GAP_BYTES))
         self._extents.of(layout, block.lane).read(block.begin, block.end, slot.buffer.bytes[:num_bytes], trash, {})
@@ -207,7 +200,7 @@ class _Pipeline:
     def _enter(self, block: Block, index: int, slot: _Slot, stage: _Stage) -> None:
         """Queue one student's copy to the device and its update of every teacher."""
         lane, count = block.lane, block.end - block.begin
-        stored = torch_dtype(stored_dtype(self._layouts[index], block))
+        stored = torch_dtype(stored_dtype(self._task.layouts[index], block))
         num_bytes = count * stored.itemsize
         with self._queued("copying", self._copying, stage.used):
             stage.bytes(num_bytes).copy_(slot.buffer.tensor[:num_bytes], non_blocking=True)
@@ -222,7 +215,7 @@ class _Pipeline:
             else:
                 if student.dtype is not teachers[0].dtype:
                     student = self._elements(self._widened, lane, count).copy_(student)
-                for teacher, updates in zip(teachers, self._updates, strict=True):
+                for teacher, updates in zip(teachers, self._task.updates, strict=True):
                     keep, take = updates[index]
                     teacher.mul_(keep).add_(student, alpha=take)
             stage.used.record(self._computing)
@@ -259,7 +252,7 @@ class _Pipeline:
         slot.copied.synchronize()
         if not bool(slot.is_finite):
             # The CPU folds this block once more, and finds the tensor and the checkpoint it came from.
-            cpu.refold(self._plan_of_cpu, block, self._layouts, self._updates, self._files)
+            cpu.refold(self._task, block)
             raise CkptEmaError(
                 f"{self._device} made a NaN or an infinity where the CPU makes none", hint="pass `--device cpu`"
             )
