@@ -22,9 +22,6 @@ from ckpt_ema.engine.inputs import MAX_GAP_BYTES, ExtentTable, Scatters, stored_
 from ckpt_ema.layouts import Layout
 from ckpt_ema.timings import Timings
 
-SLOW_BYTES_PER_SECOND = 1.5e9
-"""A thread that reads less than this waits for a disk; the page cache gives several times as much."""
-
 
 def fold_blocks(task: Task, teachers: Sequence[Teacher], progress: Callable[[int], None]) -> Timings:
     """The CPU's Engine; see there for the contract."""
@@ -110,7 +107,6 @@ class _BlockFolder:
     def __init__(self, task: Task, teachers: Sequence[Teacher], extents: ExtentTable) -> None:
         plan = task.plan
         self._aliases = plan.aliases
-        self._num_threads = plan.num_threads
         self._layouts = task.layouts
         # By input: a student enters every teacher before the next one is read.
         self._updates = list(zip(*task.updates, strict=True))
@@ -125,31 +121,14 @@ class _BlockFolder:
         """Of the block at hand, for the raw buffer."""
 
         self._reading = self._writing = 0.0
-        self._reads_slowly = False
 
     def fold(self, block: Block) -> None:
         """Fold one block of every teacher, and write it."""
         self._scatters.clear()
         if block.lane.action == "average":
-            # From a warm page cache advice costs a tenth of the fold and brings nothing.
-            if self._reads_slowly:
-                self._announce_next(block)
-            before = self._reading
             self._average(block)
-            num_bytes = (block.end - block.begin) * block.lane.student_dtype.itemsize * len(self._layouts)
-            # Once slow, slow to the end: what was announced is read fast.
-            self._reads_slowly |= num_bytes < (self._reading - before) * SLOW_BYTES_PER_SECOND
         else:
             self._copy(block)
-
-    def _announce_next(self, block: Block) -> None:
-        """Let the disk work on this thread's next block while this one is folded."""
-        size = block.end - block.begin
-        begin = block.begin + self._num_threads * size
-        end = min(begin + size, block.lane.num_elements)
-        if begin < end and not block.lane.is_strided:
-            for layout in self._layouts:
-                self._extents.of(layout, block.lane).announce(begin, end)
 
     def add_timings(self, timings: Timings, seconds: float, num_threads: int) -> None:
         """Add this thread's part, of `seconds` in all."""

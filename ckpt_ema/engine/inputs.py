@@ -140,20 +140,6 @@ class LaneExtents:
             file = self._files[self._file_indices[extent + offset]]
             _preadv_all(file, buffers, self._begins[extent + offset] if offset else begin)
 
-    def announce(self, first: int, stop: int) -> None:
-        """Ask for the elements `[first, stop)` to be brought from the disk meanwhile; they are read later."""
-        extent = bisect.bisect_right(self._starts, first) - 1
-        last = bisect.bisect_left(self._starts, stop) - 1
-        begin = self._begins[extent] + (first - self._starts[extent]) * self._itemsize
-        end = self._begins[last] + (stop - self._starts[last]) * self._itemsize
-        # Stored in another order than the lane's, the elements may be the whole file: no advice then.
-        is_near = 0 < end - begin <= 2 * (stop - first) * self._itemsize
-        if is_near and self._file_indices[extent] == self._file_indices[last] and hasattr(os, "posix_fadvise"):
-            descriptor = self._files[self._file_indices[extent]].descriptor
-            # Advice: where a file system cannot take it, the read itself will do.
-            with contextlib.suppress(OSError):
-                os.posix_fadvise(descriptor, begin, end - begin, os.POSIX_FADV_WILLNEED)
-
     def _scatter(
         self, extents: range, first: int, stop: int, buffer: memoryview, trash: memoryview
     ) -> list[tuple[int, list[memoryview]]]:
