@@ -18,6 +18,9 @@ from ckpt_ema.dtypes import BY_NAME, BY_STORAGE, DType
 from ckpt_ema.formats.pickle_scan import MalformedPickleError
 
 MAX_MODULES = 100_000
+MAX_DIMENSIONS = 64
+
+_new_tuple = tuple.__new__  # of a NamedTuple, without the call of its own __new__: there is one per tensor
 
 
 class _SealedType(type):
@@ -151,19 +154,12 @@ def _wrapped(function: Callable[..., Any]) -> _Constructor:
     return Wrapped()
 
 
-def _sizes(value: Any) -> tuple[int, ...]:
-    # Exact types first: isinstance of a class with a metaclass of its own is slow, and this runs for every tensor.
-    if type(value) is not tuple:
-        if isinstance(value, Inert) and value.qualified_name == "torch.Size" and len(value.arguments) == 1:
-            value = value.arguments[0]
-        value = tuple(value) if isinstance(value, (list, tuple)) else None
-    if value is None or len(value) > 64:
+def _as_tuple(value: Any) -> tuple[Any, ...]:
+    if isinstance(value, Inert) and value.qualified_name == "torch.Size" and len(value.arguments) == 1:
+        value = value.arguments[0]
+    if not isinstance(value, (list, tuple)):
         raise MalformedPickleError("something else where a shape should be")
-    for size in value:
-        if type(size) is not int or not 0 <= size < 1 << 63:
-            raise MalformedPickleError("a shape that is not made of sizes")
-    sizes: tuple[int, ...] = value
-    return sizes
+    return tuple(value)
 
 
 def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_rest: Any) -> PickledTensor:
@@ -171,11 +167,17 @@ def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_rest:
         raise MalformedPickleError("a tensor without a storage")
     if type(offset) is not int or not 0 <= offset < 1 << 63:
         raise MalformedPickleError(f"a {type(offset).__name__} where a storage offset should be")
-    shape, strides = _sizes(shape), _sizes(strides)
+    if type(shape) is not tuple or type(strides) is not tuple:
+        shape, strides = _as_tuple(shape), _as_tuple(strides)
     if len(shape) != len(strides):
         raise MalformedPickleError(f"shape {shape} and strides {strides} disagree")
+    if len(shape) > MAX_DIMENSIONS:
+        raise MalformedPickleError(f"a tensor of {len(shape)} dimensions")
+    for size in shape + strides:
+        if type(size) is not int or not 0 <= size < 1 << 63:
+            raise MalformedPickleError("a shape that is not made of sizes")
     _, dtype, _, view_offset = storage
-    return tuple.__new__(PickledTensor, (storage, dtype, offset + view_offset, shape, strides))
+    return _new_tuple(PickledTensor, (storage, dtype, offset + view_offset, shape, strides))
 
 
 def _rebuild_tensor_v3(
@@ -250,6 +252,14 @@ _CONSTRUCTORS |= {
 }
 
 
+def _view_offset(view: Any) -> int:
+    if view is None:
+        return 0
+    if type(view) is tuple and len(view) == 3 and type(view[1]) is int and view[1] >= 0:
+        return view[1]
+    raise MalformedPickleError("a storage with a view that is none")
+
+
 class MetadataUnpickler(pickle.Unpickler):
     """Reads one pickle: plain values stay, tensors become PickledTensor, all else Inert."""
 
@@ -278,15 +288,8 @@ class MetadataUnpickler(pickle.Unpickler):
         kind, key, count = reference[1], reference[2], reference[4]
         if type(kind) is not _StorageType or type(key) is not str or type(count) is not int or count < 0:
             raise MalformedPickleError("a storage without a type, a key or a size")
-        view = reference[5] if len(reference) == 6 else None
-        if view is None:
-            view_offset = 0
-        elif type(view) is tuple and len(view) == 3 and type(view[1]) is int and view[1] >= 0:
-            view_offset = view[1]
-        else:
-            raise MalformedPickleError("a storage with a view that is none")
-        storage = tuple.__new__(PickledStorage, (key, kind.dtype, count, view_offset))
-        self.storages[key] = storage
+        view_offset = _view_offset(reference[5]) if len(reference) == 6 else 0
+        storage = self.storages[key] = _new_tuple(PickledStorage, (key, kind.dtype, count, view_offset))
         return storage
 
     def load(self) -> Any:

@@ -223,8 +223,9 @@ def _locate_legacy_storages(
     return located
 
 
+# Local header of a record: magic, the lengths of its name and of its extra field, both of which follow.
+_LOCAL_HEADER = struct.Struct("<4s22xHH")
 # Entry of the central directory: magic, flags, method, the two sizes, three lengths, offset of the local header.
-_LENGTHS = struct.Struct("<HH")
 _ENTRY = struct.Struct("<4s4xHH8xIIHHH8xI")
 
 
@@ -264,7 +265,8 @@ class _ZipArchive:
 
     def locate(self, descriptor: int, names: Iterable[str]) -> Iterator[tuple[int, int]]:
         """The byte range of each record's content."""
-        pread, records, limits, lengths = os.pread, self.records, self._limits, _LENGTHS.unpack_from
+        pread, records, limits = os.pread, self.records, self._limits
+        unpack, header_size = _LOCAL_HEADER.unpack, _LOCAL_HEADER.size
         for name in names:
             header_offset, stored_size, size, method = records[name]
             if method != 0 or stored_size != size:
@@ -274,15 +276,15 @@ class _ZipArchive:
                 )
             # Asked of the record itself: its directory does not say where the content begins.
             try:
-                header = pread(descriptor, 30, header_offset)
+                header = pread(descriptor, header_size, header_offset)
             except OSError as error:
                 raise self._refuse(f"cannot be read at byte {header_offset}: {error.strerror}") from error
-            if len(header) < 30:
+            if len(header) < header_size:
                 raise self._refuse(f"is truncated: record `{name}` begins behind its end")
-            if not header.startswith(ZIP_MAGIC):
+            magic, name_length, extra_length = unpack(header)
+            if magic != ZIP_MAGIC:
                 raise self._refuse(f"has no record where its directory says `{name}` is")
-            name_length, extra_length = lengths(header, 26)
-            begin = header_offset + 30 + name_length + extra_length
+            begin = header_offset + header_size + name_length + extra_length
             end = begin + size
             if end > limits[header_offset]:
                 raise self._refuse(f"has a record `{name}` that overlaps the next one")
