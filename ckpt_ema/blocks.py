@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import bisect
 import itertools
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +28,6 @@ BLOCK_ELEMENTS = 512 * 1024
 ELEMENT_MULTIPLE = 64
 MIN_BLOCK_ELEMENTS = 1024
 MAX_THREADS = 16
-HEADER_MULTIPLE = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,21 +216,6 @@ def plan_blocks(
     return BlockPlan(
         lanes, aliases, offsets, position, bytes_to_read, block_elements, threads, thread_buffers, num_teachers
     )
-
-
-def encode_header(plan: BlockPlan, tensors: Sequence[TeacherTensor], metadata: Mapping[str, str]) -> bytes:
-    """The teacher's safetensors header with its length before it, padded so that the data starts on a page."""
-    offsets = plan.offsets
-    entries = [f'"__metadata__":{json.dumps(dict(metadata), separators=(",", ":"), ensure_ascii=False)}']
-    for tensor in sorted(tensors, key=lambda tensor: offsets[tensor.name]):
-        # By hand: a table of 20000 tables takes json as long as a hundred megabytes of tensors take the fold.
-        shape = ",".join(map(str, tensor.shape))
-        begin, end = offsets[tensor.name]
-        name = json.encoder.encode_basestring(tensor.name)
-        entries.append(f'{name}:{{"dtype":"{tensor.dtype.code}","shape":[{shape}],"data_offsets":[{begin},{end}]}}')
-    text = f"{{{','.join(entries)}}}".encode()
-    text += b" " * (-(8 + len(text)) % HEADER_MULTIPLE)
-    return len(text).to_bytes(8, "little") + text
 
 
 def _find_aliases(tensors: Sequence[TeacherTensor], layouts: Sequence[Layout]) -> dict[int, int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import glob
+import operator
 import os
 import time
 import warnings
@@ -17,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ckpt_ema.blocks import encode_header, plan_blocks
+from ckpt_ema.blocks import plan_blocks
 from ckpt_ema.catalogue import TeacherTensor, Treatment, build_catalogue
 from ckpt_ema.engine.contract import Engine, NonFinite, NonFiniteBlockError, Task
 from ckpt_ema.engine.inputs import InputFiles
@@ -34,7 +35,7 @@ from ckpt_ema.runs import Checkpoint, Selection, find_checkpoints
 from ckpt_ema.students import choose_student, is_flat
 from ckpt_ema.teacher_folder import folder_to_fill, staged_companions
 from ckpt_ema.timings import Timings
-from ckpt_ema.writer import TeacherFile
+from ckpt_ema.writer import TeacherFile, encode_header
 
 Progress = Callable[[int, int], None]
 """Told (bytes read so far, bytes to read in all)."""
@@ -202,7 +203,12 @@ def _teacher_file(planned: FoldPlan, number: int) -> Iterator[TeacherFile]:
     """One teacher's file, within its folder where it has one; it appears when the block is left without an error."""
     target, overwrite = planned.teachers[number].output, planned.options.overwrite
     data_bytes, num_alike = planned.blocks.data_bytes, len(planned.teachers) - number
-    header = encode_header(planned.blocks, planned.tensors, teacher_metadata(planned, number))
+    offsets = planned.blocks.offsets
+    entries = sorted(
+        ((tensor.name, tensor.dtype, tensor.shape, *offsets[tensor.name]) for tensor in planned.tensors),
+        key=operator.itemgetter(3),
+    )
+    header = encode_header(entries, teacher_metadata(planned, number))
     if not planned.is_folder:
         with TeacherFile(target, header, data_bytes, overwrite=overwrite, num_alike=num_alike) as teacher:
             yield teacher

@@ -27,8 +27,8 @@ def check_momentum(momentum: float) -> None:
     """Raise MisuseError unless 0 < momentum < 1."""
     if not 0 < momentum < 1:
         raise MisuseError(
-            f"`--momentum` is {momentum}, and must lie between 0 and 1 (both excluded)",
-            hint="pass the share that each new student brings, for example `--momentum 0.001`",
+            f"the momentum is {momentum}, and must lie between 0 and 1 (both excluded)",
+            hint="pass the share that each new student brings, for example 0.001",
         )
 
 

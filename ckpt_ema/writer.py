@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
+from ckpt_ema.dtypes import DType
 from ckpt_ema.errors import CkptEmaError
+
+HEADER_MULTIPLE = 4096
+"""Bytes; the data then starts on a page."""
 
 TRIAL_BYTES = 8 << 20
 TRIAL_SECONDS = 0.001
@@ -76,6 +81,19 @@ class TeacherFile:
             self._descriptor = -1
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._temporary)
+
+
+def encode_header(entries: Iterable[tuple[str, DType, Sequence[int], int, int]], metadata: Mapping[str, str]) -> bytes:
+    """A safetensors header with its length before it, from (name, dtype, shape, begin, end) in the data's order."""
+    parts = [f'"__metadata__":{json.dumps(dict(metadata), separators=(",", ":"), ensure_ascii=False)}']
+    for name, dtype, shape, begin, end in entries:
+        # By hand: a table of 20000 tables takes json as long as a hundred megabytes of tensors take the fold.
+        sizes = ",".join(map(str, shape))
+        key = json.encoder.encode_basestring(name)
+        parts.append(f'{key}:{{"dtype":"{dtype.code}","shape":[{sizes}],"data_offsets":[{begin},{end}]}}')
+    text = f"{{{','.join(parts)}}}".encode()
+    text += b" " * (-(8 + len(text)) % HEADER_MULTIPLE)
+    return len(text).to_bytes(8, "little") + text
 
 
 def temporary_name(target: Path) -> Path:
