@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from ckpt_ema.errors import CkptEmaError, MisuseError
     from ckpt_ema.folding import fold, plan
     from ckpt_ema.inspection import Inspection, inspect
+    from ckpt_ema.online.mean_teacher import MeanTeacher
     from ckpt_ema.records import FoldedCheckpoint, FoldOptions, FoldPlan, FoldReport, PlannedTeacher
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "FoldReport",
     "FoldedCheckpoint",
     "Inspection",
+    "MeanTeacher",
     "MisuseError",
     "PlannedTeacher",
     "__version__",
@@ -35,6 +37,7 @@ _HOMES = {
     "FoldReport": "records",
     "FoldedCheckpoint": "records",
     "Inspection": "inspection",
+    "MeanTeacher": "online.mean_teacher",
     "MisuseError": "errors",
     "PlannedTeacher": "records",
     "fold": "folding",

@@ -70,7 +70,7 @@ def steps_of(report: ckpt_ema.FoldReport) -> list[int | None]:
 
 
 def train_with_mmengine(
-    model: Any, work_dir: Path, hooks: list[Any], *, iterations: int = 6, by_epoch: bool = False
+    model: Any, work_dir: Path, hooks: list[Any], *, iterations: int = 6, by_epoch: bool = False, **settings: Any
 ) -> Any:
     """Train `model` in a real Runner that saves after every iteration (or every second one, an epoch)."""
     from mmengine.runner import Runner
@@ -88,6 +88,7 @@ def train_with_mmengine(
         default_hooks={"checkpoint": {"type": "CheckpointHook", "interval": 1, "by_epoch": by_epoch}},
         custom_hooks=hooks,
         log_level="ERROR",
+        **settings,
     )
     runner.train()
     return runner

@@ -941,7 +941,8 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("catalogue", "profiles", "runs", "model_buffers", "writer"),
     ("blocks",),
     ("engine", "records", "inspection", "engine.buffers", "engine.arithmetic", "provenance", "teacher_folder"),
-    ("outputs",),
+    ("outputs", "online", "online.tracking", "online.rule", "online.teacher_file"),
+    ("online.mean_teacher",),
 )
 
 
@@ -1105,10 +1106,10 @@ def test_only_the_command_line_talks_to_people() -> None:
             assert name not in banned, f"{path}:{getattr(node, 'lineno', 0)} uses {name}"
 
 
-def test_torch_is_imported_only_by_the_engine_at_module_level() -> None:
-    """Outside ckpt_ema/engine no module imports torch when it is imported itself."""
+def test_torch_is_imported_only_by_the_engine_and_online_at_module_level() -> None:
+    """Outside ckpt_ema/engine and what runs inside training no module imports torch when it is imported itself."""
     for path in SOURCES:
-        if path.parent.name != "engine":
+        if path.parent.name not in ("engine", "online", "integrations"):
             assert not {name for name in imports_of(path, top_level=True) if name.partition(".")[0] == "torch"}, path
 
 

@@ -16,7 +16,7 @@ def update_(teacher: torch.Tensor, student: torch.Tensor, keep: float, take: flo
     """In place, `teacher.mul_(keep).add_(student, alpha=take)`, in one pass over memory where torch offers one.
 
     `teacher` has shape [1, n], `student` [n]; both are contiguous, of one dtype, and n is a multiple of
-    ELEMENT_MULTIPLE: past the last whole vector torch rounds 16-bit floats in another way.
+    ELEMENT_MULTIPLE for each of torch's threads: past the last whole vector torch rounds in another way.
     """
     # addr ignores its input when beta is 0, or rounds to 0 in the dtype; mul_ lets a NaN through.
     if abs(keep) > SMALLEST_KEEP and addr_has_the_hooks_bits(teacher.dtype):

@@ -1,0 +1,1 @@
+"""The online teacher in training frameworks; each module imports its framework, and nothing here imports them."""

@@ -1,0 +1,1 @@
+"""The online teacher: the fold's rule inside the training loop."""

@@ -1,0 +1,137 @@
+"""One update of one tensor: student and teacher in, the teacher changed in place."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from ckpt_ema.engine.arithmetic import addr_has_the_hooks_bits, update_
+
+BLOCK_ELEMENTS = 1 << 20
+"""Of what is converted, exchanged or tried at once: small enough for the cache, large enough for all cores."""
+
+GRAIN = 32768
+"""Elements that torch gives a thread at least, a multiple of every vector: borders between threads fall on these."""
+
+
+class Rule:
+    """`teacher = (1 - momentum) * teacher + momentum * student`, in the teacher's dtype.
+
+    With the bits of `mul_(1 - momentum).add_(student, alpha=momentum)`, or of `lerp_(student, momentum)`. No
+    temporary is larger than BLOCK_ELEMENTS, and it is kept: fresh memory costs as much as the update.
+    """
+
+    def __init__(self, momentum: float, *, lerp: bool) -> None:
+        self._momentum = momentum
+        self._lerp = lerp
+        self._scratch: dict[torch.dtype, torch.Tensor] = {}
+
+    def average_(self, teacher: torch.Tensor, student: torch.Tensor) -> None:
+        """Fold `student` in; both have one shape and are on one device."""
+        if teacher.dtype is student.dtype:
+            self._average_alike_(teacher, student)
+        elif student.is_cuda and not self._lerp:
+            # The kernels of a GPU convert while they read.
+            teacher.mul_(1 - self._momentum).add_(student, alpha=self._momentum)
+        elif student.is_cuda:
+            teacher.lerp_(student.to(teacher.dtype), self._momentum)
+        else:
+            for part, student_part in blocks_of(teacher, student):
+                self._average_alike_(part, self._converted(student_part, part))
+
+    def _average_alike_(self, teacher: torch.Tensor, student: torch.Tensor) -> None:
+        keep, take = 1 - self._momentum, self._momentum
+        if self._lerp:
+            teacher.lerp_(student, take)
+        elif teacher.is_cuda or not (teacher.is_contiguous() and student.is_contiguous()):
+            teacher.mul_(keep).add_(student, alpha=take)
+        else:
+            update_by_pieces_(teacher.view(-1), student.view(-1), keep, take)
+
+    def _converted(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        if student.numel() > BLOCK_ELEMENTS:  # of a layout that cannot be cut into blocks
+            return student.to(teacher.dtype)
+        scratch = self._scratch.get(teacher.dtype)
+        if scratch is None:
+            scratch = self._scratch[teacher.dtype] = torch.empty(BLOCK_ELEMENTS, dtype=teacher.dtype)
+        return scratch[: student.numel()].view(student.shape).copy_(student)
+
+
+def update_by_pieces_(teacher: torch.Tensor, student: torch.Tensor, keep: float, take: float) -> None:
+    """`teacher.mul_(keep).add_(student, alpha=take)` for contiguous tensors of one dimension, on all threads.
+
+    The kernel that does both in one pass rounds what is left of a thread's part behind its last whole vector in
+    another way. So it gets pieces that come out even on every thread; the rest, less than GRAIN, is done in two calls.
+    """
+    count = teacher.numel()
+    num_threads = torch.get_num_threads()
+    even = 0
+    if count >= GRAIN and _pieces_have_the_hooks_bits(teacher.dtype, num_threads):
+        for multiple in (GRAIN * num_threads, GRAIN):
+            begin, even = even, count - count % multiple
+            if begin < even:
+                update_(teacher[begin:even].view(1, -1), student[begin:even], keep, take)
+    if even < count:
+        teacher[even:].mul_(keep).add_(student[even:], alpha=take)
+
+
+@functools.cache
+def _pieces_have_the_hooks_bits(dtype: torch.dtype, num_threads: int) -> bool:
+    """Whether the pieces come out even on this many threads; torch does not promise how it divides its work."""
+    if not addr_has_the_hooks_bits(dtype):
+        return False
+    count = GRAIN * (3 * num_threads - 1)
+    generator = torch.Generator().manual_seed(0)
+    teacher, student = torch.randn(2, count, generator=generator, dtype=dtype)
+    expected = teacher.clone().mul_(0.999).add_(student, alpha=0.001)
+    for begin, end in ((0, GRAIN * 2 * num_threads), (GRAIN * 2 * num_threads, count)):
+        if begin < end:
+            update_(teacher[begin:end].view(1, -1), student[begin:end], 0.999, 0.001)
+    return torch.equal(teacher, expected)
+
+
+def exchange_(one: torch.Tensor, other: torch.Tensor) -> None:
+    """Exchange the contents of two tensors of one shape and dtype."""
+    for part, other_part in blocks_of(one, other):
+        kept = part.clone()
+        part.copy_(other_part)
+        other_part.copy_(kept)
+
+
+def blocks_of(one: torch.Tensor, other: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Views of two tensors of one shape, block by block; of the whole where they lie differently in memory."""
+    if not (one.is_contiguous() and other.is_contiguous()) or one.numel() <= BLOCK_ELEMENTS:
+        yield one, other
+        return
+    one, other = one.view(-1), other.view(-1)
+    for begin in range(0, one.numel(), BLOCK_ELEMENTS):
+        yield one[begin : begin + BLOCK_ELEMENTS], other[begin : begin + BLOCK_ELEMENTS]
+
+
+def is_finite(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether no tensor holds a NaN or an infinity; waits for a GPU once."""
+    tensors = [_comparable(tensor) for tensor in tensors if tensor.numel()]
+    # Both tell in one pass without a temporary, and may be infinite for finite numbers; then the slow way decides.
+    signs = [_sign_of_finiteness(tensor) for tensor in tensors]
+    if any(tensor.is_cuda for tensor in tensors):
+        signs = [torch.stack([sign.abs().float() for sign in signs]).sum()]
+    return all(math.isfinite(abs(sign.item())) for sign in signs) or all(
+        bool(tensor.isfinite().all()) for tensor in tensors
+    )
+
+
+def _sign_of_finiteness(tensor: torch.Tensor) -> torch.Tensor:
+    # A sum is finite only when every term is. In float16 it would overflow at once, in bfloat16 not; a sum in another
+    # dtype than the tensor's takes torch 20 times as long.
+    if tensor.dtype is torch.float16:
+        least, greatest = torch.aminmax(tensor)
+        return least.float() - greatest.float()
+    return tensor.sum()
+
+
+def _comparable(tensor: torch.Tensor) -> torch.Tensor:
+    """8-bit floats know no arithmetic; float32 holds all of them."""
+    return tensor.float() if tensor.itemsize == 1 else tensor

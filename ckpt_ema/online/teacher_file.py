@@ -1,0 +1,115 @@
+"""The online teacher on disk: its tensors in, a safetensors file that appears whole out."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ckpt_ema._version import __version__
+from ckpt_ema.dtypes import BY_NAME, DType
+from ckpt_ema.engine.buffers import Buffer, torch_dtype
+from ckpt_ema.errors import CkptEmaError, MisuseError
+from ckpt_ema.formats.contents import PROVENANCE_KEY
+from ckpt_ema.records import RULE
+from ckpt_ema.writer import TeacherFile, encode_header
+
+WRITTEN_DTYPES = ("student", "teacher", "float32", "bfloat16", "float16")
+BUFFER_BYTES = 8 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OnlineRecord:
+    """How an online teacher came about."""
+
+    momentum: float
+    interval: int
+    skip_buffers: bool
+    arithmetic: str
+    num_steps: int
+    num_updates: int
+    step: int | None
+    """The training step that the caller named, if any."""
+
+    reasons: Mapping[str, str]
+    """Why each copied tensor is not averaged, by name."""
+
+    def metadata(self) -> dict[str, str]:
+        """`__metadata__` of the teacher's file: texts only."""
+        copied: dict[str, list[str]] = {}
+        for name, reason in self.reasons.items():
+            copied.setdefault(reason, []).append(name)
+        record = {
+            "tool": "ckpt-ema",
+            "version": __version__,
+            "rule": RULE,
+            "momentum": self.momentum,
+            "per": "update",
+            "interval": self.interval,
+            "skip_buffers": self.skip_buffers,
+            "arithmetic": self.arithmetic,
+            "step": self.step,
+            "steps": self.num_steps,
+            "updates": self.num_updates,
+            "copied": {"tensors": len(self.reasons), "names": copied},
+        }
+        return {"format": "pt", PROVENANCE_KEY: json.dumps(record, ensure_ascii=False)}
+
+
+def write_teacher(
+    path: Path,
+    averaged: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
+    copied: Mapping[str, torch.Tensor],
+    record: OnlineRecord,
+    *,
+    dtype: str,
+    overwrite: bool,
+) -> None:
+    """Write `averaged`, (teacher, student) by name, and `copied` to `path`.
+
+    `dtype` is that of the averaged tensors: the student's, the teacher's, or a floating-point name. Raises
+    CkptEmaError for what the file system refuses and for a tensor that safetensors cannot hold.
+    """
+    if dtype not in WRITTEN_DTYPES:
+        raise MisuseError(f"dtype is {dtype!r}", hint=f"pass one of {', '.join(map(repr, WRITTEN_DTYPES))}")
+    tensors = {name: (tensor, _dtype_of(name, tensor)) for name, tensor in copied.items()}
+    for name, (teacher, student) in averaged.items():
+        written = _dtype_of(name, student if dtype == "student" else teacher)
+        if dtype in BY_NAME and written.is_floating_point:
+            written = BY_NAME[dtype]
+        tensors[name] = (teacher, written)
+    # Widest first: every tensor then begins at a multiple of its element's size.
+    order = sorted(tensors, key=lambda name: (-tensors[name][1].itemsize, name))
+    sizes = [tensors[name][0].numel() * tensors[name][1].itemsize for name in order]
+    begins = list(itertools.accumulate(sizes, initial=0))
+    header = encode_header(
+        [
+            (name, tensors[name][1], tensors[name][0].shape, begin, begin + size)
+            for name, begin, size in zip(order, begins, sizes, strict=False)
+        ],
+        record.metadata(),
+    )
+    with TeacherFile(path, header, begins[-1], overwrite=overwrite) as file:
+        for name, begin in zip(order, begins, strict=False):
+            _write(file, *tensors[name], begin)
+
+
+def _write(file: TeacherFile, tensor: torch.Tensor, dtype: DType, begin: int) -> None:
+    buffer = Buffer(BUFFER_BYTES)
+    count = BUFFER_BYTES // dtype.itemsize
+    flat = tensor.detach().reshape(-1)
+    for first in range(0, flat.numel(), count):
+        part = flat[first : first + count]
+        buffer.elements(dtype, part.numel()).copy_(part)
+        file.write(buffer.bytes[: part.numel() * dtype.itemsize], begin + first * dtype.itemsize)
+
+
+def _dtype_of(name: str, tensor: torch.Tensor) -> DType:
+    dtype = BY_NAME.get(str(tensor.dtype).removeprefix("torch."))
+    if dtype is None or dtype.code is None or torch_dtype(dtype) is not tensor.dtype:
+        raise CkptEmaError(f"`{name}` is {tensor.dtype}, which a safetensors file cannot hold")
+    return dtype

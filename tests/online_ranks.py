@@ -1,0 +1,79 @@
+"""What each rank of the distributed tests of the online teacher does; started by torchrun, fails by its exit code."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from ckpt_ema import CkptEmaError, MeanTeacher
+
+
+def make_model() -> nn.Sequential:
+    """The same on every rank; 7 rows over 2 ranks make shards of different sizes, 1 row an empty one."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 1))
+
+
+def step(models: list[nn.Module], seed: int) -> None:
+    """One step of plain SGD on the same batch."""
+    batch = torch.randn(8, 5, generator=torch.Generator().manual_seed(seed))
+    for model in models:
+        model.zero_grad()
+        (model(batch) - 1).square().mean().backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.sub_(0.1 * parameter.grad)
+
+
+def main(folder: Path) -> None:
+    """Sharded, replicated and bare students have one teacher."""
+    dist.init_process_group("gloo")
+    sharded, bare = make_model(), make_model()
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for layer in (sharded[0], sharded[2], sharded):
+        fully_shard(layer, mesh=mesh)
+    replicated = DistributedDataParallel(make_model())
+    teachers = [MeanTeacher(model, momentum=0.1) for model in (sharded, replicated, bare)]
+    for seed in range(4):
+        step([sharded, replicated, bare], seed)
+        for teacher in teachers:
+            teacher.update()
+    expected = teachers[2].tensors()
+    for name, tensor in teachers[1].tensors().items():
+        assert torch.equal(tensor, expected[name]), name
+    for name, tensor in teachers[0].tensors().items():
+        assert torch.equal(tensor.full_tensor(), expected[name]), name
+        assert tensor.to_local().shape == sharded.get_parameter(name).to_local().shape, name
+
+    dcp.save({"teacher": teachers[0].state_dict()}, checkpoint_id=folder / "state")
+    resumed = MeanTeacher(sharded, momentum=0.1)
+    state = {"teacher": resumed.state_dict()}
+    dcp.load(state, checkpoint_id=folder / "state")
+    resumed.load_state_dict(state["teacher"])
+    assert (resumed.num_steps, resumed.num_updates) == (4, 4)
+    for name, tensor in resumed.tensors().items():
+        assert torch.equal(tensor.full_tensor(), expected[name]), name
+
+    before = {name: parameter.full_tensor() for name, parameter in sharded.named_parameters()}
+    with resumed.swapped_into(sharded):
+        for name, parameter in sharded.named_parameters():
+            assert torch.equal(parameter.full_tensor(), expected[name]), name
+    for name, parameter in sharded.named_parameters():
+        assert torch.equal(parameter.full_tensor(), before[name]), name
+
+    with pytest.raises(CkptEmaError, match="sharded over ranks"):
+        resumed.save(folder / "teacher.safetensors")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

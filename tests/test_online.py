@@ -1,0 +1,613 @@
+"""The online teacher: the hook's bits, the fold's bits, and what training does to a student while it is followed."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import ckpt_ema
+from ckpt_ema import CkptEmaError, MeanTeacher, MisuseError
+from tests.conftest import Outcome, assert_same_bits, quiet_fold
+
+MOMENTUM = 0.1
+
+
+class Student(nn.Module):
+    """Everything that a model may hold: norm layers, tied and frozen weights, scalars, empty and transposed tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Linear(7, 7)
+        self.decoder = nn.Linear(7, 7, bias=False)
+        self.decoder.weight = self.encoder.weight
+        self.norm = nn.BatchNorm1d(7)
+        self.frozen = nn.Parameter(torch.randn(13), requires_grad=False)
+        self.scale = nn.Parameter(torch.tensor(1.5))
+        self.nothing = nn.Parameter(torch.empty(0, 3))
+        self.transposed = nn.Parameter(torch.randn(5, 3).t())
+        self.register_buffer("volatile", torch.zeros(2), persistent=False)
+
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        """Everything that learns takes part."""
+        hidden = self.norm(self.decoder(self.encoder(batch).relu())) * self.scale
+        return hidden.sum(dim=1) + self.transposed.sum()
+
+
+@pytest.fixture
+def student() -> Student:
+    """A student of its own for each test, the same each time."""
+    torch.manual_seed(0)
+    return Student()
+
+
+def train(student: nn.Module, steps: int, *, seed: int = 0, optimizer: Any = None) -> Iterator[int]:
+    """Train; hand out each step's number behind its `optimizer.step()`."""
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = optimizer or torch.optim.SGD([p for p in student.parameters() if p.requires_grad], lr=0.01)
+    for step in range(1, steps + 1):
+        batch = torch.randn(8, 7, generator=generator).to(next(student.parameters()).dtype)
+        loss = (student(batch) - 1).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        yield step
+
+
+def clones(module: nn.Module) -> dict[str, torch.Tensor]:
+    """The state dict as it is now."""
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+def hooks_teacher(students: list[dict[str, torch.Tensor]], names: set[str]) -> dict[str, torch.Tensor]:
+    """`names` of the students by MeanTeacherHook's own lines, the first copied."""
+    teacher = {name: students[0][name].clone() for name in names}
+    for student in students[1:]:
+        for name, tensor in teacher.items():
+            tensor.mul_(1 - MOMENTUM).add_(student[name], alpha=MOMENTUM)
+    return teacher
+
+
+def parameter_names(module: nn.Module) -> set[str]:
+    """All of them, tied ones under each of their names."""
+    return {name for name, _ in module.named_parameters(remove_duplicate=False)}
+
+
+@pytest.mark.parametrize("skip_buffers", [True, False])
+def test_the_teacher_is_the_hooks_bit_for_bit(student: Student, skip_buffers: bool) -> None:
+    """Parameters alone, or every floating-point entry of the state dict; a tied weight moves once."""
+    teacher = MeanTeacher(student, momentum=MOMENTUM, skip_buffers=skip_buffers)
+    students = []
+    for _ in train(student, 6):
+        teacher.update()
+        students.append(clones(student))
+    names = parameter_names(student) | (set() if skip_buffers else {"norm.running_mean", "norm.running_var"})
+    assert_same_bits(teacher.tensors(), hooks_teacher(students, names))
+    assert teacher.num_updates == 6
+    copied = {"norm.num_batches_tracked": "int64"}
+    if skip_buffers:
+        copied |= dict.fromkeys(["norm.running_mean", "norm.running_var"], "buffer")
+        copied["norm.num_batches_tracked"] = "int64"
+    assert teacher.skipped == copied
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+@pytest.mark.parametrize("skip_buffers", [True, False])
+@pytest.mark.parametrize("interval", [1, 3])
+def test_the_teacher_is_the_fold_of_checkpoints_saved_at_every_update(
+    student: Student, tmp_path: Path, interval: int, skip_buffers: bool, suffix: str
+) -> None:
+    """One rule and one buffer policy: the two files hold the same tensors, bit for bit."""
+    run = tmp_path / "run"
+    run.mkdir()
+    teacher = MeanTeacher(student, momentum=MOMENTUM, interval=interval, skip_buffers=skip_buffers)
+    for step in train(student, 9):
+        if teacher.update():
+            state = {name: tensor.clone().contiguous() for name, tensor in student.state_dict().items()}
+            path = run / f"step_{step}{suffix}"
+            save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
+    assert teacher.num_updates == len(list(run.iterdir())) == 9 // interval
+    online = load_file(teacher.save(tmp_path / "online.safetensors"))
+    report = quiet_fold(run, tmp_path / "folded.safetensors", momentum=MOMENTUM, skip_buffers=skip_buffers)
+    assert_same_bits(online, load_file(report.output))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_narrow_student_has_a_float32_teacher_as_the_fold_does(
+    student: Student, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    """In 16 bits most updates would be lost; the shadow is float32, also what the fold writes with that dtype."""
+    student = student.to(dtype)
+    (tmp_path / "run").mkdir()
+    teacher = MeanTeacher(student, momentum=MOMENTUM)
+    for step in train(student, 5):
+        teacher.update()
+        save_file(clones(student) | {"decoder.weight": student.decoder.weight.detach().clone(),
+                                     "transposed": student.transposed.detach().contiguous()},
+                  tmp_path / f"run/step_{step}.safetensors")  # fmt: skip
+    for written, name in (("float32", "wide"), ("student", "narrow")):
+        online = load_file(teacher.save(tmp_path / f"{name}-online.safetensors", dtype=written))
+        report = quiet_fold(tmp_path / "run", tmp_path / f"{name}.safetensors", momentum=MOMENTUM, dtype=written)
+        folded = load_file(report.output)
+        names = parameter_names(student)
+        assert_same_bits({k: online[k] for k in names}, {k: folded[k] for k in names})
+
+
+def test_a_literal_16_bit_teacher_is_the_hooks_and_stalls(student: Student) -> None:
+    """`dtype="student"` is what the hook does to a bfloat16 student; stalled_fraction tells what becomes of it."""
+    student = student.to(torch.bfloat16)
+    literal = MeanTeacher(student, momentum=0.001, dtype="student")
+    wide = MeanTeacher(student, momentum=0.001)
+    expected = {name: tensor.clone() for name, tensor in literal.tensors().items()}
+    for step in train(student, 3):
+        literal.update()
+        wide.update()
+        for name, tensor in expected.items():
+            if step == 1:
+                tensor.copy_(student.state_dict()[name])
+            else:
+                tensor.mul_(1 - 0.001).add_(student.state_dict()[name], alpha=0.001)
+    assert_same_bits(literal.tensors(), expected)
+    assert literal.stalled_fraction() > 0.9
+    assert wide.stalled_fraction() < 0.1
+
+
+def test_large_tensors_go_block_by_block_with_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a student is converted on the way, the borders of the blocks do not show."""
+    monkeypatch.setattr("ckpt_ema.online.rule.BLOCK_ELEMENTS", 64)
+    student = nn.Linear(31, 33).to(torch.bfloat16)
+    teacher = MeanTeacher(student, momentum=MOMENTUM)
+    teacher.update()
+    expected = student.weight.detach().float()
+    with torch.no_grad():
+        student.weight.normal_()
+    teacher.update()
+    expected.mul_(1 - MOMENTUM).add_(student.weight.detach().float(), alpha=MOMENTUM)
+    assert_same_bits({"w": teacher.tensors()["weight"]}, {"w": expected})
+
+
+def test_lerp_has_the_bits_of_torchs_own(student: Student) -> None:
+    """The arithmetic that is one rounding closer to the exact average."""
+    teacher = MeanTeacher(student, momentum=MOMENTUM, arithmetic="lerp")
+    expected: dict[str, torch.Tensor] = {}
+    for step in train(student, 4):
+        teacher.update()
+        for name in parameter_names(student):
+            tensor = student.state_dict()[name]
+            expected[name] = tensor.clone() if step == 1 else expected[name].lerp_(tensor, MOMENTUM)
+    assert_same_bits(teacher.tensors(), expected)
+
+
+# --- a pair of modules ------------------------------------------------------------------------------------------------
+
+
+def test_a_teacher_module_is_updated_in_place_by_name(student: Student) -> None:
+    """As in mean-teacher training: its parameters move, tied ones once, and its buffers are never touched."""
+    module = Student()
+    buffers = {name: tensor.clone() for name, tensor in module.named_buffers()}
+    teacher = MeanTeacher(student, module, momentum=MOMENTUM)
+    students = []
+    for _ in train(student, 4):
+        teacher.update()
+        students.append(clones(student))
+    names = parameter_names(student)
+    assert_same_bits({name: module.state_dict()[name] for name in names}, hooks_teacher(students, names))
+    assert_same_bits(dict(module.named_buffers()), buffers)
+    assert "tensors" not in teacher.state_dict()
+
+
+def test_a_loaded_teacher_can_be_kept(student: Student) -> None:
+    """`keep_teacher` averages from the first update on, as the fold does with `--init`."""
+    module = Student()
+    expected = module.frozen.detach().clone()
+    MeanTeacher(student, module, momentum=MOMENTUM, keep_teacher=True).update()
+    expected.mul_(1 - MOMENTUM).add_(student.frozen.detach(), alpha=MOMENTUM)
+    assert_same_bits({"frozen": module.frozen.detach()}, {"frozen": expected})
+
+
+class Reordered(Student):
+    """The same tensors, but defined in another order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._modules = dict(reversed(self._modules.items()))
+        self._parameters = dict(reversed(self._parameters.items()))
+
+
+def test_pairs_are_made_by_name_and_not_by_position(student: Student) -> None:
+    """The hook zips two lists of parameters, and mixes up models that define them in another order."""
+    module = Reordered()
+    MeanTeacher(student, module).update()
+    for name in parameter_names(student):
+        assert torch.equal(module.state_dict()[name], student.state_dict()[name]), name
+
+
+def test_modules_that_do_not_fit_are_refused_with_every_difference(student: Student) -> None:
+    """Missing on either side, another shape, and ties that only the teacher has."""
+    other = Student()
+    del other.scale
+    other.extra = nn.Parameter(torch.zeros(2))
+    other.frozen = nn.Parameter(torch.zeros(12))
+    with pytest.raises(CkptEmaError) as caught:
+        MeanTeacher(student, other)
+    text = str(caught.value)
+    for part in (
+        "differ in 3 tensors",
+        "scale: missing in the teacher",
+        "extra: missing in the student",
+        "frozen: shape [13] in the student, [12] in the teacher",
+    ):
+        assert part in text
+    untied = Student()
+    untied.decoder.weight = nn.Parameter(torch.zeros(7, 7))
+    with pytest.raises(CkptEmaError, match=r"encoder\.weight and decoder\.weight: tied in the teacher"):
+        MeanTeacher(untied, student)
+
+
+def test_a_16_bit_teacher_module_is_warned_of(student: Student) -> None:
+    """Its own dtype is the module's; small updates are lost there."""
+    with pytest.warns(UserWarning, match="bfloat16, in which small updates are lost"):
+        MeanTeacher(student, Student().to(torch.bfloat16))
+
+
+# --- wrappers ---------------------------------------------------------------------------------------------------------
+
+
+def wrap_compiled(student: nn.Module) -> nn.Module:
+    """`torch.compile(model)`, which puts `_orig_mod.` before every name."""
+    return torch.compile(student, backend="eager")
+
+
+def compile_in_place(student: nn.Module) -> nn.Module:
+    """`model.compile()`, which keeps the names."""
+    student.compile(backend="eager")
+    return student
+
+
+def compile_a_part(student: nn.Module) -> nn.Module:
+    """One submodule compiled: the prefix is in the middle of its names."""
+    student.norm = torch.compile(student.norm, backend="eager")
+    return student
+
+
+def wrap_data_parallel(student: nn.Module) -> nn.Module:
+    """What puts `module.` before every name."""
+    return nn.DataParallel(student)
+
+
+@pytest.mark.parametrize("wrap", [wrap_compiled, compile_in_place, compile_a_part, wrap_data_parallel])
+def test_wrappers_do_not_show_in_the_names(student: Student, wrap: Callable[[nn.Module], nn.Module]) -> None:
+    """The shadow of a wrapped student is that of the bare one, trains on and can be swapped in."""
+    bare = copy.deepcopy(student)
+    reference, teacher = MeanTeacher(bare, momentum=MOMENTUM), None
+    wrapped = wrap(student)
+    teacher = MeanTeacher(wrapped, momentum=MOMENTUM)
+    for _ in zip(train(wrapped, 3), train(bare, 3), strict=True):
+        teacher.update()
+        reference.update()
+    assert_same_bits(teacher.tensors(), reference.tensors())
+    with teacher.swapped_into(wrapped):
+        assert torch.equal(student.encoder.weight, reference.tensors()["encoder.weight"])
+
+
+# --- what training does to a student ----------------------------------------------------------------------------------
+
+
+def test_a_replaced_parameter_is_followed_and_a_frozen_one_too(student: Student) -> None:
+    """What counts is what the module holds now, and freezing does not end the averaging."""
+    teacher = MeanTeacher(student, momentum=0.5)
+    teacher.update()
+    student.scale = nn.Parameter(torch.tensor(3.5))
+    student.encoder.weight.requires_grad_(False).fill_(2.0)
+    before = teacher.tensors()["encoder.weight"].clone()
+    teacher.update()
+    assert teacher.tensors()["scale"] == 0.5 * 1.5 + 0.5 * 3.5
+    assert torch.equal(teacher.tensors()["encoder.weight"], before * 0.5 + 1.0)
+
+
+def test_a_student_that_gained_lost_or_reshaped_parameters_is_refused(student: Student) -> None:
+    """A teacher that silently stops following a part is the worst of outcomes."""
+    teacher = MeanTeacher(student)
+    student.head = nn.Linear(2, 2)
+    with pytest.raises(CkptEmaError, match="'head'"):
+        teacher.update()
+    del student.head
+    teacher.update()
+    kept = student.frozen
+    del student.frozen
+    with pytest.raises(CkptEmaError, match="make a new MeanTeacher"):
+        teacher.update()
+    student.frozen = kept
+    student.scale = nn.Parameter(torch.zeros(2))
+    with pytest.raises(CkptEmaError, match=r"`scale` has shape \[2\], the teacher's \[\]"):
+        teacher.update()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_student_that_is_not_finite_does_not_reach_the_teacher(
+    student: Student, tmp_path: Path, value: float
+) -> None:
+    """Raised naming the tensor, or skipped and counted; a teacher that was not told to look cannot be saved."""
+    careful, lenient = MeanTeacher(student, on_nonfinite="raise"), MeanTeacher(student, on_nonfinite="skip")
+    blind = MeanTeacher(student)
+    for teacher in (careful, lenient, blind):
+        teacher.update()
+    before = {name: tensor.clone() for name, tensor in careful.tensors().items()}
+    with torch.no_grad():
+        student.encoder.bias[3] = value
+    with pytest.raises(CkptEmaError, match=r"`encoder.bias` holds a NaN or an infinity in the student at step 2"):
+        careful.update()
+    assert not lenient.update()
+    assert (lenient.num_updates, lenient.num_skipped) == (1, 1)
+    assert_same_bits(careful.tensors(), before)
+    assert_same_bits(lenient.tensors(), before)
+    (tmp_path / "teacher.safetensors").write_bytes(b"the last good one")
+    blind.update()
+    with pytest.raises(CkptEmaError, match=r"`encoder.bias` holds a NaN or an infinity in the teacher"):
+        blind.save(tmp_path / "teacher.safetensors")
+    assert (tmp_path / "teacher.safetensors").read_bytes() == b"the last good one"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value"), [(torch.float32, 3e38), (torch.bfloat16, 3e38), (torch.float16, 6e4), (torch.float64, 1e308)]
+)
+def test_numbers_whose_sum_overflows_are_finite(dtype: torch.dtype, value: float) -> None:
+    """The quick look at a tensor is its sum; finite terms may overflow it."""
+    student = nn.Linear(4, 4).to(dtype)
+    with torch.no_grad():
+        student.weight.fill_(value)
+    teacher = MeanTeacher(student, on_nonfinite="raise")
+    assert teacher.update()
+    with torch.no_grad():
+        student.weight[2, 1] = float("nan")
+    with pytest.raises(CkptEmaError, match="`weight` holds a NaN"):
+        teacher.update()
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 3, 5])
+@pytest.mark.parametrize("count", [32767, 32768, 65536 + 32768 + 77, 10 * 32768 + 13])
+def test_any_number_of_threads_has_the_hooks_bits(count: int, num_threads: int) -> None:
+    """Large tensors are updated in one pass, in pieces that come out even on every thread."""
+    student = nn.Module()
+    student.weight = nn.Parameter(torch.randn(count))
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        teacher = MeanTeacher(student, momentum=MOMENTUM)
+        teacher.update()
+        expected = student.weight.detach().clone()
+        with torch.no_grad():
+            student.weight.normal_()
+        teacher.update()
+    finally:
+        torch.set_num_threads(before)
+    expected.mul_(1 - MOMENTUM).add_(student.weight.detach(), alpha=MOMENTUM)
+    assert_same_bits(teacher.tensors(), {"weight": expected})
+
+
+def test_attached_to_an_optimizer_it_updates_by_itself(student: Student) -> None:
+    """After every step, until it is removed."""
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.01)
+    teacher, reference = MeanTeacher(student, momentum=MOMENTUM), MeanTeacher(student, momentum=MOMENTUM)
+    handle = teacher.attach(optimizer)
+    for _ in train(student, 3, optimizer=optimizer):
+        reference.update()
+    assert_same_bits(teacher.tensors(), reference.tensors())
+    handle.remove()
+    list(train(student, 1, optimizer=optimizer))
+    assert teacher.num_steps == 3
+
+
+# --- swapping ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_swapped_in_it_evaluates_as_the_teacher_and_then_all_is_as_before(student: Student, dtype: torch.dtype) -> None:
+    """Student and teacher come back bit for bit, also when the block raises."""
+    student = student.to(dtype)
+    teacher = MeanTeacher(student, momentum=MOMENTUM)
+    for _ in train(student, 3):
+        teacher.update()
+    mine, theirs = clones(student), {name: tensor.clone() for name, tensor in teacher.tensors().items()}
+    with teacher.swapped_into() as module:
+        assert module is student
+        for name, tensor in theirs.items():
+            assert torch.equal(student.state_dict()[name], tensor.to(dtype)), name
+    with pytest.raises(ZeroDivisionError), teacher.swapped_into(student):
+        raise ZeroDivisionError
+    assert_same_bits(clones(student), mine)
+    assert_same_bits(teacher.tensors(), theirs)
+    other = Student().to(dtype)
+    with teacher.swapped_into(other):
+        assert torch.equal(other.frozen, theirs["frozen"].to(dtype))
+
+
+def test_while_swapped_it_can_be_neither_changed_nor_saved(student: Student, tmp_path: Path) -> None:
+    """What would be saved is the student, under the teacher's name."""
+    teacher = MeanTeacher(student)
+    state = teacher.state_dict()
+    with teacher.swapped_into(student):
+        for call in (
+            teacher.update,
+            teacher.copy_student,
+            teacher.state_dict,
+            teacher.tensors,
+            teacher.stalled_fraction,
+            lambda: teacher.load_state_dict(state),
+            lambda: teacher.save(tmp_path / "teacher.safetensors"),
+            lambda: teacher.save_snapshot(tmp_path, 1),
+            lambda: teacher.swapped_into(student).__enter__(),
+        ):
+            with pytest.raises(CkptEmaError, match="swapped into a module"):
+                call()
+    assert not list(tmp_path.iterdir())
+    teacher.update()
+
+
+def test_a_module_without_the_teachers_tensors_cannot_be_swapped_into(student: Student) -> None:
+    """And is left as it was."""
+    with pytest.raises(CkptEmaError, match="tensors of the teacher are not in the module"):
+        MeanTeacher(student).swapped_into(nn.Linear(7, 7)).__enter__()
+
+
+# --- state and files --------------------------------------------------------------------------------------------------
+
+
+def test_training_goes_on_from_a_saved_state_as_if_never_stopped(student: Student, tmp_path: Path) -> None:
+    """Through a real file, loaded with weights_only; interval and first copy included."""
+    options: dict[str, Any] = {"momentum": MOMENTUM, "interval": 2}
+    teacher = MeanTeacher(student, **options)
+    for step in train(student, 9):
+        teacher.update()
+        if step == 5:
+            torch.save({"student": student.state_dict(), "teacher": teacher.state_dict()}, tmp_path / "state.pt")
+        if step > 5:
+            loaded = torch.load(tmp_path / "state.pt", weights_only=True)
+            resumed = MeanTeacher(student, **options)
+            resumed.load_state_dict(loaded["teacher"])
+            resumed.update()
+            torch.save({"teacher": resumed.state_dict()}, tmp_path / "state.pt")
+    assert_same_bits(resumed.tensors(), teacher.tensors())
+    assert (resumed.num_steps, resumed.num_updates) == (9, 4)
+
+
+def test_a_state_that_does_not_fit_changes_nothing(student: Student) -> None:
+    """Names and shapes are compared before a number is copied."""
+    teacher = MeanTeacher(student)
+    state = teacher.state_dict()
+    state["tensors"] = {**state["tensors"], "scale": torch.zeros(3), "other": torch.zeros(1)}
+    del state["tensors"]["frozen"]
+    with pytest.raises(CkptEmaError) as caught:
+        teacher.load_state_dict({**state, "num_steps": 7})
+    for part in ("frozen: missing in the state", "other: missing in the student", "scale: shape [3] in the state"):
+        assert part in str(caught.value)
+    assert teacher.num_steps == 0
+    with pytest.raises(CkptEmaError, match="no state of a MeanTeacher"):
+        teacher.load_state_dict(student.state_dict())
+
+
+def test_a_state_of_another_momentum_is_taken_with_a_warning(student: Student) -> None:
+    """The constructor's configuration holds; a silent change would be found out weeks later."""
+    state = MeanTeacher(student, momentum=0.2).state_dict()
+    with pytest.warns(UserWarning, match=r"made with momentum=0.2, and goes on with 0.1"):
+        MeanTeacher(student, momentum=0.1).load_state_dict(state)
+
+
+def test_a_saved_teacher_loads_into_the_model(student: Student, tmp_path: Path) -> None:
+    """Parameters from the teacher, buffers from the student; read by the safetensors library, strictly."""
+    teacher = MeanTeacher(student, momentum=MOMENTUM)
+    for _ in train(student, 3):
+        teacher.update()
+    path = teacher.save(tmp_path / "teacher.safetensors")
+    loaded = Student()
+    loaded.load_state_dict(load_file(path), strict=True)
+    assert torch.equal(loaded.norm.running_var, student.norm.running_var)
+    assert torch.equal(loaded.encoder.weight, teacher.tensors()["encoder.weight"])
+    teacher.save(path)
+    with pytest.raises(CkptEmaError, match="exists"):
+        teacher.save(path, overwrite=False)
+    with pytest.raises(MisuseError, match="dtype is 'int8'"):
+        teacher.save(path, dtype="int8")
+
+
+def test_a_snapshot_beside_checkpoints_is_an_average_to_the_fold(
+    student: Student, tmp_path: Path, cli: Callable[..., Outcome]
+) -> None:
+    """Left out of the fold aloud, and `inspect` tells how it was made."""
+    run = tmp_path / "run"
+    run.mkdir()
+    teacher = MeanTeacher(student, momentum=MOMENTUM, interval=2)
+    for step in train(student, 4):
+        teacher.update()
+        torch.save(student.state_dict(), run / f"step_{step}.pt")
+    path = teacher.save_snapshot(run, 4)
+    assert path == run / "teacher_step_4.safetensors"
+    plan = ckpt_ema.plan(run, tmp_path / "teacher.safetensors")
+    assert [item.step for item in plan.checkpoints] == [1, 2, 3, 4]
+    assert ("teacher_step_4.safetensors", "a teacher that ckpt-ema wrote") in plan.left_out
+    shown = cli("inspect", path)
+    assert "momentum   0.1 per update, interval 2" in shown.stdout
+    record = ckpt_ema.inspect(path).provenance
+    assert record is not None
+    assert (record["step"], record["steps"], record["updates"]) == (4, 4, 2)
+
+
+# --- misuse -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"momentum": 0.0}, "must lie between 0 and 1"),
+        ({"momentum": 1.0}, "must lie between 0 and 1"),
+        ({"momentum": 0.1, "half_life": 10}, "say the same thing twice"),
+        ({"half_life": 0}, "positive number of steps"),
+        ({"half_life": 1e-9}, "must lie between 0 and 1"),
+        ({"interval": 0}, "whole number from 1"),
+        ({"interval": 1.5}, "whole number from 1"),
+        ({"arithmetic": "fast"}, "arithmetic is 'fast'"),
+        ({"on_nonfinite": "ignore"}, "on_nonfinite is 'ignore'"),
+        ({"dtype": "bfloat16"}, "dtype is 'bfloat16'"),
+        ({"keep_teacher": True}, "needs a teacher module"),
+    ],
+)
+def test_misuse_is_refused(student: Student, options: dict[str, Any], message: str) -> None:
+    """Before anything is allocated."""
+    with pytest.raises(MisuseError, match=message):
+        MeanTeacher(student, **options)
+
+
+def test_what_cannot_be_followed_is_refused() -> None:
+    """A module without parameters, one without shapes yet, one without numbers."""
+    with pytest.raises(MisuseError, match="no parameter to average"):
+        MeanTeacher(nn.ReLU())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        lazy = nn.LazyLinear(3)
+    with pytest.raises(CkptEmaError, match="has no shape yet"):
+        MeanTeacher(lazy)
+    with pytest.raises(CkptEmaError, match="meta device"):
+        MeanTeacher(nn.Linear(2, 2, device="meta"))
+
+
+def test_an_inverted_momentum_is_warned_of(student: Student) -> None:
+    """Half of the public configurations write the teacher's share; with 0.999 there is no averaging at all."""
+    with pytest.warns(UserWarning, match=r"momentum=0.001 here") as caught:
+        MeanTeacher(student, momentum=0.999)
+    assert caught[0].filename == __file__
+
+
+def test_half_life_is_the_steps_after_which_a_share_has_halved(student: Student) -> None:
+    """Whatever the interval."""
+    for interval in (1, 5):
+        teacher = MeanTeacher(student, half_life=100, interval=interval)
+        assert (1 - teacher.momentum) ** (100 / interval) == pytest.approx(0.5)
+
+
+# --- many processes ---------------------------------------------------------------------------------------------------
+
+
+def test_sharded_replicated_and_bare_students_have_one_teacher(tmp_path: Path) -> None:
+    """FSDP2 and DDP on two real ranks: same bits, each rank its own part, saved by torch.distributed.checkpoint."""
+    worker = Path(__file__).with_name("online_ranks.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*command, str(worker), str(tmp_path)],
+        cwd=Path(__file__).parent.parent,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
