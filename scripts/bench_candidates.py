@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import subprocess
 import threading
@@ -109,6 +111,30 @@ def prepare_averaged_model(run: Path, output: Path) -> Callable[[], None]:
     return work
 
 
+def prepare_mergekit(run: Path, output: Path) -> Callable[[], None]:
+    """mergekit's linear merge of the same files, with the coefficients of the same fold."""
+    import yaml
+    from mergekit.scripts.merge_raw_pytorch import main
+
+    import ckpt_ema
+
+    plan = ckpt_ema.plan(run, output, momentum=MOMENTUM)
+    config = output.with_name("merge.yaml")
+    models = [
+        {"model": str(run / checkpoint.name), "parameters": {"weight": checkpoint.coefficient}}
+        for checkpoint in plan.checkpoints
+    ]
+    dtype = plan.tensors[0].student_dtype.name
+    settings = {"merge_method": "linear", "models": models, "dtype": "float32", "out_dtype": dtype}
+    config.write_text(yaml.safe_dump({**settings, "parameters": {"normalize": False}}))
+
+    def work() -> None:
+        with contextlib.redirect_stderr(io.StringIO()):  # it draws bars whatever it is told
+            main.main([str(config), str(output.with_name("merged")), "--quiet"], standalone_mode=False)
+
+    return work
+
+
 def prepare_dd(run: Path, output: Path) -> Callable[[], None]:
     """The files read by dd, one after the other."""
     paths = sorted(run.glob("step_*"))
@@ -127,4 +153,5 @@ CANDIDATES: dict[str, Callable[..., Callable[[], None]]] = {
     "dd": prepare_dd,
     "loop": prepare_loop,
     "AveragedModel": prepare_averaged_model,
+    "mergekit": prepare_mergekit,
 }

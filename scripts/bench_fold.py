@@ -8,6 +8,7 @@ that gets slower slows all of them. The first round is not counted.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from bench_candidates import CANDIDATES
+from bench_online import bench_online
 
 THREADS = len(os.sched_getaffinity(0))
 
@@ -210,7 +212,8 @@ def bench_fold(arguments: argparse.Namespace) -> dict[str, Any]:
     rows = {}
     for dtype in ("float32", "bfloat16"):
         run = write_run(arguments.inputs / dtype, layers(arguments.elements), dtype, arguments, "safetensors")
-        names = ("read", "floor", "fold", "loop", "AveragedModel")
+        names = ["read", "floor", "fold", "loop", "AveragedModel"]
+        names += ["mergekit"] if importlib.util.find_spec("mergekit") else []
         results = compare({name: Case(name, run) for name in names}, arguments)
         size = next(run.glob("step_*")).stat().st_size
         print(
@@ -402,17 +405,19 @@ def draw_fold(figures: dict[str, Any], path: Path) -> None:
         "fold": "ckpt-ema fold",
         "loop": "load_file loop",
         "AveragedModel": "AveragedModel",
+        "mergekit": "mergekit linear",
     }
     panels, axes = plt.subplots(1, len(figures["fold"]), figsize=(9, 2.4), layout="constrained")
     for axis, (dtype, row) in zip(axes, figures["fold"].items(), strict=True):
-        for place, (candidate, label) in enumerate(reversed(names.items())):
+        shown = {name: label for name, label in names.items() if name in row["results"]}
+        for place, (candidate, label) in enumerate(reversed(shown.items())):
             seconds = [item["seconds"] for item in row["results"][candidate]]
             middle = statistics.median(seconds)
             colour = {"fold": "#c8553d", "floor": "#9aa5ad"}.get(candidate, "#44617b")
             axis.barh(place, middle, color=colour, label=label)
             axis.plot([min(seconds), max(seconds)], [place, place], color="black", linewidth=1)
             axis.text(max(seconds), place, f"  {middle:.2f} s", va="center")
-        axis.set_yticks(range(len(names)), list(reversed(names.values())))
+        axis.set_yticks(range(len(shown)), list(reversed(shown.values())))
         axis.set_title(f"{dtype}, {figures['checkpoints']} x {row['checkpoint_bytes'] / 1e9:.2f} GB", fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
         axis.margins(x=0.2)
@@ -439,6 +444,7 @@ SECTIONS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "teachers": bench_teachers,
     "growth": bench_growth,
     "start": bench_start,
+    "online": bench_online,
 }
 
 if __name__ == "__main__":

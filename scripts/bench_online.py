@@ -1,0 +1,116 @@
+"""The benchmark of the online teacher: one update against the memory traffic it cannot avoid, and against others.
+
+All candidates of a table live in one process and take turns, so that a machine that gets slower slows all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+MODELS = {"124M": (768, 12), "355M": (1024, 24)}
+MOMENTUM = 0.001
+
+
+def bench_online(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Print one table per model and dtype."""
+    rows: dict[str, Any] = {}
+    for model in MODELS:
+        for dtype in ("float32", "bfloat16"):
+            rows[f"{model} {dtype}"] = _compare(model, dtype, 8 * arguments.rounds)
+    return rows
+
+
+def _compare(model: str, dtype: str, rounds: int) -> dict[str, list[float]]:
+    updates = _candidates(model, dtype)
+    seconds: dict[str, list[float]] = {name: [] for name in updates}
+    for round_number in range(rounds + 3):
+        for name, update in updates.items():
+            started = time.perf_counter()
+            update()
+            if round_number >= 3:
+                seconds[name].append(time.perf_counter() - started)
+    print(f"\none update, {model} parameters, {dtype} student, float32 teacher\n")
+    print("| | ms | times the floor |")
+    print("|---|---|---|")
+    for name, values in seconds.items():
+        ratio = statistics.median(a / b for a, b in zip(values, seconds["floor"], strict=True))
+        print(f"| {name} | {1e3 * statistics.median(values):.1f} | {ratio:.2f} |", flush=True)
+    return seconds
+
+
+def _candidates(model: str, dtype: str) -> dict[str, Callable[[], object]]:
+    import torch
+
+    from ckpt_ema import MeanTeacher
+
+    torch.manual_seed(0)
+    student = _gpt2(*MODELS[model]).to(getattr(torch, dtype))
+    parameters = [parameter.detach() for parameter in student.parameters()]
+    count = sum(parameter.numel() for parameter in parameters)
+    # As many bytes as an update must move: the student and the teacher read, the teacher written.
+    moved = count * (parameters[0].itemsize + 4 + 4) // 12
+    flat = [torch.rand(moved) for _ in range(2)]
+
+    def floor() -> None:
+        flat[0].lerp_(flat[1], MOMENTUM)
+
+    teachers = [parameter.to(torch.float32, copy=True) for parameter in parameters]
+
+    def literal() -> None:
+        for teacher, parameter in zip(teachers, parameters, strict=True):
+            teacher.mul_(1 - MOMENTUM).add_(parameter, alpha=MOMENTUM)
+
+    updates: dict[str, Callable[[], object]] = {"floor": floor}
+    for label, options in (
+        ("ckpt-ema", {}),
+        ('ckpt-ema, arithmetic="lerp"', {"arithmetic": "lerp"}),
+        ('ckpt-ema, on_nonfinite="raise"', {"on_nonfinite": "raise"}),
+    ):
+        teacher = MeanTeacher(student, momentum=MOMENTUM, **options)
+        updates[label] = teacher.update
+    updates["the hook's mul_/add_ loop"] = literal
+    if dtype == "float32":  # the others keep their average in the student's dtype
+        updates |= _peers(student, parameters, teachers)
+    return updates
+
+
+def _peers(student: Any, parameters: list[Any], teachers: list[Any]) -> dict[str, Callable[[], object]]:
+    import torch
+    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+    averaged = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(1 - MOMENTUM))
+    peers: dict[str, Callable[[], object]] = {
+        "_foreach_mul_ and _foreach_add_": lambda: (
+            torch._foreach_mul_(teachers, 1 - MOMENTUM),
+            torch._foreach_add_(teachers, parameters, alpha=MOMENTUM),
+        ),
+        "torch's swa_utils": lambda: averaged.update_parameters(student),
+        "timm's ModelEmaV3 rule": lambda: torch._foreach_lerp_(teachers, parameters, weight=MOMENTUM),
+    }
+    if importlib.util.find_spec("ema_pytorch"):
+        from ema_pytorch import EMA
+
+        ema = EMA(student, beta=1 - MOMENTUM, update_every=1, update_after_step=0)
+        peers["ema-pytorch"] = ema.update
+    else:
+        print("ema-pytorch is not installed, and left out", file=sys.stderr)
+    return peers
+
+
+def _gpt2(width: int, depth: int) -> Any:
+    """The parameters of GPT-2 by their shapes, the output tied to the embedding."""
+    from torch import nn
+
+    def block() -> nn.Module:
+        sizes = ((width, 3 * width), (width, width), (width, 4 * width), (4 * width, width))
+        return nn.ModuleList([nn.LayerNorm(width), nn.LayerNorm(width), *(nn.Linear(a, b) for a, b in sizes)])
+
+    return nn.ModuleList(
+        [nn.Embedding(50257, width), nn.Embedding(1024, width), *(block() for _ in range(depth)), nn.LayerNorm(width)]
+    )
