@@ -357,7 +357,9 @@ def tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", pad_token="[PAD]")
 
 
-def train_with_transformers(model: Any, output: Path, *, steps: int = 12) -> Any:
+def train_with_transformers(
+    model: Any, output: Path, *, steps: int = 12, callbacks: Sequence[Any] = (), resume: Path | None = None
+) -> Any:
     """`steps` steps in a real Trainer, saving after every second one."""
     from transformers import Trainer, TrainingArguments
 
@@ -382,8 +384,9 @@ def train_with_transformers(model: Any, output: Path, *, steps: int = 12) -> Any
         ),
         train_dataset=samples,
         processing_class=tokenizer(),
+        callbacks=list(callbacks),
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     return trainer
 
 

@@ -942,7 +942,8 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("blocks",),
     ("engine", "records", "inspection", "engine.buffers", "engine.arithmetic", "provenance", "teacher_folder"),
     ("outputs", "online", "online.tracking", "online.rule", "online.teacher_file"),
-    ("online.mean_teacher",),
+    ("online.mean_teacher", "online.state_file"),
+    ("integrations", "integrations.mmengine", "integrations.lightning", "integrations.transformers"),
 )
 
 

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from ckpt_ema import CkptEmaError, MisuseError
-from tests.conftest import StateDict, assert_same_bits
+from tests.conftest import StateDict, assert_same_bits, hook_teacher, quiet_fold
 from tests.test_frameworks import (
     _calm,  # noqa: F401  (a fixture for every test here as well)
+    bert,
     bits_of,
+    buffers_of,
+    gpt2,
+    lightning_module,
+    load_lightning,
+    load_transformers,
     make_net,
     mean_teacher_hook,
     mmengine_model,
     train_with_mmengine,
+    train_with_transformers,
 )
 
 MOMENTUM = 0.1
@@ -132,3 +141,188 @@ def test_mmengine_misuse_is_told(tmp_path: Path) -> None:
         MeanTeacherHook(skip_buffer=True, skip_buffers=False)
     with pytest.raises(CkptEmaError, match="a Plain has no `student`"):
         train_with_mmengine(mmengine_model(pair=False), tmp_path / "run", [MeanTeacherHook()], iterations=1)
+
+
+# Lightning -----------------------------------------------------------------------------------------------------------
+
+
+def lightning_pair(seen: list[StateDict], validated: list[StateDict], *, fail_at: int | None = None) -> Any:
+    """The tests' LightningModule, which keeps its parameters after each step and at each validation."""
+    module = lightning_module()
+
+    class Watched(type(module)):  # type: ignore[misc]
+        def on_train_batch_end(self, *_: Any) -> None:
+            seen.append(bits_of(dict(self.named_parameters())))
+
+        def validation_step(self, batch: list[torch.Tensor]) -> None:
+            validated.append(bits_of(dict(self.named_parameters())))
+            if fail_at == len(validated):
+                raise ZeroDivisionError
+
+    return Watched()
+
+
+def fit_lightning(
+    module: Any, root: Path, callbacks: list[Any], *, steps: int, path: Path | None = None, **settings: Any
+) -> None:
+    """Train with a validation batch after every two steps."""
+    import lightning
+
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    samples = torch.utils.data.TensorDataset(torch.randn(16, 6), torch.arange(16) % 2)
+    loader = torch.utils.data.DataLoader(samples, batch_size=4)
+    trainer = lightning.Trainer(
+        default_root_dir=root,
+        accelerator="cpu",
+        max_steps=steps,
+        callbacks=callbacks,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        val_check_interval=2,
+        limit_val_batches=1,
+        num_sanity_val_steps=0,
+        **settings,
+    )
+    trainer.fit(module, loader, loader, ckpt_path=path)
+
+
+def teacher_of(students: list[StateDict]) -> StateDict:
+    """The hook's lines from a copy of the first student on."""
+    return continued({name: tensor.clone() for name, tensor in students[0].items()}, students[1:])
+
+
+def test_lightning_validates_with_the_teacher_and_trains_the_student(tmp_path: Path) -> None:
+    """At every validation the module holds the teacher, in every checkpoint the student; the fold finds the student."""
+    pytest.importorskip("lightning")
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    from ckpt_ema.integrations.lightning import MeanTeacherCallback
+
+    seen: list[StateDict] = []
+    validated: list[StateDict] = []
+    callback = MeanTeacherCallback(momentum=MOMENTUM)
+    run = tmp_path / "run"
+    saver = ModelCheckpoint(run, save_top_k=-1, every_n_train_steps=2)
+    fit_lightning(lightning_pair(seen, validated), tmp_path, [callback, saver], steps=6)
+    assert len(seen) == 6
+    assert len(validated) == 3
+    for number, held in enumerate(validated, start=1):
+        assert_same_bits(held, teacher_of(seen[: 2 * number]))
+    assert callback.teacher is not None
+    assert_same_bits(callback.teacher.tensors(), teacher_of(seen))
+    stored = load_lightning(run)
+    for number, student in enumerate(stored, start=1):
+        assert_same_bits({name: student[name] for name in seen[0]}, seen[2 * number - 1])
+    folded = quiet_fold(run, tmp_path / "folded.safetensors", momentum=MOMENTUM)
+    assert_same_bits(load_file(folded.output), hook_teacher(stored, MOMENTUM, buffers_of(stored[0])))
+
+
+def test_lightning_resumes_and_counts_optimizer_steps(tmp_path: Path) -> None:
+    """Accumulated batches are one step; after a resume the teacher goes on from the checkpoint's."""
+    pytest.importorskip("lightning")
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    from ckpt_ema.integrations.lightning import MeanTeacherCallback
+
+    run = tmp_path / "run"
+    saver = ModelCheckpoint(run, save_top_k=-1, every_n_train_steps=1)
+    first = MeanTeacherCallback(momentum=MOMENTUM)
+    seen: list[StateDict] = []
+    fit_lightning(lightning_pair(seen, []), tmp_path, [first, saver], steps=3, accumulate_grad_batches=2)
+    assert first.teacher is not None
+    assert first.teacher.num_steps == 3
+    students = seen[1::2][:3]
+    assert_same_bits(first.teacher.tensors(), teacher_of(students))
+    resumed = MeanTeacherCallback(momentum=MOMENTUM)
+    more: list[StateDict] = []
+    last = max(run.glob("*.ckpt"), key=lambda path: torch.load(path, weights_only=False)["global_step"])
+    fit_lightning(lightning_pair(more, []), tmp_path, [resumed], steps=5, path=last, accumulate_grad_batches=2)
+    assert resumed.teacher is not None
+    assert resumed.teacher.num_steps == 5
+    steps = [
+        more[k] for k in range(1, len(more)) if not torch.equal(more[k]["net.0.weight"], more[k - 1]["net.0.weight"])
+    ]
+    assert_same_bits(resumed.teacher.tensors(), teacher_of([*students, *steps[-2:]]))
+
+
+def test_lightning_gives_the_student_back_when_validation_fails(tmp_path: Path) -> None:
+    """What a handler of the exception saves is the student."""
+    pytest.importorskip("lightning")
+    from ckpt_ema.integrations.lightning import MeanTeacherCallback
+
+    seen: list[StateDict] = []
+    module = lightning_pair(seen, [], fail_at=2)
+    callback = MeanTeacherCallback(momentum=MOMENTUM)
+    with pytest.raises(ZeroDivisionError):
+        fit_lightning(module, tmp_path, [callback], steps=6)
+    assert_same_bits(bits_of(dict(module.named_parameters())), seen[-1])
+    assert callback.teacher is not None
+    assert_same_bits(callback.teacher.tensors(), teacher_of(seen))
+
+
+# Transformers --------------------------------------------------------------------------------------------------------
+
+
+def watcher(seen: list[StateDict]) -> Any:
+    """A callback that keeps the student after every step."""
+    from transformers import TrainerCallback
+
+    class Watcher(TrainerCallback):
+        def on_step_end(self, *_: Any, model: Any = None, **__: Any) -> None:
+            seen.append(bits_of(model.state_dict()))
+
+    return Watcher()
+
+
+@pytest.mark.parametrize("make", [bert, gpt2])
+def test_transformers_checkpoints_hold_a_teacher_that_loads(tmp_path: Path, make: Any) -> None:
+    """`checkpoint-N/teacher` loads by `from_pretrained`, tied weights and tokenizer included; the run still folds."""
+    pytest.importorskip("transformers")
+    from transformers import AutoTokenizer
+
+    from ckpt_ema.integrations.transformers import MeanTeacherCallback
+
+    seen: list[StateDict] = []
+    run = tmp_path / "run"
+    model = make()
+    callback = MeanTeacherCallback(momentum=MOMENTUM)
+    train_with_transformers(model, run, steps=6, callbacks=[callback, watcher(seen)])
+    assert len(seen) == 6
+    for step in (2, 4, 6):
+        folder = run / f"checkpoint-{step}"
+        assert_same_bits(load_transformers(folder / "teacher", model), hook_teacher(seen[:step], MOMENTUM))
+        assert_same_bits(load_transformers(folder, model), seen[step - 1])
+        assert AutoTokenizer.from_pretrained(folder / "teacher")("mean teacher")["input_ids"] == [2, 3]
+    assert_same_bits(bits_of(model.state_dict()), seen[-1])
+    students = [seen[1], seen[3], seen[5]]
+    report = quiet_fold(run, tmp_path / "folded", momentum=MOMENTUM)
+    assert_same_bits(load_transformers(report.output, model), hook_teacher(students, MOMENTUM))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_transformers_resumes_with_the_teacher_it_stopped_with(tmp_path: Path, dtype: torch.dtype) -> None:
+    """In the teacher's own precision, which is more than that of the saved bfloat16 model."""
+    pytest.importorskip("transformers")
+    from ckpt_ema.integrations.transformers import MeanTeacherCallback
+
+    run = tmp_path / "run"
+    seen: list[StateDict] = []
+    train_with_transformers(
+        bert().to(dtype), run, steps=4, callbacks=[MeanTeacherCallback(momentum=MOMENTUM), watcher(seen)]
+    )
+    callback = MeanTeacherCallback(momentum=MOMENTUM)
+    train_with_transformers(
+        bert().to(dtype), run, steps=6, callbacks=[callback, watcher(seen)], resume=run / "checkpoint-4"
+    )
+    assert callback.teacher is not None
+    assert (callback.teacher.num_steps, len(seen)) == (6, 6)
+    wide = [{name: tensor.float() for name, tensor in student.items()} for student in seen]
+    expected = hook_teacher(wide, MOMENTUM)
+    found = callback.teacher.tensors()
+    assert_same_bits(found, {name: expected[name] for name in found})
+    (run / "checkpoint-6" / "mean_teacher.safetensors").unlink()
+    with pytest.warns(UserWarning, match="the teacher begins anew"):
+        train_with_transformers(
+            bert().to(dtype), run, steps=8, callbacks=[MeanTeacherCallback()], resume=run / "checkpoint-6"
+        )

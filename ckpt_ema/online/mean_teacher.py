@@ -131,8 +131,7 @@ class MeanTeacher:
             self.num_skipped += 1
             return False
         if self._has_start:
-            for teacher, student in zip(teachers, students, strict=True):
-                self._rule.average_(teacher, student)
+            self._rule.average_all_(teachers, students)
         else:
             for teacher, student in zip(teachers, students, strict=True):
                 teacher.copy_(student)
@@ -307,11 +306,12 @@ class MeanTeacher:
 
     def _teachers_for(self, students: list[torch.Tensor]) -> list[torch.Tensor]:
         """The teacher's tensors, on the student's device; a student may be moved after its teacher was made."""
+        teachers = []
         for pair, student in zip(self._pairs, students, strict=True):
-            if isinstance(pair.teacher, torch.Tensor) and pair.teacher.device != student.device:
-                pair.teacher = pair.teacher.to(student.device)
-        teachers = [pair.local for pair in self._pairs]
-        for pair, teacher, student in zip(self._pairs, teachers, students, strict=True):
+            teacher = pair.local
+            if teacher.device != student.device and isinstance(pair.teacher, torch.Tensor):
+                teacher = pair.teacher = pair.teacher.to(student.device)
+            teachers.append(teacher)
             if teacher.shape != student.shape:
                 raise CkptEmaError(
                     f"`{pair.name}` has shape {list(student.shape)}, the teacher's {list(teacher.shape)}",

@@ -29,6 +29,23 @@ class Rule:
         self._lerp = lerp
         self._scratch: dict[torch.dtype, torch.Tensor] = {}
 
+    def average_all_(self, teachers: Sequence[torch.Tensor], students: Sequence[torch.Tensor]) -> None:
+        """Fold every student's tensor into the teacher's of the same place, with few calls where torch has them."""
+        alike: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+        for teacher, student in zip(teachers, students, strict=True):
+            if teacher.dtype is student.dtype and (self._lerp or teacher.is_cuda):
+                alike[0].append(teacher)
+                alike[1].append(student)
+            else:
+                self.average_(teacher, student)
+        if not alike[0]:
+            return
+        if self._lerp:
+            torch._foreach_lerp_(*alike, weight=self._momentum)
+        else:
+            torch._foreach_mul_(alike[0], 1 - self._momentum)
+            torch._foreach_add_(*alike, alpha=self._momentum)
+
     def average_(self, teacher: torch.Tensor, student: torch.Tensor) -> None:
         """Fold `student` in; both have one shape and are on one device."""
         if teacher.dtype is student.dtype:

@@ -76,24 +76,28 @@ def write_teacher(
     """
     if dtype not in WRITTEN_DTYPES:
         raise MisuseError(f"dtype is {dtype!r}", hint=f"pass one of {', '.join(map(repr, WRITTEN_DTYPES))}")
-    tensors = {name: (tensor, _dtype_of(name, tensor)) for name, tensor in copied.items()}
+    tensors = {name: (tensor, dtype_of(name, tensor)) for name, tensor in copied.items()}
     for name, (teacher, student) in averaged.items():
-        written = _dtype_of(name, student if dtype == "student" else teacher)
+        written = dtype_of(name, student if dtype == "student" else teacher)
         if dtype in BY_NAME and written.is_floating_point:
             written = BY_NAME[dtype]
         tensors[name] = (teacher, written)
+    write_tensors(path, tensors, record.metadata(), overwrite=overwrite)
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, tuple[torch.Tensor, DType]], metadata: Mapping[str, str], *, overwrite: bool
+) -> None:
+    """Write a safetensors file of `tensors`, each in the dtype that is given with it."""
     # Widest first: every tensor then begins at a multiple of its element's size.
     order = sorted(tensors, key=lambda name: (-tensors[name][1].itemsize, name))
     sizes = [tensors[name][0].numel() * tensors[name][1].itemsize for name in order]
     begins = list(itertools.accumulate(sizes, initial=0))
-    header = encode_header(
-        [
-            (name, tensors[name][1], tensors[name][0].shape, begin, begin + size)
-            for name, begin, size in zip(order, begins, sizes, strict=False)
-        ],
-        record.metadata(),
-    )
-    with TeacherFile(path, header, begins[-1], overwrite=overwrite) as file:
+    entries = [
+        (name, tensors[name][1], tensors[name][0].shape, begin, begin + size)
+        for name, begin, size in zip(order, begins, sizes, strict=False)
+    ]
+    with TeacherFile(path, encode_header(entries, metadata), begins[-1], overwrite=overwrite) as file:
         for name, begin in zip(order, begins, strict=False):
             _write(file, *tensors[name], begin)
 
@@ -108,7 +112,8 @@ def _write(file: TeacherFile, tensor: torch.Tensor, dtype: DType, begin: int) ->
         file.write(buffer.bytes[: part.numel() * dtype.itemsize], begin + first * dtype.itemsize)
 
 
-def _dtype_of(name: str, tensor: torch.Tensor) -> DType:
+def dtype_of(name: str, tensor: torch.Tensor) -> DType:
+    """The dtype of a tensor that is to be written; raises CkptEmaError where safetensors has none."""
     dtype = BY_NAME.get(str(tensor.dtype).removeprefix("torch."))
     if dtype is None or dtype.code is None or torch_dtype(dtype) is not tensor.dtype:
         raise CkptEmaError(f"`{name}` is {tensor.dtype}, which a safetensors file cannot hold")

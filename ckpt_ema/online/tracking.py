@@ -46,7 +46,7 @@ class Slot:
 
     @property
     def local(self) -> torch.Tensor:
-        """The plain tensor, of which a sharded one has only this rank's part; detached."""
+        """The plain tensor, of which a sharded one has only this rank's part."""
         return local_part(self.tensor)
 
 
@@ -115,10 +115,12 @@ def unwrap(module: torch.nn.Module) -> torch.nn.Module:
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a DTensor; any other tensor itself; detached."""
-    tensor = tensor.detach()
+    """This rank's part of a DTensor, detached; any other tensor itself."""
+    # Asked for every tensor at every update; looking for an attribute that is not there is slow.
+    if type(tensor) is torch.nn.Parameter or type(tensor) is torch.Tensor:
+        return tensor
     to_local = getattr(tensor, "to_local", None)
-    return tensor if to_local is None else to_local()
+    return tensor if to_local is None else to_local().detach()
 
 
 def _entries(

@@ -1,0 +1,48 @@
+"""The state of a MeanTeacher in a file of its own, for frameworks whose checkpoints are folders.
+
+A safetensors file: the tensors in the teacher's own dtype, all else in its metadata. Nothing in it can run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ckpt_ema.byte_ranges import open_input, read_exactly
+from ckpt_ema.engine.buffers import torch_dtype
+from ckpt_ema.errors import UnreadableCheckpointError
+from ckpt_ema.formats.safetensors import read_safetensors
+from ckpt_ema.online.teacher_file import dtype_of, write_tensors
+
+STATE_KEY = "ckpt_ema_state"
+
+
+def write_state(path: Path, state: dict[str, Any]) -> None:
+    """Write what `MeanTeacher.state_dict()` returned; the file appears whole or not at all."""
+    rest = {key: value for key, value in state.items() if key != "tensors"}
+    tensors = {name: (tensor, dtype_of(name, tensor)) for name, tensor in state.get("tensors", {}).items()}
+    write_tensors(path, tensors, {"format": "pt", STATE_KEY: json.dumps(rest)}, overwrite=True)
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """What `write_state` wrote; raises UnreadableCheckpointError for any other file."""
+    stored = read_safetensors(path)
+    try:
+        state = json.loads(stored.metadata[STATE_KEY])
+    except (KeyError, ValueError) as error:
+        raise UnreadableCheckpointError(f"`{path}` holds no state of a MeanTeacher") from error
+    descriptor = open_input(path)
+    try:
+        tensors = {}
+        for name, item in stored.tensors.items():
+            content = bytearray(read_exactly(descriptor, item.end - item.begin, item.begin, path))
+            dtype = torch_dtype(item.dtype)
+            flat = torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype)
+            tensors[name] = flat.view(item.shape)
+    finally:
+        os.close(descriptor)
+    return {**state, "tensors": tensors}
