@@ -68,6 +68,22 @@ def prepare_floor(run: Path, output: Path, *, writes: bool = True) -> Callable[[
     return work
 
 
+def prepare_pinned(run: Path, output: Path) -> Callable[[], None]:
+    """As many bytes as the checkpoints have, from page-locked memory to the GPU; nothing read, nothing computed."""
+    import torch
+
+    num_bytes = sum(path.stat().st_size for path in run.glob("step_*"))
+    sources = [torch.zeros(32 << 20, dtype=torch.uint8).pin_memory() for _ in range(8)]
+    target = torch.empty(32 << 20, dtype=torch.uint8, device="cuda")
+
+    def work() -> None:
+        for number in range(num_bytes // len(target)):
+            target.copy_(sources[number % len(sources)], non_blocking=True)
+        torch.cuda.synchronize()
+
+    return work
+
+
 def prepare_loop(run: Path, output: Path) -> Callable[[], None]:
     """The loop a user would write."""
     import torch
@@ -150,6 +166,7 @@ CANDIDATES: dict[str, Callable[..., Callable[[], None]]] = {
     "fold": prepare_fold,
     "floor": prepare_floor,
     "read": prepare_read,
+    "pinned": prepare_pinned,
     "dd": prepare_dd,
     "loop": prepare_loop,
     "AveragedModel": prepare_averaged_model,

@@ -275,6 +275,38 @@ def bench_cold(arguments: argparse.Namespace) -> dict[str, Any]:
     return results
 
 
+def bench_cuda(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The fold on a GPU against the copying that it cannot avoid; nothing where there is no GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        print("\nno GPU here: the fold on a GPU was not measured", flush=True)
+        return {}
+    rows = {}
+    momenta = [k / 10 for k in range(1, 9)]
+    for dtype in ("float32", "bfloat16"):
+        run = write_run(arguments.inputs / f"cuda-{dtype}", layers(arguments.elements), dtype, arguments, "safetensors")
+        cases = {
+            "pinned copy": Case("pinned", run),
+            "read": Case("read", run),
+            "fold on the CPU": Case("fold", run, {"device": "cpu"}),
+            "fold on the GPU": Case("fold", run, {"device": "cuda"}),
+            "eight teachers on the GPU": Case("fold", run, {"device": "cuda", "momentum": momenta}),
+        }
+        results = compare(cases, arguments)
+        size = sum(path.stat().st_size for path in run.glob("step_*"))
+        print(f"\n{torch.cuda.get_device_name()}, {size / 1e9:.2f} GB of {dtype} checkpoints, warm page cache\n")
+        print("| | seconds | GB/s | times the pinned copy |")
+        print("|---|---|---|---|")
+        for name, items in results.items():
+            seconds, ratio = median_seconds(items), median_ratio(items, results["pinned copy"])
+            print(f"| {name} | {seconds:.2f} | {size / seconds / 1e9:.1f} | {ratio:.2f} |", flush=True)
+        rows[dtype] = {"device": torch.cuda.get_device_name(), "results": results}
+        if not arguments.keep:
+            shutil.rmtree(run)
+    return rows
+
+
 def bench_teachers(arguments: argparse.Namespace) -> dict[str, Any]:
     """What more teachers from one pass cost, where reading is free and where it is not."""
     gigabytes = 4 * arguments.elements / 5 / 1e9
@@ -444,6 +476,7 @@ SECTIONS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "teachers": bench_teachers,
     "growth": bench_growth,
     "start": bench_start,
+    "cuda": bench_cuda,
     "online": bench_online,
 }
 

@@ -611,3 +611,43 @@ def test_sharded_replicated_and_bare_students_have_one_teacher(tmp_path: Path) -
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+# --- on a GPU ---------------------------------------------------------------------------------------------------------
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and torch finds none here")
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_gpu_it_has_the_cpus_bits(student: Student, dtype: torch.dtype) -> None:
+    """The same students give the same teacher; also one that was made before the student was moved."""
+    student = student.to(dtype)
+    on_gpu = copy.deepcopy(student)
+    mine, theirs = (MeanTeacher(model, momentum=MOMENTUM) for model in (student, on_gpu))
+    on_gpu.cuda()
+    for _ in range(4):
+        with torch.no_grad():
+            for one, other in zip(student.parameters(), on_gpu.parameters(), strict=True):
+                one.copy_(torch.randn(one.shape))
+                other.copy_(one)
+        mine.update()
+        theirs.update()
+    assert_same_bits({name: tensor.cpu() for name, tensor in theirs.tensors().items()}, mine.tensors())
+
+
+@needs_gpu
+def test_an_update_is_captured_in_a_cuda_graph(student: Student) -> None:
+    """No step of it waits for the device."""
+    student.cuda()
+    teacher = MeanTeacher(student, momentum=MOMENTUM)
+    teacher.update()
+    expected = {name: tensor.clone() for name, tensor in teacher.tensors().items()}
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        teacher.update()
+    with torch.no_grad():
+        student.frozen.normal_()
+    graph.replay()
+    expected["frozen"].mul_(1 - MOMENTUM).add_(student.frozen, alpha=MOMENTUM)
+    assert torch.equal(teacher.tensors()["frozen"], expected["frozen"])
