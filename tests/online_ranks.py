@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from ckpt_ema import CkptEmaError, MeanTeacher
@@ -27,6 +27,10 @@ def step(models: list[nn.Module], seed: int) -> None:
     """One step of plain SGD on the same batch."""
     batch = torch.randn(8, 5, generator=torch.Generator().manual_seed(seed))
     for model in models:
+        # After an evaluation FSDP2 still shows whole parameters, whose gradients are not the ones it accumulates.
+        for part in model.modules():
+            if isinstance(part, FSDPModule):
+                part.reshard()
         model.zero_grad()
         (model(batch) - 1).square().mean().backward()
         with torch.no_grad():
@@ -72,7 +76,44 @@ def main(folder: Path) -> None:
 
     with pytest.raises(CkptEmaError, match="sharded over ranks"):
         resumed.save(folder / "teacher.safetensors")
+    check_forwards_inside_a_swap(mesh)
+    check_all_ranks_skip_together(mesh)
     dist.destroy_process_group()
+
+
+def check_forwards_inside_a_swap(mesh: DeviceMesh) -> None:
+    """A root that keeps whole parameters after a forward evaluates the teacher inside, the student afterwards."""
+    model, bare = make_model(), make_model()
+    fully_shard(model, mesh=mesh)
+    teacher, reference = MeanTeacher(model, momentum=0.1), MeanTeacher(bare, momentum=0.1)
+    batch = torch.randn(3, 5, generator=torch.Generator().manual_seed(7))
+    for seed in range(3):
+        step([model, bare], seed)
+        with torch.no_grad():
+            model(batch)
+        teacher.update()
+        reference.update()
+        for _ in range(2):
+            with teacher.swapped_into(model), reference.swapped_into(bare), torch.no_grad():
+                assert torch.equal(model(batch), bare(batch))
+            with torch.no_grad():
+                assert torch.equal(model(batch), bare(batch))
+    for name, tensor in teacher.tensors().items():
+        assert torch.equal(tensor.full_tensor(), reference.tensors()[name]), name
+
+
+def check_all_ranks_skip_together(mesh: DeviceMesh) -> None:
+    """A NaN in one rank's part is every rank's."""
+    model = make_model()
+    fully_shard(model, mesh=mesh)
+    lenient = MeanTeacher(model, on_nonfinite="skip")
+    careful = MeanTeacher(model, on_nonfinite="raise")
+    if dist.get_rank() == 0:
+        with torch.no_grad():
+            model.get_parameter("0.weight").to_local()[0, 0] = float("nan")
+    assert not lenient.update()
+    with pytest.raises(CkptEmaError, match="at step 1; the teacher is unchanged"):
+        careful.update()
 
 
 if __name__ == "__main__":

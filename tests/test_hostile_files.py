@@ -432,6 +432,17 @@ def test_deeply_nested_keys_do_not_crash_the_process(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+def test_a_shape_of_shared_tuples_is_not_printed(tmp_path: Path) -> None:
+    """Each level holds the one below twice: a message with all of it would be four million numbers long."""
+    doubling = b"K\x01K\x01\x86q\x010" + b"h\x01h\x01\x86q\x010" * 22
+    code = global_("torch._utils._rebuild_tensor_v2") + b"(" + storage() + b"K\x00" + doubling
+    for shape in (b"h\x01\x85", b"h\x01", b"h\x01\x85l"):
+        path = write_zip(tmp_path / "a.pt", table({"w": code + shape + sizes(()) + b"\x89}tR"}))
+        error = outcome(lambda path=path: read_whole(path))
+        assert error is not None
+        assert len(str(error)) < 1000
+
+
 def test_deeply_nested_names_beside_tensors_are_no_recursion_error(tmp_path: Path) -> None:
     """A key of 5000 nested tuples among a state dict's names is an error or left out, never a RecursionError."""
     code = table({"model": table({"w": tensor()}) + b")" + b"\x85" * 5000 + b"K\x01s"})
@@ -941,7 +952,8 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("catalogue", "profiles", "runs", "model_buffers", "writer"),
     ("blocks",),
     ("engine", "records", "inspection", "engine.buffers", "engine.arithmetic", "provenance", "teacher_folder"),
-    ("outputs", "online", "online.tracking", "online.rule", "online.teacher_file"),
+    ("outputs", "online", "online.settings", "online.tracking", "online.rule"),
+    ("online.teacher_file",),
     ("online.mean_teacher", "online.state_file"),
     ("integrations", "integrations.mmengine", "integrations.lightning", "integrations.transformers"),
 )

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import ckpt_ema
 from ckpt_ema import CkptEmaError, MisuseError
 from tests.conftest import StateDict, assert_same_bits, hook_teacher, quiet_fold
 from tests.test_frameworks import (
@@ -139,6 +140,9 @@ def test_mmengine_misuse_is_told(tmp_path: Path) -> None:
 
     with pytest.raises(MisuseError, match="skip_buffer is True and skip_buffers False"):
         MeanTeacherHook(skip_buffer=True, skip_buffers=False)
+    with pytest.raises(MisuseError, match="must lie between 0 and 1"):
+        MeanTeacherHook(momentum=5)
+    assert MeanTeacherHook(half_life=100).options["half_life"] == 100
     with pytest.raises(CkptEmaError, match="a Plain has no `student`"):
         train_with_mmengine(mmengine_model(pair=False), tmp_path / "run", [MeanTeacherHook()], iterations=1)
 
@@ -158,6 +162,8 @@ def lightning_pair(seen: list[StateDict], validated: list[StateDict], *, fail_at
             validated.append(bits_of(dict(self.named_parameters())))
             if fail_at == len(validated):
                 raise ZeroDivisionError
+
+        test_step = validation_step
 
     return Watched()
 
@@ -246,6 +252,34 @@ def test_lightning_resumes_and_counts_optimizer_steps(tmp_path: Path) -> None:
     assert_same_bits(resumed.teacher.tensors(), teacher_of([*students, *steps[-2:]]))
 
 
+def test_lightning_tests_with_the_teacher_of_the_checkpoint(tmp_path: Path) -> None:
+    """`trainer.test` of a checkpoint evaluates that checkpoint's teacher; `validate=False` leaves it to the student."""
+    pytest.importorskip("lightning")
+    import lightning
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    from ckpt_ema.integrations.lightning import MeanTeacherCallback
+
+    seen: list[StateDict] = []
+    run = tmp_path / "run"
+    saver = ModelCheckpoint(run, save_top_k=-1, every_n_train_steps=2)
+    fit_lightning(lightning_pair(seen, []), tmp_path, [MeanTeacherCallback(momentum=MOMENTUM), saver], steps=6)
+    early = next(path for path in run.glob("*.ckpt") if torch.load(path, weights_only=False)["global_step"] == 4)
+    samples = torch.utils.data.TensorDataset(torch.randn(4, 6), torch.arange(4) % 2)
+    for validate, expected in ((True, teacher_of(seen[:4])), (False, seen[3])):
+        tested: list[StateDict] = []
+        module = lightning_pair([], tested)
+        trainer = lightning.Trainer(
+            accelerator="cpu",
+            logger=False,
+            enable_progress_bar=False,
+            callbacks=[MeanTeacherCallback(momentum=MOMENTUM, validate=validate)],
+        )
+        trainer.test(module, torch.utils.data.DataLoader(samples, batch_size=4), ckpt_path=early, verbose=False)
+        assert_same_bits(tested[0], expected)
+        assert_same_bits(bits_of(dict(module.named_parameters())), seen[3])
+
+
 def test_lightning_gives_the_student_back_when_validation_fails(tmp_path: Path) -> None:
     """What a handler of the exception saves is the student."""
     pytest.importorskip("lightning")
@@ -321,6 +355,17 @@ def test_transformers_resumes_with_the_teacher_it_stopped_with(tmp_path: Path, d
     expected = hook_teacher(wide, MOMENTUM)
     found = callback.teacher.tensors()
     assert_same_bits(found, {name: expected[name] for name in found})
+    # Another training's checkpoint of the same step lies where the Trainer saves: its teacher is not taken.
+    other = tmp_path / "other"
+    train_with_transformers(bert().to(dtype), other, steps=4, callbacks=[MeanTeacherCallback(momentum=MOMENTUM)])
+    with pytest.raises(ckpt_ema.CkptEmaError, match="is the teacher of another student"):
+        train_with_transformers(
+            bert().to(dtype), other, steps=5, callbacks=[MeanTeacherCallback()], resume=run / "checkpoint-4"
+        )
+    told = MeanTeacherCallback(momentum=MOMENTUM, resume_from=run / "checkpoint-4")
+    train_with_transformers(bert().to(dtype), other, steps=5, callbacks=[told], resume=run / "checkpoint-4")
+    assert told.teacher is not None
+    assert told.teacher.num_steps == 5
     (run / "checkpoint-6" / "mean_teacher.safetensors").unlink()
     with pytest.warns(UserWarning, match="the teacher begins anew"):
         train_with_transformers(

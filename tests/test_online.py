@@ -254,10 +254,15 @@ def test_modules_that_do_not_fit_are_refused_with_every_difference(student: Stud
         MeanTeacher(untied, student)
 
 
-def test_a_16_bit_teacher_module_is_warned_of(student: Student) -> None:
-    """Its own dtype is the module's; small updates are lost there."""
+def test_a_16_bit_teacher_module_is_warned_of_and_has_the_hooks_bits(student: Student) -> None:
+    """Small updates are lost there; what is computed is what the hook's own lines compute."""
+    module = Student().to(torch.bfloat16)
+    expected = module.frozen.detach().clone()
     with pytest.warns(UserWarning, match="bfloat16, in which small updates are lost"):
-        MeanTeacher(student, Student().to(torch.bfloat16))
+        teacher = MeanTeacher(student, module, momentum=MOMENTUM, keep_teacher=True)
+    teacher.update()
+    expected.mul_(1 - MOMENTUM).add_(student.frozen.detach(), alpha=MOMENTUM)
+    assert_same_bits({"frozen": module.frozen.detach()}, {"frozen": expected})
 
 
 # --- wrappers ---------------------------------------------------------------------------------------------------------
@@ -300,6 +305,12 @@ def test_wrappers_do_not_show_in_the_names(student: Student, wrap: Callable[[nn.
         assert torch.equal(student.encoder.weight, reference.tensors()["encoder.weight"])
 
 
+def test_only_a_wrappers_own_name_is_taken_off(student: Student) -> None:
+    """A module whose name merely ends like a wrapper's keeps it."""
+    student.my_orig_mod = nn.Linear(1, 1)
+    assert {"my_orig_mod.weight", "my_orig_mod.bias"} <= MeanTeacher(student).tensors().keys()
+
+
 # --- what training does to a student ----------------------------------------------------------------------------------
 
 
@@ -316,21 +327,36 @@ def test_a_replaced_parameter_is_followed_and_a_frozen_one_too(student: Student)
 
 
 def test_a_student_that_gained_lost_or_reshaped_parameters_is_refused(student: Student) -> None:
-    """A teacher that silently stops following a part is the worst of outcomes."""
+    """A teacher that silently stops following a part is the worst of outcomes; replaced modules count as well."""
     teacher = MeanTeacher(student)
     student.head = nn.Linear(2, 2)
-    with pytest.raises(CkptEmaError, match="'head'"):
+    with pytest.raises(CkptEmaError, match="`head` came, went or was replaced"):
         teacher.update()
     del student.head
     teacher.update()
     kept = student.frozen
     del student.frozen
-    with pytest.raises(CkptEmaError, match="make a new MeanTeacher"):
+    with pytest.raises(CkptEmaError, match=r"`frozen` came, went"):
         teacher.update()
     student.frozen = kept
+    encoder, student.encoder = student.encoder, nn.Linear(7, 7)
+    with pytest.raises(CkptEmaError, match=r"`encoder` came, went or was replaced"):
+        teacher.update()
+    student.encoder = encoder
     student.scale = nn.Parameter(torch.zeros(2))
     with pytest.raises(CkptEmaError, match=r"`scale` has shape \[2\], the teacher's \[\]"):
         teacher.update()
+    assert teacher.num_steps == 1
+
+
+def test_a_buffer_that_appears_is_refused_where_buffers_are_averaged(student: Student) -> None:
+    """Also one that was registered as None."""
+    student.register_buffer("late", None)
+    careless, careful = MeanTeacher(student), MeanTeacher(student, skip_buffers=False)
+    student.late = torch.zeros(2)
+    careless.update()
+    with pytest.raises(CkptEmaError, match="`late` came"):
+        careful.update()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -351,11 +377,12 @@ def test_a_student_that_is_not_finite_does_not_reach_the_teacher(
     assert (lenient.num_updates, lenient.num_skipped) == (1, 1)
     assert_same_bits(careful.tensors(), before)
     assert_same_bits(lenient.tensors(), before)
-    (tmp_path / "teacher.safetensors").write_bytes(b"the last good one")
+    blind.save(tmp_path / "teacher.safetensors")
+    last_good = (tmp_path / "teacher.safetensors").read_bytes()
     blind.update()
     with pytest.raises(CkptEmaError, match=r"`encoder.bias` holds a NaN or an infinity in the teacher"):
         blind.save(tmp_path / "teacher.safetensors")
-    assert (tmp_path / "teacher.safetensors").read_bytes() == b"the last good one"
+    assert (tmp_path / "teacher.safetensors").read_bytes() == last_good
 
 
 @pytest.mark.parametrize(
@@ -454,10 +481,43 @@ def test_while_swapped_it_can_be_neither_changed_nor_saved(student: Student, tmp
     teacher.update()
 
 
-def test_a_module_without_the_teachers_tensors_cannot_be_swapped_into(student: Student) -> None:
-    """And is left as it was."""
-    with pytest.raises(CkptEmaError, match="tensors of the teacher are not in the module"):
-        MeanTeacher(student).swapped_into(nn.Linear(7, 7)).__enter__()
+def test_a_module_that_does_not_fit_cannot_be_swapped_into(student: Student) -> None:
+    """Missing names, other shapes, other ties: every difference is told, and nothing is changed."""
+    teacher = MeanTeacher(student)
+    other = Student()
+    del other.scale
+    other.frozen = nn.Parameter(torch.zeros(1))
+    before = clones(other)
+    with pytest.raises(CkptEmaError) as caught:
+        teacher.swapped_into(other).__enter__()
+    for part in ("in 2 places", "scale: missing in the module", "frozen: shape [1] in the module, [13] in the teacher"):
+        assert part in str(caught.value)
+    assert_same_bits(clones(other), before)
+    untied = Student()
+    untied.decoder.weight = nn.Parameter(torch.zeros(7, 7))
+    with pytest.raises(CkptEmaError, match="tied in the module, but not in the teacher"):
+        MeanTeacher(untied).swapped_into(student).__enter__()
+    teacher.update()
+
+
+def test_ties_that_only_the_student_has_are_swapped_and_saved_under_each_name(student: Student, tmp_path: Path) -> None:
+    """Two tensors of a module may follow one of the student; all come back from a swap."""
+    module = Student()
+    module.decoder.weight = nn.Parameter(torch.ones(7, 7))
+    teacher = MeanTeacher(student, module, momentum=0.5, keep_teacher=True)
+    teacher.update()
+    for name in ("encoder.weight", "decoder.weight"):
+        assert torch.equal(teacher.tensors()[name], module.state_dict()[name]), name
+    saved = load_file(teacher.save(tmp_path / "teacher.safetensors"))
+    assert torch.equal(saved["decoder.weight"], module.decoder.weight)
+    own = MeanTeacher(student)
+    mine, theirs = clones(student), clones(module)
+    with own.swapped_into(module):
+        assert torch.equal(module.encoder.weight, student.encoder.weight)
+        assert torch.equal(module.decoder.weight, student.encoder.weight)
+    assert_same_bits(clones(module), theirs)
+    assert_same_bits(clones(student), mine)
+    assert torch.equal(own.tensors()["encoder.weight"], student.encoder.weight)
 
 
 # --- state and files --------------------------------------------------------------------------------------------------
@@ -482,9 +542,18 @@ def test_training_goes_on_from_a_saved_state_as_if_never_stopped(student: Studen
 
 
 def test_a_state_that_does_not_fit_changes_nothing(student: Student) -> None:
-    """Names and shapes are compared before a number is copied."""
+    """Names, shapes and the filter are compared before a number is copied."""
     teacher = MeanTeacher(student)
-    state = teacher.state_dict()
+    before = {name: tensor.clone() for name, tensor in teacher.tensors().items()}
+    state = copy.deepcopy(teacher.state_dict())
+    for tensor in state["tensors"].values():
+        tensor.add_(1)
+    for broken, message in (
+        ({**state, "skip_buffers": False}, "made with skip_buffers=False, and here it is True"),
+        ({key: value for key, value in state.items() if key != "start"}, "or a part is missing"),
+    ):
+        with pytest.raises(CkptEmaError, match=message):
+            teacher.load_state_dict(broken)
     state["tensors"] = {**state["tensors"], "scale": torch.zeros(3), "other": torch.zeros(1)}
     del state["tensors"]["frozen"]
     with pytest.raises(CkptEmaError) as caught:
@@ -492,6 +561,7 @@ def test_a_state_that_does_not_fit_changes_nothing(student: Student) -> None:
     for part in ("frozen: missing in the state", "other: missing in the student", "scale: shape [3] in the state"):
         assert part in str(caught.value)
     assert teacher.num_steps == 0
+    assert_same_bits(teacher.tensors(), before)
     with pytest.raises(CkptEmaError, match="no state of a MeanTeacher"):
         teacher.load_state_dict(student.state_dict())
 
@@ -501,6 +571,41 @@ def test_a_state_of_another_momentum_is_taken_with_a_warning(student: Student) -
     state = MeanTeacher(student, momentum=0.2).state_dict()
     with pytest.warns(UserWarning, match=r"made with momentum=0.2, and goes on with 0.1"):
         MeanTeacher(student, momentum=0.1).load_state_dict(state)
+    student = student.to(torch.bfloat16)
+    with pytest.warns(UserWarning, match=r"the stored teacher is torch.bfloat16, and goes on in torch.float32"):
+        MeanTeacher(student).load_state_dict(MeanTeacher(student, dtype="student").state_dict())
+    with pytest.raises(AttributeError):
+        MeanTeacher(student).momentum = 0.5  # type: ignore[misc]
+
+
+def test_the_teacher_is_no_part_of_the_students_graph(student: Student) -> None:
+    """A loss against it must not send gradients into the student, and its state can be copied."""
+    teacher = MeanTeacher(student)
+    assert not any(tensor.requires_grad or tensor.grad_fn for tensor in teacher.tensors().values())
+    teacher.update()
+    prediction = torch.func.functional_call(student, teacher.tensors(), torch.randn(4, 7))
+    assert not prediction.requires_grad
+    copy.deepcopy(teacher.state_dict())
+
+
+def test_saving_replaces_teachers_alone_and_never_writes_infinities(student: Student, tmp_path: Path) -> None:
+    """A checkpoint of that name stays; a number that the written dtype cannot hold is an error."""
+    save_file({"w": torch.ones(2)}, tmp_path / "student.safetensors")
+    teacher = MeanTeacher(student)
+    with pytest.raises(CkptEmaError, match="is no teacher that ckpt-ema wrote"):
+        teacher.save(tmp_path / "student.safetensors")
+    assert list(load_file(tmp_path / "student.safetensors")) == ["w"]
+    with torch.no_grad():
+        student.frozen[3] = 1e6
+    teacher.update()
+    with pytest.raises(CkptEmaError, match="`frozen` overflows float16"):
+        teacher.save(tmp_path / "half.safetensors", dtype="float16")
+    assert [path.name for path in tmp_path.iterdir()] == ["student.safetensors"]
+    with torch.no_grad():
+        student.frozen[3] = 1
+    teacher.copy_student()
+    halves = load_file(teacher.save(tmp_path / "half.safetensors", dtype="float16"))
+    assert_same_bits({"frozen": halves["frozen"]}, {"frozen": student.frozen.detach().half()})
 
 
 def test_a_saved_teacher_loads_into_the_model(student: Student, tmp_path: Path) -> None:
@@ -539,7 +644,7 @@ def test_a_snapshot_beside_checkpoints_is_an_average_to_the_fold(
     assert "momentum   0.1 per update, interval 2" in shown.stdout
     record = ckpt_ema.inspect(path).provenance
     assert record is not None
-    assert (record["step"], record["steps"], record["updates"]) == (4, 4, 2)
+    assert (record["step"], record["steps"], record["updates"], record["start"]) == (4, 4, 2, "student")
 
 
 # --- misuse -----------------------------------------------------------------------------------------------------------
@@ -551,18 +656,21 @@ def test_a_snapshot_beside_checkpoints_is_an_average_to_the_fold(
         ({"momentum": 0.0}, "must lie between 0 and 1"),
         ({"momentum": 1.0}, "must lie between 0 and 1"),
         ({"momentum": 0.1, "half_life": 10}, "say the same thing twice"),
-        ({"half_life": 0}, "positive number of steps"),
+        ({"half_life": 0}, "must be above 0 steps"),
         ({"half_life": 1e-9}, "must lie between 0 and 1"),
         ({"interval": 0}, "whole number from 1"),
         ({"interval": 1.5}, "whole number from 1"),
         ({"arithmetic": "fast"}, "arithmetic is 'fast'"),
         ({"on_nonfinite": "ignore"}, "on_nonfinite is 'ignore'"),
         ({"dtype": "bfloat16"}, "dtype is 'bfloat16'"),
+        ({"momentum": "0.1"}, "must be a number"),
+        ({"momentum": float("nan")}, "must lie between 0 and 1"),
+        ({"skip_buffers": "yes"}, "skip_buffers is 'yes'"),
         ({"keep_teacher": True}, "needs a teacher module"),
     ],
 )
 def test_misuse_is_refused(student: Student, options: dict[str, Any], message: str) -> None:
-    """Before anything is allocated."""
+    """With what was wrong and what to pass."""
     with pytest.raises(MisuseError, match=message):
         MeanTeacher(student, **options)
 
@@ -578,6 +686,18 @@ def test_what_cannot_be_followed_is_refused() -> None:
         MeanTeacher(lazy)
     with pytest.raises(CkptEmaError, match="meta device"):
         MeanTeacher(nn.Linear(2, 2, device="meta"))
+    gathered = nn.Linear(2, 2)
+    gathered.weight.ds_id = 3
+    with pytest.raises(CkptEmaError, match="ZeRO-3"):
+        MeanTeacher(gathered)
+    eight = nn.Module()
+    eight.weight = nn.Parameter(torch.randn(4).to(torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(MisuseError, match="no arithmetic"):
+        MeanTeacher(eight, dtype="student")
+    teacher = MeanTeacher(eight, momentum=MOMENTUM)
+    teacher.update()
+    teacher.update()
+    assert teacher.tensors()["weight"].dtype is torch.float32
 
 
 def test_an_inverted_momentum_is_warned_of(student: Student) -> None:

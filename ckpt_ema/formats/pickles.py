@@ -169,8 +169,9 @@ def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_rest:
         raise MalformedPickleError(f"a {type(offset).__name__} where a storage offset should be")
     if type(shape) is not tuple or type(strides) is not tuple:
         shape, strides = _as_tuple(shape), _as_tuple(strides)
+    # Their lengths alone: printing what a stranger nested can take for ever.
     if len(shape) != len(strides):
-        raise MalformedPickleError(f"shape {shape} and strides {strides} disagree")
+        raise MalformedPickleError(f"a shape of {len(shape)} dimensions with strides of {len(strides)}")
     if len(shape) > MAX_DIMENSIONS:
         raise MalformedPickleError(f"a tensor of {len(shape)} dimensions")
     for size in shape + strides:

@@ -8,13 +8,14 @@ from typing import Any
 from lightning.pytorch import Callback
 
 from ckpt_ema.online.mean_teacher import MeanTeacher
+from ckpt_ema.online.settings import check_settings
 
 
 class MeanTeacherCallback(Callback):
     """Follows the module with a `ckpt_ema.MeanTeacher`, and validates and tests with the teacher's numbers.
 
     An update comes after every batch that stepped an optimizer. The teacher's state travels in the checkpoints, whose
-    `state_dict` stays the student's; `teacher` is the MeanTeacher, from the first training batch on. `validate=False`
+    `state_dict` stays the student's; `teacher` is the MeanTeacher, from the start of training on. `validate=False`
     leaves validation and tests to the student. Further options are MeanTeacher's.
     """
 
@@ -22,18 +23,30 @@ class MeanTeacherCallback(Callback):
         self, momentum: float | None = None, interval: int = 1, *, validate: bool = True, **options: Any
     ) -> None:
         self.options = {"momentum": momentum, "interval": interval, **options}
+        check_settings(**self.options)
         self.validate = validate
         self.teacher: MeanTeacher | None = None
         self._loaded_state: dict[str, Any] | None = None
         self._last_step = 0
         self._swap = contextlib.ExitStack()
 
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """A new training has a new teacher, unless a checkpoint brings one, which is loaded after this."""
+        if stage == "fit":
+            self.teacher = self._loaded_state = None
+
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Begin late: by now the module lies on its device and is wrapped."""
-        self.teacher = MeanTeacher(pl_module, **self.options)
-        if self._loaded_state is not None:
-            self.teacher.load_state_dict(self._loaded_state)
+        self._take_loaded(pl_module)
+        if self.teacher is None:
+            self.teacher = MeanTeacher(pl_module, **self.options)
         self._last_step = trainer.global_step
+
+    def _take_loaded(self, pl_module: Any) -> None:
+        if self._loaded_state is not None:
+            self.teacher = MeanTeacher(pl_module, **self.options)
+            self.teacher.load_state_dict(self._loaded_state)
+            self._loaded_state = None
 
     def on_train_batch_end(self, trainer: Any, *_: Any, **__: Any) -> None:
         """Update where an optimizer stepped; accumulated batches do not."""
@@ -43,7 +56,8 @@ class MeanTeacherCallback(Callback):
             self.teacher.update()
 
     def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Put the teacher in."""
+        """Put the teacher in, that of the checkpoint where one was loaded."""
+        self._take_loaded(pl_module)
         if self.validate and self.teacher is not None:
             self._swap.enter_context(self.teacher.swapped_into(pl_module))
 
@@ -63,5 +77,5 @@ class MeanTeacherCallback(Callback):
         return {} if self.teacher is None else self.teacher.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep it until training starts."""
+        """Keep it until the module lies where it is to be used."""
         self._loaded_state = state_dict or None

@@ -15,6 +15,7 @@ from mmengine.registry import HOOKS
 
 from ckpt_ema.errors import CkptEmaError, MisuseError
 from ckpt_ema.online.mean_teacher import MeanTeacher
+from ckpt_ema.online.settings import check_settings
 
 STATE_KEY = "mean_teacher"
 
@@ -25,12 +26,13 @@ class MeanTeacherHook(Hook):
 
     The runner's model has a `student` and a `teacher`. At iteration 0 the teacher becomes a copy of the student, unless
     the checkpoint that was loaded brought a teacher of its own. The counters travel in the checkpoints. `skip_buffer`
-    and `skip_buffers` mean the same; further options are those of `ckpt_ema.MeanTeacher`.
+    and `skip_buffers` mean the same; further options are those of `ckpt_ema.MeanTeacher`. Raises MisuseError for
+    options that make no sense, and CkptEmaError for a model without the two.
     """
 
     def __init__(
         self,
-        momentum: float = 0.001,
+        momentum: float | None = None,
         interval: int = 1,
         skip_buffer: bool | None = None,
         skip_buffers: bool | None = None,
@@ -47,6 +49,7 @@ class MeanTeacherHook(Hook):
             "skip_buffers": True if given is None else given,
             **options,
         }
+        check_settings(**self.options)
         self.teacher: MeanTeacher | None = None
         self._loaded_state: dict[str, Any] | None = None
         self._has_loaded_teacher = False
@@ -58,7 +61,8 @@ class MeanTeacherHook(Hook):
             if not hasattr(model, part):
                 raise CkptEmaError(
                     f"a {type(model).__name__} has no `{part}`, and MeanTeacherHook needs a model with `student` and"
-                    " `teacher`"
+                    " `teacher`",
+                    hint="register this hook only for mean-teacher models; for others make a ckpt_ema.MeanTeacher",
                 )
         self.teacher = MeanTeacher(model.student, model.teacher, keep_teacher=True, **self.options)
         if self._loaded_state is not None and runner.iter:

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import warnings
-from collections.abc import Iterator
+import zlib
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainerCallback
 
+from ckpt_ema.errors import CkptEmaError
 from ckpt_ema.online.mean_teacher import MeanTeacher
+from ckpt_ema.online.settings import check_settings
 from ckpt_ema.online.state_file import read_state, write_state
+from ckpt_ema.online.tracking import is_sharded
 from ckpt_ema.teacher_folder import folder_to_fill
 
 STATE_NAME = "mean_teacher.safetensors"
+STUDENT_KEY = "student_checksum"
+CHECKED_ELEMENTS = 64
 
 
 class MeanTeacherCallback(TrainerCallback):
@@ -23,23 +30,50 @@ class MeanTeacherCallback(TrainerCallback):
     from which a resumed training goes on. Options are MeanTeacher's; `teacher` is there once training has begun.
     """
 
-    def __init__(self, momentum: float | None = None, interval: int = 1, **options: Any) -> None:
+    def __init__(
+        self,
+        momentum: float | None = None,
+        interval: int = 1,
+        *,
+        resume_from: str | os.PathLike[str] | None = None,
+        **options: Any,
+    ) -> None:
+        """`resume_from` is the checkpoint that training resumes from, where that lies outside of `output_dir`."""
         self.options = {"momentum": momentum, "interval": interval, **options}
+        check_settings(**self.options)
+        self.resume_from = resume_from
         self.teacher: MeanTeacher | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        """Start, or go on from the checkpoint that training resumes from."""
+        """Start, or go on from the checkpoint that training resumes from.
+
+        The Trainer does not tell which that is, so the student that a teacher belongs to is compared with the one that
+        was loaded. Raises CkptEmaError where they differ, and for a sharded model.
+        """
+        if any(is_sharded(parameter) for parameter in model.parameters()):
+            raise CkptEmaError(
+                "a sharded model's teacher cannot be saved by the Trainer's first process",
+                hint="follow it with a ckpt_ema.MeanTeacher, and save its state_dict with torch.distributed.checkpoint",
+            )
         self.teacher = MeanTeacher(model, **self.options)
-        if state.global_step:
-            path = next((path for path in _state_files(args, state) if path.is_file()), None)
-            if path is None:
-                warnings.warn(
-                    f"no `{STATE_NAME}` in the checkpoint of step {state.global_step}: the teacher begins anew with a"
-                    " copy of the student",
-                    stacklevel=2,
-                )
-            else:
-                self.teacher.load_state_dict(read_state(path))
+        if not state.global_step:
+            return
+        folder = _folder_of(args, state) if self.resume_from is None else Path(self.resume_from)
+        path = folder / STATE_NAME
+        if not path.is_file():
+            warnings.warn(
+                f"`{folder}` holds no `{STATE_NAME}`: the teacher begins anew with a copy of the student; where"
+                " training resumes from another folder, pass MeanTeacherCallback(resume_from=...)",
+                stacklevel=2,
+            )
+            return
+        stored = read_state(path)
+        if stored.get(STUDENT_KEY) != _checksum(model):
+            raise CkptEmaError(
+                f"`{path}` is the teacher of another student than the one that training resumes with",
+                hint="pass MeanTeacherCallback(resume_from=PATH) with the checkpoint's folder",
+            )
+        self.teacher.load_state_dict(stored)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Update; the Trainer counts optimizer steps here, not accumulated batches."""
@@ -52,8 +86,9 @@ class MeanTeacherCallback(TrainerCallback):
         """Put the teacher into the checkpoint's folder, which is complete by now."""
         if self.teacher is None or not state.is_world_process_zero:
             return
+        self.teacher.check_finite()
         folder = _folder_of(args, state)
-        write_state(folder / STATE_NAME, self.teacher.state_dict())
+        write_state(folder / STATE_NAME, {**self.teacher.state_dict(), STUDENT_KEY: _checksum(model)})
         with folder_to_fill(folder / "teacher") as filled:
             if processing_class is not None:
                 processing_class.save_pretrained(filled)
@@ -66,7 +101,10 @@ def _folder_of(args: Any, state: Any) -> Path:
     return Path(args.output_dir) / f"checkpoint-{state.global_step}"
 
 
-def _state_files(args: Any, state: Any) -> Iterator[Path]:
-    if isinstance(args.resume_from_checkpoint, str):
-        yield Path(args.resume_from_checkpoint) / STATE_NAME
-    yield _folder_of(args, state) / STATE_NAME
+def _checksum(model: Any) -> int:
+    """Of the first numbers of every parameter: enough to tell two students apart."""
+    checksum = 0
+    for parameter in model.parameters():
+        head = parameter.detach().reshape(-1)[:CHECKED_ELEMENTS].cpu()
+        checksum = zlib.crc32(bytes(head.view(torch.uint8).tolist()), checksum)
+    return checksum

@@ -9,37 +9,40 @@ import contextlib
 import os
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from ckpt_ema.errors import CkptEmaError, MisuseError
+from ckpt_ema.formats import read_contents
 from ckpt_ema.online.rule import Rule, blocks_of, exchange_, is_finite
+from ckpt_ema.online.settings import Arithmetic, OnNonfinite, ShadowDtype, check_settings
 from ckpt_ema.online.teacher_file import OnlineRecord, write_teacher
-from ckpt_ema.online.tracking import Slot, Tracking, local_part, track
-from ckpt_ema.profiles import check_momentum
-
-Arithmetic = Literal["hook", "lerp"]
-OnNonfinite = Literal["raise", "skip"]
+from ckpt_ema.online.tracking import Slot, Tracking, is_sharded, local_part, track
 
 STATE_VERSION = 1
 
+_COUNTERS = ("num_steps", "num_updates", "num_skipped")
+_CONFIGURATION = ("momentum", "interval", "arithmetic")
 
-@dataclass(slots=True, eq=False)
+Start = Literal["student", "teacher"]
+
+
 class _Pair:
-    """One tensor of the student and the teacher's, either its own or in a module."""
+    """One tensor of the teacher, in a module or of its own, and the student's that it follows."""
 
-    student: Slot
-    teacher: torch.Tensor | Slot
+    __slots__ = ("names", "student", "teacher")
 
-    @property
-    def name(self) -> str:
-        return self.student.name
+    def __init__(self, names: tuple[str, ...], student: Slot, teacher: torch.Tensor | Slot) -> None:
+        self.names = names
+        self.student = student
+        self.teacher = teacher
 
     @property
     def local(self) -> torch.Tensor:
+        """The teacher's numbers, of a sharded tensor this rank's."""
         return self.teacher.local if isinstance(self.teacher, Slot) else self.teacher
 
 
@@ -60,7 +63,7 @@ class MeanTeacher:
         half_life: float | None = None,
         interval: int = 1,
         skip_buffers: bool = True,
-        dtype: Literal["float32", "student"] = "float32",
+        dtype: ShadowDtype = "float32",
         arithmetic: Arithmetic = "hook",
         on_nonfinite: OnNonfinite | None = None,
         keep_teacher: bool = False,
@@ -75,36 +78,67 @@ class MeanTeacher:
         `update` counts. `skip_buffers` averages parameters alone, otherwise every floating-point entry of the state
         dict. `dtype="float32"` keeps 16- and 8-bit students' teacher in float32; "student" in their own, where small
         updates are lost. `arithmetic="lerp"` is one rounding closer to the exact average, with other bits than the
-        hook's. `on_nonfinite` says what an update does when the student holds a NaN or an infinity: "raise", "skip", or
-        with None not look, which would take half as long as the update and make the host wait for a GPU; `save` always
-        looks. `keep_teacher` starts from what the teacher module holds instead of a copy of the student.
+        hook's. `on_nonfinite` says what an update does when the student holds a NaN or an infinity: "raise", "skip",
+        or with None not look, which would take about half as long as the update and make the host wait for a GPU.
+        `keep_teacher` starts from what the teacher module holds instead of a copy of the student.
 
         Raises MisuseError for options that make no sense and CkptEmaError where the modules do not fit.
         """
-        self.interval = _checked_interval(interval)
-        self.momentum = _checked_momentum(momentum, half_life, interval)
-        self.skip_buffers = skip_buffers
-        self.arithmetic = _one_of("arithmetic", arithmetic, ("hook", "lerp"))
-        self.on_nonfinite = _one_of("on_nonfinite", on_nonfinite, ("raise", "skip", None))
-        _one_of("dtype", dtype, ("float32", "student"))
-        self._rule = Rule(self.momentum, lerp=arithmetic == "lerp")
+        self._settings = check_settings(
+            momentum=momentum,
+            half_life=half_life,
+            interval=interval,
+            skip_buffers=skip_buffers,
+            dtype=dtype,
+            arithmetic=arithmetic,
+            on_nonfinite=on_nonfinite,
+            stacklevel=2,
+        )
+        self._rule = Rule(self._settings.momentum, lerp=arithmetic == "lerp")
         self.num_steps = 0
-        """Calls of `update`."""
+        """Calls of `update` that came to their end."""
         self.num_updates = 0
         """Those that changed the teacher; the first of them copied the student."""
         self.num_skipped = 0
         """Updates left out because the student was not finite."""
         self._student = student
         self._tracking = track(student, skip_buffers=skip_buffers)
-        self._has_start = keep_teacher
+        self._start: Start | None = "teacher" if keep_teacher else None
         self._is_swapped = False
-        if teacher is None:
-            if keep_teacher:
-                raise MisuseError("`keep_teacher` needs a teacher module", hint="pass MeanTeacher(student, teacher)")
-            self._pairs = [_Pair(slot, _shadow_of(slot, dtype)) for slot in self._tracking.averaged]
-        else:
+        self._owns_tensors = teacher is None
+        if teacher is not None:
             self._pairs = _pairs_of(self._tracking, track(teacher, skip_buffers=skip_buffers))
             _warn_of_stall(self._pairs)
+        elif keep_teacher:
+            raise MisuseError("`keep_teacher` needs a teacher module", hint="pass MeanTeacher(student, teacher)")
+        else:
+            self._pairs = [_Pair(slot.names, slot, _shadow_of(slot, dtype)) for slot in self._tracking.averaged]
+        for pair in self._pairs:
+            if pair.local.is_floating_point() and pair.local.itemsize == 1:
+                raise MisuseError(
+                    f"`{pair.names[0]}` of the teacher is {pair.local.dtype}, in which torch has no arithmetic",
+                    hint='pass dtype="float32", or make the teacher module float32',
+                )
+
+    @property
+    def momentum(self) -> float:
+        """The student's share at each update."""
+        return self._settings.momentum
+
+    @property
+    def interval(self) -> int:
+        """Steps from one update to the next."""
+        return self._settings.interval
+
+    @property
+    def skip_buffers(self) -> bool:
+        """Whether parameters alone are averaged."""
+        return self._settings.skip_buffers
+
+    @property
+    def arithmetic(self) -> Arithmetic:
+        """`hook` or `lerp`."""
+        return self._settings.arithmetic
 
     @property
     def skipped(self) -> dict[str, str]:
@@ -115,27 +149,28 @@ class MeanTeacher:
     def update(self) -> bool:
         """Count one training step; at every `interval`-th one fold the student in. True when the teacher changed.
 
-        Call it after `optimizer.step()`. Raises CkptEmaError, the teacher unchanged, where the student is not
-        finite or has lost or gained parameters.
+        Call it after `optimizer.step()`. Raises CkptEmaError, the teacher and the counters unchanged, where the
+        student is not finite or has lost or gained parameters.
         """
         self._refuse_swapped("update the teacher")
-        self.num_steps += 1
-        if self.num_steps % self.interval:
+        step = self.num_steps + 1
+        if step % self.interval:
+            self.num_steps = step
             return False
-        self._tracking.check_complete()
-        students = [pair.student.local for pair in self._pairs]
-        teachers = self._teachers_for(students)
-        if self.on_nonfinite is not None and not is_finite(students):
-            if self.on_nonfinite == "raise":
-                raise self._not_finite()
+        students, teachers = self._tensors()
+        if self._settings.on_nonfinite is not None and not self._all_ranks(is_finite(students)):
+            if self._settings.on_nonfinite == "raise":
+                raise self._not_finite(step)
+            self.num_steps = step
             self.num_skipped += 1
             return False
-        if self._has_start:
-            self._rule.average_all_(teachers, students)
-        else:
+        if self._start is None:
             for teacher, student in zip(teachers, students, strict=True):
                 teacher.copy_(student)
-        self._has_start = True
+            self._start = "student"
+        else:
+            self._rule.average_all_(teachers, students)
+        self.num_steps = step
         self.num_updates += 1
         return True
 
@@ -143,43 +178,43 @@ class MeanTeacher:
     def copy_student(self) -> None:
         """Make the teacher a copy of the student as it is now, from which the next update averages on."""
         self._refuse_swapped("copy the student")
-        self._tracking.check_complete()
-        students = [pair.student.local for pair in self._pairs]
-        for teacher, student in zip(self._teachers_for(students), students, strict=True):
+        for student, teacher in zip(*self._tensors(), strict=True):
             teacher.copy_(student)
-        self._has_start = True
+        self._start = "student"
 
-    def attach(self, optimizer: torch.optim.Optimizer) -> Any:
+    def attach(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
         """Update after every `optimizer.step()` from now on; `remove()` of what is returned ends that."""
 
         def update(*_: object) -> None:
             self.update()
 
-        return optimizer.register_step_post_hook(update)
+        handle: RemovableHandle = optimizer.register_step_post_hook(update)
+        return handle
 
     @contextlib.contextmanager
     def swapped_into(self, module: torch.nn.Module | None = None) -> Iterator[torch.nn.Module]:
         """Put the teacher's numbers into `module` (default: the student) for the length of a `with` block.
 
-        What the module held comes back afterwards, also when the block raises. In between the teacher can be neither
-        updated nor saved. Tensors of the teacher's dtype are exchanged in place; others are kept as a copy.
+        What the module held comes back afterwards, also when the block raises; do not train in it. In between the
+        teacher can be neither updated nor saved. Tensors of the teacher's dtype are exchanged in place; of others a
+        copy is kept. Raises CkptEmaError, nothing changed, where names, shapes or ties do not fit.
         """
         self._refuse_swapped("swap it in again")
         target = self._student if module is None else module
-        slots = {name: slot for slot in track(target, skip_buffers=self.skip_buffers).averaged for name in slot.names}
-        missing = [pair.name for pair in self._pairs if pair.name not in slots]
-        if missing:
-            raise CkptEmaError(f"{len(missing)} tensors of the teacher are not in the module", details=missing)
-        undo: list[tuple[torch.Tensor, torch.Tensor, bool]] = []
+        tracking = track(target, skip_buffers=self.skip_buffers)
+        tracking.reshard()
+        places = _places_in(tracking, self._pairs)
         self._is_swapped = True
+        undo: list[tuple[torch.Tensor, torch.Tensor, bool]] = []
         try:
             with torch.no_grad():
-                for pair in self._pairs:
-                    undo.append(_swap_in(slots[pair.name].local, pair.local))
+                for place, pair, is_first in places:
+                    _swap_in(place.local, pair.local, undo, exchanges=is_first)
             yield target
         finally:
+            tracking.reshard()
             with torch.no_grad():
-                for tensor, other, was_exchanged in undo:
+                for tensor, other, was_exchanged in reversed(undo):
                     if was_exchanged:
                         exchange_(tensor, other)
                     else:
@@ -187,23 +222,30 @@ class MeanTeacher:
             self._is_swapped = False
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The teacher's averaged tensors by name, tied ones under each of their names; not copies.
+        """The teacher's averaged tensors by name, tied ones under each of their names.
 
-        Under FSDP2 each is a DTensor with the student's placement.
+        They are the teacher's own, and change with the next update. Under FSDP2 each is a DTensor with the student's
+        placement.
         """
         self._refuse_swapped("read the teacher")
-        return {name: _like(pair.student.tensor, pair.local) for pair in self._pairs for name in pair.student.names}
+        self._tracking.reshard()
+        return {name: _like(pair.student.tensor, pair.local) for pair in self._pairs for name in pair.names}
 
     def state_dict(self) -> dict[str, Any]:
-        """Counters, configuration and, unless a teacher module keeps them, the teacher's tensors."""
+        """Counters, configuration and, unless a teacher module keeps them, the teacher's tensors.
+
+        The tensors are the teacher's own: save them, or copy them, before the next update.
+        """
         self._refuse_swapped("save the state")
+        self._tracking.reshard()
         state: dict[str, Any] = {
             "version": STATE_VERSION,
-            "has_start": self._has_start,
+            "start": self._start,
+            "skip_buffers": self.skip_buffers,
             **{name: getattr(self, name) for name in (*_COUNTERS, *_CONFIGURATION)},
         }
-        if not isinstance(self._pairs[0].teacher, Slot):
-            state["tensors"] = {pair.name: _like(pair.student.tensor, pair.local) for pair in self._pairs}
+        if self._owns_tensors:
+            state["tensors"] = {pair.names[0]: _like(pair.student.tensor, pair.local) for pair in self._pairs}
         return state
 
     @torch.no_grad()
@@ -211,42 +253,57 @@ class MeanTeacher:
         """Go on where `state_dict` was taken.
 
         Raises CkptEmaError with every name and shape that does not fit, nothing changed then; warns where momentum,
-        interval, filter or arithmetic are others now, which hold from here on.
+        interval or arithmetic are others now, which hold from here on, and where a narrower teacher was stored.
         """
         self._refuse_swapped("load a state")
-        if state.get("version") != STATE_VERSION:
+        required = {"version", "start", "skip_buffers", *_COUNTERS, *_CONFIGURATION}
+        if state.get("version") != STATE_VERSION or not required <= state.keys():
             raise CkptEmaError(
-                f"no state of a MeanTeacher: its version is {state.get('version')!r}, not {STATE_VERSION}",
+                f"no state of a MeanTeacher: its version is {state.get('version')!r}, not {STATE_VERSION}, or a part is"
+                " missing",
                 hint="pass what `MeanTeacher.state_dict()` returned",
             )
+        if bool(state["skip_buffers"]) != self.skip_buffers:
+            raise CkptEmaError(
+                f"the state was made with skip_buffers={state['skip_buffers']}, and here it is {self.skip_buffers}",
+                hint=f"make the MeanTeacher with skip_buffers={state['skip_buffers']}",
+            )
         stored: Mapping[str, torch.Tensor] = state.get("tensors", {})
-        keeps_own = not isinstance(self._pairs[0].teacher, Slot)
-        if keeps_own:
-            _check_fit({pair.name: pair.student.tensor for pair in self._pairs}, stored)
+        self._tracking.reshard()
+        if self._owns_tensors:
+            _check_fit({pair.names[0]: pair.local for pair in self._pairs}, stored)
         elif stored:
             raise CkptEmaError(
                 "the state is that of a MeanTeacher without a teacher module, and here there is one",
                 hint="load it into MeanTeacher(student)",
             )
+        counters = {name: int(state[name]) for name in _COUNTERS}
         for name in _CONFIGURATION:
             if state[name] != getattr(self, name):
                 warnings.warn(
                     f"the teacher was made with {name}={state[name]!r}, and goes on with {getattr(self, name)!r}",
                     stacklevel=2,
                 )
-        if keeps_own:
+        if self._owns_tensors:
+            narrow = [pair for pair in self._pairs if stored[pair.names[0]].dtype.itemsize < pair.local.itemsize]
+            if narrow:
+                name = narrow[0].names[0]
+                warnings.warn(
+                    f"the stored teacher is {stored[name].dtype}, and goes on in {narrow[0].local.dtype}", stacklevel=2
+                )
             for pair in self._pairs:
-                pair.local.copy_(local_part(stored[pair.name]))
-        self._has_start = bool(state["has_start"])
-        for name in _COUNTERS:
-            setattr(self, name, int(state[name]))
+                pair.local.copy_(local_part(stored[pair.names[0]]))
+        self._start = state["start"]
+        for name, value in counters.items():
+            setattr(self, name, value)
 
     def save(self, path: str | os.PathLike[str], *, dtype: str = "student", overwrite: bool = True) -> Path:
         """Write the teacher as a safetensors file with all tensors of the student's state dict.
 
         What is not averaged is the student's, as it is now. `dtype` of averaged tensors: "student", "teacher",
-        "float32", "bfloat16" or "float16". The file appears whole or not at all. Raises CkptEmaError where the teacher
-        is not finite, and for a sharded one, whose `state_dict()` is for torch.distributed.checkpoint.
+        "float32", "bfloat16" or "float16". The file appears whole or not at all; `overwrite` replaces a teacher that
+        ckpt-ema wrote, and never another file. Raises CkptEmaError where the teacher is not finite, and for a sharded
+        one, whose `state_dict()` is for torch.distributed.checkpoint.
         """
         return self._write(Path(path), None, dtype=dtype, overwrite=overwrite)
 
@@ -264,6 +321,7 @@ class MeanTeacher:
         In 16 bits, momentum times the difference is often less than half of the teacher's last place, and lost.
         """
         self._refuse_swapped("measure the teacher")
+        self._tracking.reshard()
         differing = stalled = 0
         for pair in self._pairs:
             for teacher, student in blocks_of(pair.local, pair.student.local):
@@ -274,55 +332,73 @@ class MeanTeacher:
                 stalled += int((differs & (moved == teacher)).sum())
         return stalled / differing if differing else 0.0
 
+    @torch.no_grad()
     def _write(self, path: Path, step: int | None, *, dtype: str, overwrite: bool) -> Path:
         self._refuse_swapped("save the teacher")
-        if not overwrite and path.exists():
-            raise CkptEmaError(f"`{path}` exists", hint="pass overwrite=True or another path")
-        if any(hasattr(pair.student.tensor, "to_local") for pair in self._pairs):
+        _check_replaceable(path, overwrite=overwrite)
+        if any(is_sharded(pair.student.tensor) for pair in self._pairs):
             raise CkptEmaError(
                 "the teacher is sharded over ranks, and no rank has all of it",
                 hint='torch.distributed.checkpoint.save({"teacher": teacher.state_dict()}, checkpoint_id=PATH)',
             )
-        bad = next((pair.name for pair in self._pairs if not is_finite([pair.local])), None)
-        if bad is not None:
-            raise CkptEmaError(
-                f"`{bad}` holds a NaN or an infinity in the teacher; nothing was written",
-                hint='go on from the last state that was saved, with on_nonfinite="raise"',
-            )
-        averaged = {name: (pair.local, pair.student.tensor) for pair in self._pairs for name in pair.student.names}
+        self.check_finite()
+        averaged = {name: (pair.local, pair.student.tensor) for pair in self._pairs for name in pair.names}
         copied = {name: slot.tensor for slot in self._tracking.copied for name in slot.names}
         record = OnlineRecord(
             momentum=self.momentum,
             interval=self.interval,
             skip_buffers=self.skip_buffers,
             arithmetic=self.arithmetic,
+            start=self._start,
             num_steps=self.num_steps,
             num_updates=self.num_updates,
+            num_skipped=self.num_skipped,
             step=step,
             reasons=self._tracking.reasons,
         )
         write_teacher(path, averaged, copied, record, dtype=dtype, overwrite=overwrite)
         return path
 
-    def _teachers_for(self, students: list[torch.Tensor]) -> list[torch.Tensor]:
-        """The teacher's tensors, on the student's device; a student may be moved after its teacher was made."""
-        teachers = []
-        for pair, student in zip(self._pairs, students, strict=True):
-            teacher = pair.local
+    def check_finite(self) -> None:
+        """Raise CkptEmaError where the teacher holds a NaN or an infinity; waits for a GPU."""
+        if not is_finite([pair.local for pair in self._pairs]):
+            bad = next(pair.names[0] for pair in self._pairs if not is_finite([pair.local]))
+            raise CkptEmaError(
+                f"`{bad}` holds a NaN or an infinity in the teacher; nothing was written",
+                hint='go on from the last state that was saved, with on_nonfinite="raise"',
+            )
+
+    def _tensors(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """The student's tensors and the teacher's, which follow a student that was moved to another device."""
+        self._tracking.check_complete()
+        self._tracking.reshard()
+        students, teachers = [], []
+        for pair in self._pairs:
+            student, teacher = pair.student.local, pair.local
             if teacher.device != student.device and isinstance(pair.teacher, torch.Tensor):
                 teacher = pair.teacher = pair.teacher.to(student.device)
-            teachers.append(teacher)
             if teacher.shape != student.shape:
                 raise CkptEmaError(
-                    f"`{pair.name}` has shape {list(student.shape)}, the teacher's {list(teacher.shape)}",
+                    f"`{pair.names[0]}` has shape {list(student.shape)}, the teacher's {list(teacher.shape)}",
                     hint="make a new MeanTeacher after changing the model",
                 )
-        return teachers
+            students.append(student)
+            teachers.append(teacher)
+        return students, teachers
 
-    def _not_finite(self) -> CkptEmaError:
-        bad = next(pair.name for pair in self._pairs if not is_finite([pair.student.local]))
+    def _all_ranks(self, holds: bool) -> bool:
+        """Whether it holds on every rank that has a part of the student: all skip an update, or none."""
+        if not any(is_sharded(pair.student.tensor) for pair in self._pairs):
+            return holds
+        flag = torch.tensor(int(holds), device=self._pairs[0].local.device)
+        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MIN)
+        return bool(flag.item())
+
+    def _not_finite(self, step: int) -> CkptEmaError:
+        bad = next((pair.names[0] for pair in self._pairs if not is_finite([pair.student.local])), None)
+        what = f"`{bad}` holds a NaN or an infinity in the student" if bad else "another rank's student is not finite"
         return CkptEmaError(
-            f"`{bad}` holds a NaN or an infinity in the student at step {self.num_steps}; the teacher is unchanged",
+            f"{what} at step {step}; the teacher is unchanged",
             hint='pass on_nonfinite="skip" to leave such updates out',
         )
 
@@ -334,45 +410,22 @@ class MeanTeacher:
             )
 
 
-_COUNTERS = ("num_steps", "num_updates", "num_skipped")
-_CONFIGURATION = ("momentum", "interval", "skip_buffers", "arithmetic")
-
-
-def _checked_interval(interval: int) -> int:
-    if type(interval) is not int or interval < 1:
-        raise MisuseError(f"interval is {interval!r}, and must be a whole number from 1", hint="pass interval=1")
-    return interval
-
-
-def _checked_momentum(momentum: float | None, half_life: float | None, interval: int) -> float:
-    if half_life is not None:
-        if momentum is not None:
-            raise MisuseError("momentum and half_life say the same thing twice", hint="pass one of them")
-        if not half_life > 0:
-            raise MisuseError(f"half_life is {half_life!r}, and must be a positive number of steps")
-        momentum = 1 - 0.5 ** (interval / half_life)
-        check_momentum(momentum)
-        return momentum
-    momentum = 0.001 if momentum is None else momentum
-    check_momentum(momentum)
-    if momentum > 0.5:
-        warnings.warn(
-            f"momentum {momentum:g} makes the teacher nearly the student: here it is the student's share."
-            f" Where it is the teacher's, {momentum:g} is written momentum={1 - momentum:g} here.",
-            stacklevel=3,
-        )
-    return momentum
-
-
-def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> Any:
-    if value not in allowed:
-        raise MisuseError(f"{name} is {value!r}", hint=f"pass one of {', '.join(map(repr, allowed))}")
-    return value
+def _check_replaceable(path: Path, *, overwrite: bool) -> None:
+    if not path.exists():
+        return
+    if not overwrite:
+        raise CkptEmaError(f"`{path}` exists", hint="pass overwrite=True or another path")
+    with contextlib.suppress(CkptEmaError):
+        if read_contents(path).is_own_teacher:
+            return
+    raise CkptEmaError(
+        f"`{path}` is no teacher that ckpt-ema wrote, and is not replaced", hint="pass another path, or remove the file"
+    )
 
 
 def _shadow_of(slot: Slot, dtype: str) -> torch.Tensor:
     """A copy of the student's tensor to start from, so that there is a teacher before the first update."""
-    student = slot.local
+    student = slot.local.detach()  # or the teacher would be part of the student's graph
     is_narrow = student.dtype.is_floating_point and student.itemsize < 4
     return student.to(torch.float32 if is_narrow and dtype == "float32" else student.dtype, copy=True)
 
@@ -392,7 +445,7 @@ def _pairs_of(students: Tracking, teachers: Tracking) -> list[_Pair]:
             if student.tensor.shape != slot.tensor.shape:
                 shapes = f"{list(student.tensor.shape)} in the student, {list(slot.tensor.shape)} in the teacher"
                 differences.append(f"{slot.name}: shape {shapes}")
-            pairs.append(_Pair(student, slot))
+            pairs.append(_Pair(slot.names, student, slot))
     differences += [f"{name}: missing in the teacher" for name in by_name if name not in seen]
     if differences:
         raise CkptEmaError(
@@ -403,10 +456,36 @@ def _pairs_of(students: Tracking, teachers: Tracking) -> list[_Pair]:
     return pairs
 
 
+def _places_in(tracking: Tracking, pairs: list[_Pair]) -> list[tuple[Slot, _Pair, bool]]:
+    """Where each of the teacher's tensors goes, and whether it is the first place of its tensor; others come first."""
+    by_name = {name: slot for slot in tracking.averaged for name in slot.names}
+    taken: dict[int, _Pair] = {}
+    places: list[tuple[Slot, _Pair, bool]] = []
+    differences: list[str] = []
+    for pair in pairs:
+        differences += [f"{name}: missing in the module" for name in pair.names if name not in by_name]
+        slots = list({id(by_name[name]): by_name[name] for name in pair.names if name in by_name}.values())
+        for number, slot in enumerate(slots):
+            if taken.setdefault(id(slot), pair) is not pair:
+                differences.append(f"{' and '.join(slot.names)}: tied in the module, but not in the teacher")
+            if slot.local.shape != pair.local.shape:
+                shapes = f"{list(slot.local.shape)} in the module, {list(pair.local.shape)} in the teacher"
+                differences.append(f"{slot.name}: shape {shapes}")
+            places.append((slot, pair, number == 0))
+    if differences:
+        raise CkptEmaError(
+            f"the module does not fit the teacher in {len(differences)} places",
+            details=differences,
+            hint="pass the student, or a module built from the same configuration",
+        )
+    # What is exchanged is no longer in the teacher: copies of it are made before.
+    return sorted(places, key=lambda place: place[2])
+
+
 def _warn_of_stall(pairs: list[_Pair]) -> None:
-    narrow = [pair.name for pair in pairs if pair.local.itemsize < 4]
+    narrow = [pair for pair in pairs if pair.local.itemsize < 4]
     if narrow:
-        dtype = str(pairs[0].local.dtype).removeprefix("torch.")
+        dtype = str(narrow[0].local.dtype).removeprefix("torch.")
         warnings.warn(
             f"{len(narrow)} of the teacher module's tensors are {dtype}, in which small updates are lost: make it"
             " float32 with teacher.float(), which works with any student, or see stalled_fraction()",
@@ -418,28 +497,33 @@ def _check_fit(expected: Mapping[str, torch.Tensor], stored: Mapping[str, torch.
     differences = [f"{name}: missing in the state" for name in expected if name not in stored]
     differences += [f"{name}: missing in the student" for name in stored if name not in expected]
     differences += [
-        f"{name}: shape {list(stored[name].shape)} in the state, {list(tensor.shape)} in the student"
+        f"{name}: shape {list(local_part(stored[name]).shape)} in the state, {list(tensor.shape)} in the student"
         for name, tensor in expected.items()
-        if name in stored and stored[name].shape != tensor.shape
+        if name in stored and local_part(stored[name]).shape != tensor.shape
     ]
     if differences:
         raise CkptEmaError(
-            f"the teacher's state and the student differ in {len(differences)} tensors", details=differences
+            f"the teacher's state and the student differ in {len(differences)} tensors",
+            details=differences,
+            hint="load it for the model it was saved with, sharded the same way",
         )
 
 
-def _swap_in(tensor: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, bool]:
-    if tensor.dtype is teacher.dtype and tensor.device == teacher.device:
+def _swap_in(
+    tensor: torch.Tensor, teacher: torch.Tensor, undo: list[tuple[torch.Tensor, torch.Tensor, bool]], *, exchanges: bool
+) -> None:
+    """Put `teacher` into `tensor`, and on the list how to undo it, before anything has changed."""
+    if exchanges and tensor.dtype is teacher.dtype and tensor.device == teacher.device:
+        undo.append((tensor, teacher, True))
         exchange_(tensor, teacher)
-        return tensor, teacher, True
-    kept = tensor.clone()
-    tensor.copy_(teacher)
-    return tensor, kept, False
+    else:
+        undo.append((tensor, tensor.clone(), False))
+        tensor.copy_(teacher)
 
 
 def _like(student: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
     """The teacher's tensor in the form of the student's: sharded where that is."""
-    if not hasattr(student, "to_local"):
+    if not is_sharded(student):
         return local
     # Here, not above: it takes as long to import as all the rest of torch.
     from torch.distributed.tensor import DTensor  # noqa: PLC0415

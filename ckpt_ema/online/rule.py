@@ -20,8 +20,8 @@ GRAIN = 32768
 class Rule:
     """`teacher = (1 - momentum) * teacher + momentum * student`, in the teacher's dtype.
 
-    With the bits of `mul_(1 - momentum).add_(student, alpha=momentum)`, or of `lerp_(student, momentum)`. No
-    temporary is larger than BLOCK_ELEMENTS, and it is kept: fresh memory costs as much as the update.
+    With the bits of `mul_(1 - momentum).add_(student, alpha=momentum)`, or of `lerp_(student, momentum)`. What a CPU
+    converts on the way goes through one buffer of BLOCK_ELEMENTS: fresh memory costs as much as the update.
     """
 
     def __init__(self, momentum: float, *, lerp: bool) -> None:
@@ -33,7 +33,7 @@ class Rule:
         """Fold every student's tensor into the teacher's of the same place, with few calls where torch has them."""
         alike: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
         for teacher, student in zip(teachers, students, strict=True):
-            if teacher.dtype is student.dtype and (self._lerp or teacher.is_cuda):
+            if teacher.dtype is student.dtype and (self._lerp or not _is_on_cpu(teacher)):
                 alike[0].append(teacher)
                 alike[1].append(student)
             else:
@@ -50,10 +50,10 @@ class Rule:
         """Fold `student` in; both have one shape and are on one device."""
         if teacher.dtype is student.dtype:
             self._average_alike_(teacher, student)
-        elif student.is_cuda and not self._lerp:
-            # The kernels of a GPU convert while they read.
+        elif not self._lerp and (teacher.itemsize < student.itemsize or not _is_on_cpu(teacher)):
+            # The hook's own calls: they compute in the wider dtype, and a GPU's kernels convert while they read.
             teacher.mul_(1 - self._momentum).add_(student, alpha=self._momentum)
-        elif student.is_cuda:
+        elif not _is_on_cpu(teacher):
             teacher.lerp_(student.to(teacher.dtype), self._momentum)
         else:
             for part, student_part in blocks_of(teacher, student):
@@ -63,7 +63,7 @@ class Rule:
         keep, take = 1 - self._momentum, self._momentum
         if self._lerp:
             teacher.lerp_(student, take)
-        elif teacher.is_cuda or not (teacher.is_contiguous() and student.is_contiguous()):
+        elif not _is_on_cpu(teacher) or not (teacher.is_contiguous() and student.is_contiguous()):
             teacher.mul_(keep).add_(student, alpha=take)
         else:
             update_by_pieces_(teacher.view(-1), student.view(-1), keep, take)
@@ -129,15 +129,19 @@ def blocks_of(one: torch.Tensor, other: torch.Tensor) -> Iterator[tuple[torch.Te
 
 
 def is_finite(tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether no tensor holds a NaN or an infinity; waits for a GPU once."""
+    """Whether no tensor holds a NaN or an infinity; waits once for each GPU."""
     tensors = [_comparable(tensor) for tensor in tensors if tensor.numel()]
     # Both tell in one pass without a temporary, and may be infinite for finite numbers; then the slow way decides.
-    signs = [_sign_of_finiteness(tensor) for tensor in tensors]
-    if any(tensor.is_cuda for tensor in tensors):
-        signs = [torch.stack([sign.abs().float() for sign in signs]).sum()]
-    return all(math.isfinite(abs(sign.item())) for sign in signs) or all(
+    signs: dict[torch.device, list[torch.Tensor]] = {}
+    for tensor in tensors:
+        signs.setdefault(tensor.device, []).append(_sign_of_finiteness(tensor).abs().double())
+    return all(math.isfinite(torch.stack(each).sum().item()) for each in signs.values()) or all(
         bool(tensor.isfinite().all()) for tensor in tensors
     )
+
+
+def _is_on_cpu(tensor: torch.Tensor) -> bool:
+    return tensor.device.type == "cpu"
 
 
 def _sign_of_finiteness(tensor: torch.Tensor) -> torch.Tensor:

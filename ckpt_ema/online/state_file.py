@@ -34,7 +34,9 @@ def read_state(path: Path) -> dict[str, Any]:
     try:
         state = json.loads(stored.metadata[STATE_KEY])
     except (KeyError, ValueError) as error:
-        raise UnreadableCheckpointError(f"`{path}` holds no state of a MeanTeacher") from error
+        raise UnreadableCheckpointError(
+            f"`{path}` holds no state of a MeanTeacher", hint="pass a file that the callback wrote"
+        ) from error
     descriptor = open_input(path)
     try:
         tensors = {}

@@ -15,6 +15,7 @@ from ckpt_ema.dtypes import BY_NAME, DType
 from ckpt_ema.engine.buffers import Buffer, torch_dtype
 from ckpt_ema.errors import CkptEmaError, MisuseError
 from ckpt_ema.formats.contents import PROVENANCE_KEY
+from ckpt_ema.online.rule import is_finite
 from ckpt_ema.records import RULE
 from ckpt_ema.writer import TeacherFile, encode_header
 
@@ -30,8 +31,12 @@ class OnlineRecord:
     interval: int
     skip_buffers: bool
     arithmetic: str
+    start: str | None
+    """`student` where the first update copied it, `teacher` where the module's was kept; None before the first."""
+
     num_steps: int
     num_updates: int
+    num_skipped: int
     step: int | None
     """The training step that the caller named, if any."""
 
@@ -53,8 +58,10 @@ class OnlineRecord:
             "skip_buffers": self.skip_buffers,
             "arithmetic": self.arithmetic,
             "step": self.step,
+            "start": self.start,
             "steps": self.num_steps,
             "updates": self.num_updates,
+            "skipped": self.num_skipped,
             "copied": {"tensors": len(self.reasons), "names": copied},
         }
         return {"format": "pt", PROVENANCE_KEY: json.dumps(record, ensure_ascii=False)}
@@ -99,16 +106,19 @@ def write_tensors(
     ]
     with TeacherFile(path, encode_header(entries, metadata), begins[-1], overwrite=overwrite) as file:
         for name, begin in zip(order, begins, strict=False):
-            _write(file, *tensors[name], begin)
+            _write(file, name, *tensors[name], begin)
 
 
-def _write(file: TeacherFile, tensor: torch.Tensor, dtype: DType, begin: int) -> None:
+def _write(file: TeacherFile, name: str, tensor: torch.Tensor, dtype: DType, begin: int) -> None:
     buffer = Buffer(BUFFER_BYTES)
     count = BUFFER_BYTES // dtype.itemsize
     flat = tensor.detach().reshape(-1)
     for first in range(0, flat.numel(), count):
         part = flat[first : first + count]
-        buffer.elements(dtype, part.numel()).copy_(part)
+        written = buffer.elements(dtype, part.numel())
+        written.copy_(part)
+        if dtype.itemsize < tensor.itemsize and not is_finite([written]) and is_finite([part]):
+            raise CkptEmaError(f"`{name}` overflows {dtype}", hint='pass dtype="float32"')
         file.write(buffer.bytes[: part.numel() * dtype.itemsize], begin + first * dtype.itemsize)
 
 
@@ -116,5 +126,7 @@ def dtype_of(name: str, tensor: torch.Tensor) -> DType:
     """The dtype of a tensor that is to be written; raises CkptEmaError where safetensors has none."""
     dtype = BY_NAME.get(str(tensor.dtype).removeprefix("torch."))
     if dtype is None or dtype.code is None or torch_dtype(dtype) is not tensor.dtype:
-        raise CkptEmaError(f"`{name}` is {tensor.dtype}, which a safetensors file cannot hold")
+        raise CkptEmaError(
+            f"`{name}` is {tensor.dtype}, which a safetensors file cannot hold", hint="cast it in the student"
+        )
     return dtype

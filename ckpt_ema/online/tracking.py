@@ -14,7 +14,9 @@ import torch
 
 from ckpt_ema.errors import CkptEmaError, MisuseError
 
-WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
+WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
+
+Table = dict[str, torch.Tensor | None]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -24,7 +26,7 @@ class Slot:
     names: tuple[str, ...]
     """All its names; a tied tensor has several."""
 
-    table: dict[str, torch.Tensor | None]
+    table: Table
     """The parameters or buffers of the module that owns it."""
 
     key: str
@@ -61,18 +63,44 @@ class Tracking:
     reasons: dict[str, str]
     """Why each of `copied` is not averaged, by name."""
 
-    sizes: tuple[tuple[dict[str, Any], int], ...]
-    """Every module's tables, and how many entries they had."""
+    children: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...]
+    """Every module's name, its table of submodules, and what was in it."""
+
+    present: tuple[tuple[str, Table, frozenset[str]], ...]
+    """Every module's name, its tables of tensors that are averaged, and which keys had one."""
+
+    sharded: tuple[Any, ...]
+    """The modules that FSDP2 shards."""
 
     def check_complete(self) -> None:
-        """Raise CkptEmaError where parameters or modules were added or taken away since."""
-        for table, size in self.sizes:
-            if len(table) != size:
-                raise CkptEmaError(
-                    f"the student has changed: {size} entries of one of its modules became {len(table)}"
-                    f" ({', '.join(map(repr, table))})",
-                    hint="make a new MeanTeacher after adding or removing parameters",
+        """Raise CkptEmaError where parameters or modules were added, replaced or taken away since."""
+        for path, modules, before in self.children:
+            if len(modules) != len(before) or any(modules.get(key) is not child for key, child in before.items()):
+                changed = sorted(
+                    key for key in modules.keys() | before.keys() if modules.get(key) is not before.get(key)
                 )
+                raise _changed(path, changed)
+        for path, table, keys in self.present:
+            found = {key for key, tensor in table.items() if tensor is not None}
+            if found != keys:
+                raise _changed(path, sorted(found ^ keys))
+
+    def reshard(self) -> None:
+        """Make FSDP2 give up the whole parameters that it kept from a forward: the next one shall read the shards."""
+        _reshard(self.sharded)
+
+
+def _reshard(modules: tuple[Any, ...]) -> None:
+    for module in modules:
+        module.reshard()
+
+
+def _changed(path: str, keys: list[str]) -> CkptEmaError:
+    names = ", ".join(f"`{path}.{key}`" if path else f"`{key}`" for key in keys)
+    return CkptEmaError(
+        f"the student has changed: {names} came, went or was replaced",
+        hint="make a new MeanTeacher after changing the model",
+    )
 
 
 def track(module: torch.nn.Module, *, skip_buffers: bool) -> Tracking:
@@ -82,10 +110,12 @@ def track(module: torch.nn.Module, *, skip_buffers: bool) -> Tracking:
     MeanTeacherHook has it; frozen parameters too. Raises CkptEmaError for a module that cannot be followed.
     """
     root = unwrap(module)
-    groups: dict[object, tuple[list[str], dict[str, torch.Tensor | None], str, bool]] = {}
-    sizes: list[tuple[dict[str, Any], int]] = []
-    for name, tensor, table, key, is_parameter in _entries(root, sizes):
-        names, *_ = groups.setdefault(_identity(name, tensor), ([], table, key, is_parameter))
+    modules = list(root.named_modules())
+    sharded = tuple(part for _, part in modules if any(c.__name__ == "FSDPModule" for c in type(part).__mro__))
+    _reshard(sharded)
+    groups: dict[object, tuple[list[str], Table, str, bool]] = {}
+    for name, tensor, table, key, is_parameter in _entries(root):
+        names, *_ = groups.setdefault(_identity(tensor), ([], table, key, is_parameter))
         names.append(name)
     averaged, copied, reasons = [], [], {}
     for names, table, key, is_parameter in groups.values():
@@ -100,7 +130,19 @@ def track(module: torch.nn.Module, *, skip_buffers: bool) -> Tracking:
         raise MisuseError(
             f"a {type(root).__name__} has no parameter to average", hint="pass the student, a torch.nn.Module"
         )
-    return Tracking(tuple(averaged), tuple(copied), reasons, tuple(sizes))
+    tables = [(path, part._parameters) for path, part in modules]
+    tables += [] if skip_buffers else [(path, part._buffers) for path, part in modules]
+    return Tracking(
+        tuple(averaged),
+        tuple(copied),
+        reasons,
+        children=tuple((path, part._modules, dict(part._modules)) for path, part in modules),
+        present=tuple(
+            (path, table, frozenset(key for key, tensor in table.items() if tensor is not None))
+            for path, table in tables
+        ),
+        sharded=sharded,
+    )
 
 
 def unwrap(module: torch.nn.Module) -> torch.nn.Module:
@@ -123,9 +165,12 @@ def local_part(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if to_local is None else to_local().detach()
 
 
-def _entries(
-    root: torch.nn.Module, sizes: list[tuple[dict[str, Any], int]]
-) -> Iterator[tuple[str, torch.Tensor, dict[str, torch.Tensor | None], str, bool]]:
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Whether it is a DTensor, of which each rank has a part."""
+    return hasattr(tensor, "to_local")
+
+
+def _entries(root: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor, Table, str, bool]]:
     """(name, tensor, owner's table, key, is a parameter) of all that a state dict holds, aliases included."""
     for path, module in root.named_modules(remove_duplicate=False):
         if type(module).__name__ == "FullyShardedDataParallel":
@@ -133,10 +178,7 @@ def _entries(
                 "FSDP1 keeps its parameters flattened, which no teacher can follow by name",
                 hint="shard the student with torch.distributed.fsdp.fully_shard (FSDP2)",
             )
-        sizes += [(module._parameters, len(module._parameters)), (module._modules, len(module._modules))]
-        prefix = f"{path}." if path else ""
-        for wrapper in WRAPPERS:
-            prefix = prefix.replace(wrapper, "")
+        prefix = "".join(f"{part}." for part in path.split(".") if part and part not in WRAPPERS)
         volatile = module._non_persistent_buffers_set
         for table, is_parameter in ((module._parameters, True), (module._buffers, False)):
             for key, tensor in table.items():
@@ -150,9 +192,14 @@ def _check_exists(name: str, tensor: torch.Tensor) -> None:
         raise CkptEmaError(f"`{name}` has no shape yet", hint="run a batch through the student first")
     if tensor.is_meta:
         raise CkptEmaError(f"`{name}` is on the meta device, without numbers", hint="load the student first")
+    if hasattr(tensor, "ds_id"):
+        raise CkptEmaError(
+            f"`{name}` is kept in parts by DeepSpeed's ZeRO-3, where this rank holds nothing of it between steps",
+            hint="train with ZeRO stage 2, or shard the student with torch.distributed.fsdp.fully_shard",
+        )
 
 
-def _identity(name: str, tensor: torch.Tensor) -> object:
+def _identity(tensor: torch.Tensor) -> object:
     """Equal for tensors that are the same memory, however they came to be tied."""
     local = local_part(tensor)
     if not local.numel() or local.layout != torch.strided:

@@ -1,0 +1,85 @@
+"""What a MeanTeacher is told, checked once: words in, the rule's numbers out."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ckpt_ema.errors import MisuseError
+from ckpt_ema.profiles import check_momentum
+
+Arithmetic = Literal["hook", "lerp"]
+OnNonfinite = Literal["raise", "skip"]
+ShadowDtype = Literal["float32", "student"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """A MeanTeacher's configuration; see there for what each means."""
+
+    momentum: float
+    """The student's share at each update, also where a half-life was given."""
+
+    interval: int
+    skip_buffers: bool
+    dtype: ShadowDtype
+    arithmetic: Arithmetic
+    on_nonfinite: OnNonfinite | None
+
+
+def check_settings(
+    *,
+    momentum: float | None = None,
+    half_life: float | None = None,
+    interval: int = 1,
+    skip_buffers: bool = True,
+    dtype: ShadowDtype = "float32",
+    arithmetic: Arithmetic = "hook",
+    on_nonfinite: OnNonfinite | None = None,
+    stacklevel: int | None = None,
+) -> Settings:
+    """The settings, or MisuseError for those that make no sense.
+
+    A momentum above 0.5 is warned of where `stacklevel` says who is to be named.
+    """
+    if type(interval) is not int or interval < 1:
+        raise MisuseError(f"interval is {interval!r}, and must be a whole number from 1", hint="pass interval=1")
+    if half_life is None:
+        momentum = 0.001 if momentum is None else _as_number("momentum", momentum)
+        check_momentum(momentum)
+        if momentum > 0.5 and stacklevel is not None:
+            warnings.warn(
+                f"momentum {momentum:g} makes the teacher nearly the student: here it is the student's share."
+                f" Where it is the teacher's, {momentum:g} is written momentum={1 - momentum:g} here.",
+                stacklevel=stacklevel + 1,
+            )
+    else:
+        if momentum is not None:
+            raise MisuseError("momentum and half_life say the same thing twice", hint="pass one of them")
+        if not _as_number("half_life", half_life) > 0:
+            raise MisuseError(f"half_life is {half_life!r}, and must be above 0 steps", hint="pass half_life=1000")
+        # 1 - 0.5 ** (interval / half_life), exact for long half-lives too.
+        momentum = -math.expm1(-math.log(2) * interval / half_life)
+        check_momentum(momentum)
+    return Settings(
+        momentum=momentum,
+        interval=interval,
+        skip_buffers=_one_of("skip_buffers", skip_buffers, (True, False)),
+        dtype=_one_of("dtype", dtype, ("float32", "student")),
+        arithmetic=_one_of("arithmetic", arithmetic, ("hook", "lerp")),
+        on_nonfinite=_one_of("on_nonfinite", on_nonfinite, ("raise", "skip", None)),
+    )
+
+
+def _as_number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise MisuseError(f"{name} is {value!r}, and must be a number", hint=f"pass {name} as a plain float")
+    return float(value)
+
+
+def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> Any:
+    if not any(value is each or value == each for each in allowed):
+        raise MisuseError(f"{name} is {value!r}", hint=f"pass one of {', '.join(map(repr, allowed))}")
+    return value
