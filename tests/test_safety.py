@@ -59,6 +59,12 @@ def only_the_run(folder: Path, *, extra: tuple[str, ...] = ("teacher.safetensors
     return all(name.startswith("step_") or name in extra for name in os.listdir(folder))
 
 
+def heed_signals() -> None:
+    """What runs the tests may ignore signals (nohup, a background job), and a child inherits that."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def start_fold(folder: Path, *arguments: object) -> subprocess.Popen[str]:
     """A fold as a process of its own, returned once it has begun to write."""
     process = subprocess.Popen(
@@ -66,6 +72,7 @@ def start_fold(folder: Path, *arguments: object) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=heed_signals,  # noqa: PLW1509  (no other thread of this process is in the middle of anything)
     )
     deadline = time.monotonic() + 30
     while not any(name.endswith(".tmp") for name in os.listdir(folder)):
