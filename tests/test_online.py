@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import os
+import signal
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -520,6 +522,43 @@ def test_ties_that_only_the_student_has_are_swapped_and_saved_under_each_name(st
     assert torch.equal(own.tensors()["encoder.weight"], student.encoder.weight)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_interrupted_at_any_moment_a_swap_gives_all_back(dtype: torch.dtype) -> None:
+    """A real signal while numbers are put in or taken out; neither student nor teacher loses one of them."""
+    student = nn.Module()
+    student.weight = nn.Parameter(torch.randn(6 << 20).to(dtype))
+    teacher = MeanTeacher(student, momentum=0.5)
+    teacher.update()
+    with torch.no_grad():
+        student.weight.normal_()
+    teacher.update()
+    mine, theirs = clones(student), {"weight": teacher.tensors()["weight"].clone()}
+    handler = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    num_interrupts = 0
+    try:
+        for tick in range(1, 25):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, tick * 0.0005)
+                with teacher.swapped_into():
+                    pass
+                time.sleep(0.02)
+            except KeyboardInterrupt:
+                num_interrupts += 1
+            assert torch.equal(student.weight, mine["weight"]), tick
+            assert torch.equal(teacher.tensors()["weight"], theirs["weight"]), tick
+    finally:
+        signal.signal(signal.SIGALRM, handler)
+    assert num_interrupts == 24
+
+
+def test_another_teacher_does_not_learn_from_swapped_numbers(student: Student) -> None:
+    """While one teacher's numbers are in the student, no other one takes them for the student's."""
+    one, other = MeanTeacher(student), MeanTeacher(student)
+    with one.swapped_into(), pytest.raises(CkptEmaError, match="swapped into a module"):
+        other.update()
+    other.update()
+
+
 # --- state and files --------------------------------------------------------------------------------------------------
 
 
@@ -569,8 +608,9 @@ def test_a_state_that_does_not_fit_changes_nothing(student: Student) -> None:
 def test_a_state_of_another_momentum_is_taken_with_a_warning(student: Student) -> None:
     """The constructor's configuration holds; a silent change would be found out weeks later."""
     state = MeanTeacher(student, momentum=0.2).state_dict()
-    with pytest.warns(UserWarning, match=r"made with momentum=0.2, and goes on with 0.1"):
+    with pytest.warns(UserWarning, match=r"made with momentum=0.2, and goes on with 0.1") as caught:
         MeanTeacher(student, momentum=0.1).load_state_dict(state)
+    assert caught[0].filename == __file__
     student = student.to(torch.bfloat16)
     with pytest.warns(UserWarning, match=r"the stored teacher is torch.bfloat16, and goes on in torch.float32"):
         MeanTeacher(student).load_state_dict(MeanTeacher(student, dtype="student").state_dict())
@@ -647,6 +687,34 @@ def test_a_snapshot_beside_checkpoints_is_an_average_to_the_fold(
     assert (record["step"], record["steps"], record["updates"], record["start"]) == (4, 4, 2, "student")
 
 
+def test_buffers_that_came_later_are_saved_and_masks_of_infinities_are_copied(student: Student, tmp_path: Path) -> None:
+    """A file has all that the student's state dict has at that moment; a mask neither stops nor enters the average."""
+    student.register_buffer("late", None)
+    student.register_buffer("mask", torch.full((3, 3), -torch.inf).triu(1))
+    careful = MeanTeacher(student, skip_buffers=False, on_nonfinite="raise")
+    assert careful.skipped["mask"] == "a buffer of infinities"
+    assert careful.update()
+    teacher = MeanTeacher(student)
+    student.late = torch.ones(2)
+    saved = load_file(teacher.save(tmp_path / "teacher.safetensors"))
+    assert saved.keys() == student.state_dict().keys()
+    assert torch.equal(saved["mask"], student.mask)
+
+
+def test_inference_mode_leaves_nothing_behind_that_training_cannot_use(student: Student) -> None:
+    """Made, updated or swapped there, the teacher goes on outside."""
+    student = student.to(torch.bfloat16)
+    with torch.inference_mode():
+        teacher = MeanTeacher(student, momentum=MOMENTUM)
+        teacher.update()
+        teacher.update()
+        with teacher.swapped_into():
+            pass
+    teacher.update()
+    list(train(student, 1))
+    teacher.update()
+
+
 # --- misuse -----------------------------------------------------------------------------------------------------------
 
 
@@ -690,6 +758,8 @@ def test_what_cannot_be_followed_is_refused() -> None:
     gathered.weight.ds_id = 3
     with pytest.raises(CkptEmaError, match="ZeRO-3"):
         MeanTeacher(gathered)
+    with pytest.raises(CkptEmaError, match="TorchScript"):
+        MeanTeacher(torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2)))
     eight = nn.Module()
     eight.weight = nn.Parameter(torch.randn(4).to(torch.float8_e4m3fn), requires_grad=False)
     with pytest.raises(MisuseError, match="no arithmetic"):
@@ -698,6 +768,32 @@ def test_what_cannot_be_followed_is_refused() -> None:
     teacher.update()
     teacher.update()
     assert teacher.tensors()["weight"].dtype is torch.float32
+
+
+def test_a_teacher_that_shares_memory_with_its_student_is_refused(student: Student) -> None:
+    """Forgetting the copy would shrink the student at every update."""
+    with pytest.raises(CkptEmaError, match="the same memory in both"):
+        MeanTeacher(student, student)
+    module = Student()
+    module.norm = student.norm
+    with pytest.raises(CkptEmaError, match=r"norm.weight: the same memory in both"):
+        MeanTeacher(student, module)
+
+
+def test_a_tie_that_is_undone_is_told(student: Student) -> None:
+    """Or one tensor would get the other's numbers."""
+    teacher = MeanTeacher(student)
+    student.decoder.weight = nn.Parameter(torch.zeros(7, 7))
+    with pytest.raises(CkptEmaError, match="were tied when the teacher was made"):
+        teacher.update()
+
+
+def test_a_snapshots_step_is_a_whole_number(student: Student, tmp_path: Path) -> None:
+    """Neither None nor a tensor becomes part of a file's name."""
+    for step in (None, 1.5, -1, torch.tensor(3)):
+        with pytest.raises(MisuseError, match="must be a whole number from 0"):
+            MeanTeacher(student).save_snapshot(tmp_path, step)  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_inverted_momentum_is_warned_of(student: Student) -> None:

@@ -61,12 +61,12 @@ class MeanTeacherCallback(Callback):
         if self.validate and self.teacher is not None:
             self._swap.enter_context(self.teacher.swapped_into(pl_module))
 
-    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Take the student back, before anything is saved."""
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """Take the student back: behind the module's own end of the epoch, before ModelCheckpoint saves."""
         self._swap.close()
 
     on_test_epoch_start = on_validation_epoch_start
-    on_test_epoch_end = on_validation_epoch_end
+    on_test_end = on_validation_end
 
     def on_exception(self, *_: Any) -> None:
         """Take the student back: a checkpoint may be saved on the way out."""

@@ -6,9 +6,11 @@ The student's tensors are found by name once and read where they lie at each upd
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,10 +19,10 @@ from torch.utils.hooks import RemovableHandle
 
 from ckpt_ema.errors import CkptEmaError, MisuseError
 from ckpt_ema.formats import read_contents
-from ckpt_ema.online.rule import Rule, blocks_of, exchange_, is_finite
+from ckpt_ema.online.rule import Exchange, Rule, blocks_of, is_finite
 from ckpt_ema.online.settings import Arithmetic, OnNonfinite, ShadowDtype, check_settings
 from ckpt_ema.online.teacher_file import OnlineRecord, write_teacher
-from ckpt_ema.online.tracking import Slot, Tracking, is_sharded, local_part, track
+from ckpt_ema.online.tracking import Slot, Tracking, is_sharded, local_part, track, unwrap
 
 STATE_VERSION = 1
 
@@ -28,6 +30,9 @@ _COUNTERS = ("num_steps", "num_updates", "num_skipped")
 _CONFIGURATION = ("momentum", "interval", "arithmetic")
 
 Start = Literal["student", "teacher"]
+
+_SWAPPED: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+"""Modules that hold a teacher's numbers for now."""
 
 
 class _Pair:
@@ -197,29 +202,31 @@ class MeanTeacher:
 
         What the module held comes back afterwards, also when the block raises; do not train in it. In between the
         teacher can be neither updated nor saved. Tensors of the teacher's dtype are exchanged in place; of others a
-        copy is kept. Raises CkptEmaError, nothing changed, where names, shapes or ties do not fit.
+        copy is kept. What is not averaged stays the module's own: another module than the student keeps its running
+        statistics. Raises CkptEmaError, nothing changed, where names, shapes or ties do not fit.
         """
         self._refuse_swapped("swap it in again")
         target = self._student if module is None else module
         tracking = track(target, skip_buffers=self.skip_buffers)
         tracking.reshard()
         places = _places_in(tracking, self._pairs)
+        root = unwrap(target)
+        undo: list[Callable[[], object]] = []
         self._is_swapped = True
-        undo: list[tuple[torch.Tensor, torch.Tensor, bool]] = []
+        _SWAPPED.add(root)
         try:
             with torch.no_grad():
                 for place, pair, is_first in places:
                     _swap_in(place.local, pair.local, undo, exchanges=is_first)
             yield target
         finally:
-            tracking.reshard()
             with torch.no_grad():
-                for tensor, other, was_exchanged in reversed(undo):
-                    if was_exchanged:
-                        exchange_(tensor, other)
-                    else:
-                        tensor.copy_(other)
+                tracking.reshard()
+                failure = _call_all(undo)
+            _SWAPPED.discard(root)
             self._is_swapped = False
+            if failure is not None:
+                raise failure
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The teacher's averaged tensors by name, tied ones under each of their names.
@@ -253,7 +260,7 @@ class MeanTeacher:
         """Go on where `state_dict` was taken.
 
         Raises CkptEmaError with every name and shape that does not fit, nothing changed then; warns where momentum,
-        interval or arithmetic are others now, which hold from here on, and where a narrower teacher was stored.
+        interval or arithmetic are others now, which hold from here on, and where the teacher's dtype is another.
         """
         self._refuse_swapped("load a state")
         required = {"version", "start", "skip_buffers", *_COUNTERS, *_CONFIGURATION}
@@ -282,15 +289,13 @@ class MeanTeacher:
             if state[name] != getattr(self, name):
                 warnings.warn(
                     f"the teacher was made with {name}={state[name]!r}, and goes on with {getattr(self, name)!r}",
-                    stacklevel=2,
+                    stacklevel=3,  # past torch.no_grad
                 )
         if self._owns_tensors:
-            narrow = [pair for pair in self._pairs if stored[pair.names[0]].dtype.itemsize < pair.local.itemsize]
-            if narrow:
-                name = narrow[0].names[0]
-                warnings.warn(
-                    f"the stored teacher is {stored[name].dtype}, and goes on in {narrow[0].local.dtype}", stacklevel=2
-                )
+            other = [pair for pair in self._pairs if stored[pair.names[0]].dtype is not pair.local.dtype]
+            if other:
+                dtypes = stored[other[0].names[0]].dtype, other[0].local.dtype
+                warnings.warn(f"the stored teacher is {dtypes[0]}, and goes on in {dtypes[1]}", stacklevel=3)
             for pair in self._pairs:
                 pair.local.copy_(local_part(stored[pair.names[0]]))
         self._start = state["start"]
@@ -298,7 +303,7 @@ class MeanTeacher:
             setattr(self, name, value)
 
     def save(self, path: str | os.PathLike[str], *, dtype: str = "student", overwrite: bool = True) -> Path:
-        """Write the teacher as a safetensors file with all tensors of the student's state dict.
+        """Write the teacher as a safetensors file with all parameters and buffers of the student's state dict.
 
         What is not averaged is the student's, as it is now. `dtype` of averaged tensors: "student", "teacher",
         "float32", "bfloat16" or "float16". The file appears whole or not at all; `overwrite` replaces a teacher that
@@ -310,8 +315,11 @@ class MeanTeacher:
     def save_snapshot(self, run: str | os.PathLike[str], step: int) -> Path:
         """Write `RUN/teacher_step_STEP.safetensors`, in full precision, with how it was averaged in its metadata.
 
-        Beside the run's checkpoints it does not disturb a fold, which leaves averages of this tool out.
+        Beside the run's checkpoints it does not disturb a fold, which leaves averages of this tool out. `step` is a
+        whole number from 0.
         """
+        if type(step) is not int or step < 0:
+            raise MisuseError(f"step is {step!r}, and must be a whole number from 0", hint="pass the trainer's counter")
         return self._write(Path(run) / f"teacher_step_{step}.safetensors", step, dtype="teacher", overwrite=True)
 
     @torch.no_grad()
@@ -343,7 +351,9 @@ class MeanTeacher:
             )
         self.check_finite()
         averaged = {name: (pair.local, pair.student.tensor) for pair in self._pairs for name in pair.names}
-        copied = {name: slot.tensor for slot in self._tracking.copied for name in slot.names}
+        # Looked for now: a buffer may have come since.
+        tracking = track(self._student, skip_buffers=self.skip_buffers)
+        copied = {name: slot.tensor for slot in tracking.copied for name in slot.names if name not in averaged}
         record = OnlineRecord(
             momentum=self.momentum,
             interval=self.interval,
@@ -354,7 +364,7 @@ class MeanTeacher:
             num_updates=self.num_updates,
             num_skipped=self.num_skipped,
             step=step,
-            reasons=self._tracking.reasons,
+            reasons={name: tracking.reasons[name] for name in copied},
         )
         write_teacher(path, averaged, copied, record, dtype=dtype, overwrite=overwrite)
         return path
@@ -376,7 +386,8 @@ class MeanTeacher:
         for pair in self._pairs:
             student, teacher = pair.student.local, pair.local
             if teacher.device != student.device and isinstance(pair.teacher, torch.Tensor):
-                teacher = pair.teacher = pair.teacher.to(student.device)
+                with torch.inference_mode(False):
+                    teacher = pair.teacher = pair.teacher.to(student.device)
             if teacher.shape != student.shape:
                 raise CkptEmaError(
                     f"`{pair.names[0]}` has shape {list(student.shape)}, the teacher's {list(teacher.shape)}",
@@ -403,7 +414,8 @@ class MeanTeacher:
         )
 
     def _refuse_swapped(self, what: str) -> None:
-        if self._is_swapped:
+        # Also another teacher's: it would take those numbers for the student's.
+        if self._is_swapped or unwrap(self._student) in _SWAPPED:
             raise CkptEmaError(
                 f"cannot {what} while the teacher's numbers are swapped into a module",
                 hint="do it after the `with teacher.swapped_into(...)` block",
@@ -426,6 +438,11 @@ def _check_replaceable(path: Path, *, overwrite: bool) -> None:
 def _shadow_of(slot: Slot, dtype: str) -> torch.Tensor:
     """A copy of the student's tensor to start from, so that there is a teacher before the first update."""
     student = slot.local.detach()  # or the teacher would be part of the student's graph
+    with torch.inference_mode(False):
+        return _copy_of(student, dtype)
+
+
+def _copy_of(student: torch.Tensor, dtype: str) -> torch.Tensor:
     is_narrow = student.dtype.is_floating_point and student.itemsize < 4
     return student.to(torch.float32 if is_narrow and dtype == "float32" else student.dtype, copy=True)
 
@@ -445,15 +462,21 @@ def _pairs_of(students: Tracking, teachers: Tracking) -> list[_Pair]:
             if student.tensor.shape != slot.tensor.shape:
                 shapes = f"{list(student.tensor.shape)} in the student, {list(slot.tensor.shape)} in the teacher"
                 differences.append(f"{slot.name}: shape {shapes}")
+            if _share_memory(student.local, slot.local):
+                differences.append(f"{slot.name}: the same memory in both")
             pairs.append(_Pair(slot.names, student, slot))
     differences += [f"{name}: missing in the teacher" for name in by_name if name not in seen]
     if differences:
         raise CkptEmaError(
             f"student and teacher differ in {len(differences)} tensors",
             details=differences,
-            hint="build both from one configuration",
+            hint="build both from one configuration, or the teacher by copy.deepcopy(student)",
         )
     return pairs
+
+
+def _share_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return bool(one.numel()) and one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
 def _places_in(tracking: Tracking, pairs: list[_Pair]) -> list[tuple[Slot, _Pair, bool]]:
@@ -471,6 +494,8 @@ def _places_in(tracking: Tracking, pairs: list[_Pair]) -> list[tuple[Slot, _Pair
             if slot.local.shape != pair.local.shape:
                 shapes = f"{list(slot.local.shape)} in the module, {list(pair.local.shape)} in the teacher"
                 differences.append(f"{slot.name}: shape {shapes}")
+            if any(size > 1 and not stride for size, stride in zip(slot.local.shape, slot.local.stride(), strict=True)):
+                differences.append(f"{slot.name}: expanded, its elements share memory")
             places.append((slot, pair, number == 0))
     if differences:
         raise CkptEmaError(
@@ -509,16 +534,31 @@ def _check_fit(expected: Mapping[str, torch.Tensor], stored: Mapping[str, torch.
         )
 
 
-def _swap_in(
-    tensor: torch.Tensor, teacher: torch.Tensor, undo: list[tuple[torch.Tensor, torch.Tensor, bool]], *, exchanges: bool
-) -> None:
+def _swap_in(tensor: torch.Tensor, teacher: torch.Tensor, undo: list[Callable[[], object]], *, exchanges: bool) -> None:
     """Put `teacher` into `tensor`, and on the list how to undo it, before anything has changed."""
     if exchanges and tensor.dtype is teacher.dtype and tensor.device == teacher.device:
-        undo.append((tensor, teacher, True))
-        exchange_(tensor, teacher)
+        exchange = Exchange(list(blocks_of(tensor, teacher)))
+        undo.append(exchange.undo)
+        exchange.run()
     else:
-        undo.append((tensor, tensor.clone(), False))
+        undo.append(functools.partial(tensor.copy_, tensor.clone()))
         tensor.copy_(teacher)
+
+
+def _call_all(undo: list[Callable[[], object]]) -> BaseException | None:
+    """Call from the last to the first, whatever is raised meanwhile; what was raised first comes back."""
+    failure: BaseException | None = None
+    while undo:
+        try:
+            while undo:
+                undo[-1]()
+                undo.pop()
+        except Exception as error:
+            failure = failure or error
+            undo.pop()
+        except BaseException as error:  # Ctrl-C: each of them can be called again
+            failure = failure or error
+    return failure
 
 
 def _like(student: torch.Tensor, local: torch.Tensor) -> torch.Tensor:

@@ -73,7 +73,8 @@ class Rule:
             return student.to(teacher.dtype)
         scratch = self._scratch.get(teacher.dtype)
         if scratch is None:
-            scratch = self._scratch[teacher.dtype] = torch.empty(BLOCK_ELEMENTS, dtype=teacher.dtype)
+            with torch.inference_mode(False):  # or no later update outside of it could use it
+                scratch = self._scratch[teacher.dtype] = torch.empty(BLOCK_ELEMENTS, dtype=teacher.dtype)
         return scratch[: student.numel()].view(student.shape).copy_(student)
 
 
@@ -110,12 +111,43 @@ def _pieces_have_the_hooks_bits(dtype: torch.dtype, num_threads: int) -> bool:
     return torch.equal(teacher, expected)
 
 
-def exchange_(one: torch.Tensor, other: torch.Tensor) -> None:
-    """Exchange the contents of two tensors of one shape and dtype."""
-    for part, other_part in blocks_of(one, other):
-        kept = part.clone()
-        part.copy_(other_part)
-        other_part.copy_(kept)
+class Exchange:
+    """The contents of two tensors of one shape and dtype exchanged, block by block, and back again.
+
+    It may be interrupted between any two of its lines: called once more, `run` and `undo` go on where they stopped.
+    """
+
+    def __init__(self, blocks: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        self._blocks = blocks
+        # Blocks done; what the first tensor held in the one at hand; whether it holds the other's by now. In one
+        # tuple: whoever interrupts finds all three of the same moment.
+        self._state: tuple[int, torch.Tensor | None, bool] = (0, None, False)
+        self._way_back: Exchange | None = None
+
+    def run(self) -> None:
+        """Exchange what has not been exchanged yet."""
+        while self._state[0] < len(self._blocks):
+            self._finish_block()
+
+    def undo(self) -> None:
+        """Exchange back what has been exchanged."""
+        if self._way_back is None:
+            if self._state[1] is not None:
+                self._finish_block()
+            self._way_back = Exchange(self._blocks[: self._state[0]])
+        self._way_back.run()
+
+    def _finish_block(self) -> None:
+        done, kept, is_half = self._state
+        one, other = self._blocks[done]
+        if kept is None:
+            kept = one.clone()
+            self._state = (done, kept, False)
+        if not is_half:
+            one.copy_(other)
+            self._state = (done, kept, True)
+        other.copy_(kept)
+        self._state = (done + 1, None, False)
 
 
 def blocks_of(one: torch.Tensor, other: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -12,11 +12,14 @@ from typing import Any
 
 import torch
 
+from ckpt_ema._version import __version__
 from ckpt_ema.byte_ranges import open_input, read_exactly
 from ckpt_ema.engine.buffers import torch_dtype
 from ckpt_ema.errors import UnreadableCheckpointError
+from ckpt_ema.formats.contents import PROVENANCE_KEY
 from ckpt_ema.formats.safetensors import read_safetensors
 from ckpt_ema.online.teacher_file import dtype_of, write_tensors
+from ckpt_ema.records import RULE
 
 STATE_KEY = "ckpt_ema_state"
 
@@ -25,7 +28,17 @@ def write_state(path: Path, state: dict[str, Any]) -> None:
     """Write what `MeanTeacher.state_dict()` returned; the file appears whole or not at all."""
     rest = {key: value for key, value in state.items() if key != "tensors"}
     tensors = {name: (tensor, dtype_of(name, tensor)) for name, tensor in state.get("tensors", {}).items()}
-    write_tensors(path, tensors, {"format": "pt", STATE_KEY: json.dumps(rest)}, overwrite=True)
+    # Known as a teacher's, so that nobody folds it for a student.
+    record = {
+        "tool": "ckpt-ema",
+        "version": __version__,
+        "rule": RULE,
+        "momentum": rest["momentum"],
+        "per": "update",
+        "interval": rest["interval"],
+    }
+    metadata = {"format": "pt", PROVENANCE_KEY: json.dumps(record), STATE_KEY: json.dumps(rest)}
+    write_tensors(path, tensors, metadata, overwrite=True)
 
 
 def read_state(path: Path) -> dict[str, Any]:

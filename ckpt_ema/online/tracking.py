@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ckpt_ema.errors import CkptEmaError, MisuseError
+from ckpt_ema.online.rule import is_finite
 
 WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
 
@@ -26,10 +27,8 @@ class Slot:
     names: tuple[str, ...]
     """All its names; a tied tensor has several."""
 
-    table: Table
-    """The parameters or buffers of the module that owns it."""
-
-    key: str
+    places: tuple[tuple[Table, str], ...]
+    """For each name the parameters or buffers of the module that owns it, and the key there."""
 
     @property
     def name(self) -> str:
@@ -39,7 +38,8 @@ class Slot:
     @property
     def tensor(self) -> torch.Tensor:
         """What the module holds, a DTensor under FSDP2."""
-        tensor = self.table.get(self.key)
+        table, key = self.places[0]
+        tensor = table.get(key)
         if tensor is None:
             raise CkptEmaError(
                 f"`{self.name}` is no longer in the student", hint="make a new MeanTeacher after changing the model"
@@ -84,6 +84,15 @@ class Tracking:
             found = {key for key, tensor in table.items() if tensor is not None}
             if found != keys:
                 raise _changed(path, sorted(found ^ keys))
+        for slot in self.averaged:
+            if len(slot.places) > 1 and len({id(table[key]) for table, key in slot.places}) > 1:
+                held = [table[key] for table, key in slot.places]
+                if len({_identity(tensor) for tensor in held if tensor is not None}) > 1:
+                    raise CkptEmaError(
+                        f"{' and '.join(f'`{name}`' for name in slot.names)} were tied when the teacher was made, and"
+                        " are not any more",
+                        hint="make a new MeanTeacher after changing the model",
+                    )
 
     def reshard(self) -> None:
         """Make FSDP2 give up the whole parameters that it kept from a forward: the next one shall read the shards."""
@@ -110,16 +119,19 @@ def track(module: torch.nn.Module, *, skip_buffers: bool) -> Tracking:
     MeanTeacherHook has it; frozen parameters too. Raises CkptEmaError for a module that cannot be followed.
     """
     root = unwrap(module)
+    if isinstance(root, torch.jit.ScriptModule):
+        raise CkptEmaError("a TorchScript program cannot be followed", hint="pass the module it was made from")
     modules = list(root.named_modules())
     sharded = tuple(part for _, part in modules if any(c.__name__ == "FSDPModule" for c in type(part).__mro__))
     _reshard(sharded)
-    groups: dict[object, tuple[list[str], Table, str, bool]] = {}
+    groups: dict[object, tuple[list[str], list[tuple[Table, str]], bool]] = {}
     for name, tensor, table, key, is_parameter in _entries(root):
-        names, *_ = groups.setdefault(_identity(tensor), ([], table, key, is_parameter))
+        names, places, _ = groups.setdefault(_identity(tensor), ([], [], is_parameter))
         names.append(name)
+        places.append((table, key))
     averaged, copied, reasons = [], [], {}
-    for names, table, key, is_parameter in groups.values():
-        slot = Slot(tuple(names), table, key)
+    for names, places, is_parameter in groups.values():
+        slot = Slot(tuple(names), tuple(places))
         reason = _reason_to_copy(slot.tensor, is_parameter=is_parameter, skip_buffers=skip_buffers)
         if reason:
             copied.append(slot)
@@ -150,7 +162,7 @@ def unwrap(module: torch.nn.Module) -> torch.nn.Module:
     while True:
         if isinstance(module, (torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel)):
             module = module.module
-        elif isinstance(inner := module._modules.get("_orig_mod"), torch.nn.Module):
+        elif isinstance(inner := getattr(module, "_orig_mod", None), torch.nn.Module):
             module = inner
         else:
             return module
@@ -211,4 +223,6 @@ def _reason_to_copy(tensor: torch.Tensor, *, is_parameter: bool, skip_buffers: b
     dtype = str(tensor.dtype).removeprefix("torch.")
     if not tensor.dtype.is_floating_point and not (tensor.dtype.is_complex and skip_buffers):
         return dtype
+    if not is_parameter and not skip_buffers and not is_finite([local_part(tensor)]):
+        return "a buffer of infinities"  # a mask: its average is itself
     return "buffer" if skip_buffers and not is_parameter else ""
