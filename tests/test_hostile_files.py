@@ -953,7 +953,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("blocks",),
     ("engine", "records", "inspection", "engine.buffers", "engine.arithmetic", "provenance", "teacher_folder"),
     ("outputs", "online", "online.settings", "online.tracking", "online.rule"),
-    ("online.teacher_file",),
+    ("online.teacher_file", "online.pairs", "online.swap"),
     ("online.mean_teacher", "online.state_file"),
     ("integrations", "integrations.mmengine", "integrations.lightning", "integrations.transformers"),
 )

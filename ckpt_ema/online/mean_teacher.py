@@ -6,10 +6,8 @@ The student's tensors are found by name once and read where they lie at each upd
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import warnings
-import weakref
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -19,10 +17,12 @@ from torch.utils.hooks import RemovableHandle
 
 from ckpt_ema.errors import CkptEmaError, MisuseError
 from ckpt_ema.formats import read_contents
-from ckpt_ema.online.rule import Exchange, Rule, blocks_of, is_finite
+from ckpt_ema.online.pairs import Pair, pairs_of, places_in, shadow_of, warn_of_stall
+from ckpt_ema.online.rule import Rule, blocks_of, is_finite
 from ckpt_ema.online.settings import Arithmetic, OnNonfinite, ShadowDtype, check_settings
+from ckpt_ema.online.swap import SWAPPED, call_all, swap_in
 from ckpt_ema.online.teacher_file import OnlineRecord, write_teacher
-from ckpt_ema.online.tracking import Slot, Tracking, is_sharded, local_part, track, unwrap
+from ckpt_ema.online.tracking import is_sharded, local_part, track, unwrap
 
 STATE_VERSION = 1
 
@@ -30,25 +30,6 @@ _COUNTERS = ("num_steps", "num_updates", "num_skipped")
 _CONFIGURATION = ("momentum", "interval", "arithmetic")
 
 Start = Literal["student", "teacher"]
-
-_SWAPPED: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
-"""Modules that hold a teacher's numbers for now."""
-
-
-class _Pair:
-    """One tensor of the teacher, in a module or of its own, and the student's that it follows."""
-
-    __slots__ = ("names", "student", "teacher")
-
-    def __init__(self, names: tuple[str, ...], student: Slot, teacher: torch.Tensor | Slot) -> None:
-        self.names = names
-        self.student = student
-        self.teacher = teacher
-
-    @property
-    def local(self) -> torch.Tensor:
-        """The teacher's numbers, of a sharded tensor this rank's."""
-        return self.teacher.local if isinstance(self.teacher, Slot) else self.teacher
 
 
 class MeanTeacher:
@@ -112,12 +93,12 @@ class MeanTeacher:
         self._is_swapped = False
         self._owns_tensors = teacher is None
         if teacher is not None:
-            self._pairs = _pairs_of(self._tracking, track(teacher, skip_buffers=skip_buffers))
-            _warn_of_stall(self._pairs)
+            self._pairs = pairs_of(self._tracking, track(teacher, skip_buffers=skip_buffers))
+            warn_of_stall(self._pairs, stacklevel=2)
         elif keep_teacher:
             raise MisuseError("`keep_teacher` needs a teacher module", hint="pass MeanTeacher(student, teacher)")
         else:
-            self._pairs = [_Pair(slot.names, slot, _shadow_of(slot, dtype)) for slot in self._tracking.averaged]
+            self._pairs = [Pair(slot.names, slot, shadow_of(slot, dtype)) for slot in self._tracking.averaged]
         for pair in self._pairs:
             if pair.local.is_floating_point() and pair.local.itemsize == 1:
                 raise MisuseError(
@@ -209,21 +190,21 @@ class MeanTeacher:
         target = self._student if module is None else module
         tracking = track(target, skip_buffers=self.skip_buffers)
         tracking.reshard()
-        places = _places_in(tracking, self._pairs)
+        places = places_in(tracking, self._pairs)
         root = unwrap(target)
         undo: list[Callable[[], object]] = []
         self._is_swapped = True
-        _SWAPPED.add(root)
+        SWAPPED.add(root)
         try:
             with torch.no_grad():
                 for place, pair, is_first in places:
-                    _swap_in(place.local, pair.local, undo, exchanges=is_first)
+                    swap_in(place.local, pair.local, undo, exchanges=is_first)
             yield target
         finally:
             with torch.no_grad():
                 tracking.reshard()
-                failure = _call_all(undo)
-            _SWAPPED.discard(root)
+                failure = call_all(undo)
+            SWAPPED.discard(root)
             self._is_swapped = False
             if failure is not None:
                 raise failure
@@ -415,7 +396,7 @@ class MeanTeacher:
 
     def _refuse_swapped(self, what: str) -> None:
         # Also another teacher's: it would take those numbers for the student's.
-        if self._is_swapped or unwrap(self._student) in _SWAPPED:
+        if self._is_swapped or unwrap(self._student) in SWAPPED:
             raise CkptEmaError(
                 f"cannot {what} while the teacher's numbers are swapped into a module",
                 hint="do it after the `with teacher.swapped_into(...)` block",
@@ -435,89 +416,6 @@ def _check_replaceable(path: Path, *, overwrite: bool) -> None:
     )
 
 
-def _shadow_of(slot: Slot, dtype: str) -> torch.Tensor:
-    """A copy of the student's tensor to start from, so that there is a teacher before the first update."""
-    student = slot.local.detach()  # or the teacher would be part of the student's graph
-    with torch.inference_mode(False):
-        return _copy_of(student, dtype)
-
-
-def _copy_of(student: torch.Tensor, dtype: str) -> torch.Tensor:
-    is_narrow = student.dtype.is_floating_point and student.itemsize < 4
-    return student.to(torch.float32 if is_narrow and dtype == "float32" else student.dtype, copy=True)
-
-
-def _pairs_of(students: Tracking, teachers: Tracking) -> list[_Pair]:
-    by_name = {name: slot for slot in students.averaged for name in slot.names}
-    pairs: list[_Pair] = []
-    differences: list[str] = []
-    seen: set[str] = set()
-    for slot in teachers.averaged:
-        found = {id(by_name[name]): by_name[name] for name in slot.names if name in by_name}
-        seen.update(slot.names)
-        differences += [f"{name}: missing in the student" for name in slot.names if name not in by_name]
-        if len(found) > 1:
-            differences.append(f"{' and '.join(slot.names)}: tied in the teacher, but not in the student")
-        for student in found.values():
-            if student.tensor.shape != slot.tensor.shape:
-                shapes = f"{list(student.tensor.shape)} in the student, {list(slot.tensor.shape)} in the teacher"
-                differences.append(f"{slot.name}: shape {shapes}")
-            if _share_memory(student.local, slot.local):
-                differences.append(f"{slot.name}: the same memory in both")
-            pairs.append(_Pair(slot.names, student, slot))
-    differences += [f"{name}: missing in the teacher" for name in by_name if name not in seen]
-    if differences:
-        raise CkptEmaError(
-            f"student and teacher differ in {len(differences)} tensors",
-            details=differences,
-            hint="build both from one configuration, or the teacher by copy.deepcopy(student)",
-        )
-    return pairs
-
-
-def _share_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return bool(one.numel()) and one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
-
-
-def _places_in(tracking: Tracking, pairs: list[_Pair]) -> list[tuple[Slot, _Pair, bool]]:
-    """Where each of the teacher's tensors goes, and whether it is the first place of its tensor; others come first."""
-    by_name = {name: slot for slot in tracking.averaged for name in slot.names}
-    taken: dict[int, _Pair] = {}
-    places: list[tuple[Slot, _Pair, bool]] = []
-    differences: list[str] = []
-    for pair in pairs:
-        differences += [f"{name}: missing in the module" for name in pair.names if name not in by_name]
-        slots = list({id(by_name[name]): by_name[name] for name in pair.names if name in by_name}.values())
-        for number, slot in enumerate(slots):
-            if taken.setdefault(id(slot), pair) is not pair:
-                differences.append(f"{' and '.join(slot.names)}: tied in the module, but not in the teacher")
-            if slot.local.shape != pair.local.shape:
-                shapes = f"{list(slot.local.shape)} in the module, {list(pair.local.shape)} in the teacher"
-                differences.append(f"{slot.name}: shape {shapes}")
-            if any(size > 1 and not stride for size, stride in zip(slot.local.shape, slot.local.stride(), strict=True)):
-                differences.append(f"{slot.name}: expanded, its elements share memory")
-            places.append((slot, pair, number == 0))
-    if differences:
-        raise CkptEmaError(
-            f"the module does not fit the teacher in {len(differences)} places",
-            details=differences,
-            hint="pass the student, or a module built from the same configuration",
-        )
-    # What is exchanged is no longer in the teacher: copies of it are made before.
-    return sorted(places, key=lambda place: place[2])
-
-
-def _warn_of_stall(pairs: list[_Pair]) -> None:
-    narrow = [pair for pair in pairs if pair.local.itemsize < 4]
-    if narrow:
-        dtype = str(narrow[0].local.dtype).removeprefix("torch.")
-        warnings.warn(
-            f"{len(narrow)} of the teacher module's tensors are {dtype}, in which small updates are lost: make it"
-            " float32 with teacher.float(), which works with any student, or see stalled_fraction()",
-            stacklevel=3,
-        )
-
-
 def _check_fit(expected: Mapping[str, torch.Tensor], stored: Mapping[str, torch.Tensor]) -> None:
     differences = [f"{name}: missing in the state" for name in expected if name not in stored]
     differences += [f"{name}: missing in the student" for name in stored if name not in expected]
@@ -532,33 +430,6 @@ def _check_fit(expected: Mapping[str, torch.Tensor], stored: Mapping[str, torch.
             details=differences,
             hint="load it for the model it was saved with, sharded the same way",
         )
-
-
-def _swap_in(tensor: torch.Tensor, teacher: torch.Tensor, undo: list[Callable[[], object]], *, exchanges: bool) -> None:
-    """Put `teacher` into `tensor`, and on the list how to undo it, before anything has changed."""
-    if exchanges and tensor.dtype is teacher.dtype and tensor.device == teacher.device:
-        exchange = Exchange(list(blocks_of(tensor, teacher)))
-        undo.append(exchange.undo)
-        exchange.run()
-    else:
-        undo.append(functools.partial(tensor.copy_, tensor.clone()))
-        tensor.copy_(teacher)
-
-
-def _call_all(undo: list[Callable[[], object]]) -> BaseException | None:
-    """Call from the last to the first, whatever is raised meanwhile; what was raised first comes back."""
-    failure: BaseException | None = None
-    while undo:
-        try:
-            while undo:
-                undo[-1]()
-                undo.pop()
-        except Exception as error:
-            failure = failure or error
-            undo.pop()
-        except BaseException as error:  # Ctrl-C: each of them can be called again
-            failure = failure or error
-    return failure
 
 
 def _like(student: torch.Tensor, local: torch.Tensor) -> torch.Tensor:

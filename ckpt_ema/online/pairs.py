@@ -1,0 +1,117 @@
+"""A teacher's tensors beside the student's: two modules in, pairs by name out, or every difference."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+
+from ckpt_ema.errors import CkptEmaError
+from ckpt_ema.online.tracking import Slot, Tracking
+
+
+class Pair:
+    """One tensor of the teacher, in a module or of its own, and the student's that it follows."""
+
+    __slots__ = ("names", "student", "teacher")
+
+    def __init__(self, names: tuple[str, ...], student: Slot, teacher: torch.Tensor | Slot) -> None:
+        self.names = names
+        self.student = student
+        self.teacher = teacher
+
+    @property
+    def local(self) -> torch.Tensor:
+        """The teacher's numbers, of a sharded tensor this rank's."""
+        return self.teacher.local if isinstance(self.teacher, Slot) else self.teacher
+
+
+def pairs_of(students: Tracking, teachers: Tracking) -> list[Pair]:
+    """Each tensor of a teacher module with the student's of the same name.
+
+    Raises CkptEmaError with every name, shape and tie that does not fit, and where both are the same memory.
+    """
+    by_name = {name: slot for slot in students.averaged for name in slot.names}
+    pairs: list[Pair] = []
+    differences: list[str] = []
+    seen: set[str] = set()
+    for slot in teachers.averaged:
+        found = {id(by_name[name]): by_name[name] for name in slot.names if name in by_name}
+        seen.update(slot.names)
+        differences += [f"{name}: missing in the student" for name in slot.names if name not in by_name]
+        if len(found) > 1:
+            differences.append(f"{' and '.join(slot.names)}: tied in the teacher, but not in the student")
+        for student in found.values():
+            if student.tensor.shape != slot.tensor.shape:
+                shapes = f"{list(student.tensor.shape)} in the student, {list(slot.tensor.shape)} in the teacher"
+                differences.append(f"{slot.name}: shape {shapes}")
+            if _share_memory(student.local, slot.local):
+                differences.append(f"{slot.name}: the same memory in both")
+            pairs.append(Pair(slot.names, student, slot))
+    differences += [f"{name}: missing in the teacher" for name in by_name if name not in seen]
+    if differences:
+        raise CkptEmaError(
+            f"student and teacher differ in {len(differences)} tensors",
+            details=differences,
+            hint="build both from one configuration, or the teacher by copy.deepcopy(student)",
+        )
+    return pairs
+
+
+def places_in(tracking: Tracking, pairs: list[Pair]) -> list[tuple[Slot, Pair, bool]]:
+    """Where each of the teacher's tensors goes, and whether it is the first place of its tensor; others come first.
+
+    Raises CkptEmaError with everything that does not fit.
+    """
+    by_name = {name: slot for slot in tracking.averaged for name in slot.names}
+    taken: dict[int, Pair] = {}
+    places: list[tuple[Slot, Pair, bool]] = []
+    differences: list[str] = []
+    for pair in pairs:
+        differences += [f"{name}: missing in the module" for name in pair.names if name not in by_name]
+        slots = list({id(by_name[name]): by_name[name] for name in pair.names if name in by_name}.values())
+        for number, slot in enumerate(slots):
+            if taken.setdefault(id(slot), pair) is not pair:
+                differences.append(f"{' and '.join(slot.names)}: tied in the module, but not in the teacher")
+            if slot.local.shape != pair.local.shape:
+                shapes = f"{list(slot.local.shape)} in the module, {list(pair.local.shape)} in the teacher"
+                differences.append(f"{slot.name}: shape {shapes}")
+            if any(size > 1 and not stride for size, stride in zip(slot.local.shape, slot.local.stride(), strict=True)):
+                differences.append(f"{slot.name}: expanded, its elements share memory")
+            places.append((slot, pair, number == 0))
+    if differences:
+        raise CkptEmaError(
+            f"the module does not fit the teacher in {len(differences)} places",
+            details=differences,
+            hint="pass the student, or a module built from the same configuration",
+        )
+    # What is exchanged is no longer in the teacher: copies of it are made before.
+    return sorted(places, key=lambda place: place[2])
+
+
+def warn_of_stall(pairs: list[Pair], *, stacklevel: int) -> None:
+    """Warn of a teacher module in 16 bits."""
+    narrow = [pair for pair in pairs if pair.local.itemsize < 4]
+    if narrow:
+        dtype = str(narrow[0].local.dtype).removeprefix("torch.")
+        warnings.warn(
+            f"{len(narrow)} of the teacher module's tensors are {dtype}, in which small updates are lost: make it"
+            " float32 with teacher.float(), which works with any student, or see stalled_fraction()",
+            stacklevel=stacklevel + 1,
+        )
+
+
+def shadow_of(slot: Slot, dtype: str) -> torch.Tensor:
+    """A copy of the student's tensor to start from, so that there is a teacher before the first update."""
+    student = slot.local.detach()  # or the teacher would be part of the student's graph
+    with torch.inference_mode(False):
+        return _copy_of(student, dtype)
+
+
+def _copy_of(student: torch.Tensor, dtype: str) -> torch.Tensor:
+    is_narrow = student.dtype.is_floating_point and student.itemsize < 4
+    return student.to(torch.float32 if is_narrow and dtype == "float32" else student.dtype, copy=True)
+
+
+def _share_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return bool(one.numel()) and one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
