@@ -48,3 +48,22 @@ def addr_has_the_hooks_bits(dtype: torch.dtype) -> bool:
 @functools.cache
 def _one(dtype: torch.dtype) -> torch.Tensor:
     return torch.ones(1, dtype=dtype)
+
+
+def sign_of_finiteness(elements: torch.Tensor) -> torch.Tensor:
+    """A number, still on the device, that is finite only when every one of `elements` (at least one) is.
+
+    In one pass without a temporary. It may be infinite for finite elements; then each has to be looked at.
+    """
+    elements = comparable(elements)
+    # In float16 a sum would overflow at once, in bfloat16 not; a sum in another dtype than the elements' takes torch
+    # 20 times as long.
+    if elements.dtype is torch.float16:
+        least, greatest = torch.aminmax(elements)
+        return least.float() - greatest.float()
+    return elements.sum()
+
+
+def comparable(elements: torch.Tensor) -> torch.Tensor:
+    """8-bit floats know no arithmetic; float32 holds all of them."""
+    return elements.float() if elements.dtype.itemsize == 1 else elements

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from ckpt_ema.blocks import ELEMENT_MULTIPLE, Block
-from ckpt_ema.engine.arithmetic import update_
+from ckpt_ema.engine.arithmetic import comparable, sign_of_finiteness, update_
 from ckpt_ema.engine.buffers import Buffer
 from ckpt_ema.engine.contract import NonFinite, NonFiniteBlockError, Nowhere, Task, Teacher, write_block
 from ckpt_ema.engine.gather import gather_block
@@ -165,7 +165,7 @@ class _BlockFolder:
                 target, finished = self._raw.elements(lane.dtype, padded), self._raw
                 target.copy_(accumulator)
             if not _is_finite(target[:count]):
-                raise NonFiniteBlockError(self._find_origin(block, ~_comparable(target[:count]).isfinite()))
+                raise NonFiniteBlockError(self._find_origin(block, ~comparable(target[:count]).isfinite()))
             self._write(teacher, block, finished)
 
     def _copy(self, block: Block) -> None:
@@ -176,13 +176,13 @@ class _BlockFolder:
         if lane.student_dtype.kind != "integer":
             source = self._raw.elements(lane.student_dtype, count)
             # An infinity in a buffer is a mask or an observer's start; a NaN is a broken model.
-            if not _is_finite(source) and bool((nan := _comparable(source).isnan()).any()):
+            if not _is_finite(source) and bool((nan := comparable(source).isnan()).any()):
                 raise NonFiniteBlockError(self._find_origin(block, nan))
             if not lane.copies_bytes:
                 finished = self._accumulators[0]
                 target = finished.elements(lane.dtype, count)
                 target.copy_(source)
-                overflow = ~_comparable(target).isfinite() & _comparable(source).isfinite()
+                overflow = ~comparable(target).isfinite() & comparable(source).isfinite()
                 if bool(overflow.any()):
                     raise NonFiniteBlockError(NonFinite(self._tensor_at(block, overflow), None))
         for teacher in self._teachers:
@@ -213,7 +213,7 @@ class _BlockFolder:
         for i in inputs:
             self._read(self._layouts[i], block, self._raw)
             stored = self._raw.elements(stored_dtype(self._layouts[i], block), block.end - block.begin)
-            brought = ~_comparable(stored).isfinite() & bad
+            brought = ~comparable(stored).isfinite() & bad
             if bool(brought.any()):
                 return NonFinite(self._tensor_at(block, brought), i)
         return NonFinite(tensor, None)
@@ -223,14 +223,6 @@ class _BlockFolder:
         return next(index for index, _, _ in block.lane.tensors_between(element, element + 1))
 
 
-def _comparable(elements: torch.Tensor) -> torch.Tensor:
-    """8-bit floats know no arithmetic; float32 holds all of them."""
-    return elements.float() if elements.dtype.itemsize == 1 else elements
-
-
 def _is_finite(elements: torch.Tensor) -> bool:
-    # A sum is finite only when every term is: one pass without a temporary. It may overflow on finite terms; then
-    # the slow way decides.
-    elements = _comparable(elements)
-    total = elements.sum(dtype=torch.float32 if elements.dtype is torch.float16 else None)
-    return cmath.isfinite(total.item()) or bool(elements.isfinite().all())
+    finite = cmath.isfinite(sign_of_finiteness(elements).item())
+    return finite or bool(comparable(elements).isfinite().all())

@@ -189,7 +189,6 @@ class MeanTeacher:
         self._refuse_swapped("swap it in again")
         target = self._student if module is None else module
         tracking = track(target, skip_buffers=self.skip_buffers)
-        tracking.reshard()
         places = places_in(tracking, self._pairs)
         root = unwrap(target)
         undo: list[Callable[[], object]] = []

@@ -104,13 +104,9 @@ def warn_of_stall(pairs: list[Pair], *, stacklevel: int) -> None:
 def shadow_of(slot: Slot, dtype: str) -> torch.Tensor:
     """A copy of the student's tensor to start from, so that there is a teacher before the first update."""
     student = slot.local.detach()  # or the teacher would be part of the student's graph
-    with torch.inference_mode(False):
-        return _copy_of(student, dtype)
-
-
-def _copy_of(student: torch.Tensor, dtype: str) -> torch.Tensor:
     is_narrow = student.dtype.is_floating_point and student.itemsize < 4
-    return student.to(torch.float32 if is_narrow and dtype == "float32" else student.dtype, copy=True)
+    with torch.inference_mode(False):  # or no later update outside of it could change the copy
+        return student.to(torch.float32 if is_narrow and dtype == "float32" else student.dtype, copy=True)
 
 
 def _share_memory(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from ckpt_ema.engine.arithmetic import addr_has_the_hooks_bits, update_
+from ckpt_ema.engine.arithmetic import addr_has_the_hooks_bits, comparable, sign_of_finiteness, update_
 
 BLOCK_ELEMENTS = 1 << 20
 """Of what is converted, exchanged or tried at once: small enough for the cache, large enough for all cores."""
@@ -162,29 +162,14 @@ def blocks_of(one: torch.Tensor, other: torch.Tensor) -> Iterator[tuple[torch.Te
 
 def is_finite(tensors: Sequence[torch.Tensor]) -> bool:
     """Whether no tensor holds a NaN or an infinity; waits once for each GPU."""
-    tensors = [_comparable(tensor) for tensor in tensors if tensor.numel()]
-    # Both tell in one pass without a temporary, and may be infinite for finite numbers; then the slow way decides.
+    tensors = [tensor for tensor in tensors if tensor.numel()]
     signs: dict[torch.device, list[torch.Tensor]] = {}
     for tensor in tensors:
-        signs.setdefault(tensor.device, []).append(_sign_of_finiteness(tensor).abs().double())
+        signs.setdefault(tensor.device, []).append(sign_of_finiteness(tensor).abs().double())
     return all(math.isfinite(torch.stack(each).sum().item()) for each in signs.values()) or all(
-        bool(tensor.isfinite().all()) for tensor in tensors
+        bool(comparable(tensor).isfinite().all()) for tensor in tensors
     )
 
 
 def _is_on_cpu(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cpu"
-
-
-def _sign_of_finiteness(tensor: torch.Tensor) -> torch.Tensor:
-    # A sum is finite only when every term is. In float16 it would overflow at once, in bfloat16 not; a sum in another
-    # dtype than the tensor's takes torch 20 times as long.
-    if tensor.dtype is torch.float16:
-        least, greatest = torch.aminmax(tensor)
-        return least.float() - greatest.float()
-    return tensor.sum()
-
-
-def _comparable(tensor: torch.Tensor) -> torch.Tensor:
-    """8-bit floats know no arithmetic; float32 holds all of them."""
-    return tensor.float() if tensor.itemsize == 1 else tensor
