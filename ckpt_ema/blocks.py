@@ -40,8 +40,8 @@ class Lane:
     dtype: DType
     """Of the written teacher."""
 
-    first_dtype: DType
-    """Of the first input: an initial teacher may be stored in another dtype than the students."""
+    input_dtypes: tuple[DType, ...]
+    """Of each input: averages that take part may be stored in other dtypes than the students."""
 
     begin: int
     """First byte in the teacher's data section."""
@@ -69,6 +69,11 @@ class Lane:
     def is_plain_average(self) -> bool:
         """Whether it is averaged, and contiguous in every checkpoint."""
         return self.action == "average" and not self.is_strided
+
+    @property
+    def input_itemsize(self) -> int:
+        """Bytes of an element of the widest input."""
+        return max(dtype.itemsize for dtype in self.input_dtypes)
 
     def tensors_between(self, begin: int, end: int) -> Iterator[tuple[int, int, int]]:
         """(schema index, first element within the tensor, number of elements) of what lies in `[begin, end)`."""
@@ -171,6 +176,9 @@ def plan_blocks(
     """
     newest = layouts[-1]
     aliases_of = _find_aliases(tensors, layouts)
+    # Students share a schema; averages that take part may have other dtypes.
+    schemas = list({id(layout.schema): layout.schema for layout in layouts}.values())
+    stored = {t.index: tuple(schema.dtypes[t.index].name for schema in schemas) for t in tensors}
     strided = [any(layout.schema.strides[tensor.index] is not None for layout in layouts) for tensor in tensors]
 
     def file_order(tensor: TeacherTensor) -> tuple[object, ...]:
@@ -181,7 +189,7 @@ def plan_blocks(
             tensor.index in aliases_of,
             tensor.action,
             tensor.student_dtype.name,
-            layouts[0].schema.dtypes[tensor.index].name,
+            stored[tensor.index],
             strided[tensor.index],
             newest.file_indices[tensor.index],
             newest.begins[tensor.index],
@@ -202,15 +210,10 @@ def plan_blocks(
         )
         for index, original in aliases_of.items()
     )
-    stretches = _stretches(
-        [tensor for tensor in ordered if tensor.index not in aliases_of], offsets, strided, layouts[0]
-    )
-    lanes = tuple(_lane(stretch, offsets, strided, layouts[0], accumulate) for stretch in stretches)
+    stretches = _stretches([tensor for tensor in ordered if tensor.index not in aliases_of], offsets, strided, stored)
+    lanes = tuple(_lane(stretch, offsets, strided, layouts, accumulate) for stretch in stretches)
     block_elements, threads = _size_blocks(lanes, memory_budget_bytes, num_threads, num_teachers)
-    bytes_to_read = sum(
-        lane.num_elements * lane.student_dtype.itemsize * (len(layouts) if lane.action == "average" else 1)
-        for lane in lanes
-    )
+    bytes_to_read = sum(lane.num_elements * dtype.itemsize for lane in lanes for dtype in lane.input_dtypes)
     raw, wide, widened, span = _widest(lanes)
     thread_buffers = (raw * block_elements, wide * block_elements, widened * block_elements, span * block_elements)
     return BlockPlan(
@@ -247,7 +250,10 @@ def _find_aliases(tensors: Sequence[TeacherTensor], layouts: Sequence[Layout]) -
 
 
 def _stretches(
-    ordered: Sequence[TeacherTensor], offsets: Mapping[str, tuple[int, int]], strided: Sequence[bool], first: Layout
+    ordered: Sequence[TeacherTensor],
+    offsets: Mapping[str, tuple[int, int]],
+    strided: Sequence[bool],
+    stored: Mapping[int, tuple[str, ...]],
 ) -> Iterator[list[TeacherTensor]]:
     """Tensors that follow each other in the teacher and are treated alike; a strided one is a stretch of its own."""
 
@@ -256,7 +262,7 @@ def _stretches(
             tensor.dtype,
             tensor.action,
             tensor.student_dtype,
-            first.schema.dtypes[tensor.index],
+            stored[tensor.index],
             tensor.index if strided[tensor.index] else None,
         )
 
@@ -277,7 +283,7 @@ def _lane(
     stretch: Sequence[TeacherTensor],
     offsets: Mapping[str, tuple[int, int]],
     strided: Sequence[bool],
-    first_layout: Layout,
+    layouts: Sequence[Layout],
     accumulate: Accumulate,
 ) -> Lane:
     first = stretch[0]
@@ -287,7 +293,7 @@ def _lane(
         student_dtype=first.student_dtype,
         accumulate_dtype=accumulate_dtype(first.student_dtype, accumulate) if averages else first.dtype,
         dtype=first.dtype,
-        first_dtype=first_layout.schema.dtypes[first.index] if averages else first.student_dtype,
+        input_dtypes=tuple(layout.schema.dtypes[first.index] for layout in (layouts if averages else layouts[-1:])),
         begin=offsets[first.name][0],
         tensors=tuple(tensor.index for tensor in stretch),
         starts=tuple(itertools.accumulate((count_elements(tensor.shape) for tensor in stretch), initial=0)),
@@ -301,12 +307,12 @@ def buffer_bytes_per_element(lane: Lane) -> tuple[int, int, int, int]:
     The raw bytes of a student, the accumulator, the student widened to the accumulator's dtype, and the span that
     the elements of a non-contiguous tensor are gathered from.
     """
-    raw = max(lane.student_dtype.itemsize, lane.dtype.itemsize, lane.first_dtype.itemsize)
+    raw = max(lane.student_dtype.itemsize, lane.dtype.itemsize, lane.input_itemsize)
     span = raw if lane.is_strided else 0
     if lane.copies_bytes:
         return raw, 0, 0, span
     wide = lane.accumulate_dtype.itemsize
-    widens = lane.action == "average" and lane.accumulate_dtype is not lane.student_dtype
+    widens = lane.action == "average" and any(dtype is not lane.accumulate_dtype for dtype in lane.input_dtypes[1:])
     return raw, wide, wide if widens else 0, span
 
 

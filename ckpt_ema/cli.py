@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -76,6 +77,14 @@ class _Path(click.Path):  # type: ignore[type-arg,unused-ignore]
         if value == "":
             self.fail("it is empty; is a variable of your shell not set?", param, ctx)
         return super().convert(value, param, ctx)
+
+
+def _or_none(options: dict[str, Any]) -> dict[str, Any]:
+    """The library's words for options that may be given several times: nothing, one number, or all of them."""
+    for name in ("momentum", "half_life", "sigma_rel"):
+        given = options.get(name, ())
+        options[name] = None if not given else given[0] if len(given) == 1 else given
+    return options
 
 
 def _errors_become_exits(command: Command) -> Command:
@@ -181,11 +190,23 @@ def _run_options(command: Command) -> Command:
             "--momentum",
             type=float,
             multiple=True,
-            default=(0.001,),
-            show_default="0.001",
             metavar="M",
             help="Share that each new checkpoint brings, 0 < M < 1; given several times, as many teachers from one"
-            " pass.",
+            " pass.  [default: 0.001]",
+        ),
+        click.option(
+            "--half-life",
+            type=float,
+            multiple=True,
+            metavar="STEPS",
+            help="The momentum in other words: training steps after which a share has halved; implies --per step;"
+            " repeatable.",
+        ),
+        click.option(
+            "--per",
+            type=click.Choice(["checkpoint", "step"]),
+            help="What momentum works on once: each checkpoint, or each training step, as the hook's does.  [default:"
+            " checkpoint]",
         ),
         click.option(
             "--interval",
@@ -193,7 +214,39 @@ def _run_options(command: Command) -> Command:
             default=1,
             show_default=True,
             metavar="N",
-            help="Fold every N-th checkpoint after the first.",
+            help="The hook's: fold every N-th checkpoint after the first, or, per step, update every N steps.",
+        ),
+        click.option(
+            "--between",
+            type=click.Choice(["linear", "hold"]),
+            help="Per step: the student moved in a straight line between two checkpoints, or jumped at the newer one."
+            "  [default: linear]",
+        ),
+        click.option(
+            "--steps-per-epoch",
+            type=int,
+            metavar="N",
+            help="Per step, for runs that know epochs only.",
+        ),
+        click.option(
+            "--profile",
+            type=click.Choice(["ema", "uniform", "minus-sqrt", "power"]),
+            default="ema",
+            show_default=True,
+            help="How shares fall with age; power counts steps and needs --sigma-rel.",
+        ),
+        click.option(
+            "--sigma-rel",
+            type=float,
+            multiple=True,
+            metavar="S",
+            help="Width of a power profile relative to the length of training, 0 < S < 0.2886; repeatable.",
+        ),
+        click.option(
+            "--coefficients",
+            type=_Path(path_type=Path),
+            metavar="FILE",
+            help='Shares given by hand: JSON, {"step_100.pt": 0.5, ...}, or what `plan --json` printed.',
         ),
         click.option(
             "--skip-buffers/--no-skip-buffers",
@@ -289,7 +342,8 @@ def fold(run: tuple[Path, ...], output: Path | None, as_json: bool, quiet: bool,
 
     \b
     ckpt-ema fold runs/ --momentum 0.1
-    ckpt-ema fold runs/ --momentum 0.1 --last 10 -o teacher.safetensors
+    ckpt-ema fold runs/ --momentum 0.001 --per step
+    ckpt-ema fold runs/ --half-life 5000 --last 10 -o teacher.safetensors
     ckpt-ema fold a.pt b.pt c.pt --momentum 0.3 -o teacher.safetensors
     ckpt-ema fold runs/ --prefix student. --dtype float32
     """
@@ -307,7 +361,7 @@ def fold(run: tuple[Path, ...], output: Path | None, as_json: bool, quiet: bool,
         contextlib.redirect_stdout(sys.stderr),
         _ProgressBar(shown=shows_bar) as bar,
     ):
-        done = ckpt_ema.fold(run, output, progress=bar.update, announce=announce, **options)
+        done = ckpt_ema.fold(run, output, progress=bar.update, announce=announce, **_or_none(options))
     if not quiet:
         click.echo(report.summary_text(done, verbose=verbose), err=True)
     click.echo(json.dumps(report.report_record(done), indent=2) if as_json else "\n".join(done.plan.output_names))
@@ -326,7 +380,7 @@ def plan(run: tuple[Path, ...], output: Path | None, as_json: bool, quiet: bool,
     from ckpt_ema import report  # noqa: PLC0415
 
     with contextlib.redirect_stdout(sys.stderr):
-        planned = ckpt_ema.plan(run, output, **options)
+        planned = ckpt_ema.plan(run, output, **_or_none(options))
     if as_json:
         click.echo(json.dumps(report.plan_record(planned), indent=2))
     elif not quiet:
@@ -364,3 +418,5 @@ def inspect(path: Path, state: str | None, prefix: str | None, as_json: bool, ve
 def _warn(planned: FoldPlan) -> None:
     for text in planned.warnings:
         click.echo(f"Warning: {text}", err=True)
+    if planned.mended_options:
+        click.echo(f"hint: {shlex.join(['ckpt-ema', *sys.argv[1:], *planned.mended_options])}", err=True)

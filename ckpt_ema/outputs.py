@@ -1,4 +1,4 @@
-"""Where the teachers go: what the user asked for in, one path per momentum out, or why not."""
+"""Where the teachers go: what the user asked for in, one path per teacher out, or why not."""
 
 from __future__ import annotations
 
@@ -9,49 +9,50 @@ from pathlib import Path
 from ckpt_ema.errors import CkptEmaError, MisuseError
 from ckpt_ema.formats import read_contents
 from ckpt_ema.formats.folder import WEIGHTS_SUFFIX
+from ckpt_ema.profiles import Profile
 from ckpt_ema.records import FoldPlan, PathLike
 from ckpt_ema.runs import Checkpoint, Run
 from ckpt_ema.teacher_folder import check_replaceable, is_model_folder
 
-PLACEHOLDER = "{momentum}"
-
 
 def resolve_outputs(
-    output: PathLike | None, run: Run, newest: Checkpoint, momenta: Sequence[float]
+    output: PathLike | None, run: Run, newest: Checkpoint, profiles: Sequence[Profile]
 ) -> tuple[bool, list[Path]]:
     """Whether each teacher is a folder for `from_pretrained`, and where each goes."""
     has_folder = is_model_folder(newest.model_folder)
-    own_name = f"teacher-{PLACEHOLDER}" if len(momenta) > 1 else "teacher"
+    placeholder = f"{{{profiles[0].tag[0]}}}"
+    own_name = f"teacher-{placeholder}" if len(profiles) > 1 else "teacher"
     own_name += "" if has_folder else ".safetensors"
     if output is None:
         if run.root is None:
             raise MisuseError(
                 "the checkpoints lie in several folders, so `--output` is needed", hint=f"pass `-o {own_name}`"
             )
-        return has_folder, [run.root / _fill(own_name, momentum) for momentum in momenta]
+        return has_folder, [run.root / _fill(own_name, profile) for profile in profiles]
     text = os.fspath(output)
     if not text:
         raise MisuseError("`--output` is empty", hint="is a variable of your shell empty?")
-    if len(momenta) > 1 and PLACEHOLDER not in text:
+    if len(profiles) > 1 and placeholder not in text:
         if not Path(text).is_dir():
             if text.endswith("/"):
                 raise _no_folder(text)
-            pattern = Path(text).with_name(f"{Path(text).stem}-{PLACEHOLDER}{'' if has_folder else '.safetensors'}")
+            pattern = Path(text).with_name(f"{Path(text).stem}-{placeholder}{'' if has_folder else '.safetensors'}")
             raise MisuseError(
-                f"`--output {text}` is one name for {len(momenta)} teachers",
+                f"`--output {text}` is one name for {len(profiles)} teachers",
                 hint=f"pass `--output '{pattern}'`, or an existing folder",
             )
         text = str(Path(text) / own_name)
-    resolved = [_resolve(text, momentum, has_folder) for momentum in momenta]
+    resolved = [_resolve(text, profile, has_folder) for profile in profiles]
     return resolved[0][0], [path for _, path in resolved]
 
 
-def _fill(text: str, momentum: float) -> str:
-    return text.replace(PLACEHOLDER, f"{momentum!r}")
+def _fill(text: str, profile: Profile) -> str:
+    word, value = profile.tag
+    return text.replace(f"{{{word}}}", value)
 
 
-def _resolve(pattern: str, momentum: float, has_folder: bool) -> tuple[bool, Path]:
-    path = Path(_fill(pattern, momentum))
+def _resolve(pattern: str, profile: Profile, has_folder: bool) -> tuple[bool, Path]:
+    path = Path(_fill(pattern, profile))
     if path.suffix == ".safetensors" and not path.is_dir():
         return False, path
     if has_folder and not WEIGHTS_SUFFIX.search(path.name):
@@ -60,7 +61,7 @@ def _resolve(pattern: str, momentum: float, has_folder: bool) -> tuple[bool, Pat
         return False, path / "teacher.safetensors"
     if pattern.endswith("/"):
         raise _no_folder(pattern)
-    # Of the pattern: a momentum's decimals look like a suffix.
+    # Of the pattern: a number's decimals look like a suffix.
     named = Path(pattern)
     has_suffix = bool(named.suffix) and "}" not in named.suffix
     raise MisuseError(

@@ -1,15 +1,22 @@
-"""Averaging profiles: a number of checkpoints in, one (keep, take) pair per checkpoint out. float64, no I/O.
+"""Averaging profiles: checkpoints with their steps in, one (keep, take) pair per checkpoint out. float64, no I/O.
 
 Every rule is run as the same recurrence, `teacher = keep * teacher + take * student`.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 from ckpt_ema.errors import MisuseError
+from ckpt_ema.quadrature import nodes_between
+from ckpt_ema.responses import Ema, Power, Response, Uniform, gamma_of, momentum_of_half_life, tail_at
+
+Kind = Literal["ema", "uniform", "minus-sqrt", "power", "given"]
+Between = Literal["linear", "hold"]
 
 
 class Update(NamedTuple):
@@ -30,6 +37,54 @@ def check_momentum(momentum: float) -> None:
             f"the momentum is {momentum}, and must lie between 0 and 1 (both excluded)",
             hint="pass the share that each new student brings, for example 0.001",
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """What one teacher is to be: how much each checkpoint, or each step, counts in it."""
+
+    kind: Kind
+    momentum: float | None = None
+    """Of an `ema`: the share that a student brings."""
+
+    half_life: float | None = None
+    """The same in steps, where it was asked for in these."""
+
+    sigma_rel: float | None = None
+    """Of a `power`: its width relative to the length of training."""
+
+    @property
+    def title(self) -> str:
+        """For people: `momentum 0.001`, `half-life 500`."""
+        if self.kind == "ema":
+            return f"half-life {self.half_life:g}" if self.half_life is not None else f"momentum {self.momentum:g}"
+        return f"power {self.sigma_rel:g}" if self.kind == "power" else self.kind
+
+    @property
+    def tag(self) -> tuple[str, str]:
+        """What tells it from other teachers in the name of a file: a word and its value."""
+        if self.half_life is not None:
+            return "half_life", f"{self.half_life:g}"
+        if self.sigma_rel is not None:
+            return "sigma_rel", repr(self.sigma_rel)
+        return "momentum", repr(self.momentum)
+
+    def momentum_over(self, interval: int) -> float:
+        """The momentum of updates that are `interval` steps apart."""
+        if self.half_life is not None:
+            return momentum_of_half_life(self.half_life, interval)
+        assert self.momentum is not None
+        return self.momentum
+
+    def response(self, start: int, end: int, interval: int = 1) -> Response:
+        """How the teacher depends on the path from step `start` to step `end`; not for what counts checkpoints."""
+        if self.kind == "ema":
+            return Ema(self.momentum_over(interval), start, end, interval)
+        if self.kind == "power":
+            assert self.sigma_rel is not None
+            return Power(gamma_of(self.sigma_rel), start, end)
+        assert self.kind == "uniform"
+        return Uniform(start, end)
 
 
 def ema_updates(num_students: int, momentum: float, *, has_initial_teacher: bool = False) -> list[Update]:
@@ -73,3 +128,113 @@ def momentum_for_first_share(num_updates: int, share: float) -> float:
     digits = 1 - math.floor(math.log10(momentum))
     scale = 10.0**digits
     return min(math.ceil(momentum * scale) / scale, 0.99)
+
+
+def step_updates(
+    profile: Profile,
+    steps: Sequence[int],
+    *,
+    interval: int = 1,
+    between: Between = "linear",
+    has_copy_first: bool = False,
+) -> list[Update]:
+    """The updates of a profile that counts training steps, for students saved after `steps` (strictly ascending).
+
+    Between two checkpoints the student is taken to have moved in a straight line, or, with `hold`, to have jumped at
+    the newer one. An `ema` works once every `interval` steps, the first after steps[0]. With `has_copy_first` the
+    first input is a teacher rather than a student, and the student is held at the next checkpoint from there.
+    Where the checkpoints lie `interval` apart, or with `hold`, these are the recurrence's own; else those of the
+    collapsed shares.
+    """
+    if len(steps) == 1:
+        return [COPY]
+    if profile.kind != "ema":
+        return updates_of(step_shares(profile.response(steps[0], steps[-1]), steps, between))
+    momentum = profile.momentum_over(interval)
+    gaps = [_gap_shares(momentum, interval, steps[0], a, b) for a, b in itertools.pairwise(steps)]
+    if between == "hold" or all(gap.older == 0 for gap in gaps):
+        return [COPY] + [Update(gap.keep, gap.older + gap.newer) for gap in gaps]
+    if has_copy_first:
+        gaps[0] = gaps[0]._replace(older=0.0, newer=gaps[0].older + gaps[0].newer)
+    shares = [0.0] * len(steps)
+    kept = 1.0
+    for i in range(len(gaps) - 1, -1, -1):
+        shares[i + 1] += gaps[i].newer * kept
+        shares[i] += gaps[i].older * kept
+        kept *= gaps[i].keep
+    shares[0] += kept
+    return updates_of(shares)
+
+
+class _Gap(NamedTuple):
+    """What an EMA does between two checkpoints: teacher = keep * teacher + older * student_a + newer * student_b."""
+
+    keep: float
+    older: float
+    newer: float
+
+
+def _gap_shares(momentum: float, interval: int, start: int, a: int, b: int) -> _Gap:
+    """The updates after steps start + interval, start + 2 interval, ... in (a, b], of a student on a line from a to b.
+
+    The j-th of n finds the student at (t + (j - 1) interval - a) / (b - a) of the way, t the first; the geometric sums
+    over j are closed.
+    """
+    before = (a - start) // interval
+    count = (b - start) // interval - before
+    if not count:
+        return _Gap(1.0, 0.0, 0.0)
+    moved = momentum if count == 1 else effective_momentum(momentum, count)
+    keep = 1 - moved
+    gap = b - a
+    # By how much the update before the first lies before a; 0 where a is a multiple of the interval.
+    late = start + before * interval - a
+    newer = (late * moved + interval * (count - (1 - momentum) * moved / momentum)) / gap
+    if count == 1 and late + interval == gap:
+        newer = moved
+    return _Gap(keep, moved - newer, newer)
+
+
+def step_shares(response: Response, steps: Sequence[int], between: Between) -> list[float]:
+    """The share of each student, saved after `steps`, in the average that `response` describes; they sum to 1.
+
+    On a straight line from step a to step b every increment is the same, so what counts is the mean of the tail sums
+    P(a + 1), ..., P(b); where the student jumps at b, P(a + 1) alone.
+    """
+    tails = [1.0]
+    for a, b in itertools.pairwise(steps):
+        if between == "hold":
+            tails.append(tail_at(response, a + 1))
+        else:
+            tails.append(math.fsum(weight * tail_at(response, node) for node, weight in nodes_between(a, b)) / (b - a))
+    return [older - newer for older, newer in itertools.pairwise([*tails, 0.0])]
+
+
+def checkpoint_shares(kind: Kind, count: int) -> list[float]:
+    """The shares of `count` checkpoints, oldest first, in a profile that counts these.
+
+    `uniform`: all the same (LAWA, SWA). `minus-sqrt`: sqrt((i + 1) / n) - sqrt(i / n), the merge that stands for
+    training's last part under a rate that falls as 1 - sqrt (WSM); the oldest has most.
+    """
+    if kind == "uniform":
+        return [1 / count] * count
+    assert kind == "minus-sqrt"
+    return [math.sqrt((i + 1) / count) - math.sqrt(i / count) for i in range(count)]
+
+
+def updates_of(shares: Sequence[float]) -> list[Update]:
+    """The recurrence that gives each input its share; `shares` sum to 1.
+
+    Where none is negative as a running mean, which needs no more digits than the students have. The first is copied,
+    so one input alone has all.
+    """
+    if len(shares) == 1:
+        return [COPY]
+    if min(shares) < 0:
+        return [COPY, Update(shares[0], shares[1]), *(Update(1.0, share) for share in shares[2:])]
+    updates = [COPY]
+    total = shares[0]
+    for share in shares[1:]:
+        before, total = total, total + share
+        updates.append(Update(before / total, share / total) if total else COPY)
+    return updates

@@ -9,7 +9,8 @@ from typing import Any
 
 from ckpt_ema._version import __version__
 from ckpt_ema.formats.contents import PROVENANCE_KEY
-from ckpt_ema.records import RULE, FoldPlan
+from ckpt_ema.profiles import Profile
+from ckpt_ema.records import RULE, FoldOptions, FoldPlan
 
 
 def teacher_metadata(plan: FoldPlan, number: int) -> dict[str, str]:
@@ -20,9 +21,8 @@ def teacher_metadata(plan: FoldPlan, number: int) -> dict[str, str]:
         "tool": "ckpt-ema",
         "version": __version__,
         "rule": RULE,
-        "momentum": teacher.momentum,
-        "per": "checkpoint",
-        "interval": options.interval,
+        **profile_record(teacher.profile),
+        **counting_record(options),
         "skip_buffers": options.skip_buffers,
         "initial_teacher": None if plan.initial_teacher is None else _printable(plan.initial_teacher),
         "first_share": teacher.first_share,
@@ -49,6 +49,20 @@ def teacher_metadata(plan: FoldPlan, number: int) -> dict[str, str]:
         },
     }
     return {"format": "pt", PROVENANCE_KEY: json.dumps(record, ensure_ascii=False)}
+
+
+def profile_record(profile: Profile) -> dict[str, Any]:
+    """What a teacher was asked to be, as a table that JSON can hold; what it has not is not in it."""
+    given = {"momentum": profile.momentum, "half_life": profile.half_life, "sigma_rel": profile.sigma_rel}
+    return {"profile": profile.kind, **{name: value for name, value in given.items() if value is not None}}
+
+
+def counting_record(options: FoldOptions) -> dict[str, Any]:
+    """What the profile counts, and how often."""
+    if not options.per_step:
+        return {"per": "checkpoint", "interval": options.interval}
+    epochs = {} if options.steps_per_epoch is None else {"steps_per_epoch": options.steps_per_epoch}
+    return {"per": "step", "interval": options.interval, "between": options.between or "linear", **epochs}
 
 
 def _printable(name: str) -> str:

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from ckpt_ema.blocks import Accumulate, BlockPlan
 from ckpt_ema.catalogue import TeacherTensor
 from ckpt_ema.errors import MisuseError
 from ckpt_ema.layouts import Layout
-from ckpt_ema.profiles import Update, check_momentum
+from ckpt_ema.profiles import Between, Profile, Update, check_momentum
+from ckpt_ema.responses import gamma_of
 from ckpt_ema.runs import Checkpoint
 from ckpt_ema.sizes import DEFAULT_MEMORY_BUDGET_BYTES
 from ckpt_ema.students import check_prefix
 from ckpt_ema.timings import Timings
 
+DEFAULT_MOMENTUM = 0.001
 RULE = "teacher = (1 - momentum) * teacher + momentum * student"
 PathLike = str | os.PathLike[str]
 
@@ -30,6 +33,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "until_step": _OPTIONAL_INTEGER,
     "last": _OPTIONAL_INTEGER,
     "num_threads": _OPTIONAL_INTEGER,
+    "steps_per_epoch": _OPTIONAL_INTEGER,
     "memory_budget_bytes": (int,),
     "model": _OPTIONAL_TEXT,
     "state": _OPTIONAL_TEXT,
@@ -42,11 +46,35 @@ _TYPES: dict[str, tuple[type, ...]] = {
 class FoldOptions:
     """What a fold can be asked for; the defaults are MeanTeacherHook's."""
 
-    momentum: float | Sequence[float] = 0.001
-    """Share that each new student brings, 0 < momentum < 1; several make as many teachers from one pass."""
+    momentum: float | Sequence[float] | None = None
+    """Share that each new student brings, 0 < momentum < 1, 0.001 by default; several make as many teachers from one
+    pass."""
+
+    half_life: float | Sequence[float] | None = None
+    """The momentum in other words: training steps after which a student's share has halved. Implies `per="step"`."""
+
+    per: Literal["checkpoint", "step"] | None = None
+    """What the momentum works on once: each checkpoint (the default), or each training step, as the hook's does."""
 
     interval: int = 1
-    """Fold every interval-th checkpoint, the hook's interval."""
+    """The hook's: fold every interval-th checkpoint, or with `per="step"` update once every interval steps."""
+
+    between: Between | None = None
+    """With `per="step"`: between two checkpoints the student moved in a straight line (`linear`, the default), or
+    jumped at the newer one (`hold`)."""
+
+    steps_per_epoch: int | None = None
+    """With `per="step"`, for runs that know epochs only."""
+
+    profile: Literal["ema", "uniform", "minus-sqrt", "power"] = "ema"
+    """How the students' shares fall with their age; `power`, of width `sigma_rel`, counts steps."""
+
+    sigma_rel: float | Sequence[float] | None = None
+    """Width of a power profile relative to the length of training, 0 < sigma_rel < 0.2886; several make as many
+    teachers."""
+
+    coefficients: PathLike | Mapping[str, float] | None = None
+    """The share of each checkpoint by its name, given by hand, or a JSON file of these; they sum to 1."""
 
     skip_buffers: bool = True
     """Average parameters only; otherwise every floating-point tensor."""
@@ -103,7 +131,9 @@ class FoldOptions:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, kinds):
                 raise MisuseError(f"`{name}` is {value!r}, a {type(value).__name__}")
-        object.__setattr__(self, "momentum", _as_momenta(self.momentum))
+        for name in ("momentum", "half_life", "sigma_rel"):
+            object.__setattr__(self, name, _as_numbers(name, getattr(self, name)))
+        self._check_profile()
         check_prefix(self.prefix)
         for name in ("interval", "last", "num_threads"):
             value = getattr(self, name)
@@ -118,28 +148,91 @@ class FoldOptions:
             if getattr(self, name) not in choices:
                 raise MisuseError(f"`{name}` is {getattr(self, name)!r}, and must be one of {', '.join(choices)}")
 
+    def _check_profile(self) -> None:
+        for name, choices in (
+            ("per", ("checkpoint", "step", None)),
+            ("between", ("linear", "hold", None)),
+            ("profile", ("ema", "uniform", "minus-sqrt", "power")),
+        ):
+            if getattr(self, name) not in choices:
+                known = ", ".join(choice for choice in choices if choice)
+                raise MisuseError(f"`{name}` is {getattr(self, name)!r}, and must be one of {known}")
+        given = [
+            f"`--{name.replace('_', '-')}`"
+            for name in ("momentum", "half_life", "sigma_rel", "coefficients")
+            if getattr(self, name) is not None
+        ]
+        if len(given) > 1:
+            raise MisuseError(f"{' and '.join(given)} say different things of one teacher", hint="pass one of them")
+        wants_sigma = self.profile == "power"
+        if wants_sigma and self.sigma_rel is None:
+            raise MisuseError("`--profile power` needs a width", hint="pass for example `--sigma-rel 0.1`")
+        if self.sigma_rel is not None and not wants_sigma:
+            raise MisuseError("`--sigma-rel` is the width of a power profile", hint="pass `--profile power` too")
+        if self.profile != "ema" and (self.momentum is not None or self.half_life is not None):
+            raise MisuseError(f"`--profile {self.profile}` has no momentum", hint="leave one of them away")
+        if self.coefficients is not None and self.profile != "ema":
+            raise MisuseError(f"`--coefficients` and `--profile {self.profile}` say different things")
+        if self.per == "checkpoint" and (self.half_life is not None or wants_sigma):
+            what = "a power profile" if wants_sigma else "`--half-life`"
+            raise MisuseError(f"{what} counts steps, not checkpoints", hint="leave `--per checkpoint` away")
+        if self.per == "step" and (self.profile == "minus-sqrt" or self.coefficients is not None):
+            what = "`--coefficients`" if self.coefficients is not None else "`--profile minus-sqrt`"
+            raise MisuseError(f"{what} counts checkpoints, not steps", hint="leave `--per step` away")
+        if not self.per_step and (self.between is not None or self.steps_per_epoch is not None):
+            option = "--between" if self.between is not None else "--steps-per-epoch"
+            raise MisuseError(f"`{option}` has no meaning where checkpoints are counted", hint="pass `--per step` too")
+        if self.init is not None and (self.profile != "ema" or self.coefficients is not None):
+            raise MisuseError("`--init` goes on with an exponential moving average only")
+
     @property
-    def momenta(self) -> tuple[float, ...]:
+    def per_step(self) -> bool:
+        """Whether training steps are counted rather than checkpoints."""
+        return self.per == "step" or self.half_life is not None or self.profile == "power"
+
+    @property
+    def profiles(self) -> tuple[Profile, ...]:
         """One per teacher, in the order given."""
-        return (self.momentum,) if isinstance(self.momentum, float) else tuple(self.momentum)
+        if self.coefficients is not None:
+            return (Profile("given"),)
+        if self.half_life is not None:
+            return tuple(Profile("ema", half_life=value) for value in _several(self.half_life))
+        if self.profile == "power":
+            return tuple(Profile("power", sigma_rel=value) for value in _several(self.sigma_rel))
+        if self.profile != "ema":
+            return (Profile(self.profile),)
+        momentum = DEFAULT_MOMENTUM if self.momentum is None else self.momentum
+        return tuple(Profile("ema", momentum) for momentum in _several(momentum))
 
 
-def _as_momenta(given: object) -> float | tuple[float, ...]:
-    """A momentum as a float, several as a tuple of them; raises MisuseError for anything else."""
+def _several(given: Any) -> tuple[float, ...]:
+    return given if isinstance(given, tuple) else (given,)
+
+
+def _as_numbers(name: str, given: object) -> float | tuple[float, ...] | None:
+    """A number as a float, several as a tuple of them; raises MisuseError for anything else."""
+    if given is None:
+        return None
     if isinstance(given, Iterable) and not isinstance(given, (str, bytes)):
-        momenta = tuple(_as_momentum(momentum) for momentum in given)
-        if not momenta:
-            raise MisuseError("`momentum` is an empty list", hint="pass for example `momentum=[0.1, 0.3]`")
-        if len(set(momenta)) < len(momenta):
-            raise MisuseError(f"`--momentum {max(momenta, key=momenta.count)}` is given twice")
-        return momenta
-    return _as_momentum(given)
+        numbers = tuple(_as_number(name, number) for number in given)
+        if not numbers:
+            raise MisuseError(f"`{name}` is an empty list", hint=f"pass for example `{name}=[0.1, 0.2]`")
+        if len(set(numbers)) < len(numbers):
+            option = f"--{name.replace('_', '-')}"
+            raise MisuseError(f"`{option} {max(numbers, key=numbers.count)}` is given twice")
+        return numbers
+    return _as_number(name, given)
 
 
-def _as_momentum(given: object) -> float:
+def _as_number(name: str, given: object) -> float:
     if isinstance(given, bool) or not isinstance(given, (float, int)):
-        raise MisuseError(f"`momentum` is {given!r}, a {type(given).__name__}")
-    check_momentum(given)
+        raise MisuseError(f"`{name}` is {given!r}, a {type(given).__name__}")
+    if name == "momentum":
+        check_momentum(given)
+    elif name == "sigma_rel":
+        gamma_of(given)
+    elif not 0 < given < math.inf:
+        raise MisuseError(f"the half-life is {given}, and must be above 0 steps", hint="pass for example `1000`")
     return float(given)
 
 
@@ -171,7 +264,7 @@ class FoldedCheckpoint:
 class PlannedTeacher:
     """One of the teachers that a pass over the checkpoints makes."""
 
-    momentum: float
+    profile: Profile
     output: Path
     """Its file, or its folder for `from_pretrained`."""
 
@@ -181,6 +274,25 @@ class PlannedTeacher:
     first_share: float
     """Share that the initial teacher, or else the first checkpoint, has in it."""
 
+    @property
+    def momentum(self) -> float | None:
+        """As it was asked for; None where it was not."""
+        return self.profile.momentum
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """How near a reconstructed teacher is expected to come to the one that it stands for."""
+
+    error: float
+    """Its distance to that one, as a share of the distance of the nearest stored student; from 0 to 1."""
+
+    nearest: str
+    """That student."""
+
+    amplification: float
+    """The sum of the coefficients' sizes: by how much rounding in the files is enlarged at most."""
+
 
 @dataclass(frozen=True, slots=True)
 class FoldPlan:
@@ -188,7 +300,7 @@ class FoldPlan:
 
     options: FoldOptions
     teachers: tuple[PlannedTeacher, ...]
-    """One per momentum."""
+    """One per momentum, or per whatever tells them apart."""
 
     is_folder: bool
     """Whether each is written as a Hugging Face folder."""
@@ -197,7 +309,12 @@ class FoldPlan:
     checkpoints: tuple[FoldedCheckpoint, ...]
     """Those that take part, oldest first."""
 
-    initial_teacher: str | None
+    averages: tuple[FoldedCheckpoint, ...]
+    """Averages that enter before them: the initial teacher, or the snapshots of a reconstruction."""
+
+    predictions: tuple[Prediction, ...]
+    """One per teacher of a reconstruction; none for a fold."""
+
     tensors: tuple[TeacherTensor, ...]
     left_out: tuple[tuple[str, str], ...]
     """Checkpoints and files that do not take part, with the reason."""
@@ -207,9 +324,22 @@ class FoldPlan:
 
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
+    mended_options: tuple[str, ...]
+    """What to add to the command where the first checkpoint dominates."""
+
     blocks: BlockPlan
     layouts: tuple[Layout, ...]
     newest: Checkpoint
+
+    @property
+    def initial_teacher(self) -> str | None:
+        """The name of the teacher that the fold starts from, if any."""
+        return self.averages[0].name if self.options.init is not None else None
+
+    @property
+    def inputs(self) -> tuple[FoldedCheckpoint, ...]:
+        """All that is folded, in order."""
+        return (*self.averages, *self.checkpoints)
 
     @property
     def output(self) -> Path:

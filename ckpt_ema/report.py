@@ -9,6 +9,7 @@ from typing import Any
 from ckpt_ema.byte_ranges import count_elements
 from ckpt_ema.catalogue import TeacherTensor
 from ckpt_ema.inspection import Inspection
+from ckpt_ema.provenance import counting_record, profile_record
 from ckpt_ema.records import RULE, FoldPlan, FoldReport
 from ckpt_ema.sizes import format_size
 
@@ -25,8 +26,8 @@ def plan_text(plan: FoldPlan, *, verbose: bool = False) -> str:
 def _plan_lines(plan: FoldPlan, verbose: bool) -> Iterator[str]:
     options = plan.options
     yield (
-        f"{_count(len(plan.checkpoints), 'checkpoint')} of {plan.directory}, momentum {_momenta(plan)}"
-        f" per checkpoint{f', interval {options.interval}' if options.interval > 1 else ''}"
+        f"{_count(len(plan.checkpoints), 'checkpoint')} of {plan.directory}, {_profiles(plan)}"
+        f"{f', interval {options.interval}' if options.interval > 1 else ''}"
     )
     yield ""
     yield from _coefficient_table(plan)
@@ -55,24 +56,34 @@ def _plan_lines(plan: FoldPlan, verbose: bool) -> Iterator[str]:
             yield f"  {tensor.name}  {dtype} {list(tensor.shape)}  {treatment}"
 
 
-def _momenta(plan: FoldPlan) -> str:
-    return ", ".join(f"{teacher.momentum:g}" for teacher in plan.teachers)
+def _profiles(plan: FoldPlan) -> str:
+    """`momentum 0.1, 0.3 per checkpoint`, `half-life 500 steps, straight lines between checkpoints`."""
+    options, profiles = plan.options, [teacher.profile for teacher in plan.teachers]
+    words, _, value = profiles[0].title.rpartition(" ")
+    values = ", ".join([value, *(profile.title.rpartition(" ")[2] for profile in profiles[1:])])
+    if profiles[0].kind == "given":
+        return "coefficients given by hand"
+    text = f"{words} {values}".strip()
+    if not options.per_step:
+        return f"{text} per checkpoint"
+    text += " steps" if profiles[0].half_life is not None else " per step"
+    return text + (", held between checkpoints" if options.between == "hold" else ", straight between checkpoints")
 
 
 def _coefficient_table(plan: FoldPlan) -> Iterator[str]:
     """A row per checkpoint; one teacher gets a bar beside its coefficients, several a column each."""
-    rows = [(item.name, "" if item.step is None else str(item.step), item.coefficients) for item in plan.checkpoints]
-    if plan.initial_teacher is not None:
-        shares = tuple(teacher.first_share for teacher in plan.teachers)
-        rows.insert(0, (f"{plan.initial_teacher} (initial teacher)", "", shares))
-    titles = [f"momentum {teacher.momentum:g}" for teacher in plan.teachers]
+    what = " (initial teacher)" if plan.initial_teacher is not None else ""
+    inputs = [(f"{item.name}{what}", item) for item in plan.averages]
+    inputs += [(item.name, item) for item in plan.checkpoints]
+    rows = [(name, "" if item.step is None else str(item.step), item.coefficients) for name, item in inputs]
+    titles = [teacher.profile.title for teacher in plan.teachers]
     if len(titles) == 1:
         titles = ["coefficient"]
     unit = plan.checkpoints[-1].unit
     name_width = max(len("checkpoint"), *(len(name) for name, _, _ in rows))
     step_width = max(len(unit), *(len(step) for _, step, _ in rows))
     yield f"{'checkpoint':<{name_width}}  {unit:>{step_width}}  " + "  ".join(f"{title:>11}" for title in titles)
-    widest = max(shares[0] for _, _, shares in rows)
+    widest = max(abs(shares[0]) for _, _, shares in rows)
     cut = len(rows) - MAX_ROWS
     for i, (name, step, shares) in enumerate(rows):
         if cut > 0 and MAX_ROWS // 2 <= i < MAX_ROWS // 2 + cut:
@@ -80,7 +91,7 @@ def _coefficient_table(plan: FoldPlan) -> Iterator[str]:
                 yield f"... {cut} more"
             continue
         columns = "  ".join(f"{share:>{max(11, len(title))}.6f}" for share, title in zip(shares, titles, strict=True))
-        bar = f"  {_bar(shares[0] / widest)}" if len(shares) == 1 else ""
+        bar = f"  {_bar(abs(shares[0]) / widest)}" if len(shares) == 1 else ""
         yield f"{name:<{name_width}}  {step:>{step_width}}  {columns}{bar}".rstrip()
 
 
@@ -100,7 +111,7 @@ def _device(report: FoldReport, verbose: bool) -> str:
 def summary_text(report: FoldReport, *, verbose: bool = False) -> str:
     """What a fold has done, in a few lines."""
     plan = report.plan
-    first = plan.initial_teacher or plan.checkpoints[0].name
+    first = plan.inputs[0].name
     lines = [
         f"folded {_count(len(plan.checkpoints), 'checkpoint')} into {', '.join(plan.output_names)}",
         f"  {_count(plan.num_averaged, 'tensor')} averaged, {plan.num_copied} copied from {plan.checkpoints[-1].name}",
@@ -111,7 +122,7 @@ def summary_text(report: FoldReport, *, verbose: bool = False) -> str:
     newest = plan.checkpoints[-1]
     for teacher, share in zip(plan.teachers, newest.coefficients, strict=True):
         if len(teacher.updates) > 1:
-            which = f"momentum {teacher.momentum:g}: " if len(plan.teachers) > 1 else ""
+            which = f"{teacher.profile.title}: " if len(plan.teachers) > 1 else ""
             lines.append(f"  {which}{first} keeps {teacher.first_share:.1%}, {newest.name} has {share:.1%}")
     if plan.left_out:
         lines.append(f"  left out {len(plan.left_out)}: {_some([name for name, _ in plan.left_out], False)}")
@@ -122,14 +133,13 @@ def plan_record(plan: FoldPlan) -> dict[str, Any]:
     """The plan as a table that JSON can hold."""
     several = len(plan.teachers) > 1
     teachers = [
-        {"output": str(teacher.output), "momentum": teacher.momentum, "first_share": teacher.first_share}
+        {"output": str(teacher.output), **profile_record(teacher.profile), "first_share": teacher.first_share}
         for teacher in plan.teachers
     ]
     return {
         **({"teachers": teachers} if several else teachers[0]),
         "rule": RULE,
-        "per": "checkpoint",
-        "interval": plan.options.interval,
+        **counting_record(plan.options),
         "initial_teacher": plan.initial_teacher,
         "checkpoints": [
             {
@@ -224,7 +234,7 @@ def _inspection_lines(found: Inspection, verbose: bool) -> Iterator[str]:
 
 def _provenance_lines(record: dict[str, Any], verbose: bool) -> Iterator[str]:
     yield f"teacher    by {record.get('tool')} {record.get('version')}: {record.get('rule')}"
-    yield f"momentum   {record.get('momentum')} per {record.get('per')}, interval {record.get('interval')}"
+    yield f"{_provenance_profile(record)} per {record.get('per')}, interval {record.get('interval')}"
     checkpoints = record.get("checkpoints")
     items = checkpoints if isinstance(checkpoints, list) else []
     shown = len(items) if verbose else MAX_SHOWN
@@ -233,6 +243,13 @@ def _provenance_lines(record: dict[str, Any], verbose: bool) -> Iterator[str]:
             yield f"from       {item.get('name')}  {item['coefficient']:.6f}"
     if len(items) > shown:
         yield f"from       ... and {len(items) - shown} older ones (`-v` shows all)"
+
+
+def _provenance_profile(record: dict[str, Any]) -> str:
+    for name, words in (("half_life", "half-life"), ("sigma_rel", "power"), ("momentum", "momentum")):
+        if record.get(name) is not None:
+            return f"{words:<10} {record[name]}"
+    return f"profile    {record.get('profile')}"
 
 
 def _grouped(pairs: Sequence[tuple[str, str]]) -> dict[str, list[str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,13 +17,19 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import ckpt_ema
-from ckpt_ema.profiles import effective_momentum
 from tests.conftest import Outcome, assert_same_bits, hook_teacher, make_student, save_students
 
 Cli = Callable[..., Outcome]
 OPTIONS = [
     "--output",
     "--momentum",
+    "--half-life",
+    "--per",
+    "--between",
+    "--steps-per-epoch",
+    "--profile",
+    "--sigma-rel",
+    "--coefficients",
     "--interval",
     "--skip-buffers",
     "--no-skip-buffers",
@@ -296,11 +303,17 @@ def test_terminals_without_unicode_get_plain_bars(run: Path, cli: Cli) -> None:
 
 
 def test_momentum_per_step_is_offered_where_steps_are_known(tmp_path: Path, cli: Cli) -> None:
-    """The warning translates the hook's momentum to the gap between checkpoints: 1 - (1 - m)**gap."""
-    save_students(tmp_path / "run", 30)
-    outcome = cli("plan", tmp_path / "run")
-    assert "0.001 per step is `--momentum 0.095` over gaps of 100 steps" in outcome.stderr
-    assert effective_momentum(0.001, 100) == pytest.approx(1 - 0.999**100, rel=1e-12)
+    """The warning prints the command that mends it, and typed as printed it does."""
+    save_students(tmp_path / "run with space", 30)
+    outcome = cli("plan", tmp_path / "run with space")
+    assert "`--per step` makes it work as in training" in outcome.stderr
+    (command,) = re.findall(r"^hint: ckpt-ema (.*)$", outcome.stderr, re.MULTILINE)
+    mended = cli(*shlex.split(command))
+    assert mended.stderr == ""
+    first, newest = re.findall(r"^step_\S+ +\d+ +(\S+)", mended.stdout, re.MULTILINE)[::29]
+    # Half a gap of the path lies nearer to each end.
+    assert float(first) == pytest.approx(0.999**2850, rel=0.02)
+    assert float(newest) == pytest.approx(1 - 0.999**50, rel=0.02)
 
 
 def test_a_model_beside_numbered_files_does_not_hide_them(run: Path) -> None:

@@ -937,8 +937,8 @@ def test_names_that_are_no_utf8_are_folded_or_refused(tmp_path: Path) -> None:
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 # What each module may import, lowest first; a module imports only what stands on an earlier line (or its own).
 LEVELS: tuple[tuple[str, ...], ...] = (
-    ("_version", "errors", "sizes", "timings"),
-    ("dtypes",),
+    ("_version", "errors", "sizes", "timings", "quadrature"),
+    ("dtypes", "responses"),
     ("byte_ranges",),
     (
         "formats.pickle_scan",
@@ -949,12 +949,12 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("formats.folder",),
     ("formats",),
     ("steps", "students", "layouts"),
-    ("catalogue", "profiles", "runs", "model_buffers", "writer"),
+    ("catalogue", "profiles", "runs", "model_buffers", "writer", "solver", "response_records"),
     ("blocks",),
     ("engine", "records", "inspection", "engine.buffers", "engine.arithmetic", "provenance", "teacher_folder"),
-    ("outputs", "online", "online.settings", "online.tracking", "online.rule"),
-    ("online.teacher_file", "online.pairs", "online.swap"),
-    ("online.mean_teacher", "online.state_file"),
+    ("shares", "outputs", "online", "online.settings", "online.tracking", "online.rule"),
+    ("planning", "online.teacher_file", "online.pairs", "online.swap", "online.snapshots"),
+    ("reconstruction", "online.mean_teacher", "online.state_file"),
     ("integrations", "integrations.mmengine", "integrations.lightning", "integrations.transformers"),
 )
 

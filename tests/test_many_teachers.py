@@ -168,7 +168,7 @@ def test_the_hint_for_a_name_that_will_not_do_can_be_typed(run: Path, tmp_path: 
         ([0.1, "0.2"], "'0.2', a str"),
         ([0.1, True], "True, a bool"),
         ("0.5", "'0.5', a str"),
-        (None, "None, a NoneType"),
+        ([None], "None, a NoneType"),
     ],
 )
 def test_momenta_that_make_no_sense_are_misuse(run: Path, momenta: list[Any], message: str) -> None:

@@ -25,7 +25,7 @@ from ckpt_ema.timings import Timings
 
 def fold_blocks(task: Task, teachers: Sequence[Teacher], progress: Callable[[int], None]) -> Timings:
     """The CPU's Engine; see there for the contract."""
-    plan, num_layouts = task.plan, len(task.layouts)
+    plan = task.plan
     blocks = _Queue(plan.blocks())
     extents = ExtentTable(task.files)
     failures: list[BaseException] = []
@@ -40,9 +40,8 @@ def fold_blocks(task: Task, teachers: Sequence[Teacher], progress: Callable[[int
             folder = _BlockFolder(task, teachers, extents)
             while (block := blocks.take()) is not None:
                 folder.fold(block)
-                num_inputs = num_layouts if block.lane.action == "average" else 1
                 with lock:
-                    progress((block.end - block.begin) * block.lane.student_dtype.itemsize * num_inputs)
+                    progress((block.end - block.begin) * sum(dtype.itemsize for dtype in block.lane.input_dtypes))
             with lock:
                 folder.add_timings(timings, time.perf_counter() - started, plan.num_threads)
         except BaseException as error:
@@ -140,23 +139,22 @@ class _BlockFolder:
         lane = block.lane
         count = block.end - block.begin
         padded = -(-count // ELEMENT_MULTIPLE) * ELEMENT_MULTIPLE
-        raw = self._raw.elements(lane.student_dtype, padded)
-        same = lane.accumulate_dtype is lane.student_dtype
-        student = raw if same else self._widened.elements(lane.accumulate_dtype, padded)
         accumulators = [buffer.elements(lane.accumulate_dtype, padded) for buffer in self._accumulators]
         # The first input becomes the teacher: read straight into its place where it needs no conversion.
-        if lane.first_dtype is lane.accumulate_dtype:
+        if lane.input_dtypes[0] is lane.accumulate_dtype:
             self._read(self._layouts[0], block, self._accumulators[0])
         else:
             self._read(self._layouts[0], block, self._raw)
-            accumulators[0].copy_(self._raw.elements(lane.first_dtype, padded))
+            accumulators[0].copy_(self._raw.elements(lane.input_dtypes[0], padded))
         for accumulator in accumulators[1:]:
             accumulator.copy_(accumulators[0])
         rows = [accumulator.view(1, -1) for accumulator in accumulators]
-        for layout, updates in zip(self._layouts[1:], self._updates[1:], strict=True):
+        inputs = zip(self._layouts[1:], self._updates[1:], lane.input_dtypes[1:], strict=True)
+        for layout, updates, dtype in inputs:
             self._read(layout, block, self._raw)
-            if not same:
-                student.copy_(raw)
+            student = self._raw.elements(dtype, padded)
+            if dtype is not lane.accumulate_dtype:
+                student = self._widened.elements(lane.accumulate_dtype, padded).copy_(student)
             for row, (keep, take) in zip(rows, updates, strict=True):
                 update_(row, student, keep, take)
         for teacher, accumulator, buffer in zip(self._teachers, accumulators, self._accumulators, strict=True):

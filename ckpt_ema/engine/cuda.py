@@ -127,7 +127,7 @@ class _Pipeline:
         self._num_readers = min(MAX_READERS, max(2, plan.num_threads))
         self._lock = threading.Lock()
         lanes, elements = plan.lanes, plan.block_elements
-        raw = elements * max(max(lane.student_dtype.itemsize, lane.first_dtype.itemsize) for lane in lanes)
+        raw = elements * max(lane.input_itemsize for lane in lanes)
         wide = elements * max(lane.accumulate_dtype.itemsize for lane in lanes)
         out = elements * max(lane.dtype.itemsize for lane in lanes)
         self._stages = [_Stage(raw, device) for _ in range(NUM_STAGES)]

@@ -1,0 +1,246 @@
+"""What a fold is going to do: a run and options in, a FoldPlan out; byte ranges only, no tensor is read.
+
+run -> checkpoints -> shares -> catalogue -> blocks
+"""
+
+from __future__ import annotations
+
+import os
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from ckpt_ema.blocks import plan_blocks
+from ckpt_ema.catalogue import TeacherTensor, Treatment, build_catalogue
+from ckpt_ema.errors import CkptEmaError, MisuseError
+from ckpt_ema.formats import read_contents
+from ckpt_ema.formats.folder import has_weights
+from ckpt_ema.layouts import Layout, Schema, SchemaPool, compact_layout
+from ckpt_ema.model_buffers import read_model_buffers
+from ckpt_ema.outputs import resolve_outputs
+from ckpt_ema.profiles import coefficients_of, momentum_for_first_share, step_updates
+from ckpt_ema.records import FoldedCheckpoint, FoldOptions, FoldPlan, PathLike, PlannedTeacher
+from ckpt_ema.responses import half_life_of
+from ckpt_ema.runs import Checkpoint, Run, Selection, find_checkpoints
+from ckpt_ema.shares import Weighed, weigh
+from ckpt_ema.students import choose_student, is_flat
+
+
+def plan_fold(run: PathLike | Sequence[PathLike], output: PathLike | None, wanted: FoldOptions) -> FoldPlan:
+    """Plan the fold of a run, or of checkpoints in the order given; raises CkptEmaError where it cannot be."""
+    found = find_run(run, wanted)
+    return plan_weighed(found, weigh(found.checkpoints, wanted), output, wanted)
+
+
+def _as_paths(run: PathLike | Sequence[PathLike]) -> list[Path]:
+    given = [run] if isinstance(run, (str, os.PathLike)) else list(run)
+    if not given or not all(os.fspath(path) for path in given):
+        raise MisuseError("no run directory and no checkpoint was given", hint="is a variable of your shell empty?")
+    return [Path(path) for path in given]
+
+
+def _check_device(device: str) -> None:
+    # Whether the GPU is there is asked when folding: a plan must not wait for torch.
+    if device not in ("auto", "cpu", "cuda") and not (device.startswith("cuda:") and device[5:].isdigit()):
+        raise MisuseError(f"`--device` is {device!r}, and must be auto, cpu or cuda[:i]")
+
+
+def find_run(run: PathLike | Sequence[PathLike], wanted: FoldOptions) -> Run:
+    """The checkpoints that `wanted` selects; raises CkptEmaError where there are none."""
+    _check_device(wanted.device)
+    selection = Selection(
+        include=wanted.include,
+        exclude=wanted.exclude,
+        from_step=wanted.from_step,
+        until_step=wanted.until_step,
+        last=wanted.last,
+        state=wanted.state,
+        prefix=wanted.prefix,
+    )
+    return find_checkpoints(_as_paths(run), selection)
+
+
+def plan_weighed(found: Run, weighed: Weighed, output: PathLike | None, wanted: FoldOptions) -> FoldPlan:
+    """Plan the one pass that makes every teacher of `weighed`: its averages first, then its checkpoints."""
+    checkpoints = weighed.checkpoints
+    newest = checkpoints[-1]
+    treatment = Treatment(
+        skip_buffers=wanted.skip_buffers,
+        buffer_globs=wanted.buffers,
+        model_buffers=read_model_buffers(wanted.model, newest.layout.schema.names) if wanted.model else None,
+        dtype=wanted.dtype,
+    )
+    tensors = build_catalogue(
+        [(checkpoint.label, checkpoint.layout) for checkpoint in checkpoints],
+        treatment,
+        known_buffers=newest.known_buffers,
+    )
+    pool = SchemaPool()
+    layouts = [_average_layout(average.path, tensors, pool) for average in weighed.averages]
+    sizes = [sum(file.size for file in layout.files) for layout in layouts]
+    layouts += [checkpoint.layout for checkpoint in checkpoints]
+    blocks = plan_blocks(
+        tensors,
+        layouts,
+        accumulate=wanted.accumulate,
+        memory_budget_bytes=wanted.memory_budget_bytes,
+        num_threads=wanted.num_threads,
+        num_teachers=len(weighed.updates),
+    )
+    is_folder, targets = resolve_outputs(output, found, newest, wanted.profiles)
+    coefficients = [coefficients_of(updates) for updates in weighed.updates]
+    teachers = tuple(
+        PlannedTeacher(profile, target, tuple(updates), shares[0])
+        for profile, target, updates, shares in zip(
+            wanted.profiles, targets, weighed.updates, coefficients, strict=True
+        )
+    )
+    by_input = list(zip(*coefficients, strict=True))
+    num_averages = len(weighed.averages)
+    return FoldPlan(
+        options=wanted,
+        teachers=teachers,
+        is_folder=is_folder,
+        directory=found.directory,
+        averages=tuple(
+            FoldedCheckpoint(item.label, item.step, "step", shares, size, "", "safetensors")
+            for item, shares, size in zip(weighed.averages, by_input[:num_averages], sizes, strict=True)
+        ),
+        checkpoints=tuple(
+            FoldedCheckpoint(item.label, item.step, item.unit, shares, item.size, item.state_key, item.format)
+            for item, shares in zip(checkpoints, by_input[num_averages:], strict=True)
+        ),
+        predictions=weighed.predictions,
+        tensors=tuple(tensors),
+        left_out=(*found.left_out, *weighed.left_out),
+        left_out_tensors=tuple(newest.left_out.items()),
+        notes=(*_notes(newest), *weighed.notes),
+        warnings=(*found.warnings, *weighed.warnings, *_warnings(checkpoints, teachers, wanted, tensors)),
+        mended_options=_mended_options(checkpoints, teachers, wanted),
+        blocks=blocks,
+        layouts=tuple(layouts),
+        newest=newest,
+    )
+
+
+def _average_layout(path: Path, tensors: Sequence[TeacherTensor], pool: SchemaPool) -> Layout:
+    """The tensors of an average that takes part, an initial teacher or a snapshot, under the students' indices."""
+    if not path.exists():
+        raise MisuseError(f"`{path}` does not exist", hint="pass a teacher that an earlier fold wrote with `--init`")
+    if path.is_dir() and not has_weights(path):
+        raise MisuseError(f"`{path}` is no teacher", hint="pass the file or the folder that an earlier fold wrote")
+    contents = read_contents(path)
+    # A teacher may be one of ours, or a state dict by itself, whose names look like an average's.
+    teacher = choose_student(contents, state="" if is_flat(contents) else None)
+    differences = []
+    for tensor in tensors:
+        stored = teacher.tensors.get(tensor.name)
+        if tensor.action == "copy":
+            continue
+        if stored is None:
+            differences.append(f"{tensor.name}: missing in `{path.name}`")
+        elif stored.shape != tensor.shape:
+            differences.append(f"{tensor.name}: shape {list(stored.shape)}, the students' is {list(tensor.shape)}")
+        elif stored.dtype.kind != tensor.student_dtype.kind:
+            differences.append(f"{tensor.name}: {stored.dtype}, the students' is {tensor.student_dtype}")
+    averaged = {tensor.name for tensor in tensors}
+    differences += [f"{name}: missing in the students" for name in teacher.tensors if name not in averaged]
+    if differences:
+        raise CkptEmaError(
+            f"{len(differences)} tensors differ between `{path.name}` and the students",
+            details=differences,
+            hint="pass a teacher of the same model with `--init`",
+        )
+    # Copied tensors come from the newest student; the initial teacher's are never read, and need not exist.
+    layout = compact_layout({t.name: teacher.tensors[t.name] for t in tensors if t.action == "average"}, SchemaPool())
+    place = {name: i for i, name in enumerate(layout.schema.names)}
+    own = [place.get(tensor.name) for tensor in tensors]
+    schema = pool.share(
+        Schema(
+            tuple(tensor.name for tensor in tensors),
+            tuple(t.student_dtype if i is None else layout.schema.dtypes[i] for t, i in zip(tensors, own, strict=True)),
+            tuple(tensor.shape for tensor in tensors),
+            tuple(None if i is None else layout.schema.strides[i] for i in own),
+        )
+    )
+    return replace(
+        layout,
+        schema=schema,
+        file_indices=array("H", [0 if i is None else layout.file_indices[i] for i in own]),
+        begins=array("q", [0 if i is None else layout.begins[i] for i in own]),
+    )
+
+
+def _notes(newest: Checkpoint) -> Iterator[str]:
+    if newest.state_key:
+        yield f"the student is `{newest.state_key}` of each checkpoint"
+    for prefix in newest.stripped:
+        yield f"`{prefix}` is taken off the tensor names"
+
+
+def _warnings(
+    checkpoints: Sequence[Checkpoint],
+    teachers: Sequence[PlannedTeacher],
+    options: FoldOptions,
+    tensors: Sequence[TeacherTensor],
+) -> Iterator[str]:
+    if all(tensor.action == "copy" for tensor in tensors):
+        yield f"nothing is averaged: all {len(tensors)} tensors are copied from `{checkpoints[-1].label}`"
+    if len(teachers[0].updates) == 1:
+        yield f"`{checkpoints[0].label}` is the only checkpoint: the teacher is a copy of it"
+        return
+    dominated = _dominated(teachers)
+    if not dominated:
+        return
+    if options.init is not None:
+        first = f"the initial teacher `{Path(options.init).name}`"
+    else:
+        first = f"the first checkpoint `{checkpoints[0].label}`"
+    worst = dominated[0]
+    keeps = f"{first} keeps {worst.first_share:.1%} of the teacher"
+    if len(teachers) > 1:
+        shares = ", ".join(f"{teacher.first_share:.1%} ({teacher.profile.title})" for teacher in dominated)
+        keeps = f"{first} keeps {shares} of the teacher"
+    if options.per_step:
+        yield f"{keeps}: {_too_slow(checkpoints, worst, options)}"
+        return
+    works = f"momentum {worst.momentum:g} works" if len(teachers) == 1 else "momentum works"
+    if _mended_options(checkpoints, teachers, options):
+        mended = "`--per step` makes it work as in training"
+    else:
+        mended = f"`--momentum {momentum_for_first_share(len(worst.updates) - 1, 0.1):g}` would leave it 10 %"
+    yield f"{keeps}: {works} once per checkpoint here, not once per training step; {mended}"
+
+
+def _dominated(teachers: Sequence[PlannedTeacher]) -> list[PlannedTeacher]:
+    """Those of which the first input is most; of shares given by hand, that was asked for."""
+    return [teacher for teacher in teachers if teacher.profile.kind == "ema" and teacher.first_share > 0.5]
+
+
+def _too_slow(checkpoints: Sequence[Checkpoint], teacher: PlannedTeacher, options: FoldOptions) -> str:
+    half_life = teacher.profile.half_life or half_life_of(teacher.profile.momentum_over(1), options.interval)
+    first, last = checkpoints[0].step, checkpoints[-1].step
+    if first is None or last is None or first == last:
+        return f"half of it is forgotten in {half_life:,.0f} steps"
+    span = (last - first) * (options.steps_per_epoch or 1)
+    return (
+        f"half of it is forgotten in {half_life:,.0f} steps, and these checkpoints span {span:,};"
+        f" `--half-life {max(1, span // 4)}` in place of it would leave it 6 %"
+    )
+
+
+def _mended_options(
+    checkpoints: Sequence[Checkpoint], teachers: Sequence[PlannedTeacher], options: FoldOptions
+) -> tuple[str, ...]:
+    """What to add to the command where the first checkpoint dominates because momentum works per checkpoint."""
+    steps = [item.step for item in checkpoints if item.step is not None and item.unit == "step"]
+    dominated = _dominated(teachers)
+    if not dominated or options.per_step or options.init is not None or len(steps) < max(2, len(checkpoints)):
+        return ()
+    if steps != sorted(set(steps)):
+        return ()
+    for teacher in dominated:
+        if coefficients_of(step_updates(teacher.profile, steps, interval=options.interval))[0] > 0.5:
+            return ()
+    return ("--per", "step")

@@ -1,0 +1,164 @@
+"""How an average depends on the path that the student took: the weight it gives to each step. float64, no I/O.
+
+A response is known by its tail sums, P(s) = the weight of the student after step s and after every later one. With the
+student's increments d(s) = student(s) - student(s - 1) the average is student(start) + sum over s of P(s) d(s).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from ckpt_ema.errors import MisuseError
+
+MAX_SIGMA_REL = 12**-0.5
+"""A power average with exponent 0 is the mean of the whole path; wider ones there are not."""
+
+
+class Response(Protocol):
+    """The weights of one average over the steps of training; they sum to 1."""
+
+    @property
+    def start(self) -> int:
+        """P(s) is 1 up to here."""
+
+    @property
+    def end(self) -> int:
+        """P(s) is 0 behind."""
+
+    def inner_tail(self, step: Any) -> Any:
+        """P(s) for start < s <= end; `step` is a number or a torch tensor of any shape, in float64."""
+
+    def scaled(self, unit: int) -> Response:
+        """The same where `unit` steps count as one; every step it knows must be a multiple."""
+
+
+@dataclass(frozen=True, slots=True)
+class Impulse:
+    """The student itself, after one step."""
+
+    step: int
+
+    @property
+    def start(self) -> int:
+        """Its step."""
+        return self.step
+
+    @property
+    def end(self) -> int:
+        """Its step."""
+        return self.step
+
+    def inner_tail(self, step: Any) -> Any:
+        """Never asked: no step lies between start and end."""
+        return step * 0.0
+
+    def scaled(self, unit: int) -> Impulse:
+        """In units of `unit` steps."""
+        return Impulse(self.step // unit)
+
+
+@dataclass(frozen=True, slots=True)
+class Ema:
+    """A copy of the student after step `start`, then `teacher = (1 - momentum) * teacher + momentum * student`.
+
+    Once every `interval` steps, up to `end`.
+    """
+
+    momentum: float
+    start: int
+    end: int
+    interval: int = 1
+
+    def inner_tail(self, step: Any) -> Any:
+        """1 - (1 - momentum) ** (updates from `step` on).
+
+        With an interval these come in jumps; here they are spread evenly between.
+        """
+        updates = self.num_updates(self.end) - (step - self.start) / self.interval + (1 + 1 / self.interval) / 2
+        return 1 - (1 - self.momentum) ** updates
+
+    def num_updates(self, step: int) -> int:
+        """Averaging updates from the start up to `step`."""
+        return (step - self.start) // self.interval
+
+    def scaled(self, unit: int) -> Ema:
+        """In units of `unit` steps."""
+        return Ema(self.momentum, self.start // unit, self.end // unit, self.interval // unit)
+
+
+@dataclass(frozen=True, slots=True)
+class Power:
+    """The weight of a step grows with the power `gamma` of its distance from `start` (Karras et al. 2024, EDM2).
+
+    As the recurrence makes it: teacher = b * teacher + (1 - b) * student with b = (1 - 1/t) ** (gamma + 1) at the t-th
+    step after `start`, the first of which copies.
+    """
+
+    gamma: float
+    start: int
+    end: int
+
+    def inner_tail(self, step: Any) -> Any:
+        """1 - ((step - 1 - start) / (end - start)) ** (gamma + 1)."""
+        return 1 - ((step - 1 - self.start) / (self.end - self.start)) ** (self.gamma + 1)
+
+    def scaled(self, unit: int) -> Power:
+        """In units of `unit` steps."""
+        return Power(self.gamma, self.start // unit, self.end // unit)
+
+
+@dataclass(frozen=True, slots=True)
+class Uniform:
+    """The mean over the steps behind `start` up to `end`."""
+
+    start: int
+    end: int
+
+    def inner_tail(self, step: Any) -> Any:
+        """Falls in a straight line."""
+        return (self.end - step + 1) / (self.end - self.start)
+
+    def scaled(self, unit: int) -> Uniform:
+        """In units of `unit` steps."""
+        return Uniform(self.start // unit, self.end // unit)
+
+
+def tail_at(response: Response, step: float) -> float:
+    """P(step), whichever side of start and end it lies on."""
+    if step <= response.start:
+        return 1.0
+    return float(response.inner_tail(step)) if step <= response.end else 0.0
+
+
+def momentum_of_half_life(half_life: float, interval: int = 1) -> float:
+    """1 - 0.5 ** (interval / half_life): after `half_life` steps half of a student's share is left."""
+    return -math.expm1(-math.log(2) * interval / half_life)
+
+
+def half_life_of(momentum: float, interval: int = 1) -> float:
+    """Steps after which half of a student's share is left."""
+    return -math.log(2) / math.log1p(-momentum) * interval
+
+
+def gamma_of(sigma_rel: float) -> float:
+    """The exponent of the power average whose width is `sigma_rel` times its length, 0 < sigma_rel < 12 ** -0.5.
+
+    The largest root of g**3 + 7 g**2 + (16 - sigma**-2) g + (12 - sigma**-2) = 0 (Karras et al. 2024, EDM2,
+    algorithm 2), from above by Newton's method. Raises MisuseError for another width.
+    """
+    if not 0 < sigma_rel < MAX_SIGMA_REL:
+        raise MisuseError(
+            f"the relative width is {sigma_rel}, and must lie between 0 and {MAX_SIGMA_REL:.4f} (both excluded)",
+            hint="pass for example `--sigma-rel 0.1`",
+        )
+    wide = sigma_rel**-2
+    gamma = 1 / sigma_rel
+    for _ in range(100):
+        value = ((gamma + 7) * gamma + 16 - wide) * gamma + 12 - wide
+        lower = gamma - value / ((3 * gamma + 14) * gamma + 16 - wide)
+        if lower >= gamma:
+            break
+        gamma = lower
+    return gamma

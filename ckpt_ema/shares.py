@@ -1,0 +1,231 @@
+"""How each checkpoint enters each teacher: a run's checkpoints and the options in, updates and those needed out."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ckpt_ema.errors import CkptEmaError, MisuseError
+from ckpt_ema.formats import read_contents
+from ckpt_ema.profiles import (
+    Profile,
+    Update,
+    checkpoint_shares,
+    coefficients_of,
+    ema_updates,
+    step_updates,
+    updates_of,
+)
+from ckpt_ema.provenance import read_provenance
+from ckpt_ema.records import FoldOptions, Prediction
+from ckpt_ema.runs import Checkpoint
+
+SMALLEST_SHARE = 1e-12
+"""A student with less shows in no digit of a float32 teacher, and is not read."""
+
+SUM_TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True, slots=True)
+class Average:
+    """A stored average that takes part: the teacher to start from, or a snapshot."""
+
+    path: Path
+    label: str
+    step: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Weighed:
+    """What takes part, and how."""
+
+    averages: tuple[Average, ...]
+    checkpoints: tuple[Checkpoint, ...]
+    updates: tuple[tuple[Update, ...], ...]
+    """`updates[t][i]`: how input i enters teacher t, the averages before the checkpoints."""
+
+    left_out: tuple[tuple[str, str], ...] = ()
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    predictions: tuple[Prediction, ...] = ()
+
+
+def weigh(checkpoints: Sequence[Checkpoint], options: FoldOptions) -> Weighed:
+    """The updates of every teacher that `options` asks for, and the checkpoints that have a share in one.
+
+    Raises CkptEmaError where steps are needed and not known.
+    """
+    if options.coefficients is not None:
+        return _by_hand(checkpoints, options.coefficients)
+    if options.per_step:
+        return _per_step(checkpoints, options)
+    kept, left_out = _every(checkpoints, options)
+    updates = [_checkpoint_updates(profile, len(kept), options) for profile in options.profiles]
+    return Weighed(_initial(options), tuple(kept), tuple(map(tuple, updates)), tuple(left_out))
+
+
+def _initial(options: FoldOptions) -> tuple[Average, ...]:
+    return () if options.init is None else (Average(Path(options.init), Path(options.init).name, None),)
+
+
+def _checkpoint_updates(profile: Profile, count: int, options: FoldOptions) -> list[Update]:
+    if profile.kind == "ema":
+        assert profile.momentum is not None
+        return ema_updates(count, profile.momentum, has_initial_teacher=options.init is not None)
+    return updates_of(checkpoint_shares(profile.kind, count))
+
+
+def _every(checkpoints: Sequence[Checkpoint], options: FoldOptions) -> tuple[list[Checkpoint], list[tuple[str, str]]]:
+    """The checkpoints that the interval selects: the first is the teacher's start, then every interval-th."""
+    first = options.interval - 1 if options.init is not None else 0
+    kept = list(checkpoints[first :: options.interval])
+    if not kept:
+        raise MisuseError(
+            f"`--interval {options.interval}` leaves none of {len(checkpoints)} checkpoints to fold",
+            hint=f"pass `--interval {len(checkpoints)}` or less",
+        )
+    taken = {id(item) for item in kept}
+    left_out = [(item.label, f"not one in {options.interval}") for item in checkpoints if id(item) not in taken]
+    return kept, left_out
+
+
+def _per_step(checkpoints: Sequence[Checkpoint], options: FoldOptions) -> Weighed:
+    steps, notes = training_steps(checkpoints, options)
+    has_initial = options.init is not None
+    if options.init is not None:
+        start = _initial_step(Path(options.init), options)
+        if start >= steps[0]:
+            raise CkptEmaError(
+                f"the initial teacher is of step {start}, and the first checkpoint `{checkpoints[0].label}` of step"
+                f" {steps[0]}",
+                hint=f"fold the newer ones: `--from {start + 1}`",
+            )
+        steps.insert(0, start)
+    updates = [
+        step_updates(
+            profile, steps, interval=options.interval, between=options.between or "linear", has_copy_first=has_initial
+        )
+        for profile in options.profiles
+    ]
+    kept, updates, left_out = _without_idle(checkpoints, updates, num_leading=int(has_initial))
+    return Weighed(_initial(options), tuple(kept), tuple(map(tuple, updates)), tuple(left_out), tuple(notes))
+
+
+def _without_idle(
+    checkpoints: Sequence[Checkpoint], updates: Sequence[list[Update]], *, num_leading: int
+) -> tuple[list[Checkpoint], list[list[Update]], list[tuple[str, str]]]:
+    """Leave out the checkpoints that have no share to speak of in any teacher, and are never to be read."""
+    all_shares = [coefficients_of(each) for each in updates]
+    idle = [
+        i
+        for i in range(len(checkpoints))
+        if all(abs(shares[num_leading + i]) < SMALLEST_SHARE for shares in all_shares)
+    ]
+    if not idle:
+        return list(checkpoints), list(updates), []
+    dropped = {num_leading + i for i in idle}
+    remaining = [[share for i, share in enumerate(shares) if i not in dropped] for shares in all_shares]
+    kept = [item for i, item in enumerate(checkpoints) if i not in set(idle)]
+    left_out = [(checkpoints[i].label, f"its share would be below {SMALLEST_SHARE:g}") for i in idle]
+    return kept, [updates_of(shares) for shares in remaining], left_out
+
+
+def training_steps(checkpoints: Sequence[Checkpoint], options: FoldOptions) -> tuple[list[int], list[str]]:
+    """The training step of each checkpoint, and what is to be said of them.
+
+    Raises CkptEmaError where one is unknown, or where they do not ascend.
+    """
+    unit = checkpoints[0].unit
+    unknown = [item.label for item in checkpoints if item.step is None or item.unit != unit]
+    if unknown:
+        raise CkptEmaError(
+            "the momentum cannot work per step: not all checkpoints have a known step",
+            details=unknown,
+            hint="leave `--per step` away, and pass `--momentum` per checkpoint",
+        )
+    numbers = [item.step for item in checkpoints if item.step is not None]
+    for older, newer in itertools.pairwise(checkpoints):
+        if older.step is not None and newer.step is not None and older.step >= newer.step:
+            raise CkptEmaError(
+                f"`{newer.label}` ({unit} {newer.step}) is folded after `{older.label}` ({unit} {older.step}), and per"
+                " step their order is that of their steps",
+                hint="list every step once, oldest first",
+            )
+    if options.steps_per_epoch is not None:
+        if unit == "step":
+            raise MisuseError(
+                "`--steps-per-epoch` has no use here: the checkpoints know their steps", hint="leave it away"
+            )
+        return [number * options.steps_per_epoch for number in numbers], []
+    if unit == "epoch":
+        raise CkptEmaError(
+            f"the checkpoints know epochs only ({numbers[0]} to {numbers[-1]}), and the momentum works per step",
+            hint="pass `--steps-per-epoch N`, the number of optimizer steps in an epoch",
+        )
+    if unit == "number":
+        return numbers, [f"the numbers in the names ({numbers[0]} to {numbers[-1]}) are taken for training steps"]
+    return numbers, []
+
+
+def _initial_step(path: Path, options: FoldOptions) -> int:
+    record = read_provenance(read_contents(path).metadata) if path.is_file() else None
+    items: Any = (record or {}).get("checkpoints")
+    newest = items[-1] if isinstance(items, list) and items and isinstance(items[-1], dict) else record or {}
+    for key, factor in (("step", 1), ("number", 1), ("epoch", options.steps_per_epoch)):
+        if type(newest.get(key)) is int and factor:
+            return int(newest[key]) * factor
+    raise MisuseError(
+        f"`{path}` does not say of which step it is, so the gap to the first checkpoint is unknown",
+        hint="leave `--per step` away, and pass `--momentum` per checkpoint",
+    )
+
+
+def _by_hand(checkpoints: Sequence[Checkpoint], given: Any) -> Weighed:
+    shares = read_coefficients(given)
+    labels = [item.label for item in checkpoints]
+    unknown = [name for name in shares if name not in labels]
+    if unknown:
+        raise CkptEmaError(
+            f"{len(unknown)} of {len(shares)} coefficients belong to no checkpoint of this run",
+            details=unknown,
+            hint=f"`ckpt-ema plan` shows the names: `{labels[0]}`",
+        )
+    kept = [item for item in checkpoints if shares.get(item.label)]
+    left_out = [(label, "its coefficient is 0, or not given") for label in labels if not shares.get(label)]
+    return Weighed((), tuple(kept), (tuple(updates_of([shares[item.label] for item in kept])),), tuple(left_out))
+
+
+def read_coefficients(given: Any) -> dict[str, float]:
+    """Shares by the names of checkpoints, from a mapping or a JSON file of one; `plan --json` will do.
+
+    Raises CkptEmaError where they are not numbers or do not sum to 1.
+    """
+    if isinstance(given, Mapping):
+        table: Any = dict(given)
+        where = "the coefficients"
+    else:
+        path = Path(given)
+        where = f"`{path}`"
+        try:
+            table = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise MisuseError(f"cannot read `{path}`: {error.strerror}") from error
+        except (ValueError, RecursionError) as error:
+            raise CkptEmaError(f"`{path}` is no JSON: {error}", hint='write {"step_100.pt": 0.5, ...}') from error
+    if isinstance(table, dict) and isinstance(table.get("checkpoints"), list):
+        items = [item for item in table["checkpoints"] if isinstance(item, dict)]
+        table = {item.get("name"): item.get("coefficient") for item in items}
+    if not isinstance(table, dict) or not table:
+        raise CkptEmaError(f"{where} must map names of checkpoints to shares", hint='write {"step_100.pt": 0.5, ...}')
+    for name, share in table.items():
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not math.isfinite(share):
+            raise CkptEmaError(f"{where}: the share of `{name}` is {share!r}, and must be a number")
+    total = math.fsum(table.values())
+    if abs(total - 1) > SUM_TOLERANCE:
+        raise CkptEmaError(f"{where} sum to {total:g}, and must sum to 1", hint="divide each by their sum")
+    return {str(name): float(share) for name, share in table.items()}

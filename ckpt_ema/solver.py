@@ -1,0 +1,198 @@
+"""Which combination of stored tensors is nearest to a wanted average: responses in, coefficients out. float64.
+
+An average is student(start) + sum over s of P(s) d(s), d(s) the student's increments (see `responses`). What a
+combination c of stored items misses is sum over s of D(s) d(s) with D(s) = sum_i c_i B_i(s) - P(s). Increments of
+training are nearly unrelated, like those of a random walk, so its expected square is sum over s of v(s) D(s)**2,
+v(s) = E|d(s)|**2. That is minimised under sum c = 1. EDM2's post-hoc EMA (Karras et al. 2024) minimises the square of
+the weights themselves, as if students, not their increments, were unrelated; then a stored student can take no part.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ckpt_ema.quadrature import nodes_between
+from ckpt_ema.responses import Ema, Impulse, Response
+
+# A file is left out where its coefficient is this small, the largest of these that costs no more than EXTRA_ERROR.
+# Smaller than the model of unrelated steps would ask for: real paths are smoother, and distant students far away.
+IDLE = (1e-5, 1e-7, 1e-9)
+EXTRA_ERROR = 1.001
+FLOOR = 1e-12
+"""Of v, relative to its mean: a step whose student does not move must not make the problem singular."""
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """Something stored: how it depends on the student's path, and how finely it is stored."""
+
+    response: Response
+    rounding: float = 0.0
+    """Relative size of the rounding error of its numbers: 2**-24 for float32, 2**-9 for bfloat16."""
+
+
+@dataclass(frozen=True, slots=True)
+class Variance:
+    """v(s), the expected square of the student's step, up to a common factor."""
+
+    at: Callable[[float], float]
+    """v at a step, which need not be whole."""
+
+    origin: str
+    """Where it was taken from, for people."""
+
+    squared_norm: float | None = None
+    """The student's own square, in the same unit; what rounding is relative to."""
+
+
+EVEN = Variance(lambda step: 1.0, "every step counted the same")
+
+
+def interpolated(samples: Sequence[tuple[int, float]], origin: str, squared_norm: float | None = None) -> Variance:
+    """v(s) from samples (step, value) at ascending steps: straight between them, level outside."""
+    steps = [float(step) for step, _ in samples]
+    values = [value for _, value in samples]
+
+    def at(step: float) -> float:
+        i = bisect.bisect_left(steps, step)
+        if i == 0:
+            return values[0]
+        if i == len(steps):
+            return values[-1]
+        share = (step - steps[i - 1]) / (steps[i] - steps[i - 1])
+        return values[i - 1] + share * (values[i] - values[i - 1])
+
+    return Variance(at, origin, squared_norm)
+
+
+@dataclass(frozen=True, slots=True)
+class Solution:
+    """The combination for one target."""
+
+    coefficients: tuple[float, ...]
+    """One per item, 0 for those that are not needed; they sum to 1."""
+
+    predicted_error: float
+    """Expected distance to the target, as a share of that of the nearest student (nearest item without one)."""
+
+    nearest: int
+    """That item."""
+
+
+def solve(items: Sequence[Item], targets: Sequence[Response], variance: Variance = EVEN) -> list[Solution]:
+    """The best coefficients for each target.
+
+    `items` and `targets` count the same steps. The cost grows with the number of items and the logarithm of the
+    steps between them. Rounding enters as a penalty: a coefficient multiplies the rounding error of its file.
+    """
+    unit = _common_unit([*(item.response for item in items), *targets])
+    problem = _Problem(items, targets, variance, unit)
+    return [problem.solve(number) for number in range(len(targets))]
+
+
+def _common_unit(responses: Sequence[Response]) -> int:
+    """The number of steps that may count as one: where all is a multiple of the updates' interval, nothing is lost."""
+    if not any(isinstance(each, Ema) and each.interval > 1 for each in responses):
+        return 1
+    known = [step for each in responses for step in (each.start, each.end)]
+    return max(1, math.gcd(*known, *(each.interval for each in responses if isinstance(each, Ema))))
+
+
+class _Problem:
+    """The least-squares problem that all targets share: a row per node, a column per item."""
+
+    def __init__(self, items: Sequence[Item], targets: Sequence[Response], variance: Variance, unit: int) -> None:
+        stored = [item.response.scaled(unit) for item in items]
+        wanted = [target.scaled(unit) for target in targets]
+        borders = sorted({step for each in (*stored, *wanted) for step in (each.start, each.end)})
+        nodes = [
+            (node, weight, begin, end)
+            for begin, end in itertools.pairwise(borders)
+            for node, weight in nodes_between(begin, end)
+        ]
+        self._students = [i for i, item in enumerate(items) if isinstance(item.response, Impulse)]
+        if nodes:
+            steps, weights, begins, ends = (
+                torch.tensor(column, dtype=torch.float64) for column in zip(*nodes, strict=True)
+            )
+        else:
+            steps = weights = begins = ends = torch.zeros(0, dtype=torch.float64)
+        # Of the middle of what counts as one step.
+        values = torch.tensor([variance.at(float(step) * unit - (unit - 1) / 2) for step in steps], dtype=torch.float64)
+        values = values.clamp(min=0.0)
+        total = float((values * weights).sum())
+        values = values + (FLOOR * total / max(float(weights.sum()), 1.0) or 1.0)
+        total = float((values * weights).sum()) or 1.0
+        tails = [_tails(each, steps, begins, ends) for each in stored]
+        tails += [_tails(each, steps, begins, ends) for each in wanted]
+        columns = torch.stack(tails, dim=1) * (values * weights / total).sqrt()[:, None]
+        # Rows need not be kept: a rotation makes a triangle of them. Squaring the matrix, as normal equations do, would
+        # square its condition.
+        triangle = torch.linalg.qr(columns, mode="r")[1]
+        self._matrix, self._wanted = triangle[:, : len(items)], triangle[:, len(items) :]
+        # Without a measure of the student's size: as large as the way it has come, as from a small start.
+        size = 1.0 if variance.squared_norm is None else variance.squared_norm / (total * unit)
+        self._penalties = torch.tensor([item.rounding for item in items], dtype=torch.float64) * math.sqrt(size / 3)
+
+    def solve(self, number: int) -> Solution:
+        """The best coefficients for one target, of as few items as do."""
+        wanted = self._wanted[:, number]
+        singles = (self._matrix - wanted[:, None]).square().sum(dim=0) + self._penalties.square()
+        pool = self._students or range(len(singles))
+        nearest = min(pool, key=lambda i: float(singles[i]))
+        reference = float(singles[nearest])
+        if reference <= 0.0:
+            alone = [0.0] * len(singles)
+            alone[nearest] = 1.0
+            return Solution(tuple(alone), 0.0, nearest)
+        everything = list(range(len(singles)))
+        coefficients, best = self._fit(everything, wanted)
+        # The combination is never worse than the nearest item alone, whatever the digits say.
+        for idle in IDLE:
+            kept = [i for i in everything if abs(coefficients[i]) > idle]
+            if not kept or len(kept) == len(everything):
+                continue
+            fewer, error = self._fit(kept, wanted)
+            if error <= best * EXTRA_ERROR**2 + 1e-18 * reference:
+                coefficients, best = fewer, error
+                break
+        if best > reference:
+            coefficients, best = [float(i == nearest) for i in everything], reference
+        return Solution(tuple(coefficients), math.sqrt(best / reference), nearest)
+
+    def _fit(self, kept: Sequence[int], wanted: torch.Tensor) -> tuple[list[float], float]:
+        """Coefficients of the items `kept`, 0 elsewhere, and the expected square that they leave."""
+        coefficients = [0.0] * self._matrix.shape[1]
+        # The sum is 1: one item takes what the others leave. By a stable one, so that no digits are lost.
+        last = kept[-1]
+        others = list(kept[:-1])
+        rows = self._matrix[:, others] - self._matrix[:, last : last + 1]
+        target = wanted - self._matrix[:, last]
+        penalties = torch.diag(self._penalties[others])
+        closing = -self._penalties[last] * torch.ones(1, len(others), dtype=torch.float64)
+        system = torch.cat([rows, penalties, closing])
+        right = torch.cat([target, torch.zeros(len(others), dtype=torch.float64), -self._penalties[last : last + 1]])
+        found = torch.zeros(0, dtype=torch.float64)
+        if others:
+            found = torch.linalg.lstsq(system, right[:, None], rcond=1e-13, driver="gelsd").solution[:, 0]
+        for i, value in zip(others, found.tolist(), strict=True):
+            coefficients[i] = value
+        coefficients[last] = 1.0 - math.fsum(found.tolist())
+        return coefficients, float((system @ found - right).square().sum())
+
+
+def _tails(response: Response, steps: torch.Tensor, begins: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """P(s) at the nodes; each lies in (begin, end], within which no response starts or ends."""
+    tails = (ends <= response.start).double()
+    inside = (begins >= response.start) & (ends <= response.end)
+    if bool(inside.any()):
+        values: Any = response.inner_tail(steps[inside])
+        tails[inside] = values
+    return tails
