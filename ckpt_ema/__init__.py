@@ -9,10 +9,18 @@ from ckpt_ema._version import __version__
 
 if TYPE_CHECKING:
     from ckpt_ema.errors import CkptEmaError, MisuseError
-    from ckpt_ema.folding import fold, plan
+    from ckpt_ema.folding import fold, plan, plan_reconstruction, reconstruct
     from ckpt_ema.inspection import Inspection, inspect
     from ckpt_ema.online.mean_teacher import MeanTeacher
-    from ckpt_ema.records import FoldedCheckpoint, FoldOptions, FoldPlan, FoldReport, PlannedTeacher
+    from ckpt_ema.records import (
+        FoldedCheckpoint,
+        FoldOptions,
+        FoldPlan,
+        FoldReport,
+        PlannedTeacher,
+        Prediction,
+        ReconstructOptions,
+    )
 
 __all__ = [
     "CkptEmaError",
@@ -24,10 +32,14 @@ __all__ = [
     "MeanTeacher",
     "MisuseError",
     "PlannedTeacher",
+    "Prediction",
+    "ReconstructOptions",
     "__version__",
     "fold",
     "inspect",
     "plan",
+    "plan_reconstruction",
+    "reconstruct",
 ]
 
 _HOMES = {
@@ -40,9 +52,13 @@ _HOMES = {
     "MeanTeacher": "online.mean_teacher",
     "MisuseError": "errors",
     "PlannedTeacher": "records",
+    "Prediction": "records",
+    "ReconstructOptions": "records",
     "fold": "folding",
     "inspect": "inspection",
     "plan": "folding",
+    "plan_reconstruction": "folding",
+    "reconstruct": "folding",
 }
 
 

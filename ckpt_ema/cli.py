@@ -10,7 +10,7 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import wraps
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -26,7 +26,7 @@ from ckpt_ema.sizes import DEFAULT_MEMORY_BUDGET_BYTES, SizeError, format_size, 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-    from ckpt_ema.records import FoldPlan
+    from ckpt_ema.records import FoldPlan, FoldReport
 
 # `ckpt_ema.report` and the library are imported by the command that needs them: `--help` must not wait for them.
 
@@ -176,9 +176,21 @@ class _StoppedError(BaseException):
 
 def _run_options(command: Command) -> Command:
     """The options that `fold` and `plan` share."""
-    options = [
-        click.argument("run", nargs=-1, required=True, type=_Path(path_type=Path)),
-        click.option(
+    return _with_options(command, ())
+
+
+def _reconstruct_options(command: Command) -> Command:
+    """Those of `reconstruct`, which works out itself how to weigh checkpoints."""
+    command = _with_options(command, ("per", "between", "coefficients", "init"))
+    at = click.option("--at", type=int, metavar="STEP", help="Step of the wanted teacher.  [default: the newest]")
+    show = click.option("--plan", "only_plans", is_flag=True, help="Show what would be done; read no tensor.")
+    return at(show(command))
+
+
+def _with_options(command: Command, left_out: Sequence[str]) -> Command:
+    options = {
+        "run": click.argument("run", nargs=-1, required=True, type=_Path(path_type=Path)),
+        "output": click.option(
             "-o",
             "--output",
             type=_Path(path_type=Path),
@@ -186,7 +198,7 @@ def _run_options(command: Command) -> Command:
             " checkpoints, in their folder]  For several teachers a pattern (teacher-{momentum}.safetensors), or a"
             " folder.",
         ),
-        click.option(
+        "momentum": click.option(
             "--momentum",
             type=float,
             multiple=True,
@@ -194,7 +206,7 @@ def _run_options(command: Command) -> Command:
             help="Share that each new checkpoint brings, 0 < M < 1; given several times, as many teachers from one"
             " pass.  [default: 0.001]",
         ),
-        click.option(
+        "half-life": click.option(
             "--half-life",
             type=float,
             multiple=True,
@@ -202,13 +214,13 @@ def _run_options(command: Command) -> Command:
             help="The momentum in other words: training steps after which a share has halved; implies --per step;"
             " repeatable.",
         ),
-        click.option(
+        "per": click.option(
             "--per",
             type=click.Choice(["checkpoint", "step"]),
             help="What momentum works on once: each checkpoint, or each training step, as the hook's does.  [default:"
             " checkpoint]",
         ),
-        click.option(
+        "interval": click.option(
             "--interval",
             type=int,
             default=1,
@@ -216,90 +228,96 @@ def _run_options(command: Command) -> Command:
             metavar="N",
             help="The hook's: fold every N-th checkpoint after the first, or, per step, update every N steps.",
         ),
-        click.option(
+        "between": click.option(
             "--between",
             type=click.Choice(["linear", "hold"]),
             help="Per step: the student moved in a straight line between two checkpoints, or jumped at the newer one."
             "  [default: linear]",
         ),
-        click.option(
+        "steps-per-epoch": click.option(
             "--steps-per-epoch",
             type=int,
             metavar="N",
             help="Per step, for runs that know epochs only.",
         ),
-        click.option(
+        "profile": click.option(
             "--profile",
             type=click.Choice(["ema", "uniform", "minus-sqrt", "power"]),
             default="ema",
             show_default=True,
             help="How shares fall with age; power counts steps and needs --sigma-rel.",
         ),
-        click.option(
+        "sigma-rel": click.option(
             "--sigma-rel",
             type=float,
             multiple=True,
             metavar="S",
             help="Width of a power profile relative to the length of training, 0 < S < 0.2886; repeatable.",
         ),
-        click.option(
+        "coefficients": click.option(
             "--coefficients",
             type=_Path(path_type=Path),
             metavar="FILE",
             help='Shares given by hand: JSON, {"step_100.pt": 0.5, ...}, or what `plan --json` printed.',
         ),
-        click.option(
+        "skip-buffers": click.option(
             "--skip-buffers/--no-skip-buffers",
             default=True,
             show_default=True,
             help="Average parameters only, or every floating-point tensor.",
         ),
-        click.option(
+        "buffer": click.option(
             "--buffer",
             "buffers",
             multiple=True,
             metavar="GLOB",
             help="Tensors that are buffers (quote it: '*.queue'); repeatable.",
         ),
-        click.option(
+        "model": click.option(
             "--model",
             metavar="MODULE:FACTORY",
             help="Build the model (on the meta device) to learn its buffers exactly.",
         ),
-        click.option(
+        "init": click.option(
             "--init",
             type=_Path(path_type=Path),
             help="Start from this teacher instead of from the first checkpoint.",
         ),
-        click.option(
+        "from": click.option(
             "--from",
             "from_step",
             type=int,
             metavar="STEP",
             help="First step to fold; epoch, where only epochs are known.",
         ),
-        click.option("--until", "until_step", type=int, metavar="STEP", help="Last step to fold."),
-        click.option("--last", type=int, metavar="N", help="Fold the newest N checkpoints only."),
-        click.option("--include", multiple=True, metavar="GLOB", help="Names of checkpoints to fold; repeatable."),
-        click.option("--exclude", multiple=True, metavar="GLOB", help="Names of checkpoints to leave out; repeatable."),
-        click.option("--state", metavar="KEY", help="State dict inside the checkpoint, as `inspect` lists them."),
-        click.option("--prefix", help="Sub-model to fold (`student.`), stripped from the names."),
-        click.option(
+        "until": click.option("--until", "until_step", type=int, metavar="STEP", help="Last step to fold."),
+        "last": click.option("--last", type=int, metavar="N", help="Fold the newest N checkpoints only."),
+        "include": click.option(
+            "--include", multiple=True, metavar="GLOB", help="Names of checkpoints to fold; repeatable."
+        ),
+        "exclude": click.option(
+            "--exclude", multiple=True, metavar="GLOB", help="Names of checkpoints to leave out; repeatable."
+        ),
+        "state": click.option(
+            "--state", metavar="KEY", help="State dict inside the checkpoint, as `inspect` lists them."
+        ),
+        "prefix": click.option("--prefix", help="Sub-model to fold (`student.`), stripped from the names."),
+        "accumulate": click.option(
             "--accumulate",
             type=click.Choice(["float32", "float64", "student"]),
             default="float32",
             show_default=True,
             help="Dtype of the running teacher.",
         ),
-        click.option(
+        "dtype": click.option(
             "--dtype",
             type=click.Choice(["student", "float32", "bfloat16", "float16"]),
             default="student",
             show_default=True,
             help="Dtype of the written teacher.",
         ),
-        click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda[:i]."),
-        click.option(
+        "device": click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda[:i]."),
+        "memory": click.option(
             "--memory",
             "memory_budget_bytes",
             type=_Size(),
@@ -307,13 +325,13 @@ def _run_options(command: Command) -> Command:
             show_default=True,
             help="Budget for buffers.",
         ),
-        click.option("--overwrite", is_flag=True, help="Replace an existing teacher."),
-        click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout."),
-        click.option("-q", "--quiet", is_flag=True, help="No progress, no summary; warnings and errors only."),
-        click.option("-v", "--verbose", is_flag=True, help="List every tensor and every difference."),
-    ]
-    for option in reversed(options):
-        command = option(command)
+        "overwrite": click.option("--overwrite", is_flag=True, help="Replace an existing teacher."),
+        "json": click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout."),
+        "quiet": click.option("-q", "--quiet", is_flag=True, help="No progress, no summary; warnings and errors only."),
+        "verbose": click.option("-v", "--verbose", is_flag=True, help="List every tensor and every difference."),
+    }
+    for name in reversed([name for name in options if name not in left_out]):
+        command = options[name](command)
     return command
 
 
@@ -348,23 +366,7 @@ def fold(run: tuple[Path, ...], output: Path | None, as_json: bool, quiet: bool,
     ckpt-ema fold runs/ --prefix student. --dtype float32
     """
 
-    from ckpt_ema import report  # noqa: PLC0415
-
-    def announce(planned: FoldPlan) -> None:
-        if verbose and not quiet:
-            click.echo(report.plan_text(planned, verbose=True), err=True)
-        _warn(planned)
-
-    shows_bar = not quiet and sys.stderr is not None and sys.stderr.isatty()
-    # What a model of `--model` prints must not get between a script and the teacher's path.
-    with (
-        contextlib.redirect_stdout(sys.stderr),
-        _ProgressBar(shown=shows_bar) as bar,
-    ):
-        done = ckpt_ema.fold(run, output, progress=bar.update, announce=announce, **_or_none(options))
-    if not quiet:
-        click.echo(report.summary_text(done, verbose=verbose), err=True)
-    click.echo(json.dumps(report.report_record(done), indent=2) if as_json else "\n".join(done.plan.output_names))
+    _carry_out(ckpt_ema.fold, run, output, as_json=as_json, quiet=quiet, verbose=verbose, **options)
 
 
 @main.command()
@@ -377,18 +379,35 @@ def plan(run: tuple[Path, ...], output: Path | None, as_json: bool, quiet: bool,
     ckpt-ema plan runs/ --momentum 0.1
     ckpt-ema plan runs/ --last 10 -v
     """
-    from ckpt_ema import report  # noqa: PLC0415
+    _show(ckpt_ema.plan, run, output, as_json=as_json, quiet=quiet, verbose=verbose, **options)
 
-    with contextlib.redirect_stdout(sys.stderr):
-        planned = ckpt_ema.plan(run, output, **_or_none(options))
-    if as_json:
-        click.echo(json.dumps(report.plan_record(planned), indent=2))
-    elif not quiet:
-        _print(report.plan_text(planned, verbose=verbose))
-    _warn(planned)
-    taken = [teacher.output for teacher in planned.teachers if teacher.output.exists()]
-    if taken and not planned.options.overwrite:
-        click.echo(f"Warning: `{taken[0]}` exists: `fold` will ask for `--overwrite`", err=True)
+
+@main.command()
+@_reconstruct_options
+@_errors_become_exits
+def reconstruct(
+    run: tuple[Path, ...],
+    output: Path | None,
+    only_plans: bool,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+    **options: Any,
+) -> None:
+    """Make the teacher that would have followed the whole of training, from all that a run has stored.
+
+    Students and the snapshots of `MeanTeacher(..., snapshots=...)` are combined so that the result is as near to the
+    wanted teacher as can be expected; how near is said before a tensor is read.
+
+    \b
+    ckpt-ema reconstruct runs/ --momentum 0.001 --plan
+    ckpt-ema reconstruct runs/ --half-life 500 --half-life 2000
+    ckpt-ema reconstruct runs/ --profile power --sigma-rel 0.1 --at 30000
+    """
+    if only_plans:
+        _show(ckpt_ema.plan_reconstruction, run, output, as_json=as_json, quiet=quiet, verbose=verbose, **options)
+    else:
+        _carry_out(ckpt_ema.reconstruct, run, output, as_json=as_json, quiet=quiet, verbose=verbose, **options)
 
 
 @main.command()
@@ -413,6 +432,63 @@ def inspect(path: Path, state: str | None, prefix: str | None, as_json: bool, ve
         click.echo(json.dumps(report.inspection_record(found), indent=2))
     else:
         _print(report.inspection_text(found, verbose=verbose))
+
+
+def _carry_out(
+    work: Callable[..., FoldReport],
+    run: tuple[Path, ...],
+    output: Path | None,
+    *,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+    **options: Any,
+) -> None:
+    """Fold or reconstruct, with a bar and a summary on stderr; the teachers' paths or the JSON on stdout."""
+    from ckpt_ema import report  # noqa: PLC0415
+
+    def announce(planned: FoldPlan) -> None:
+        if planned.predictions and not quiet:
+            click.echo(report.predictions_text(planned), err=True)
+        if verbose and not quiet:
+            click.echo(report.plan_text(planned, verbose=True), err=True)
+        _warn(planned)
+
+    shows_bar = not quiet and sys.stderr is not None and sys.stderr.isatty()
+    # What a model of `--model` prints must not get between a script and the teacher's path.
+    with (
+        contextlib.redirect_stdout(sys.stderr),
+        _ProgressBar(shown=shows_bar) as bar,
+    ):
+        done = work(run, output, progress=bar.update, announce=announce, **_or_none(options))
+    if not quiet:
+        click.echo(report.summary_text(done, verbose=verbose), err=True)
+    click.echo(json.dumps(report.report_record(done), indent=2) if as_json else "\n".join(done.plan.output_names))
+
+
+def _show(
+    make_plan: Callable[..., FoldPlan],
+    run: tuple[Path, ...],
+    output: Path | None,
+    *,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+    **options: Any,
+) -> None:
+    """Print a plan; its warnings go to stderr."""
+    from ckpt_ema import report  # noqa: PLC0415
+
+    with contextlib.redirect_stdout(sys.stderr):
+        planned = make_plan(run, output, **_or_none(options))
+    if as_json:
+        click.echo(json.dumps(report.plan_record(planned), indent=2))
+    elif not quiet:
+        _print(report.plan_text(planned, verbose=verbose))
+    _warn(planned)
+    taken = [teacher.output for teacher in planned.teachers if teacher.output.exists()]
+    if taken and not planned.options.overwrite:
+        click.echo(f"Warning: `{taken[0]}` exists: the teacher will not be written without `--overwrite`", err=True)
 
 
 def _warn(planned: FoldPlan) -> None:

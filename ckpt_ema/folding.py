@@ -22,7 +22,7 @@ from ckpt_ema.formats import forget_tables
 from ckpt_ema.outputs import check_outputs
 from ckpt_ema.planning import plan_fold
 from ckpt_ema.provenance import teacher_metadata
-from ckpt_ema.records import FoldOptions, FoldPlan, FoldReport, PathLike
+from ckpt_ema.records import FoldOptions, FoldPlan, FoldReport, PathLike, ReconstructOptions
 from ckpt_ema.teacher_folder import folder_to_fill, staged_companions
 from ckpt_ema.timings import Timings
 from ckpt_ema.writer import TeacherFile, encode_header
@@ -75,14 +75,43 @@ def fold(
     Raises CkptEmaError; then nothing was written and an existing teacher is untouched. Of several teachers each
     appears whole or not at all, one after the other when all are finished.
     """
-    planned = plan(run, output, **options)
+    return _carry_out(plan(run, output, **options), progress, announce)
+
+
+def plan_reconstruction(run: PathLike | Sequence[PathLike], output: PathLike | None = None, **options: Any) -> FoldPlan:
+    """Plan a reconstruction without reading a tensor; arguments are those of `reconstruct`."""
+    # Here, not above: it solves with torch, for which a fold's plan must not wait.
+    from ckpt_ema.reconstruction import plan_reconstruct  # noqa: PLC0415
+
+    with _reading_tables():
+        return plan_reconstruct(run, output, ReconstructOptions(**options))
+
+
+def reconstruct(
+    run: PathLike | Sequence[PathLike],
+    output: PathLike | None = None,
+    *,
+    progress: Progress | None = None,
+    announce: Callable[[FoldPlan], None] | None = None,
+    **options: Any,
+) -> FoldReport:
+    """Make the teacher that would have followed the whole of training, from all that a run has stored.
+
+    Students and the snapshots of `MeanTeacher` take part; their coefficients are solved for (see `solver`), and all
+    are folded in one pass. `plan.predictions` says how near the result is expected to come. Arguments are those of
+    `fold`, with the fields of `ReconstructOptions`; so is what is raised.
+    """
+    return _carry_out(plan_reconstruction(run, output, **options), progress, announce)
+
+
+def _carry_out(planned: FoldPlan, progress: Progress | None, announce: Callable[[FoldPlan], None] | None) -> FoldReport:
     with _reading_tables():
         check_outputs(planned)
     if announce is not None:
         announce(planned)
     else:
         for text in planned.warnings:
-            warnings.warn(text, stacklevel=2)
+            warnings.warn(text, stacklevel=3)
     # Here, not above: a plan must not wait for torch.
     from ckpt_ema.engine.choice import choose_engine  # noqa: PLC0415
 

@@ -20,7 +20,7 @@ from ckpt_ema.layouts import Layout, Schema, SchemaPool, compact_layout
 from ckpt_ema.model_buffers import read_model_buffers
 from ckpt_ema.outputs import resolve_outputs
 from ckpt_ema.profiles import coefficients_of, momentum_for_first_share, step_updates
-from ckpt_ema.records import FoldedCheckpoint, FoldOptions, FoldPlan, PathLike, PlannedTeacher
+from ckpt_ema.records import FoldedCheckpoint, FoldOptions, FoldPlan, PathLike, PlannedTeacher, ReconstructOptions
 from ckpt_ema.responses import half_life_of
 from ckpt_ema.runs import Checkpoint, Run, Selection, find_checkpoints
 from ckpt_ema.shares import Weighed, weigh
@@ -46,7 +46,7 @@ def _check_device(device: str) -> None:
         raise MisuseError(f"`--device` is {device!r}, and must be auto, cpu or cuda[:i]")
 
 
-def find_run(run: PathLike | Sequence[PathLike], wanted: FoldOptions) -> Run:
+def find_run(run: PathLike | Sequence[PathLike], wanted: FoldOptions, *, takes_teachers: bool = False) -> Run:
     """The checkpoints that `wanted` selects; raises CkptEmaError where there are none."""
     _check_device(wanted.device)
     selection = Selection(
@@ -57,6 +57,7 @@ def find_run(run: PathLike | Sequence[PathLike], wanted: FoldOptions) -> Run:
         last=wanted.last,
         state=wanted.state,
         prefix=wanted.prefix,
+        takes_teachers=takes_teachers,
     )
     return find_checkpoints(_as_paths(run), selection)
 
@@ -190,7 +191,7 @@ def _warnings(
     if len(teachers[0].updates) == 1:
         yield f"`{checkpoints[0].label}` is the only checkpoint: the teacher is a copy of it"
         return
-    dominated = _dominated(teachers)
+    dominated = _dominated(teachers, options)
     if not dominated:
         return
     if options.init is not None:
@@ -213,8 +214,10 @@ def _warnings(
     yield f"{keeps}: {works} once per checkpoint here, not once per training step; {mended}"
 
 
-def _dominated(teachers: Sequence[PlannedTeacher]) -> list[PlannedTeacher]:
-    """Those of which the first input is most; of shares given by hand, that was asked for."""
+def _dominated(teachers: Sequence[PlannedTeacher], options: FoldOptions) -> list[PlannedTeacher]:
+    """Those of which the oldest input is most, where that was not asked for."""
+    if isinstance(options, ReconstructOptions):
+        return []
     return [teacher for teacher in teachers if teacher.profile.kind == "ema" and teacher.first_share > 0.5]
 
 
@@ -235,7 +238,7 @@ def _mended_options(
 ) -> tuple[str, ...]:
     """What to add to the command where the first checkpoint dominates because momentum works per checkpoint."""
     steps = [item.step for item in checkpoints if item.step is not None and item.unit == "step"]
-    dominated = _dominated(teachers)
+    dominated = _dominated(teachers, options)
     if not dominated or options.per_step or options.init is not None or len(steps) < max(2, len(checkpoints)):
         return ()
     if steps != sorted(set(steps)):

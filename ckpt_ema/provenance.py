@@ -10,7 +10,7 @@ from typing import Any
 from ckpt_ema._version import __version__
 from ckpt_ema.formats.contents import PROVENANCE_KEY
 from ckpt_ema.profiles import Profile
-from ckpt_ema.records import RULE, FoldOptions, FoldPlan
+from ckpt_ema.records import RULE, FoldOptions, FoldPlan, ReconstructOptions
 
 
 def teacher_metadata(plan: FoldPlan, number: int) -> dict[str, str]:
@@ -28,6 +28,10 @@ def teacher_metadata(plan: FoldPlan, number: int) -> dict[str, str]:
         "first_share": teacher.first_share,
         "state": plan.newest.state_key,
         "stripped": list(plan.newest.stripped),
+        "averages": [
+            {"name": _printable(item.name), "step": item.step, "coefficient": item.coefficients[number]}
+            for item in plan.averages
+        ],
         "checkpoints": [
             {
                 "name": _printable(item.name),
@@ -59,6 +63,8 @@ def profile_record(profile: Profile) -> dict[str, Any]:
 
 def counting_record(options: FoldOptions) -> dict[str, Any]:
     """What the profile counts, and how often."""
+    if isinstance(options, ReconstructOptions):
+        return {"per": "step", "interval": options.interval, "at": options.at}
     if not options.per_step:
         return {"per": "checkpoint", "interval": options.interval}
     epochs = {} if options.steps_per_epoch is None else {"steps_per_epoch": options.steps_per_epoch}

@@ -205,6 +205,31 @@ class FoldOptions:
         return tuple(Profile("ema", momentum) for momentum in _several(momentum))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReconstructOptions(FoldOptions):
+    """What a reconstruction can be asked for: a fold's options, but for those that say how to weigh checkpoints."""
+
+    at: int | None = None
+    """Step after which the wanted teacher stood; that of the newest checkpoint otherwise."""
+
+    def __post_init__(self) -> None:
+        for name in ("per", "between", "init", "coefficients"):
+            if getattr(self, name) is not None:
+                raise MisuseError(
+                    f"`--{name}` says how to weigh checkpoints, which a reconstruction works out", hint="leave it away"
+                )
+        if self.profile == "minus-sqrt":
+            raise MisuseError("`--profile minus-sqrt` counts checkpoints, and is no average over training")
+        if self.at is not None and (type(self.at) is not int or self.at < 0):
+            raise MisuseError(f"`--at` is {self.at!r}, and must be a step")
+        FoldOptions.__post_init__(self)
+
+    @property
+    def per_step(self) -> bool:
+        """Always: a reconstruction is of what training would have made."""
+        return True
+
+
 def _several(given: Any) -> tuple[float, ...]:
     return given if isinstance(given, tuple) else (given,)
 

@@ -32,6 +32,7 @@ def _plan_lines(plan: FoldPlan, verbose: bool) -> Iterator[str]:
     yield ""
     yield from _coefficient_table(plan)
     yield ""
+    yield from _prediction_lines(plan)
     for note in plan.notes:
         yield f"note      {note}"
     yield f"average   {_count(plan.num_averaged, 'tensor')}, {_elements(plan.tensors, 'average')} elements"
@@ -56,6 +57,20 @@ def _plan_lines(plan: FoldPlan, verbose: bool) -> Iterator[str]:
             yield f"  {tensor.name}  {dtype} {list(tensor.shape)}  {treatment}"
 
 
+def predictions_text(plan: FoldPlan) -> str:
+    """How near each reconstructed teacher is expected to come, for before anything is read."""
+    return "\n".join(_prediction_lines(plan))
+
+
+def _prediction_lines(plan: FoldPlan) -> Iterator[str]:
+    for number, (teacher, prediction) in enumerate(zip(plan.teachers, plan.predictions, strict=False)):
+        files = sum(item.coefficients[number] != 0 for item in plan.inputs)
+        yield (
+            f"expected  {teacher.profile.title}: {prediction.error:.2g} of the distance from {prediction.nearest}, by"
+            f" {_count(files, 'file')} with coefficients of {prediction.amplification:.2f} in all"
+        )
+
+
 def _profiles(plan: FoldPlan) -> str:
     """`momentum 0.1, 0.3 per checkpoint`, `half-life 500 steps, straight lines between checkpoints`."""
     options, profiles = plan.options, [teacher.profile for teacher in plan.teachers]
@@ -64,6 +79,10 @@ def _profiles(plan: FoldPlan) -> str:
     if profiles[0].kind == "given":
         return "coefficients given by hand"
     text = f"{words} {values}".strip()
+    if plan.predictions:
+        return (
+            f"reconstructed: {text} steps" if profiles[0].half_life is not None else f"reconstructed: {text} per step"
+        )
     if not options.per_step:
         return f"{text} per checkpoint"
     text += " steps" if profiles[0].half_life is not None else " per step"
@@ -119,9 +138,10 @@ def summary_text(report: FoldReport, *, verbose: bool = False) -> str:
         f" {report.gigabytes_per_second:.2f} GB/s",
         f"  {', '.join(f'{name} {share:.0%}' for name, share in report.timings.shares().items())}",
     ]
+    lines += [f"  {line}" for line in _prediction_lines(plan)]
     newest = plan.checkpoints[-1]
     for teacher, share in zip(plan.teachers, newest.coefficients, strict=True):
-        if len(teacher.updates) > 1:
+        if len(teacher.updates) > 1 and not plan.predictions:
             which = f"{teacher.profile.title}: " if len(plan.teachers) > 1 else ""
             lines.append(f"  {which}{first} keeps {teacher.first_share:.1%}, {newest.name} has {share:.1%}")
     if plan.left_out:
@@ -141,6 +161,14 @@ def plan_record(plan: FoldPlan) -> dict[str, Any]:
         "rule": RULE,
         **counting_record(plan.options),
         "initial_teacher": plan.initial_teacher,
+        "averages": [
+            {"name": item.name, "step": item.step, "coefficients": list(item.coefficients), "bytes": item.size}
+            for item in plan.averages
+        ],
+        "predictions": [
+            {"error": item.error, "nearest": item.nearest, "amplification": item.amplification}
+            for item in plan.predictions
+        ],
         "checkpoints": [
             {
                 "name": item.name,
@@ -235,8 +263,7 @@ def _inspection_lines(found: Inspection, verbose: bool) -> Iterator[str]:
 def _provenance_lines(record: dict[str, Any], verbose: bool) -> Iterator[str]:
     yield f"teacher    by {record.get('tool')} {record.get('version')}: {record.get('rule')}"
     yield f"{_provenance_profile(record)} per {record.get('per')}, interval {record.get('interval')}"
-    checkpoints = record.get("checkpoints")
-    items = checkpoints if isinstance(checkpoints, list) else []
+    items = [item for key in ("averages", "checkpoints") if isinstance(record.get(key), list) for item in record[key]]
     shown = len(items) if verbose else MAX_SHOWN
     for item in items[-shown:]:
         if isinstance(item, dict) and isinstance(item.get("coefficient"), float):

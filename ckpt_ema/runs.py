@@ -7,7 +7,7 @@ import glob
 import itertools
 import os
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from ckpt_ema.errors import CkptEmaError, MisuseError, UnreadableCheckpointError
 from ckpt_ema.formats import Contents, ModelFolder, is_weights_file_name, read_contents
 from ckpt_ema.formats.folder import MODEL_STEM, distributed_marker, has_weights
 from ckpt_ema.layouts import Layout, SchemaPool, compact_layout
+from ckpt_ema.learning_rates import learning_rates_of
 from ckpt_ema.steps import ORIGINS, Origin, Unit, is_copy_name, stem_of, steps_in_name, steps_inside
 from ckpt_ema.students import choose_student, find_state_dicts, is_average_name
 
@@ -51,8 +52,20 @@ class Checkpoint:
     """What of the checkpoint is not folded, and why."""
 
     known_buffers: frozenset[str] | None
+    learning_rates: tuple[tuple[int | None, float], ...]
+    """What it records of the learning rate, by step; None for its own."""
+
     model_folder: ModelFolder | None
     """Where its configuration and tokenizer lie, for a folder in the Hugging Face manner."""
+
+
+@dataclass(frozen=True, slots=True)
+class OwnTeacher:
+    """A teacher that this tool wrote, met among the checkpoints."""
+
+    path: Path
+    metadata: Mapping[str, str]
+    """`__metadata__` of its file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +83,8 @@ class Run:
     """Names of what is not folded, each with the reason."""
 
     warnings: tuple[str, ...] = ()
+    teachers: tuple[OwnTeacher, ...] = ()
+    """What of this tool lies among them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +98,8 @@ class Selection:
     last: int | None = None
     state: str | None = None
     prefix: str | None = None
+    takes_teachers: bool = False
+    """Whether teachers of this tool may be listed among the checkpoints."""
 
 
 @dataclass(slots=True)
@@ -94,6 +111,7 @@ class _Listing:
     unreadable: list[tuple[Path, UnreadableCheckpointError]] = field(default_factory=list)
     averages: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    teachers: list[OwnTeacher] = field(default_factory=list)
 
 
 def find_checkpoints(paths: Sequence[Path], selection: Selection) -> Run:
@@ -112,7 +130,7 @@ def find_checkpoints(paths: Sequence[Path], selection: Selection) -> Run:
         directory, listing = _read_list(paths, selection)
         root = directory if len({path.absolute().parent for path in paths}) == 1 else None
     kept = _select(directory, listing, selection)
-    return Run(directory, root, tuple(kept), tuple(listing.left_out), tuple(listing.warnings))
+    return Run(directory, root, tuple(kept), tuple(listing.left_out), tuple(listing.warnings), tuple(listing.teachers))
 
 
 def _read_checkpoint(
@@ -136,6 +154,7 @@ def _read_checkpoint(
         stripped=student.stripped,
         left_out=dict(student.left_out or {}),
         known_buffers=student.known_buffers,
+        learning_rates=learning_rates_of(contents),
         model_folder=contents.folders.get(student.key) or contents.folders.get(""),
     )
     # `checkpoint-300/model.safetensors`, listed as a file: the folder has the number.
@@ -296,6 +315,7 @@ def _read_run_directory(run: Path, selection: Selection) -> tuple[Path, _Listing
             contents = read_contents(path)
             if contents.is_own_teacher:
                 listing.left_out.append((path.name, OWN_TEACHER))
+                listing.teachers.append(OwnTeacher(path, contents.metadata))
             elif not named_average:
                 listing.checkpoints.append(_read_checkpoint(contents, selection, pool))
         except UnreadableCheckpointError as error:
@@ -422,6 +442,10 @@ def _read_list(paths: Sequence[Path], selection: Selection) -> tuple[Path, _List
             listing.left_out.append((path.name, "not selected by name"))
         else:
             contents = read_contents(path)
+            if contents.is_own_teacher and selection.takes_teachers:
+                listing.left_out.append((path.name, OWN_TEACHER))
+                listing.teachers.append(OwnTeacher(path, contents.metadata))
+                continue
             if contents.is_own_teacher:
                 raise CkptEmaError(
                     f"`{path}` is a teacher that ckpt-ema wrote", hint=f"pass `--init {path}` to start from it"

@@ -25,6 +25,9 @@ from ckpt_ema.responses import Ema, Impulse, Response
 # Smaller than the model of unrelated steps would ask for: real paths are smoother, and distant students far away.
 IDLE = (1e-5, 1e-7, 1e-9)
 EXTRA_ERROR = 1.001
+NOTHING = 1e-24
+"""A square below is rounding; the whole path's is 1."""
+
 FLOOR = 1e-12
 """Of v, relative to its mean: a step whose student does not move must not make the problem singular."""
 
@@ -148,7 +151,7 @@ class _Problem:
         pool = self._students or range(len(singles))
         nearest = min(pool, key=lambda i: float(singles[i]))
         reference = float(singles[nearest])
-        if reference <= 0.0:
+        if reference <= NOTHING:
             alone = [0.0] * len(singles)
             alone[nearest] = 1.0
             return Solution(tuple(alone), 0.0, nearest)

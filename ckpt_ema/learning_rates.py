@@ -1,0 +1,43 @@
+"""The learning rate that a checkpoint records: its contents in, (step, rate) pairs out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from ckpt_ema.formats import Contents
+
+MAX_ENTRIES = 1 << 16
+
+
+def learning_rates_of(contents: Contents) -> tuple[tuple[int | None, float], ...]:
+    """Every rate that is recorded: a trainer's log with its steps, else the optimizer's first parameter group.
+
+    The step is None where it is the checkpoint's own.
+    """
+    logged = tuple(_logged(contents.trainer_state.get("log_history")))
+    return logged or tuple((None, rate) for rate in _of_optimizers(contents.tree))[:1]
+
+
+def _logged(history: Any) -> Iterator[tuple[int, float]]:
+    for entry in history[:MAX_ENTRIES] if isinstance(history, list) else ():
+        if isinstance(entry, dict) and type(entry.get("step")) is int and _is_rate(entry.get("learning_rate")):
+            yield entry["step"], float(entry["learning_rate"])
+
+
+def _of_optimizers(tree: Any) -> Iterator[float]:
+    """Of `optimizer`, `optimizer_states`, ...: a state dict of torch's, or a list or a mapping of these."""
+    for key, value in tree.items() if isinstance(tree, dict) else ():
+        if not isinstance(key, str) or "optim" not in key.lower():
+            continue
+        states = value if isinstance(value, list) else [value, *value.values()] if isinstance(value, dict) else []
+        for state in states[:MAX_ENTRIES]:
+            groups = state.get("param_groups") if isinstance(state, dict) else None
+            first = groups[0] if isinstance(groups, list) and groups else None
+            if isinstance(first, dict) and _is_rate(first.get("lr")):
+                yield float(first["lr"])
+
+
+def _is_rate(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= 0

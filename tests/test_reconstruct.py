@@ -1,0 +1,370 @@
+"""Teachers after the fact: the solver against brute force, and reconstructions from real files against the real EMA."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+import ckpt_ema
+from ckpt_ema.errors import CkptEmaError, MisuseError
+from ckpt_ema.profiles import step_shares
+from ckpt_ema.responses import Ema, Impulse, Power, Response, Uniform, gamma_of, tail_at
+from ckpt_ema.solver import EVEN, Item, Variance, interpolated, solve
+from tests.conftest import Outcome
+
+Cli = Callable[..., Outcome]
+STEPS = 400
+SIZE = 30000
+
+
+def brute_force(items: Sequence[Response], target: Response, v: Callable[[float], float]) -> tuple[float, float]:
+    """The least sum over every step of v D**2 under sum c = 1, and the same of the nearest student alone."""
+    last = max(each.end for each in (*items, target))
+    steps = range(1, last + 1)
+    weights = torch.tensor([v(step) for step in steps], dtype=torch.float64).sqrt()[:, None]
+    tails = torch.tensor([[tail_at(each, step) for each in items] for step in steps], dtype=torch.float64) * weights
+    wanted = torch.tensor([[tail_at(target, step)] for step in steps], dtype=torch.float64) * weights
+    base = tails[:, -1:]
+    found = torch.linalg.lstsq(tails[:, :-1] - base, wanted - base, driver="gelsd").solution
+    least = float(((tails[:, :-1] - base) @ found + base - wanted).square().sum())
+    students = [i for i, item in enumerate(items) if isinstance(item, Impulse)] or list(range(len(items)))
+    return least, min(float((tails[:, i] - wanted[:, 0]).square().sum()) for i in students)
+
+
+def objective(items: Sequence[Response], coefficients: Sequence[float], target: Response, v: Any) -> float:
+    """The sum over every step of v D**2, one step at a time."""
+    last = max(each.end for each in (*items, target))
+    return math.fsum(
+        v(step)
+        * (
+            math.fsum(c * tail_at(item, step) for c, item in zip(coefficients, items, strict=True))
+            - tail_at(target, step)
+        )
+        ** 2
+        for step in range(1, last + 1)
+    )
+
+
+@st.composite
+def stored(draw: st.DrawFn) -> list[Response]:
+    """Students at random steps, and a few snapshots of every kind."""
+    steps = sorted(draw(st.sets(st.integers(1, 300), min_size=2, max_size=6)))
+    items: list[Response] = [Impulse(step) for step in (0, *steps)]
+    for end in draw(st.lists(st.sampled_from(steps), max_size=4, unique=True)):
+        kind = draw(st.sampled_from(["power", "ema", "uniform"]))
+        if kind == "power":
+            items.append(Power(gamma_of(draw(st.sampled_from([0.05, 0.1, 0.2]))), 0, end))
+        elif kind == "ema":
+            items.append(Ema(draw(st.sampled_from([0.002, 0.02, 0.2])), 0, end))
+        else:
+            items.append(Uniform(0, end))
+    return items
+
+
+@given(items=stored(), momentum=st.sampled_from([0.003, 0.05, 0.3]), falls=st.booleans())
+def test_the_solution_is_the_least_that_brute_force_finds(items: list[Response], momentum: float, falls: bool) -> None:
+    """Few nodes find what a sum over every step finds, to a thousandth; and never worse than the nearest student."""
+    end = max(item.end for item in items)
+    target = Ema(momentum, 0, end)
+    variance = Variance(lambda step: math.exp(-step / 100), "falling") if falls else EVEN
+    [solution] = solve([Item(item) for item in items], [target], variance)
+    least, nearest = brute_force(items, target, variance.at)
+    reached = objective(items, solution.coefficients, target, variance.at)
+    assert math.fsum(solution.coefficients) == pytest.approx(1, abs=1e-9)
+    assert reached <= least * 1.01 + nearest * 1e-9
+    assert solution.predicted_error == pytest.approx(math.sqrt(reached / nearest), rel=1e-2, abs=1e-4)
+    assert solution.predicted_error <= 1
+
+
+@given(
+    gaps=st.lists(st.integers(1, 5000), min_size=1, max_size=8),
+    momentum=st.sampled_from([1e-4, 0.003, 0.1]),
+)
+def test_students_alone_are_joined_by_straight_lines(gaps: list[int], momentum: float) -> None:
+    """Without snapshots the solution is the fold per step."""
+    steps = [0]
+    for gap in gaps:
+        steps.append(steps[-1] + gap)
+    target = Ema(momentum, 0, steps[-1])
+    [solution] = solve([Item(Impulse(step)) for step in steps], [target])
+    # Shares that no float32 teacher shows are left out.
+    assert solution.coefficients == pytest.approx(step_shares(target, steps, "linear"), abs=2e-5)
+
+
+def test_what_is_stored_is_found() -> None:
+    """The wanted teacher is among the files: it alone, and nothing is expected to be missing."""
+    items = [Item(Impulse(step)) for step in (0, 100, 200)] + [Item(Ema(0.01, 0, 200)), Item(Ema(0.05, 0, 200))]
+    [solution] = solve(items, [Ema(0.01, 0, 200)])
+    assert solution.coefficients == pytest.approx([0, 0, 0, 1, 0], abs=1e-9)
+    assert solution.predicted_error < 1e-7
+    [student] = solve(items, [Impulse(100)])
+    assert (student.coefficients, student.predicted_error) == ((0, 1, 0, 0, 0), 0)
+
+
+def test_an_interval_in_whole_units_is_exact() -> None:
+    """Updates every 10 steps, all stored at multiples of these, are updates at every step of a tenth of the time."""
+    slow = [Item(Impulse(step)) for step in (0, 500, 1000)] + [Item(Ema(0.02, 0, 1000, 10))]
+    fast = [Item(Impulse(step)) for step in (0, 50, 100)] + [Item(Ema(0.02, 0, 100))]
+    [a], [b] = solve(slow, [Ema(0.05, 0, 1000, 10)]), solve(fast, [Ema(0.05, 0, 100)])
+    assert a.coefficients == pytest.approx(b.coefficients, abs=1e-12)
+    assert a.predicted_error == pytest.approx(b.predicted_error, rel=1e-9)
+
+
+def test_coarse_files_are_not_amplified() -> None:
+    """Of bfloat16 files less is asked than of float32 ones: rounding would cost more than it brings."""
+    responses: list[Response] = [Impulse(step) for step in range(0, 10001, 1000)]
+    responses += [Power(gamma_of(sigma), 0, end) for sigma in (0.05, 0.1) for end in range(1000, 10001, 1000)]
+    target = Ema(0.01, 0, 10000)
+    [fine] = solve([Item(each, 2.0**-24) for each in responses], [target])
+    [coarse] = solve([Item(each, 2.0**-8) for each in responses], [target])
+    assert sum(map(abs, coarse.coefficients)) < sum(map(abs, fine.coefficients))
+    assert coarse.predicted_error > fine.predicted_error
+
+
+# --- real files --------------------------------------------------------------------------------------------------
+
+
+class Walk:
+    """A student whose steps are unrelated, everything that follows it, and the files it leaves."""
+
+    def __init__(self, run: Path, scale: Callable[[int], float], *, every: int = 100, is_coarse: bool = False) -> None:
+        """Students and two power snapshots every `every` steps; float64 EMAs of momenta 0.01 and 0.05 beside."""
+        run.mkdir()
+        generator = torch.Generator().manual_seed(0)
+        self.student = torch.randn(SIZE, generator=generator, dtype=torch.float64) * 0.01
+        self.emas = {momentum: self.student.clone() for momentum in (0.01, 0.05)}
+        tracks = {sigma: self.student.clone() for sigma in (0.05, 0.1)}
+        self.increments: list[list[float]] = []
+        for step in range(STEPS + 1):
+            if step:
+                change = torch.randn(SIZE, generator=generator, dtype=torch.float64) * scale(step)
+                self.student += change
+                self.increments.append([step, float(change.square().sum())])
+                for momentum, ema in self.emas.items():
+                    ema.lerp_(self.student, momentum)
+                for sigma, track in tracks.items():
+                    track.lerp_(self.student, 1 - (1 - 1 / step) ** (gamma_of(sigma) + 1))
+            if step % every == 0:
+                weight = self.student.to(torch.bfloat16 if is_coarse else torch.float32)
+                state = {"w": weight, "running_mean": torch.full((3,), float(step))}
+                save_file(state, run / f"step_{step}.safetensors")
+                for sigma, track in tracks.items():
+                    if step:
+                        self.save_snapshot(run, sigma, step, track)
+
+    def save_snapshot(self, run: Path, sigma: float, step: int, track: torch.Tensor) -> None:
+        """As the online teacher's, written by another hand."""
+        response = {"kind": "power", "sigma_rel": sigma, "gamma": gamma_of(sigma), "start": 0, "end": step}
+        record = {
+            "tool": "ckpt-ema",
+            "response": response,
+            "increments": self.increments[::7],
+            "squared_norm": float(self.student.square().sum()),
+        }
+        path = run / f"teacher_power_{sigma}_step_{step}.safetensors"
+        save_file({"w": track.float()}, path, metadata={"format": "pt", "ckpt_ema": json.dumps(record)})
+
+    def error(self, teacher: Path, momentum: float, student: Path) -> float:
+        """The distance to the true EMA, as a share of a student's."""
+        found, nearest = (load_file(path)["w"].double() for path in (teacher, student))
+        true = self.emas[momentum]
+        return float((found - true).norm() / (nearest - true).norm())
+
+
+def even(step: int) -> float:
+    """Steps of one size."""
+    return 1e-3
+
+
+def falling(step: int) -> float:
+    """Steps that become smaller, as under a rate that falls."""
+    return 1e-3 * (1 - 0.95 * step / STEPS)
+
+
+@pytest.fixture(scope="module")
+def walks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Walk]]:
+    """An even and a falling walk, each with its run directory."""
+    root = tmp_path_factory.mktemp("walks")
+    return {scale.__name__: (root / scale.__name__, Walk(root / scale.__name__, scale)) for scale in (even, falling)}
+
+
+def quiet(run: Path, output: Path | None, **options: Any) -> ckpt_ema.FoldReport:
+    """A reconstruction whose warnings are not the point."""
+    return ckpt_ema.reconstruct(run, output, announce=lambda plan: None, **options)
+
+
+@pytest.mark.parametrize("name", ["even", "falling"])
+@pytest.mark.parametrize("momentum", [0.01, 0.05])
+@pytest.mark.parametrize("exclude", [(), ("teacher_power_0.05*",), ("teacher*",)])
+def test_the_error_is_what_was_predicted(
+    walks: dict[str, tuple[Path, Walk]], tmp_path: Path, name: str, momentum: float, exclude: tuple[str, ...]
+) -> None:
+    """On a path of unrelated steps, with two tracks, one and none, from real files against the real EMA."""
+    run, walk = walks[name]
+    report = quiet(run, tmp_path / "t.safetensors", momentum=momentum, exclude=exclude)
+    [prediction] = report.plan.predictions
+    nearest = run / prediction.nearest
+    measured = walk.error(report.output, momentum, nearest)
+    assert all(walk.error(run / f"step_{step}.safetensors", momentum, nearest) >= 1 for step in (100, 200, 300, 400))
+    # Without measured steps a falling walk is taken for an even one.
+    tolerance = 0.06 if name == "even" or "teacher*" not in exclude else 0.6
+    assert prediction.error == pytest.approx(measured, rel=tolerance, abs=3e-4)
+    folded = ckpt_ema.fold(run, tmp_path / "f.safetensors", momentum=momentum, per="step", announce=lambda plan: None)
+    if "teacher*" not in exclude:
+        assert measured < 0.7 * walk.error(folded.output, momentum, nearest)
+
+
+def test_measured_steps_help(walks: dict[str, tuple[Path, Walk]], tmp_path: Path) -> None:
+    """Where steps shrink, knowing so brings the teacher nearer."""
+    run, walk = walks["falling"]
+    blind = tmp_path / "run"
+    blind.mkdir()
+    for path in run.iterdir():
+        tensors = load_file(path)
+        record = None
+        if path.name.startswith("teacher"):
+            _, _, sigma, _, step = path.stem.split("_")
+            response = {"kind": "power", "sigma_rel": float(sigma), "gamma": gamma_of(float(sigma)), "start": 0}
+            record = {"ckpt_ema": json.dumps({"response": {**response, "end": int(step)}})}
+        save_file(tensors, blind / path.name, metadata=record)
+    with_steps = quiet(run, tmp_path / "a.safetensors", momentum=0.05)
+    without = quiet(blind, tmp_path / "b.safetensors", momentum=0.05)
+    last = run / "step_400.safetensors"
+    assert walk.error(with_steps.output, 0.05, last) < walk.error(without.output, 0.05, last)
+    assert any("measured while training" in note for note in with_steps.plan.notes)
+    assert any("every step counted the same" in note for note in without.plan.notes)
+
+
+def test_rates_of_the_optimizer_say_how_steps_shrink(tmp_path: Path) -> None:
+    """torch's own optimizer state and the Transformers log: v is the squared rate, straight between records."""
+    (tmp_path / "a").mkdir()
+    for step in (0, 100, 200):
+        state = {"model": {"w": torch.full((4,), float(step))}, "step": step}
+        state["optimizer"] = {"state": {}, "param_groups": [{"lr": 0.1 * (1 - step / 400), "params": [0]}]}
+        torch.save(state, tmp_path / "a" / f"step_{step}.pt")
+    for step in (100, 200):
+        folder = tmp_path / "b" / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        save_file({"w": torch.full((4,), float(step))}, folder / "model.safetensors")
+        (folder / "config.json").write_text("{}")
+        log = [{"step": s, "learning_rate": 1 - s / 400, "loss": 1.0} for s in range(10, step + 1, 10)]
+        (folder / "trainer_state.json").write_text(json.dumps({"global_step": step, "log_history": log}))
+    for name in "ab":
+        plan = ckpt_ema.plan_reconstruction(tmp_path / name, momentum=0.01)
+        assert any("squared learning rate" in note for note in plan.notes), name
+    even_plan = ckpt_ema.plan(tmp_path / "a", momentum=0.01, per="step")
+    uneven = ckpt_ema.plan_reconstruction(tmp_path / "a", momentum=0.01)
+    # More of the movement lies at the start of each gap.
+    assert uneven.checkpoints[-1].coefficient > even_plan.checkpoints[-1].coefficient
+
+
+def test_an_earlier_teacher_takes_buffers_of_its_time(walks: dict[str, tuple[Path, Walk]], tmp_path: Path) -> None:
+    """`--at 250` copies from step 200, and what came later plays no great part."""
+    run, _ = walks["even"]
+    report = quiet(run, tmp_path / "t.safetensors", momentum=0.05, at=250)
+    assert load_file(report.output)["running_mean"].tolist() == [200.0] * 3
+    assert report.plan.checkpoints[-1].name == "step_200.safetensors"
+    for at in (0, 401):
+        with pytest.raises(CkptEmaError, match=f"teacher of step {at} cannot be made: the checkpoints span steps 0 to"):
+            quiet(run, tmp_path / "u.safetensors", at=at)
+
+
+def test_snapshots_may_be_finer_than_students(tmp_path: Path) -> None:
+    """bfloat16 students beside float32 snapshots: each is read as it is stored."""
+    walk = Walk(tmp_path / "run", even, is_coarse=True)
+    report = quiet(tmp_path / "run", tmp_path / "t.safetensors", momentum=0.01, dtype="float32")
+    assert {item.name.partition("_")[0] for item in report.plan.averages} == {"teacher"}
+    assert walk.error(report.output, 0.01, tmp_path / "run" / "step_400.safetensors") < 0.1
+
+
+def test_the_combination_is_what_the_plan_says(walks: dict[str, tuple[Path, Walk]], tmp_path: Path) -> None:
+    """Every coefficient times its file, summed here in float64."""
+    run, _ = walks["even"]
+    report = quiet(run, tmp_path / "t-{half_life}.safetensors", half_life=[20, 70])
+    for number, teacher in enumerate(report.plan.teachers):
+        total = sum(item.coefficients[number] * load_file(run / item.name)["w"].double() for item in report.plan.inputs)
+        found = load_file(teacher.output)["w"].double()
+        assert isinstance(total, torch.Tensor)
+        assert float((found - total).norm() / total.norm()) < 1e-6
+
+
+def test_the_command_says_what_to_expect(walks: dict[str, tuple[Path, Walk]], tmp_path: Path, cli: Cli) -> None:
+    """Before reading: the error, the files, their coefficients; afterwards the path alone on stdout."""
+    run, _ = walks["even"]
+    outcome = cli("reconstruct", run, "--half-life", 50, "-o", "t.safetensors")
+    assert (outcome.code, outcome.stdout) == (0, "t.safetensors\n")
+    expected = r"^expected +half-life 50: (\S+) of the distance from step_300.safetensors, by \d+ files with"
+    assert len(re.findall(expected, outcome.stderr, re.MULTILINE)) == 1
+    plan = cli("reconstruct", run, "--half-life", 50, "--plan")
+    assert plan.stdout.startswith("5 checkpoints of")
+    assert re.search(r"^teacher_power_0.05_step_400.safetensors +400 +-?0\.\d+", plan.stdout, re.MULTILINE)
+    record = json.loads(cli("reconstruct", run, "--half-life", 50, "--plan", "--json").stdout)
+    shares = [item["coefficients"][0] for item in record["averages"]]
+    shares += [item["coefficient"] for item in record["checkpoints"]]
+    assert math.fsum(shares) == pytest.approx(1, abs=1e-9)
+    assert 0 < record["predictions"][0]["error"] < 0.1
+    inspected = cli("inspect", "t.safetensors").stdout
+    assert "half-life  50.0 per step" in inspected
+    assert "teacher_power_0.05_step_400.safetensors" in inspected
+
+
+def test_a_teacher_that_cannot_be_recovered_is_said_to_be_one(tmp_path: Path, cli: Cli) -> None:
+    """Far apart students and a short half-life: the expected error is named, and what would help."""
+    Walk(tmp_path / "run", even, every=200)
+    outcome = cli("reconstruct", "run", "--half-life", 40, "--exclude", "teacher*", "--plan")
+    assert outcome.code == 0
+    assert re.search(r"half-life 40 cannot be recovered .* expected error is \d\d% of the distance", outcome.stderr)
+    assert "snapshots of an online teacher" in outcome.stderr
+
+
+@pytest.mark.parametrize(
+    "response", [None, 7, "power", {"kind": "power"}, {"kind": "ema", "momentum": 7, "start": 0, "end": 400}]
+)
+def test_a_snapshot_that_does_not_say_what_it_is_takes_no_part(
+    walks: dict[str, tuple[Path, Walk]], tmp_path: Path, response: Any
+) -> None:
+    """Better left out than wrongly weighed."""
+    source, _ = walks["even"]
+    run = tmp_path / "run"
+    run.mkdir()
+    for step in (0, 200, 400):
+        (run / f"step_{step}.safetensors").write_bytes((source / f"step_{step}.safetensors").read_bytes())
+    metadata = {"ckpt_ema": json.dumps({"response": response, "increments": "many", "squared_norm": "large"})}
+    save_file({"w": torch.zeros(SIZE)}, run / "teacher_step_400.safetensors", metadata=metadata)
+    plan = ckpt_ema.plan_reconstruction(run, momentum=0.05)
+    assert plan.averages == ()
+    assert ("teacher_step_400.safetensors", "a teacher that ckpt-ema wrote") in plan.left_out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"per": "step"}, "`--per` says how to weigh checkpoints"),
+        ({"init": "t.safetensors"}, "`--init` says how to weigh"),
+        ({"profile": "minus-sqrt"}, "is no average over training"),
+        ({"at": -1}, "`--at` is -1"),
+        ({"at": True}, "`--at` is True"),
+    ],
+)
+def test_what_makes_no_sense_for_a_reconstruction_is_misuse(
+    walks: dict[str, tuple[Path, Walk]], options: dict[str, Any], message: str
+) -> None:
+    """The solver weighs; the user says what is wanted."""
+    with pytest.raises(MisuseError, match=message):
+        ckpt_ema.plan_reconstruction(walks["even"][0], **options)
+
+
+def test_samples_are_joined_by_straight_lines() -> None:
+    """And level outside."""
+    v = interpolated([(10, 1.0), (20, 3.0)], "here")
+    assert [v.at(step) for step in (0, 10, 15, 20, 99)] == [1, 1, 2, 3, 3]
