@@ -84,6 +84,9 @@ def _or_none(options: dict[str, Any]) -> dict[str, Any]:
     for name in ("momentum", "half_life", "sigma_rel"):
         given = options.get(name, ())
         options[name] = None if not given else given[0] if len(given) == 1 else given
+    if "averages" in options:
+        pairs = [text.rpartition("=") for text in options["averages"]]
+        options["averages"] = {glob: what for glob, _, what in pairs}
     return options
 
 
@@ -183,8 +186,16 @@ def _reconstruct_options(command: Command) -> Command:
     """Those of `reconstruct`, which works out itself how to weigh checkpoints."""
     command = _with_options(command, ("per", "between", "coefficients", "init"))
     at = click.option("--at", type=int, metavar="STEP", help="Step of the wanted teacher.  [default: the newest]")
+    average = click.option(
+        "--average",
+        "averages",
+        multiple=True,
+        metavar="GLOB=WHAT",
+        help="Averages of other tools: '0.*.pt=power:0.05' or 'ema_*=ema:0.001'; :N behind it where updated every N"
+        " steps; repeatable.",
+    )
     show = click.option("--plan", "only_plans", is_flag=True, help="Show what would be done; read no tensor.")
-    return at(show(command))
+    return at(average(show(command)))
 
 
 def _with_options(command: Command, left_out: Sequence[str]) -> Command:

@@ -46,8 +46,11 @@ def _check_device(device: str) -> None:
         raise MisuseError(f"`--device` is {device!r}, and must be auto, cpu or cuda[:i]")
 
 
-def find_run(run: PathLike | Sequence[PathLike], wanted: FoldOptions, *, takes_teachers: bool = False) -> Run:
-    """The checkpoints that `wanted` selects; raises CkptEmaError where there are none."""
+def find_run(run: PathLike | Sequence[PathLike], wanted: FoldOptions, averages: Sequence[str] | None = None) -> Run:
+    """The checkpoints that `wanted` selects; raises CkptEmaError where there are none.
+
+    For a reconstruction `averages` are the names of what holds averages; teachers of this tool are found then, too.
+    """
     _check_device(wanted.device)
     selection = Selection(
         include=wanted.include,
@@ -57,7 +60,8 @@ def find_run(run: PathLike | Sequence[PathLike], wanted: FoldOptions, *, takes_t
         last=wanted.last,
         state=wanted.state,
         prefix=wanted.prefix,
-        takes_teachers=takes_teachers,
+        takes_teachers=averages is not None,
+        averages=tuple(averages or ()),
     )
     return find_checkpoints(_as_paths(run), selection)
 

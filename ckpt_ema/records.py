@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ from ckpt_ema.catalogue import TeacherTensor
 from ckpt_ema.errors import MisuseError
 from ckpt_ema.layouts import Layout
 from ckpt_ema.profiles import Between, Profile, Update, check_momentum
-from ckpt_ema.responses import gamma_of
+from ckpt_ema.responses import declared_response, gamma_of
 from ckpt_ema.runs import Checkpoint
 from ckpt_ema.sizes import DEFAULT_MEMORY_BUDGET_BYTES
 from ckpt_ema.students import check_prefix
@@ -212,7 +212,13 @@ class ReconstructOptions(FoldOptions):
     at: int | None = None
     """Step after which the wanted teacher stood; that of the newest checkpoint otherwise."""
 
+    averages: Mapping[str, str] = field(default_factory=dict)
+    """Files of other tools that hold averages, by a pattern of their names: `power:SIGMA_REL` or `ema:MOMENTUM`, begun
+    with training; `:EVERY` behind it where it was updated every so many steps (ema-pytorch's `update_every`)."""
+
     def __post_init__(self) -> None:
+        for glob, text in dict(self.averages).items():
+            declared_response(glob, text, 1)
         for name in ("per", "between", "init", "coefficients"):
             if getattr(self, name) is not None:
                 raise MisuseError(

@@ -125,6 +125,29 @@ class Uniform:
         return Uniform(self.start // unit, self.end // unit)
 
 
+def declared_response(name: str, text: str, end: int) -> Response:
+    """The response of an average called `name` that somebody describes as `power:SIGMA_REL` or `ema:MOMENTUM`.
+
+    From step 0 to `end`; `:EVERY` behind it where it was updated every so many steps only. ema-pytorch then still
+    decays a power average as if by one step, so that its exponent is the EVERYth part. Raises MisuseError.
+    """
+    kind, *numbers = text.split(":")
+    try:
+        value = float(numbers[0])
+        every = int(numbers[1]) if len(numbers) > 1 else 1
+    except (ValueError, IndexError):
+        kind, value, every = "", 0.0, 1
+    if kind == "ema" and 0 < value < 1 and every >= 1 and len(numbers) <= 2:
+        return Ema(value, 0, end, every)
+    if kind == "power" and every >= 1 and len(numbers) <= 2:
+        return Power((gamma_of(value) + 1) / every - 1, 0, end)
+    raise MisuseError(
+        f"`{name}` is said to be {text!r}, and must be power:SIGMA_REL or ema:MOMENTUM, with :EVERY behind it where"
+        " it was not updated at every step",
+        hint=f"pass for example `--average '{name}=power:0.1'`",
+    )
+
+
 def tail_at(response: Response, step: float) -> float:
     """P(step), whichever side of start and end it lies on."""
     if step <= response.start:

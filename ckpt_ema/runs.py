@@ -16,8 +16,8 @@ from ckpt_ema.formats import Contents, ModelFolder, is_weights_file_name, read_c
 from ckpt_ema.formats.folder import MODEL_STEM, distributed_marker, has_weights
 from ckpt_ema.layouts import Layout, SchemaPool, compact_layout
 from ckpt_ema.learning_rates import learning_rates_of
-from ckpt_ema.steps import ORIGINS, Origin, Unit, is_copy_name, stem_of, steps_in_name, steps_inside
-from ckpt_ema.students import choose_student, find_state_dicts, is_average_name
+from ckpt_ema.steps import ORIGINS, Origin, Unit, is_copy_name, stem_of, step_of_average, steps_in_name, steps_inside
+from ckpt_ema.students import choose_student, find_state_dicts, is_average_name, is_flat
 
 OWN_TEACHER = "a teacher that ckpt-ema wrote"
 MAX_SEARCH_DEPTH = 3
@@ -86,6 +86,9 @@ class Run:
     teachers: tuple[OwnTeacher, ...] = ()
     """What of this tool lies among them."""
 
+    averages: tuple[Checkpoint, ...] = ()
+    """What was said to be an average, by step."""
+
 
 @dataclass(frozen=True, slots=True)
 class Selection:
@@ -101,6 +104,9 @@ class Selection:
     takes_teachers: bool = False
     """Whether teachers of this tool may be listed among the checkpoints."""
 
+    averages: tuple[str, ...] = ()
+    """Names of what are averages rather than checkpoints."""
+
 
 @dataclass(slots=True)
 class _Listing:
@@ -112,6 +118,7 @@ class _Listing:
     averages: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     teachers: list[OwnTeacher] = field(default_factory=list)
+    declared: list[Checkpoint] = field(default_factory=list)
 
 
 def find_checkpoints(paths: Sequence[Path], selection: Selection) -> Run:
@@ -129,8 +136,16 @@ def find_checkpoints(paths: Sequence[Path], selection: Selection) -> Run:
     else:
         directory, listing = _read_list(paths, selection)
         root = directory if len({path.absolute().parent for path in paths}) == 1 else None
-    kept = _select(directory, listing, selection)
-    return Run(directory, root, tuple(kept), tuple(listing.left_out), tuple(listing.warnings), tuple(listing.teachers))
+    kept = _select(directory, listing, selection) if listing.checkpoints or not listing.declared else []
+    return Run(
+        directory,
+        root,
+        tuple(kept),
+        tuple(listing.left_out),
+        tuple(listing.warnings),
+        tuple(listing.teachers),
+        tuple(sorted(listing.declared, key=lambda average: (average.step or 0, average.label))),
+    )
 
 
 def _read_checkpoint(
@@ -161,6 +176,22 @@ def _read_checkpoint(
     names_nothing = path.is_file() and MODEL_STEM.match(stem_of(path.name)) is not None
     outer = steps_in_name(path.absolute().parent.name) if names_nothing else {}
     return checkpoint, {**outer, **steps_in_name(path.name), **steps_inside(contents)}
+
+
+def _read_declared(path: Path, selection: Selection, pool: SchemaPool) -> Checkpoint:
+    """What was said to be an average: no other one is looked for inside."""
+    contents = read_contents(path)
+    state = selection.state if selection.state is not None or not is_flat(contents) else ""
+    checkpoint, numbers = _read_checkpoint(contents, replace(selection, state=state), pool)
+    step = step_of_average(path.name)
+    if step is None:
+        step = next((numbers[origin] for origin in ORIGINS if origin in numbers), None)
+    if step is None:
+        raise CkptEmaError(
+            f"`{path}` was said to be an average, and of which step it is, neither its contents nor its name tell",
+            hint=f"leave it out: `--exclude '{glob.escape(path.name)}'`",
+        )
+    return replace(checkpoint, step=step)
 
 
 def _hint_to_fold_average(contents: Contents) -> str:
@@ -310,6 +341,9 @@ def _read_run_directory(run: Path, selection: Selection) -> tuple[Path, _Listing
         if original is not path:
             listing.left_out.append((path.name, f"another name of `{original.name}`"))
             continue
+        if _matches(path, selection.averages):
+            listing.declared.append(_read_declared(path, selection, pool))
+            continue
         named_average = selection.state is None and is_average_name(stem_of(path.name))
         try:
             contents = read_contents(path)
@@ -331,7 +365,8 @@ def _read_run_directory(run: Path, selection: Selection) -> tuple[Path, _Listing
             f"`{directory}` holds averages, and no raw student: {', '.join(listing.averages[:5])}",
             hint=_hint_to_fold_average(read_contents(directory / listing.averages[0])),
         )
-    _sort_by_step(listing, directory)
+    if listing.checkpoints or listing.unreadable or not listing.declared:
+        _sort_by_step(listing, directory)
     return directory, listing
 
 
@@ -440,6 +475,8 @@ def _read_list(paths: Sequence[Path], selection: Selection) -> tuple[Path, _List
             listing.left_out.append((path.name, f"another name of `{original.name}`"))
         elif (selection.include and not _matches(path, selection.include)) or _matches(path, selection.exclude):
             listing.left_out.append((path.name, "not selected by name"))
+        elif _matches(path, selection.averages):
+            listing.declared.append(_read_declared(path, selection, pool))
         else:
             contents = read_contents(path)
             if contents.is_own_teacher and selection.takes_teachers:

@@ -61,6 +61,10 @@ NAME_PATTERNS: tuple[tuple[Unit, re.Pattern[str]], ...] = (
     ),
     ("number", re.compile(r"(?<![\d.])(?<!\d[A-Za-z])" + _NUMBER + r"$")),
 )
+EDM2_NAME = re.compile(r"^network-snapshot-(?P<step>\d{1,18})-(?P<sigma_rel>0?\.\d{1,9})$")
+"""EDM2's snapshots: thousands of images, and the width of the power average."""
+
+_EMA_PYTORCH_NAME = re.compile(r"^\d{1,6}\.(?P<step>\d{1,18})$")
 # Lightning appends a version where a name is taken.
 _VERSION_SUFFIX = re.compile(r"-v\d+$")
 _COPY_NAME = re.compile(r"(?:^|[^a-z])(last|latest|best|final|newest|current)(?:[^a-z]|$)|^checkpoint$", re.IGNORECASE)
@@ -89,6 +93,12 @@ def steps_in_name(name: str) -> dict[Origin, int]:
         if match and ("name", unit) not in found and len(match["number"]) < 19:
             found["name", unit] = int(match["number"])
     return found
+
+
+def step_of_average(name: str) -> int | None:
+    """The step in the name of an average as EDM2 and ema-pytorch give them; None for another name."""
+    match = EDM2_NAME.match(stem_of(name)) or _EMA_PYTORCH_NAME.match(stem_of(name))
+    return int(match["step"]) if match else None
 
 
 def steps_inside(contents: Contents) -> dict[Origin, int]:

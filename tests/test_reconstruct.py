@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from ema_pytorch import PostHocEMA
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -275,7 +276,7 @@ def test_an_earlier_teacher_takes_buffers_of_its_time(walks: dict[str, tuple[Pat
     assert load_file(report.output)["running_mean"].tolist() == [200.0] * 3
     assert report.plan.checkpoints[-1].name == "step_200.safetensors"
     for at in (0, 401):
-        with pytest.raises(CkptEmaError, match=f"teacher of step {at} cannot be made: the checkpoints span steps 0 to"):
+        with pytest.raises(CkptEmaError, match=f"teacher of step {at} cannot be made: what is stored spans steps 0 to"):
             quiet(run, tmp_path / "u.safetensors", at=at)
 
 
@@ -362,6 +363,81 @@ def test_what_makes_no_sense_for_a_reconstruction_is_misuse(
     """The solver weighs; the user says what is wanted."""
     with pytest.raises(MisuseError, match=message):
         ckpt_ema.plan_reconstruction(walks["even"][0], **options)
+
+
+def test_ema_pytorchs_checkpoints_are_read(tmp_path: Path, cli: Cli) -> None:
+    """Real PostHocEMA tracks, described by the user: a teacher between them, with their real response."""
+    model = torch.nn.Linear(200, 100, bias=False)
+    folder = tmp_path / "post_hoc"
+    every = 4
+    post_hoc = PostHocEMA(
+        model,
+        sigma_rels=(0.05, 0.2),
+        update_every=every,
+        checkpoint_every_num_steps=100,
+        checkpoint_folder=str(folder),
+        checkpoint_dtype=torch.float32,
+    )
+    generator = torch.Generator().manual_seed(0)
+    path = []
+    with torch.no_grad():
+        for _ in range(STEPS):
+            model.weight.add_(torch.randn(100, 200, generator=generator) * 1e-3)
+            path.append(model.weight.clone())
+            post_hoc.update()
+    options = ["--average", f"0.*.pt=power:0.05:{every}", "--average", f"1.*.pt=power:0.2:{every}"]
+    target = ["--profile", "power", "--sigma-rel", 0.26, "-o", "t.safetensors"]
+    outcome = cli("reconstruct", folder, *options, *target, "--prefix", "ema_model.")
+    assert outcome.code == 0, outcome.stderr
+    found = load_file(tmp_path / "t.safetensors")["weight"].double()
+    exponent = gamma_of(0.26) + 1
+    true = sum(
+        ((step / STEPS) ** exponent - ((step - 1) / STEPS) ** exponent) * student.double()
+        for step, student in enumerate(path, start=1)
+    )
+    assert isinstance(true, torch.Tensor)
+    stored = [load_file_of_torch(file)["ema_model.weight"].double() for file in sorted(folder.iterdir())]
+    assert len(stored) == 8
+    nearest = min(float((each - true).norm()) for each in stored)
+    error = float((found - true).norm())
+    # Every fourth step, taken for a smooth power: that much is not in the prediction.
+    assert error < 0.06 * nearest
+    expected = re.search(r"power 0.26: (\S+) of the distance", outcome.stderr)
+    assert expected is not None
+    assert float(expected[1]) < 0.06
+
+
+def load_file_of_torch(path: Path) -> dict[str, torch.Tensor]:
+    """A state dict that torch saved."""
+    state: dict[str, torch.Tensor] = torch.load(path, weights_only=True)
+    return state
+
+
+def test_edm2_snapshots_are_known_by_their_name(walks: dict[str, tuple[Path, Walk]], tmp_path: Path) -> None:
+    """`network-snapshot-IMAGES-WIDTH` says all there is to say."""
+    source, walk = walks["even"]
+    run = tmp_path / "run"
+    run.mkdir()
+    for sigma in ("0.05", "0.1"):
+        for step in (200, 400):
+            state = load_file(source / f"teacher_power_{sigma}_step_{step}.safetensors")
+            name = f"network-snapshot-{step:07d}-{float(sigma):.3f}"
+            if step == 200:
+                torch.save(state, run / f"{name}.pt")
+            else:
+                save_file(state, run / f"{name}.safetensors")
+    report = quiet(run, tmp_path / "t.safetensors", momentum=0.01)
+    assert [item.step for item in report.plan.checkpoints] == [200, 200, 400, 400]
+    assert walk.error(report.output, 0.01, source / "step_400.safetensors") < 0.2
+    declared = quiet(run, tmp_path / "u.safetensors", momentum=0.01, averages={"*-0.050.*": "power:0.05"})
+    assert declared.plan.checkpoints == report.plan.checkpoints
+
+
+@pytest.mark.parametrize("text", ["", "power", "power:0.5", "ema:2", "ema:0.1:0", "ema:0.1:1:1", "swa:1", "ema:x"])
+def test_descriptions_that_make_no_sense_are_misuse(text: str) -> None:
+    """And the message shows how to write one."""
+    with pytest.raises(MisuseError, match=r"relative width|must be power:SIGMA_REL or ema:MOMENTUM"):
+        ckpt_ema.ReconstructOptions(averages={"a*": text})
 
 
 def test_samples_are_joined_by_straight_lines() -> None:
