@@ -10,7 +10,7 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import wraps
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -179,43 +179,71 @@ class _StoppedError(BaseException):
 
 def _run_options(command: Command) -> Command:
     """The options that `fold` and `plan` share."""
-    return _with_options(command, ())
+    return _with_options(command, {})
 
 
 def _reconstruct_options(command: Command) -> Command:
     """Those of `reconstruct`, which works out itself how to weigh checkpoints."""
-    command = _with_options(command, ("per", "between", "coefficients", "init"))
-    at = click.option("--at", type=int, metavar="STEP", help="Step of the wanted teacher.  [default: the newest]")
-    average = click.option(
-        "--average",
-        "averages",
-        multiple=True,
-        metavar="GLOB=WHAT",
-        help="Averages of other tools: '0.*.pt=power:0.05' or 'ema_*=ema:0.001'; :N behind it where updated every N"
-        " steps; repeatable.",
-    )
-    show = click.option("--plan", "only_plans", is_flag=True, help="Show what would be done; read no tensor.")
-    return at(average(show(command)))
+    changed = {
+        "per": None,
+        "between": None,
+        "coefficients": None,
+        "init": None,
+        "at": click.option("--at", type=int, metavar="STEP", help="Step of the wanted teacher.  [default: the newest]"),
+        "half-life": click.option(
+            "--half-life",
+            type=float,
+            multiple=True,
+            metavar="STEPS",
+            help="The momentum in other words: steps after which a share has halved; repeatable.",
+        ),
+        "interval": click.option(
+            "--interval",
+            type=int,
+            default=1,
+            show_default=True,
+            metavar="N",
+            help="The hook's: the wanted teacher was updated every N steps.",
+        ),
+        "profile": click.option(
+            "--profile",
+            type=click.Choice(["ema", "uniform", "power"]),
+            default="ema",
+            show_default=True,
+            help="How shares fall with age; power needs --sigma-rel.",
+        ),
+        "average": click.option(
+            "--average",
+            "averages",
+            multiple=True,
+            metavar="GLOB=WHAT",
+            help="Averages of other tools: '0.*.pt=power:0.05' or 'ema_*=ema:0.001'; :N behind it where updated every"
+            " N steps; repeatable.",
+        ),
+        "plan": click.option("--plan", "only_plans", is_flag=True, help="Show what would be done; read no tensor."),
+    }
+    return _with_options(command, changed)
 
 
-def _with_options(command: Command, left_out: Sequence[str]) -> Command:
-    options = {
+def _with_options(command: Command, changed: dict[str, Command | None]) -> Command:
+    """Add a fold's options by name; `changed` ones in their place, or left away, or behind them."""
+    options: dict[str, Command | None] = {
         "run": click.argument("run", nargs=-1, required=True, type=_Path(path_type=Path)),
         "output": click.option(
             "-o",
             "--output",
             type=_Path(path_type=Path),
             help="The teacher.  [default: RUN/teacher.safetensors; RUN/teacher for Hugging Face folders; for a list of"
-            " checkpoints, in their folder]  For several teachers a pattern (teacher-{momentum}.safetensors), or a"
-            " folder.",
+            " checkpoints, in their folder]  For several teachers a pattern (teacher-{momentum}.safetensors, or"
+            " {half_life}, {sigma_rel}), or a folder.",
         ),
         "momentum": click.option(
             "--momentum",
             type=float,
             multiple=True,
             metavar="M",
-            help="Share that each new checkpoint brings, 0 < M < 1; given several times, as many teachers from one"
-            " pass.  [default: 0.001]",
+            help="Share that the student brings at each update, 0 < M < 1; given several times, as many teachers from"
+            " one pass.  [default: 0.001]",
         ),
         "half-life": click.option(
             "--half-life",
@@ -341,8 +369,8 @@ def _with_options(command: Command, left_out: Sequence[str]) -> Command:
         "quiet": click.option("-q", "--quiet", is_flag=True, help="No progress, no summary; warnings and errors only."),
         "verbose": click.option("-v", "--verbose", is_flag=True, help="List every tensor and every difference."),
     }
-    for name in reversed([name for name in options if name not in left_out]):
-        command = options[name](command)
+    for option in reversed([option for option in {**options, **changed}.values() if option is not None]):
+        command = option(command)
     return command
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from ckpt_ema.formats import Contents
 
 MAX_ENTRIES = 1 << 16
+MAX_SAMPLES = 256
 
 
 def learning_rates_of(contents: Contents) -> tuple[tuple[int | None, float], ...]:
@@ -17,6 +18,8 @@ def learning_rates_of(contents: Contents) -> tuple[tuple[int | None, float], ...
     The step is None where it is the checkpoint's own.
     """
     logged = tuple(_logged(contents.trainer_state.get("log_history")))
+    # A schedule has few corners, and every checkpoint brings the whole log once more.
+    logged = logged[-1 :: -max(1, len(logged) // MAX_SAMPLES)][::-1]
     return logged or tuple((None, rate) for rate in _of_optimizers(contents.tree))[:1]
 
 

@@ -59,8 +59,7 @@ def plan_reconstruct(
     targets = [profile.response(start, end, wanted.interval) for profile in wanted.profiles]
     solutions = solve([Item(each.response, each.rounding) for each in stored], targets, variance)
     copied = _nearest_checkpoint(stored, end)
-    origin = f"the size of the student's movement: {variance.origin}"
-    notes += [f"steps are weighed by {origin}" if variance is not EVEN else variance.origin]
+    notes.append(f"steps count by how far the student moved: {variance.origin}")
     if all(each.is_student for each in stored):
         notes.append("no snapshots of an online teacher are here: students alone take part")
     if copied.response.end != end:

@@ -53,7 +53,7 @@ class Checkpoint:
 
     known_buffers: frozenset[str] | None
     learning_rates: tuple[tuple[int | None, float], ...]
-    """What it records of the learning rate, by step; None for its own."""
+    """What it records of the learning rate, by step, None for its own; for a reconstruction alone."""
 
     model_folder: ModelFolder | None
     """Where its configuration and tokenizer lie, for a folder in the Hugging Face manner."""
@@ -169,7 +169,7 @@ def _read_checkpoint(
         stripped=student.stripped,
         left_out=dict(student.left_out or {}),
         known_buffers=student.known_buffers,
-        learning_rates=learning_rates_of(contents),
+        learning_rates=learning_rates_of(contents) if selection.takes_teachers else (),
         model_folder=contents.folders.get(student.key) or contents.folders.get(""),
     )
     # `checkpoint-300/model.safetensors`, listed as a file: the folder has the number.

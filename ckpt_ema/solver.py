@@ -55,7 +55,7 @@ class Variance:
     """The student's own square, in the same unit; what rounding is relative to."""
 
 
-EVEN = Variance(lambda step: 1.0, "every step counted the same")
+EVEN = Variance(lambda step: 1.0, "not recorded, so all count the same")
 
 
 def interpolated(samples: Sequence[tuple[int, float]], origin: str, squared_norm: float | None = None) -> Variance:

@@ -243,7 +243,7 @@ def test_measured_steps_help(walks: dict[str, tuple[Path, Walk]], tmp_path: Path
     last = run / "step_400.safetensors"
     assert walk.error(with_steps.output, 0.05, last) < walk.error(without.output, 0.05, last)
     assert any("measured while training" in note for note in with_steps.plan.notes)
-    assert any("every step counted the same" in note for note in without.plan.notes)
+    assert any("not recorded, so all count the same" in note for note in without.plan.notes)
 
 
 def test_rates_of_the_optimizer_say_how_steps_shrink(tmp_path: Path) -> None:
