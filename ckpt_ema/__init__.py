@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from ckpt_ema.folding import fold, plan, plan_reconstruction, reconstruct
     from ckpt_ema.inspection import Inspection, inspect
     from ckpt_ema.online.mean_teacher import MeanTeacher
+    from ckpt_ema.online.snapshots import Snapshots
     from ckpt_ema.records import (
         FoldedCheckpoint,
         FoldOptions,
@@ -34,6 +35,7 @@ __all__ = [
     "PlannedTeacher",
     "Prediction",
     "ReconstructOptions",
+    "Snapshots",
     "__version__",
     "fold",
     "inspect",
@@ -54,6 +56,7 @@ _HOMES = {
     "PlannedTeacher": "records",
     "Prediction": "records",
     "ReconstructOptions": "records",
+    "Snapshots": "online.snapshots",
     "fold": "folding",
     "inspect": "inspection",
     "plan": "folding",

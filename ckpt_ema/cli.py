@@ -297,7 +297,7 @@ def _with_options(command: Command, changed: dict[str, Command | None]) -> Comma
             "--coefficients",
             type=_Path(path_type=Path),
             metavar="FILE",
-            help='Shares given by hand: JSON, {"step_100.pt": 0.5, ...}, or what `plan --json` printed.',
+            help='Coefficients given by hand: JSON, {"step_100.pt": 0.5, ...}, or what `plan --json` printed.',
         ),
         "skip-buffers": click.option(
             "--skip-buffers/--no-skip-buffers",

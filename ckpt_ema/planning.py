@@ -1,6 +1,6 @@
 """What a fold is going to do: a run and options in, a FoldPlan out; byte ranges only, no tensor is read.
 
-run -> checkpoints -> shares -> catalogue -> blocks
+run -> checkpoints -> coefficients -> catalogue -> blocks
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ckpt_ema.blocks import plan_blocks
 from ckpt_ema.catalogue import TeacherTensor, Treatment, build_catalogue
+from ckpt_ema.coefficients import Weighed, weigh
 from ckpt_ema.errors import CkptEmaError, MisuseError
 from ckpt_ema.formats import read_contents
 from ckpt_ema.formats.folder import has_weights
@@ -23,7 +24,6 @@ from ckpt_ema.profiles import coefficients_of, momentum_for_first_share, step_up
 from ckpt_ema.records import FoldedCheckpoint, FoldOptions, FoldPlan, PathLike, PlannedTeacher, ReconstructOptions
 from ckpt_ema.responses import half_life_of
 from ckpt_ema.runs import Checkpoint, Run, Selection, find_checkpoints
-from ckpt_ema.shares import Weighed, weigh
 from ckpt_ema.students import choose_student, is_flat
 
 

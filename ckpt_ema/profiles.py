@@ -144,12 +144,12 @@ def step_updates(
     the newer one. An `ema` works once every `interval` steps, the first after steps[0]. With `has_copy_first` the
     first input is a teacher rather than a student, and the student is held at the next checkpoint from there.
     Where the checkpoints lie `interval` apart, or with `hold`, these are the recurrence's own; else those of the
-    collapsed shares.
+    collapsed coefficients.
     """
     if len(steps) == 1:
         return [COPY]
     if profile.kind != "ema":
-        return updates_of(step_shares(profile.response(steps[0], steps[-1]), steps, between))
+        return updates_of(step_coefficients(profile.response(steps[0], steps[-1]), steps, between))
     momentum = profile.momentum_over(interval)
     gaps = [_gap_shares(momentum, interval, steps[0], a, b) for a, b in itertools.pairwise(steps)]
     if between == "hold" or all(gap.older == 0 for gap in gaps):
@@ -195,8 +195,8 @@ def _gap_shares(momentum: float, interval: int, start: int, a: int, b: int) -> _
     return _Gap(keep, moved - newer, newer)
 
 
-def step_shares(response: Response, steps: Sequence[int], between: Between) -> list[float]:
-    """The share of each student, saved after `steps`, in the average that `response` describes; they sum to 1.
+def step_coefficients(response: Response, steps: Sequence[int], between: Between) -> list[float]:
+    """The coefficient of each student, saved after `steps`, in the average that `response` describes; they sum to 1.
 
     On a straight line from step a to step b every increment is the same, so what counts is the mean of the tail sums
     P(a + 1), ..., P(b); where the student jumps at b, P(a + 1) alone.
@@ -210,8 +210,8 @@ def step_shares(response: Response, steps: Sequence[int], between: Between) -> l
     return [older - newer for older, newer in itertools.pairwise([*tails, 0.0])]
 
 
-def checkpoint_shares(kind: Kind, count: int) -> list[float]:
-    """The shares of `count` checkpoints, oldest first, in a profile that counts these.
+def checkpoint_coefficients(kind: Kind, count: int) -> list[float]:
+    """The coefficients of `count` checkpoints, oldest first, in a profile that counts these.
 
     `uniform`: all the same (LAWA, SWA). `minus-sqrt`: sqrt((i + 1) / n) - sqrt(i / n), the merge that stands for
     training's last part under a rate that falls as 1 - sqrt (WSM); the oldest has most.
@@ -223,7 +223,7 @@ def checkpoint_shares(kind: Kind, count: int) -> list[float]:
 
 
 def updates_of(shares: Sequence[float]) -> list[Update]:
-    """The recurrence that gives each input its share; `shares` sum to 1.
+    """The recurrence that gives each input its coefficient; `shares` are these and sum to 1.
 
     Where none is negative as a running mean, which needs no more digits than the students have. The first is copied,
     so one input alone has all.

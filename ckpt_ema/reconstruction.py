@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ckpt_ema.coefficients import Average, Weighed, training_steps
 from ckpt_ema.dtypes import DType
 from ckpt_ema.errors import CkptEmaError
 from ckpt_ema.formats import read_contents
@@ -18,7 +19,6 @@ from ckpt_ema.records import FoldPlan, PathLike, Prediction, ReconstructOptions
 from ckpt_ema.response_records import read_response
 from ckpt_ema.responses import Impulse, Response, declared_response
 from ckpt_ema.runs import OWN_TEACHER, Checkpoint, Run
-from ckpt_ema.shares import Average, Weighed, training_steps
 from ckpt_ema.solver import EVEN, Item, Solution, Variance, interpolated, solve
 from ckpt_ema.steps import EDM2_NAME, stem_of
 

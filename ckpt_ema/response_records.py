@@ -41,4 +41,9 @@ def read_response(record: Any) -> Response | None:
 
 
 def _number(value: Any) -> float:
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:  # JSON knows whole numbers of any size
+        return math.nan

@@ -953,9 +953,9 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("catalogue", "profiles", "runs", "model_buffers", "writer", "solver", "response_records"),
     ("blocks",),
     ("engine", "records", "inspection", "engine.buffers", "engine.arithmetic", "provenance", "teacher_folder"),
-    ("shares", "outputs", "online", "online.settings", "online.tracking", "online.rule"),
-    ("planning", "online.teacher_file", "online.pairs", "online.swap", "online.snapshots"),
-    ("reconstruction", "online.mean_teacher", "online.state_file"),
+    ("coefficients", "outputs", "online", "online.tracking", "online.rule"),
+    ("planning", "online.teacher_file", "online.pairs", "online.swap", "online.increments", "online.snapshots"),
+    ("reconstruction", "online.settings", "online.mean_teacher", "online.state_file"),
     ("integrations", "integrations.mmengine", "integrations.lightning", "integrations.transformers"),
 )
 

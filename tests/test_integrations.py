@@ -87,6 +87,20 @@ def test_mmengine_by_mmdetections_configuration_has_the_upstream_teacher(
     assert ckpt_ema.integrations.mmengine.STATE_KEY in torch.load(tmp_path / "0/iter_6.pth", weights_only=False)
 
 
+def test_mmengine_writes_snapshots_from_which_another_teacher_is_made(tmp_path: Path) -> None:
+    """By configuration alone; the run directory is then all that a reconstruction needs."""
+    pytest.importorskip("mmengine")
+    import ckpt_ema.integrations.mmengine
+
+    snapshots = {"directory": str(tmp_path), "every": 3, "sigma_rel": 0.1}
+    seen: list[StateDict] = []
+    hooks = [{"type": "MeanTeacherHook", "momentum": MOMENTUM, "snapshots": snapshots}, witness(seen)]
+    train_with_mmengine(mmengine_model(pair=True), tmp_path, hooks)
+    plan = ckpt_ema.plan_reconstruction(tmp_path, momentum=0.3)
+    assert {item.name for item in plan.averages} == {f"teacher_power_0.1_step_{step}.safetensors" for step in (3, 6)}
+    assert plan.predictions[0].error < 0.5
+
+
 def test_mmengine_resumes_in_the_middle_of_an_interval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The teacher of the checkpoint goes on, nothing is copied again, and iterations count from where they stopped."""
     pytest.importorskip("mmengine")

@@ -22,9 +22,9 @@ from ckpt_ema.profiles import (
     COPY,
     Profile,
     Update,
-    checkpoint_shares,
+    checkpoint_coefficients,
     coefficients_of,
-    step_shares,
+    step_coefficients,
     step_updates,
     updates_of,
 )
@@ -121,7 +121,7 @@ def test_nodes_sum_what_decays_from_the_end(begin: int, length: int, momentum: f
 
 def test_minus_sqrt_is_wsms_merge() -> None:
     """The shares of averaging by 1 - sqrt: of five, the oldest has most."""
-    assert [round(share, 3) for share in checkpoint_shares("minus-sqrt", 5)] == [0.447, 0.185, 0.142, 0.12, 0.106]
+    assert [round(share, 3) for share in checkpoint_coefficients("minus-sqrt", 5)] == [0.447, 0.185, 0.142, 0.12, 0.106]
 
 
 @given(st.lists(st.floats(-3, 3), min_size=1, max_size=9))
@@ -181,7 +181,7 @@ def test_a_student_without_a_share_is_not_read(tmp_path: Path) -> None:
     save_students(tmp_path / "run", 30)
     plan = ckpt_ema.plan(tmp_path / "run", half_life=10)
     assert [item.step for item in plan.checkpoints] == [2600, 2700, 2800, 2900, 3000]
-    assert ("step_100.safetensors", "its share would be below 1e-12") in plan.left_out
+    assert ("step_100.safetensors", "its coefficient would be below 1e-12") in plan.left_out
     assert sum(item.coefficient for item in plan.checkpoints) == pytest.approx(1, rel=1e-12)
 
 
@@ -266,7 +266,7 @@ def test_a_printed_plan_is_a_file_of_coefficients(run: Path, tmp_path: Path, cli
         ("nothing", "is no JSON"),
         ("[1, 2]", "must map names of checkpoints"),
         ("{}", "must map names of checkpoints"),
-        ('{"step_100.safetensors": "much"}', "the share of `step_100.safetensors` is 'much'"),
+        ('{"step_100.safetensors": "much"}', "the coefficient of `step_100.safetensors` is 'much'"),
         ('{"step_100.safetensors": NaN}', "is nan, and must be a number"),
         ('{"step_100.safetensors": 0.7}', "sum to 0.7, and must sum to 1"),
         ('{"step_101.safetensors": 1}', "1 of 1 coefficients belong to no checkpoint"),
@@ -340,6 +340,6 @@ def test_responses_agree_with_the_shares_of_a_checkpoint_at_every_step() -> None
     """Nothing lies between such checkpoints: the shares are the responses' own weights, whatever is assumed."""
     steps = list(range(3, 40))
     for response in (Ema(0.1, 3, 39), Power(gamma_of(0.1), 3, 39), Uniform(3, 39)):
-        linear, hold = (step_shares(response, steps, between) for between in ("linear", "hold"))
+        linear, hold = (step_coefficients(response, steps, between) for between in ("linear", "hold"))
         assert linear == pytest.approx(hold, abs=1e-12)
         assert sum(linear) == pytest.approx(1, rel=1e-12)

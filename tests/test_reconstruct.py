@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import ckpt_ema
 from ckpt_ema.errors import CkptEmaError, MisuseError
-from ckpt_ema.profiles import step_shares
+from ckpt_ema.profiles import step_coefficients
 from ckpt_ema.responses import Ema, Impulse, Power, Response, Uniform, gamma_of, tail_at
 from ckpt_ema.solver import EVEN, Item, Variance, interpolated, solve
 from tests.conftest import Outcome
@@ -99,7 +99,7 @@ def test_students_alone_are_joined_by_straight_lines(gaps: list[int], momentum: 
     target = Ema(momentum, 0, steps[-1])
     [solution] = solve([Item(Impulse(step)) for step in steps], [target])
     # Shares that no float32 teacher shows are left out.
-    assert solution.coefficients == pytest.approx(step_shares(target, steps, "linear"), abs=2e-5)
+    assert solution.coefficients == pytest.approx(step_coefficients(target, steps, "linear"), abs=2e-5)
 
 
 def test_what_is_stored_is_found() -> None:
@@ -244,6 +244,35 @@ def test_measured_steps_help(walks: dict[str, tuple[Path, Walk]], tmp_path: Path
     assert walk.error(with_steps.output, 0.05, last) < walk.error(without.output, 0.05, last)
     assert any("measured while training" in note for note in with_steps.plan.notes)
     assert any("not recorded, so all count the same" in note for note in without.plan.notes)
+
+
+def test_what_the_online_teacher_stores_makes_another_teacher(tmp_path: Path) -> None:
+    """A real training loop: students, two tracks and the teacher's own snapshots, and any half-life out of these."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(300, 200, bias=False)
+    others = {half_life: ckpt_ema.MeanTeacher(model, half_life=half_life) for half_life in (40, 150)}
+    teacher = ckpt_ema.MeanTeacher(model, momentum=0.02, snapshots=ckpt_ema.Snapshots(tmp_path / "run", every=100))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    for step in range(1, 401):
+        optimizer.zero_grad()
+        (model(torch.randn(8, 300)) - torch.randn(8, 200)).square().mean().backward()
+        optimizer.step()
+        for each in (teacher, *others.values()):
+            each.update()
+        if step % 100 == 0:
+            save_file(model.state_dict(), tmp_path / "run" / f"step_{step}.safetensors")
+            teacher.save_snapshot(tmp_path / "run", step)
+    report = quiet(tmp_path / "run", tmp_path / "{half_life}.safetensors", half_life=[40, 150])
+    kinds = {item.name.rpartition("_step")[0] for item in report.plan.averages}
+    assert kinds == {"teacher", "teacher_power_0.05", "teacher_power_0.1"}
+    assert any("measured while training" in note for note in report.plan.notes)
+    for made, prediction, true in zip(report.plan.teachers, report.plan.predictions, others.values(), strict=True):
+        wanted = true.tensors()["weight"].double()
+        found = load_file(made.output)["weight"].double()
+        nearest = load_file(tmp_path / "run" / prediction.nearest)["weight"].double()
+        error = float((found - wanted).norm() / (nearest - wanted).norm())
+        assert error < 0.1
+        assert error == pytest.approx(prediction.error, rel=0.2)
 
 
 def test_rates_of_the_optimizer_say_how_steps_shrink(tmp_path: Path) -> None:

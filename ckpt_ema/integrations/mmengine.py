@@ -16,6 +16,7 @@ from mmengine.registry import HOOKS
 from ckpt_ema.errors import CkptEmaError, MisuseError
 from ckpt_ema.online.mean_teacher import MeanTeacher
 from ckpt_ema.online.settings import check_settings
+from ckpt_ema.online.snapshots import Snapshots
 
 STATE_KEY = "mean_teacher"
 
@@ -26,8 +27,9 @@ class MeanTeacherHook(Hook):
 
     The runner's model has a `student` and a `teacher`. At iteration 0 the teacher becomes a copy of the student, unless
     the checkpoint that was loaded brought a teacher of its own. The counters travel in the checkpoints. `skip_buffer`
-    and `skip_buffers` mean the same; further options are those of `ckpt_ema.MeanTeacher`. Raises MisuseError for
-    options that make no sense, and CkptEmaError for a model without the two.
+    and `skip_buffers` mean the same; further options are those of `ckpt_ema.MeanTeacher`, `snapshots` as a dict of
+    what `ckpt_ema.Snapshots` takes. Raises MisuseError for options that make no sense, and CkptEmaError for a model
+    without the two.
     """
 
     def __init__(
@@ -49,6 +51,8 @@ class MeanTeacherHook(Hook):
             "skip_buffers": True if given is None else given,
             **options,
         }
+        if isinstance(snapshots := options.get("snapshots"), dict):  # configurations hold no objects
+            self.options["snapshots"] = Snapshots(**snapshots)
         check_settings(**self.options)
         self.teacher: MeanTeacher | None = None
         self._loaded_state: dict[str, Any] | None = None

@@ -9,6 +9,7 @@ import contextlib
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,13 +17,15 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from ckpt_ema.errors import CkptEmaError, MisuseError
-from ckpt_ema.formats import read_contents
-from ckpt_ema.online.pairs import Pair, pairs_of, places_in, shadow_of, warn_of_stall
+from ckpt_ema.online.pairs import Pair, beside, check_fit, check_shape, pairs_of, places_in, shadow_of, warn_of_stall
 from ckpt_ema.online.rule import Rule, blocks_of, is_finite
 from ckpt_ema.online.settings import Arithmetic, OnNonfinite, ShadowDtype, check_settings
+from ckpt_ema.online.snapshots import Snapshots, SnapshotTracks
 from ckpt_ema.online.swap import SWAPPED, call_all, swap_in
-from ckpt_ema.online.teacher_file import OnlineRecord, write_teacher
+from ckpt_ema.online.teacher_file import OnlineRecord, check_replaceable, write_teacher
 from ckpt_ema.online.tracking import is_sharded, local_part, track, unwrap
+from ckpt_ema.response_records import response_record
+from ckpt_ema.responses import Ema
 
 STATE_VERSION = 1
 
@@ -53,6 +56,7 @@ class MeanTeacher:
         arithmetic: Arithmetic = "hook",
         on_nonfinite: OnNonfinite | None = None,
         keep_teacher: bool = False,
+        snapshots: Snapshots | None = None,
     ) -> None:
         """Follow `student`, bare or wrapped by DDP, FSDP2 or torch.compile.
 
@@ -67,6 +71,10 @@ class MeanTeacher:
         hook's. `on_nonfinite` says what an update does when the student holds a NaN or an infinity: "raise", "skip",
         or with None not look, which would take about half as long as the update and make the host wait for a GPU.
         `keep_teacher` starts from what the teacher module holds instead of a copy of the student.
+        `snapshots` follows further averages at every step, whatever the interval, and writes them to files of their
+        own, from which `ckpt-ema reconstruct` makes any other average later. Each costs a teacher's memory and one
+        update per step. The step in their files is `num_steps`, which is to be set where training goes on without a
+        state. With torch.distributed the first rank alone writes.
 
         Raises MisuseError for options that make no sense and CkptEmaError where the modules do not fit.
         """
@@ -78,9 +86,10 @@ class MeanTeacher:
             dtype=dtype,
             arithmetic=arithmetic,
             on_nonfinite=on_nonfinite,
+            snapshots=snapshots,
             stacklevel=2,
         )
-        self._rule = Rule(self._settings.momentum, lerp=arithmetic == "lerp")
+        self._rule = Rule(lerp=arithmetic == "lerp")
         self.num_steps = 0
         """Calls of `update` that came to their end."""
         self.num_updates = 0
@@ -90,6 +99,8 @@ class MeanTeacher:
         self._student = student
         self._tracking = track(student, skip_buffers=skip_buffers)
         self._start: Start | None = "teacher" if keep_teacher else None
+        # The step whose student was copied last, and num_updates then.
+        self._copied: tuple[int, int] | None = None
         self._is_swapped = False
         self._owns_tensors = teacher is None
         if teacher is not None:
@@ -105,6 +116,7 @@ class MeanTeacher:
                     f"`{pair.names[0]}` of the teacher is {pair.local.dtype}, in which torch has no arithmetic",
                     hint='pass dtype="float32", or make the teacher module float32',
                 )
+        self._tracks = None if snapshots is None else SnapshotTracks(snapshots, self._tracking, dtype, self._rule)
 
     @property
     def momentum(self) -> float:
@@ -135,38 +147,50 @@ class MeanTeacher:
     def update(self) -> bool:
         """Count one training step; at every `interval`-th one fold the student in. True when the teacher changed.
 
-        Call it after `optimizer.step()`. Raises CkptEmaError, the teacher and the counters unchanged, where the
-        student is not finite or has lost or gained parameters.
+        Snapshot tracks take one update each at every call, and are written where a file is due. Call it after
+        `optimizer.step()`. Raises CkptEmaError, the teacher, the tracks and the counters unchanged, where the student
+        is not finite or has lost or gained parameters; and, with the step counted, where a snapshot cannot be written.
         """
         self._refuse_swapped("update the teacher")
         step = self.num_steps + 1
-        if step % self.interval:
+        is_due = step % self.interval == 0
+        if not is_due and self._tracks is None:
             self.num_steps = step
             return False
         students, teachers = self._tensors()
-        if self._settings.on_nonfinite is not None and not self._all_ranks(is_finite(students)):
-            if self._settings.on_nonfinite == "raise":
-                raise self._not_finite(step)
-            self.num_steps = step
+        is_left_out = self._settings.on_nonfinite is not None and not self._all_ranks(is_finite(students))
+        if is_left_out and self._settings.on_nonfinite == "raise":
+            raise self._not_finite(step)
+        if is_due and is_left_out:
             self.num_skipped += 1
-            return False
+        elif is_due:
+            self._average(students, teachers, step)
+        self.num_steps = step
+        if self._tracks is not None:
+            if not is_left_out:
+                self._tracks.update(step)
+            self._tracks.write_due(step, self._record(step, {}))
+        return is_due and not is_left_out
+
+    def _average(self, students: list[torch.Tensor], teachers: list[torch.Tensor], step: int) -> None:
+        self.num_updates += 1
         if self._start is None:
             for teacher, student in zip(teachers, students, strict=True):
                 teacher.copy_(student)
-            self._start = "student"
+            self._start, self._copied = "student", (step, self.num_updates)
         else:
-            self._rule.average_all_(teachers, students)
-        self.num_steps = step
-        self.num_updates += 1
-        return True
+            self._rule.average_all_(teachers, students, self.momentum)
 
     @torch.no_grad()
     def copy_student(self) -> None:
-        """Make the teacher a copy of the student as it is now, from which the next update averages on."""
+        """Make the teacher a copy of the student as it is now, from which the next update averages on.
+
+        Snapshot tracks stay as they are.
+        """
         self._refuse_swapped("copy the student")
         for student, teacher in zip(*self._tensors(), strict=True):
             teacher.copy_(student)
-        self._start = "student"
+        self._start, self._copied = "student", (self.num_steps, self.num_updates)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
         """Update after every `optimizer.step()` from now on; `remove()` of what is returned ends that."""
@@ -219,7 +243,7 @@ class MeanTeacher:
         return {name: _like(pair.student.tensor, pair.local) for pair in self._pairs for name in pair.names}
 
     def state_dict(self) -> dict[str, Any]:
-        """Counters, configuration and, unless a teacher module keeps them, the teacher's tensors.
+        """Counters, configuration and, unless a teacher module keeps them, the teacher's tensors; snapshot tracks too.
 
         The tensors are the teacher's own: save them, or copy them, before the next update.
         """
@@ -228,11 +252,14 @@ class MeanTeacher:
         state: dict[str, Any] = {
             "version": STATE_VERSION,
             "start": self._start,
+            "copied": None if self._copied is None else list(self._copied),
             "skip_buffers": self.skip_buffers,
             **{name: getattr(self, name) for name in (*_COUNTERS, *_CONFIGURATION)},
         }
         if self._owns_tensors:
             state["tensors"] = {pair.names[0]: _like(pair.student.tensor, pair.local) for pair in self._pairs}
+        if self._tracks is not None:
+            state["snapshots"] = self._tracks.state_dict()
         return state
 
     @torch.no_grad()
@@ -240,7 +267,8 @@ class MeanTeacher:
         """Go on where `state_dict` was taken.
 
         Raises CkptEmaError with every name and shape that does not fit, nothing changed then; warns where momentum,
-        interval or arithmetic are others now, which hold from here on, and where the teacher's dtype is another.
+        interval or arithmetic are others now, which hold from here on, where the teacher's dtype is another, and where
+        snapshot tracks begin anew or end because the state or this MeanTeacher has none.
         """
         self._refuse_swapped("load a state")
         required = {"version", "start", "skip_buffers", *_COUNTERS, *_CONFIGURATION}
@@ -258,12 +286,15 @@ class MeanTeacher:
         stored: Mapping[str, torch.Tensor] = state.get("tensors", {})
         self._tracking.reshard()
         if self._owns_tensors:
-            _check_fit({pair.names[0]: pair.local for pair in self._pairs}, stored)
+            check_fit({pair.names[0]: pair.local for pair in self._pairs}, stored)
         elif stored:
             raise CkptEmaError(
                 "the state is that of a MeanTeacher without a teacher module, and here there is one",
                 hint="load it into MeanTeacher(student)",
             )
+        snapshots = state.get("snapshots")
+        if self._tracks is not None and snapshots is not None:
+            self._tracks.check_state(snapshots)
         counters = {name: int(state[name]) for name in _COUNTERS}
         for name in _CONFIGURATION:
             if state[name] != getattr(self, name):
@@ -279,8 +310,22 @@ class MeanTeacher:
             for pair in self._pairs:
                 pair.local.copy_(local_part(stored[pair.names[0]]))
         self._start = state["start"]
+        # A state of another momentum or interval is no average that a formula describes any more.
+        copied = state.get("copied")
+        is_alike = all(state[name] == getattr(self, name) for name in ("momentum", "interval"))
+        self._copied = (int(copied[0]), int(copied[1])) if copied is not None and is_alike else None
         for name, value in counters.items():
             setattr(self, name, value)
+        if self._tracks is None:
+            if snapshots is not None:
+                warnings.warn("the state has snapshot tracks, which end here: pass snapshots=", stacklevel=3)
+        elif snapshots is not None:
+            self._tracks.load_state_dict(snapshots)
+        else:
+            warnings.warn(
+                f"the state has no snapshot tracks: they begin anew behind step {self.num_steps}", stacklevel=3
+            )
+            self._tracks.start_anew()
 
     def save(self, path: str | os.PathLike[str], *, dtype: str = "student", overwrite: bool = True) -> Path:
         """Write the teacher as a safetensors file with all parameters and buffers of the student's state dict.
@@ -295,8 +340,8 @@ class MeanTeacher:
     def save_snapshot(self, run: str | os.PathLike[str], step: int) -> Path:
         """Write `RUN/teacher_step_STEP.safetensors`, in full precision, with how it was averaged in its metadata.
 
-        Beside the run's checkpoints it does not disturb a fold, which leaves averages of this tool out. `step` is a
-        whole number from 0.
+        Beside the run's checkpoints it does not disturb a fold, which leaves averages of this tool out; a
+        reconstruction takes it for what it is, where its response is known exactly. `step` is a whole number from 0.
         """
         if type(step) is not int or step < 0:
             raise MisuseError(f"step is {step!r}, and must be a whole number from 0", hint="pass the trainer's counter")
@@ -314,7 +359,7 @@ class MeanTeacher:
         for pair in self._pairs:
             for teacher, student in blocks_of(pair.local, pair.student.local):
                 moved = teacher.clone(memory_format=torch.contiguous_format)
-                self._rule.average_(moved, student.contiguous())
+                self._rule.average_(moved, student.contiguous(), self.momentum)
                 differs = teacher != student.to(teacher.dtype)
                 differing += int(differs.sum())
                 stalled += int((differs & (moved == teacher)).sum())
@@ -323,7 +368,7 @@ class MeanTeacher:
     @torch.no_grad()
     def _write(self, path: Path, step: int | None, *, dtype: str, overwrite: bool) -> Path:
         self._refuse_swapped("save the teacher")
-        _check_replaceable(path, overwrite=overwrite)
+        check_replaceable(path, overwrite=overwrite)
         if any(is_sharded(pair.student.tensor) for pair in self._pairs):
             raise CkptEmaError(
                 "the teacher is sharded over ranks, and no rank has all of it",
@@ -334,7 +379,15 @@ class MeanTeacher:
         # Looked for now: a buffer may have come since.
         tracking = track(self._student, skip_buffers=self.skip_buffers)
         copied = {name: slot.tensor for slot in tracking.copied for name in slot.names if name not in averaged}
-        record = OnlineRecord(
+        record = self._record(step, {name: tracking.reasons[name] for name in copied})
+        if step is not None:
+            response = self._response(step)
+            record = replace(record, more={"response": None if response is None else response_record(response)})
+        write_teacher(path, averaged, copied, record, dtype=dtype, overwrite=overwrite)
+        return path
+
+    def _record(self, step: int | None, reasons: Mapping[str, str]) -> OnlineRecord:
+        return OnlineRecord(
             momentum=self.momentum,
             interval=self.interval,
             skip_buffers=self.skip_buffers,
@@ -344,10 +397,19 @@ class MeanTeacher:
             num_updates=self.num_updates,
             num_skipped=self.num_skipped,
             step=step,
-            reasons={name: tracking.reasons[name] for name in copied},
+            reasons=reasons,
         )
-        write_teacher(path, averaged, copied, record, dtype=dtype, overwrite=overwrite)
-        return path
+
+    def _response(self, step: int) -> Ema | None:
+        """How the teacher depends on the student's path, where the step now is `step`; None unless that is exact."""
+        if self._copied is None or self._copied[0] % self.interval:
+            return None
+        num_steps, num_updates = self.num_steps - self._copied[0], self.num_updates - self._copied[1]
+        start = step - num_steps
+        if num_updates != num_steps // self.interval or start < 0:  # some were skipped, or somebody set num_steps
+            return None
+        # The steps behind the last update have no share in it.
+        return Ema(self.momentum, start, start + num_updates * self.interval, self.interval)
 
     def check_finite(self) -> None:
         """Raise CkptEmaError where the teacher holds a NaN or an infinity; waits for a GPU."""
@@ -364,17 +426,13 @@ class MeanTeacher:
         self._tracking.reshard()
         students, teachers = [], []
         for pair in self._pairs:
-            student, teacher = pair.student.local, pair.local
-            if teacher.device != student.device and isinstance(pair.teacher, torch.Tensor):
-                with torch.inference_mode(False):
-                    teacher = pair.teacher = pair.teacher.to(student.device)
-            if teacher.shape != student.shape:
-                raise CkptEmaError(
-                    f"`{pair.names[0]}` has shape {list(student.shape)}, the teacher's {list(teacher.shape)}",
-                    hint="make a new MeanTeacher after changing the model",
-                )
+            student = pair.student.local
+            if isinstance(pair.teacher, torch.Tensor):
+                pair.teacher = beside(pair.teacher, student, pair.names[0])
+            else:
+                check_shape(pair.teacher.local, student, pair.names[0])
             students.append(student)
-            teachers.append(teacher)
+            teachers.append(pair.local)
         return students, teachers
 
     def _all_ranks(self, holds: bool) -> bool:
@@ -400,35 +458,6 @@ class MeanTeacher:
                 f"cannot {what} while the teacher's numbers are swapped into a module",
                 hint="do it after the `with teacher.swapped_into(...)` block",
             )
-
-
-def _check_replaceable(path: Path, *, overwrite: bool) -> None:
-    if not path.exists():
-        return
-    if not overwrite:
-        raise CkptEmaError(f"`{path}` exists", hint="pass overwrite=True or another path")
-    with contextlib.suppress(CkptEmaError):
-        if read_contents(path).is_own_teacher:
-            return
-    raise CkptEmaError(
-        f"`{path}` is no teacher that ckpt-ema wrote, and is not replaced", hint="pass another path, or remove the file"
-    )
-
-
-def _check_fit(expected: Mapping[str, torch.Tensor], stored: Mapping[str, torch.Tensor]) -> None:
-    differences = [f"{name}: missing in the state" for name in expected if name not in stored]
-    differences += [f"{name}: missing in the student" for name in stored if name not in expected]
-    differences += [
-        f"{name}: shape {list(local_part(stored[name]).shape)} in the state, {list(tensor.shape)} in the student"
-        for name, tensor in expected.items()
-        if name in stored and local_part(stored[name]).shape != tensor.shape
-    ]
-    if differences:
-        raise CkptEmaError(
-            f"the teacher's state and the student differ in {len(differences)} tensors",
-            details=differences,
-            hint="load it for the model it was saved with, sharded the same way",
-        )
 
 
 def _like(student: torch.Tensor, local: torch.Tensor) -> torch.Tensor:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 
 import torch
 
 from ckpt_ema.errors import CkptEmaError
-from ckpt_ema.online.tracking import Slot, Tracking
+from ckpt_ema.online.tracking import Slot, Tracking, local_part
 
 
 class Pair:
@@ -101,12 +102,47 @@ def warn_of_stall(pairs: list[Pair], *, stacklevel: int) -> None:
         )
 
 
+def beside(shadow: torch.Tensor, student: torch.Tensor, name: str) -> torch.Tensor:
+    """A teacher's own tensor where the student's is by now; raises CkptEmaError where that has another shape."""
+    if shadow.device != student.device:
+        with torch.inference_mode(False):
+            shadow = shadow.to(student.device)
+    check_shape(shadow, student, name)
+    return shadow
+
+
+def check_shape(teacher: torch.Tensor, student: torch.Tensor, name: str) -> None:
+    """Raise CkptEmaError where a tensor of the student was replaced by one of another shape."""
+    if teacher.shape != student.shape:
+        raise CkptEmaError(
+            f"`{name}` has shape {list(student.shape)}, the teacher's {list(teacher.shape)}",
+            hint="make a new MeanTeacher after changing the model",
+        )
+
+
 def shadow_of(slot: Slot, dtype: str) -> torch.Tensor:
     """A copy of the student's tensor to start from, so that there is a teacher before the first update."""
     student = slot.local.detach()  # or the teacher would be part of the student's graph
     is_narrow = student.dtype.is_floating_point and student.itemsize < 4
     with torch.inference_mode(False):  # or no later update outside of it could change the copy
         return student.to(torch.float32 if is_narrow and dtype == "float32" else student.dtype, copy=True)
+
+
+def check_fit(expected: Mapping[str, torch.Tensor], stored: Mapping[str, torch.Tensor]) -> None:
+    """Raise CkptEmaError with every name and shape in which a stored state differs from what is expected."""
+    differences = [f"{name}: missing in the state" for name in expected if name not in stored]
+    differences += [f"{name}: missing in the student" for name in stored if name not in expected]
+    differences += [
+        f"{name}: shape {list(local_part(stored[name]).shape)} in the state, {list(tensor.shape)} in the student"
+        for name, tensor in expected.items()
+        if name in stored and local_part(stored[name]).shape != tensor.shape
+    ]
+    if differences:
+        raise CkptEmaError(
+            f"the teacher's state and the student differ in {len(differences)} tensors",
+            details=differences,
+            hint="load it for the model it was saved with, sharded the same way",
+        )
 
 
 def _share_memory(one: torch.Tensor, other: torch.Tensor) -> bool:

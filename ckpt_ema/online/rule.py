@@ -24,12 +24,11 @@ class Rule:
     converts on the way goes through one buffer of BLOCK_ELEMENTS: fresh memory costs as much as the update.
     """
 
-    def __init__(self, momentum: float, *, lerp: bool) -> None:
-        self._momentum = momentum
+    def __init__(self, *, lerp: bool) -> None:
         self._lerp = lerp
         self._scratch: dict[torch.dtype, torch.Tensor] = {}
 
-    def average_all_(self, teachers: Sequence[torch.Tensor], students: Sequence[torch.Tensor]) -> None:
+    def average_all_(self, teachers: Sequence[torch.Tensor], students: Sequence[torch.Tensor], momentum: float) -> None:
         """Fold every student's tensor into the teacher's of the same place, with few calls where torch has them."""
         alike: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
         for teacher, student in zip(teachers, students, strict=True):
@@ -37,30 +36,30 @@ class Rule:
                 alike[0].append(teacher)
                 alike[1].append(student)
             else:
-                self.average_(teacher, student)
+                self.average_(teacher, student, momentum)
         if not alike[0]:
             return
         if self._lerp:
-            torch._foreach_lerp_(*alike, weight=self._momentum)
+            torch._foreach_lerp_(*alike, weight=momentum)
         else:
-            torch._foreach_mul_(alike[0], 1 - self._momentum)
-            torch._foreach_add_(*alike, alpha=self._momentum)
+            torch._foreach_mul_(alike[0], 1 - momentum)
+            torch._foreach_add_(*alike, alpha=momentum)
 
-    def average_(self, teacher: torch.Tensor, student: torch.Tensor) -> None:
+    def average_(self, teacher: torch.Tensor, student: torch.Tensor, momentum: float) -> None:
         """Fold `student` in; both have one shape and are on one device."""
         if teacher.dtype is student.dtype:
-            self._average_alike_(teacher, student)
+            self._average_alike_(teacher, student, momentum)
         elif not self._lerp and (teacher.itemsize < student.itemsize or not _is_on_cpu(teacher)):
             # The hook's own calls: they compute in the wider dtype, and a GPU's kernels convert while they read.
-            teacher.mul_(1 - self._momentum).add_(student, alpha=self._momentum)
+            teacher.mul_(1 - momentum).add_(student, alpha=momentum)
         elif not _is_on_cpu(teacher):
-            teacher.lerp_(student.to(teacher.dtype), self._momentum)
+            teacher.lerp_(student.to(teacher.dtype), momentum)
         else:
             for part, student_part in blocks_of(teacher, student):
-                self._average_alike_(part, self._converted(student_part, part))
+                self._average_alike_(part, self._converted(student_part, part), momentum)
 
-    def _average_alike_(self, teacher: torch.Tensor, student: torch.Tensor) -> None:
-        keep, take = 1 - self._momentum, self._momentum
+    def _average_alike_(self, teacher: torch.Tensor, student: torch.Tensor, momentum: float) -> None:
+        keep, take = 1 - momentum, momentum
         if self._lerp:
             teacher.lerp_(student, take)
         elif not _is_on_cpu(teacher) or not (teacher.is_contiguous() and student.is_contiguous()):

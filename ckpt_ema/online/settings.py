@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ckpt_ema.errors import MisuseError
+from ckpt_ema.online.snapshots import Snapshots
 from ckpt_ema.profiles import check_momentum
 
 Arithmetic = Literal["hook", "lerp"]
@@ -27,6 +28,7 @@ class Settings:
     dtype: ShadowDtype
     arithmetic: Arithmetic
     on_nonfinite: OnNonfinite | None
+    snapshots: Snapshots | None = None
 
 
 def check_settings(
@@ -38,6 +40,7 @@ def check_settings(
     dtype: ShadowDtype = "float32",
     arithmetic: Arithmetic = "hook",
     on_nonfinite: OnNonfinite | None = None,
+    snapshots: Snapshots | None = None,
     stacklevel: int | None = None,
 ) -> Settings:
     """The settings, or MisuseError for those that make no sense.
@@ -63,6 +66,10 @@ def check_settings(
         # 1 - 0.5 ** (interval / half_life), exact for long half-lives too.
         momentum = -math.expm1(-math.log(2) * interval / half_life)
         check_momentum(momentum)
+    if snapshots is not None and not isinstance(snapshots, Snapshots):
+        raise MisuseError(
+            f"snapshots is {snapshots!r}, and must be a ckpt_ema.Snapshots", hint='pass snapshots=Snapshots("FOLDER")'
+        )
     return Settings(
         momentum=momentum,
         interval=interval,
@@ -70,6 +77,7 @@ def check_settings(
         dtype=_one_of("dtype", dtype, ("float32", "student")),
         arithmetic=_one_of("arithmetic", arithmetic, ("hook", "lerp")),
         on_nonfinite=_one_of("on_nonfinite", on_nonfinite, ("raise", "skip", None)),
+        snapshots=snapshots,
     )
 
 

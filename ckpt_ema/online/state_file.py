@@ -22,12 +22,13 @@ from ckpt_ema.online.teacher_file import dtype_of, write_tensors
 from ckpt_ema.records import RULE
 
 STATE_KEY = "ckpt_ema_state"
+SAMPLE_NAME = "increments:sample"
 
 
 def write_state(path: Path, state: dict[str, Any]) -> None:
     """Write what `MeanTeacher.state_dict()` returned; the file appears whole or not at all."""
-    rest = {key: value for key, value in state.items() if key != "tensors"}
-    tensors = {name: (tensor, dtype_of(name, tensor)) for name, tensor in state.get("tensors", {}).items()}
+    rest, found = _taken_apart(state)
+    tensors = {name: (tensor, dtype_of(name, tensor)) for name, tensor in found.items()}
     # Known as a teacher's, so that nobody folds it for a student.
     record = {
         "tool": "ckpt-ema",
@@ -60,4 +61,32 @@ def read_state(path: Path) -> dict[str, Any]:
             tensors[name] = flat.view(item.shape)
     finally:
         os.close(descriptor)
-    return {**state, "tensors": tensors}
+    return _put_together(state, tensors)
+
+
+def _taken_apart(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """What JSON can hold, and the tensors: the teacher's by their names, a track's with its name before them."""
+    rest = {key: value for key, value in state.items() if key != "tensors"}
+    tensors: dict[str, torch.Tensor] = dict(state.get("tensors", {}))
+    if "snapshots" in rest:
+        snapshots = rest["snapshots"]
+        tracks: dict[str, dict[str, torch.Tensor]] = snapshots["tracks"]
+        tensors.update((f"{track}:{name}", t) for track, each in tracks.items() for name, t in each.items())
+        tensors[SAMPLE_NAME] = snapshots["increments"]["sample"]
+        rest["snapshots"] = {
+            **snapshots,
+            "tracks": {track: list(each) for track, each in tracks.items()},
+            "increments": {key: value for key, value in snapshots["increments"].items() if key != "sample"},
+        }
+    return rest, tensors
+
+
+def _put_together(rest: dict[str, Any], tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    if "snapshots" in rest:
+        snapshots = rest["snapshots"]
+        snapshots["increments"]["sample"] = tensors.pop(SAMPLE_NAME)
+        snapshots["tracks"] = {
+            track: {name: tensors.pop(f"{track}:{name}") for name in names}
+            for track, names in snapshots["tracks"].items()
+        }
+    return {**rest, "tensors": tensors}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,6 +16,7 @@ from ckpt_ema._version import __version__
 from ckpt_ema.dtypes import BY_NAME, DType
 from ckpt_ema.engine.buffers import Buffer, torch_dtype
 from ckpt_ema.errors import CkptEmaError, MisuseError
+from ckpt_ema.formats import read_contents
 from ckpt_ema.formats.contents import PROVENANCE_KEY
 from ckpt_ema.online.rule import is_finite
 from ckpt_ema.records import RULE
@@ -27,7 +30,9 @@ BUFFER_BYTES = 8 << 20
 class OnlineRecord:
     """How an online teacher came about."""
 
-    momentum: float
+    momentum: float | None
+    """None where it changes from update to update."""
+
     interval: int
     skip_buffers: bool
     arithmetic: str
@@ -42,6 +47,9 @@ class OnlineRecord:
 
     reasons: Mapping[str, str]
     """Why each copied tensor is not averaged, by name."""
+
+    more: Mapping[str, Any] = field(default_factory=dict)
+    """Further entries, which JSON can hold."""
 
     def metadata(self) -> dict[str, str]:
         """`__metadata__` of the teacher's file: texts only."""
@@ -63,6 +71,7 @@ class OnlineRecord:
             "updates": self.num_updates,
             "skipped": self.num_skipped,
             "copied": {"tensors": len(self.reasons), "names": copied},
+            **self.more,
         }
         return {"format": "pt", PROVENANCE_KEY: json.dumps(record, ensure_ascii=False)}
 
@@ -120,6 +129,20 @@ def _write(file: TeacherFile, name: str, tensor: torch.Tensor, dtype: DType, beg
         if dtype.itemsize < tensor.itemsize and not is_finite([written]) and is_finite([part]):
             raise CkptEmaError(f"`{name}` overflows {dtype}", hint='pass dtype="float32"')
         file.write(buffer.bytes[: part.numel() * dtype.itemsize], begin + first * dtype.itemsize)
+
+
+def check_replaceable(path: Path, *, overwrite: bool) -> None:
+    """Raise CkptEmaError where something lies at `path` that a teacher must not replace."""
+    if not path.exists():
+        return
+    if not overwrite:
+        raise CkptEmaError(f"`{path}` exists", hint="pass overwrite=True or another path")
+    with contextlib.suppress(CkptEmaError):
+        if read_contents(path).is_own_teacher:
+            return
+    raise CkptEmaError(
+        f"`{path}` is no teacher that ckpt-ema wrote, and is not replaced", hint="pass another path, or remove the file"
+    )
 
 
 def dtype_of(name: str, tensor: torch.Tensor) -> DType:

@@ -15,7 +15,7 @@ from ckpt_ema.formats import read_contents
 from ckpt_ema.profiles import (
     Profile,
     Update,
-    checkpoint_shares,
+    checkpoint_coefficients,
     coefficients_of,
     ema_updates,
     step_updates,
@@ -25,7 +25,7 @@ from ckpt_ema.provenance import read_provenance
 from ckpt_ema.records import FoldOptions, Prediction
 from ckpt_ema.runs import Checkpoint
 
-SMALLEST_SHARE = 1e-12
+SMALLEST_COEFFICIENT = 1e-12
 """A student with less shows in no digit of a float32 teacher, and is not read."""
 
 SUM_TOLERANCE = 1e-6
@@ -77,7 +77,7 @@ def _checkpoint_updates(profile: Profile, count: int, options: FoldOptions) -> l
     if profile.kind == "ema":
         assert profile.momentum is not None
         return ema_updates(count, profile.momentum, has_initial_teacher=options.init is not None)
-    return updates_of(checkpoint_shares(profile.kind, count))
+    return updates_of(checkpoint_coefficients(profile.kind, count))
 
 
 def _every(checkpoints: Sequence[Checkpoint], options: FoldOptions) -> tuple[list[Checkpoint], list[tuple[str, str]]]:
@@ -119,19 +119,19 @@ def _per_step(checkpoints: Sequence[Checkpoint], options: FoldOptions) -> Weighe
 def _without_idle(
     checkpoints: Sequence[Checkpoint], updates: Sequence[list[Update]], *, num_leading: int
 ) -> tuple[list[Checkpoint], list[list[Update]], list[tuple[str, str]]]:
-    """Leave out the checkpoints that have no share to speak of in any teacher, and are never to be read."""
+    """Leave out the checkpoints whose coefficients are next to nothing in any teacher, and are never to be read."""
     all_shares = [coefficients_of(each) for each in updates]
     idle = [
         i
         for i in range(len(checkpoints))
-        if all(abs(shares[num_leading + i]) < SMALLEST_SHARE for shares in all_shares)
+        if all(abs(shares[num_leading + i]) < SMALLEST_COEFFICIENT for shares in all_shares)
     ]
     if not idle:
         return list(checkpoints), list(updates), []
     dropped = {num_leading + i for i in idle}
     remaining = [[share for i, share in enumerate(shares) if i not in dropped] for shares in all_shares]
     kept = [item for i, item in enumerate(checkpoints) if i not in set(idle)]
-    left_out = [(checkpoints[i].label, f"its share would be below {SMALLEST_SHARE:g}") for i in idle]
+    left_out = [(checkpoints[i].label, f"its coefficient would be below {SMALLEST_COEFFICIENT:g}") for i in idle]
     return kept, [updates_of(shares) for shares in remaining], left_out
 
 
@@ -201,7 +201,7 @@ def _by_hand(checkpoints: Sequence[Checkpoint], given: Any) -> Weighed:
 
 
 def read_coefficients(given: Any) -> dict[str, float]:
-    """Shares by the names of checkpoints, from a mapping or a JSON file of one; `plan --json` will do.
+    """Coefficients by the names of checkpoints, from a mapping or a JSON file of one; `plan --json` will do.
 
     Raises CkptEmaError where they are not numbers or do not sum to 1.
     """
@@ -221,10 +221,12 @@ def read_coefficients(given: Any) -> dict[str, float]:
         items = [item for item in table["checkpoints"] if isinstance(item, dict)]
         table = {item.get("name"): item.get("coefficient") for item in items}
     if not isinstance(table, dict) or not table:
-        raise CkptEmaError(f"{where} must map names of checkpoints to shares", hint='write {"step_100.pt": 0.5, ...}')
+        raise CkptEmaError(
+            f"{where} must map names of checkpoints to coefficients", hint='write {"step_100.pt": 0.5, ...}'
+        )
     for name, share in table.items():
         if isinstance(share, bool) or not isinstance(share, (int, float)) or not math.isfinite(share):
-            raise CkptEmaError(f"{where}: the share of `{name}` is {share!r}, and must be a number")
+            raise CkptEmaError(f"{where}: the coefficient of `{name}` is {share!r}, and must be a number")
     total = math.fsum(table.values())
     if abs(total - 1) > SUM_TOLERANCE:
         raise CkptEmaError(f"{where} sum to {total:g}, and must sum to 1", hint="divide each by their sum")

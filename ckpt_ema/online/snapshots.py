@@ -1,0 +1,308 @@
+"""Snapshot tracks: the student at every step in, averages of known response out, each file with what it depends on.
+
+From such files `ckpt-ema reconstruct` makes the average of any other momentum afterwards.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from ckpt_ema.errors import CkptEmaError, MisuseError
+from ckpt_ema.formats.safetensors import read_safetensors
+from ckpt_ema.online.increments import Increments
+from ckpt_ema.online.pairs import beside, check_fit, shadow_of
+from ckpt_ema.online.rule import Rule, is_finite
+from ckpt_ema.online.teacher_file import OnlineRecord, check_replaceable, write_teacher
+from ckpt_ema.online.tracking import Tracking, is_sharded
+from ckpt_ema.profiles import check_momentum
+from ckpt_ema.provenance import read_provenance
+from ckpt_ema.response_records import response_record
+from ckpt_ema.responses import Ema, Power, Response, gamma_of, momentum_of_half_life
+
+SNAPSHOT_DTYPES = ("float32", "student", "bfloat16", "float16")
+DEFAULT_SIGMA_REL = (0.05, 0.10)
+
+Numbers = float | Sequence[float]
+
+
+@dataclass(frozen=True, slots=True)
+class Track:
+    """One average that is followed beside the teacher, updated at every step."""
+
+    given: Literal["sigma_rel", "momentum", "half_life"]
+    """What says how wide it is."""
+
+    value: float
+
+    @property
+    def name(self) -> str:
+        """As in the names of its files: `power_0.05`, `ema_0.001`, `ema_hl500`."""
+        prefix = {"sigma_rel": "power_", "momentum": "ema_", "half_life": "ema_hl"}[self.given]
+        return prefix + repr(self.value).removesuffix(".0")
+
+    @property
+    def momentum(self) -> float | None:
+        """The student's share at each update; None for a power average, where it falls."""
+        if self.given == "sigma_rel":
+            return None
+        return self.value if self.given == "momentum" else momentum_of_half_life(self.value)
+
+    def momentum_at(self, update: int) -> float:
+        """The student's share at the `update`-th update, from 2 on: the first copies.
+
+        Of a power average 1 - (1 - 1/t)**(gamma + 1) (Karras et al. 2024, EDM2).
+        """
+        if self.momentum is not None:
+            return self.momentum
+        return -math.expm1((gamma_of(self.value) + 1) * math.log1p(-1 / update))
+
+    def response(self, start: int, end: int) -> Response:
+        """After step `end`, where step `start` was the last before its first update."""
+        if self.momentum is not None:
+            return Ema(self.momentum, start + 1, end)
+        return Power(gamma_of(self.value), start, end)
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshots:
+    """Which tracks a MeanTeacher follows beside the teacher, and how they are written."""
+
+    directory: str | os.PathLike[str]
+    """Where the files go; it is created with the MeanTeacher."""
+
+    every: int = 1000
+    """Steps from one file to the next."""
+
+    sigma_rel: Numbers | None = None
+    """Relative widths of power averages, 0 < sigma_rel < 12 ** -0.5; (0.05, 0.10) where nothing else is asked for."""
+
+    momentum: Numbers = ()
+    """Of exponential averages: the student's share at each step, 0 < momentum < 1."""
+
+    half_life: Numbers = ()
+    """Of exponential averages: steps after which a student's share has halved."""
+
+    dtype: str = "float32"
+    """Of the written tensors: `float32`, `student`, `bfloat16` or `float16`."""
+
+    keep: int | None = None
+    """Files of each track that stay, the newest ones; None for all."""
+
+    def __post_init__(self) -> None:
+        for name in ("every", "keep"):
+            value = getattr(self, name)
+            if not (value is None and name == "keep") and (type(value) is not int or value < 1):
+                raise MisuseError(f"{name} is {value!r}, and must be a whole number from 1", hint=f"pass {name}=1000")
+        if not isinstance(self.directory, (str, os.PathLike)) or not os.fspath(self.directory):
+            raise MisuseError(f"directory is {self.directory!r}", hint="pass the folder that the files shall go to")
+        if self.dtype not in SNAPSHOT_DTYPES:
+            raise MisuseError(
+                f"dtype is {self.dtype!r}", hint=f"pass one of {', '.join(map(repr, SNAPSHOT_DTYPES))} to Snapshots"
+            )
+        momentum, half_life = _numbers("momentum", self.momentum), _numbers("half_life", self.half_life)
+        default = () if momentum or half_life else DEFAULT_SIGMA_REL
+        sigma_rel = default if self.sigma_rel is None else _numbers("sigma_rel", self.sigma_rel)
+        for name, values in (("sigma_rel", sigma_rel), ("momentum", momentum), ("half_life", half_life)):
+            object.__setattr__(self, name, values)
+        _check_tracks(self.tracks)
+
+    @property
+    def tracks(self) -> tuple[Track, ...]:
+        """One for each width, momentum and half-life."""
+        return (
+            *(Track("sigma_rel", value) for value in _numbers("sigma_rel", self.sigma_rel)),
+            *(Track("momentum", value) for value in _numbers("momentum", self.momentum)),
+            *(Track("half_life", value) for value in _numbers("half_life", self.half_life)),
+        )
+
+
+class SnapshotTracks:
+    """The tracks of one student: their numbers, and what their files need to tell."""
+
+    def __init__(self, settings: Snapshots, tracking: Tracking, dtype: str, rule: Rule) -> None:
+        """Follow what `tracking` averages, in shadows of `dtype` as a MeanTeacher's; refuses sharded students."""
+        if any(is_sharded(slot.tensor) for slot in tracking.averaged):
+            raise MisuseError(
+                "snapshots of a sharded student cannot be written: no rank has all of it",
+                hint="leave `snapshots` away, and save the teacher's state_dict with torch.distributed.checkpoint",
+            )
+        self._settings = settings
+        self._directory = Path(settings.directory)
+        self._slots = tracking.averaged
+        self._rule = rule
+        self._shadows = {track: [shadow_of(slot, dtype) for slot in self._slots] for track in settings.tracks}
+        self._increments = Increments([slot.local for slot in self._slots], settings.every)
+        self._start = 0
+        self._num_updates = 0
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CkptEmaError(
+                f"cannot create the folder `{self._directory}`: {error.strerror}",
+                hint="pass another directory to Snapshots",
+            ) from error
+
+    def update(self, step: int) -> None:
+        """Fold the student after `step` into every track, one update for each; the first copies it."""
+        students = [slot.local for slot in self._slots]
+        if not self._num_updates:
+            self._start = step - 1
+        for track, shadows in self._shadows.items():
+            for number, (slot, student) in enumerate(zip(self._slots, students, strict=True)):
+                shadows[number] = beside(shadows[number], student, slot.name)
+            if self._num_updates:
+                self._rule.average_all_(shadows, students, track.momentum_at(self._num_updates + 1))
+            else:
+                for shadow, student in zip(shadows, students, strict=True):
+                    shadow.copy_(student)
+        self._num_updates += 1
+        self._increments.observe(step, students)
+
+    def write_due(self, step: int, record: OnlineRecord) -> None:
+        """Write every track where `step` asks for it; of several ranks, the first does.
+
+        `record` is the teacher's. Raises CkptEmaError where a track is not finite or a file cannot be written.
+        """
+        if step % self._settings.every or not self._num_updates or not _is_first_rank():
+            return
+        for track, shadows in self._shadows.items():
+            self._write(track, shadows, step, record)
+            self._remove_older(track, step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counters, increments, and every track's tensors by its name, all of them this object's own."""
+        return {
+            "start": self._start,
+            "num_updates": self._num_updates,
+            "increments": self._increments.state_dict(),
+            "tracks": {track.name: self._tensors(track) for track in self._shadows},
+        }
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Raise CkptEmaError where a state of other tracks or another student is to be loaded."""
+        if not {"start", "num_updates", "increments", "tracks"} <= state.keys():
+            raise CkptEmaError(
+                "a part of the snapshot tracks' state is missing", hint="pass what `MeanTeacher.state_dict()` returned"
+            )
+        stored = {f"{name}: {key}": tensor for name, each in state["tracks"].items() for key, tensor in each.items()}
+        check_fit(
+            {f"{track.name}: {key}": t for track in self._shadows for key, t in self._tensors(track).items()}, stored
+        )
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken."""
+        for track in self._shadows:
+            for name, tensor in self._tensors(track).items():
+                tensor.copy_(state["tracks"][track.name][name])
+        self._start, self._num_updates = int(state["start"]), int(state["num_updates"])
+        self._increments.load_state_dict(state["increments"])
+
+    def start_anew(self) -> None:
+        """Let the next update copy the student."""
+        self._num_updates = 0
+
+    def _tensors(self, track: Track) -> dict[str, torch.Tensor]:
+        return {slot.name: shadow for slot, shadow in zip(self._slots, self._shadows[track], strict=True)}
+
+    def _write(self, track: Track, shadows: list[torch.Tensor], step: int, record: OnlineRecord) -> None:
+        path = self._directory / f"teacher_{track.name}_step_{step}.safetensors"
+        check_replaceable(path, overwrite=True)
+        if not is_finite(shadows):
+            raise CkptEmaError(
+                f"the track {track.name} holds a NaN or an infinity at step {step}; nothing was written",
+                hint='go on from the last state that was saved, with on_nonfinite="raise"',
+            )
+        averaged = {
+            name: (shadow, slot.tensor)
+            for slot, shadow in zip(self._slots, shadows, strict=True)
+            for name in slot.names
+        }
+        write_teacher(path, averaged, {}, self._record(track, step, record), dtype=self._settings.dtype, overwrite=True)
+
+    def _record(self, track: Track, step: int, record: OnlineRecord) -> OnlineRecord:
+        increments, squared_norm = self._increments.read()
+        num_skipped = step - self._start - self._num_updates
+        # After a step that was left out the weights are no longer those of the formula.
+        response = None if num_skipped else response_record(track.response(self._start, step))
+        return replace(
+            record,
+            momentum=track.momentum,
+            interval=1,
+            start="student",
+            num_steps=step,
+            num_updates=self._num_updates,
+            num_skipped=num_skipped,
+            step=step,
+            reasons={},
+            more={
+                "track": track.name,
+                track.given: track.value,
+                "response": response and {**response, track.given: track.value},
+                "increments": increments,
+                "squared_norm": squared_norm,
+            },
+        )
+
+    def _remove_older(self, track: Track, step: int) -> None:
+        """Leave the newest files of the track up to this step; what was written just now is on disk by then."""
+        if self._settings.keep is None:
+            return
+        pattern = re.compile(rf"teacher_{re.escape(track.name)}_step_([1-9][0-9]*)\.safetensors")
+        matches = [(path, pattern.fullmatch(path.name)) for path in self._directory.iterdir()]
+        older = sorted(((int(match[1]), path) for path, match in matches if match), reverse=True)
+        own = [path for number, path in older if number < step and _is_own(path, track, number)]
+        for path in own[self._settings.keep - 1 :]:
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                warnings.warn(f"`{path}` cannot be removed: {error.strerror}", stacklevel=2)
+
+
+def _is_own(path: Path, track: Track, step: int) -> bool:
+    """Whether it is a file that was written for this track at this step, by what it says itself."""
+    try:
+        record = None if path.is_symlink() else read_provenance(read_safetensors(path).metadata)
+    except (CkptEmaError, OSError):
+        return False
+    return record is not None and (record.get("track"), record.get("step")) == (track.name, step)
+
+
+def _is_first_rank() -> bool:
+    distributed = torch.distributed
+    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
+
+
+def _numbers(name: str, given: Any) -> tuple[float, ...]:
+    """One number or several as a tuple; raises MisuseError for anything else."""
+    values = tuple(given) if isinstance(given, Iterable) and not isinstance(given, (str, bytes)) else (given,)
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise MisuseError(f"{name} is {given!r}, and must be a number or several", hint=f"pass {name}=(0.05, 0.1)")
+    return tuple(float(value) for value in values)
+
+
+def _check_tracks(tracks: Sequence[Track]) -> None:
+    if not tracks:
+        raise MisuseError("snapshots without a track", hint="pass sigma_rel, momentum or half_life")
+    for track in tracks:
+        if track.given == "half_life" and not 0 < track.value < math.inf:
+            raise MisuseError(f"half_life is {track.value}, and must be above 0 steps", hint="pass half_life=1000")
+        if track.momentum is None:
+            gamma_of(track.value)
+        else:
+            check_momentum(track.momentum)
+    alike = {(track.momentum, track.value if track.momentum is None else None) for track in tracks}
+    if len(alike) < len(tracks):
+        raise MisuseError(
+            f"two of the tracks are the same: {', '.join(track.name for track in tracks)}",
+            hint="leave one of them away",
+        )
