@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +9,7 @@ from ckpt_ema.formats import Contents
 
 MAX_ENTRIES = 1 << 16
 MAX_SAMPLES = 256
+MAX_RATE = 1e9
 
 
 def learning_rates_of(contents: Contents) -> tuple[tuple[int | None, float], ...]:
@@ -43,4 +43,4 @@ def _of_optimizers(tree: Any) -> Iterator[float]:
 
 
 def _is_rate(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < MAX_RATE

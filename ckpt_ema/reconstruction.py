@@ -171,7 +171,8 @@ def _number_pairs(given: Any) -> Iterator[tuple[int, float]]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+    # A float alone: JSON's whole numbers may be larger than any.
+    return isinstance(value, float) and 0 <= value < math.inf
 
 
 def _weigh(stored: Sequence[Stored], solutions: Sequence[Solution], copied: Stored) -> Weighed:

@@ -15,10 +15,12 @@ import argparse
 import functools
 import json
 import math
+import multiprocessing
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -452,8 +454,8 @@ class Row:
     run: str
     schedule: str
     cell: Cell
-    is_middle: bool
-    """Whether the gap is the middle one."""
+    gap: int
+    """The cell's, in units of the grid."""
 
     method: str
     outcome: Outcome
@@ -495,7 +497,7 @@ def print_table(title: str, head: Sequence[str], lines: Iterable[Sequence[str]])
 
 def print_goal_cells(rows: list[Row]) -> None:
     """One line per run: the cells with momentum * gap = 1 at the middle gap, and their means by schedule."""
-    goal = [row for row in rows if row.cell.is_goal and row.is_middle]
+    goal = [row for row in rows if row.cell.is_goal and row.gap == GOAL_GAP]
     lines = []
     for run in dict.fromkeys(row.run for row in goal):
         errors = {row.method: row.outcome.error for row in goal if row.run == run}
@@ -560,7 +562,7 @@ def describe_prediction(outcomes: list[Outcome]) -> str:
 
 def print_losses(rows: list[Row], losses: dict[str, dict[str, float]]) -> None:
     """One line per run: validation losses at momentum * gap = 1 and the middle gap."""
-    goal = [row for row in rows if row.cell.is_goal and row.is_middle]
+    goal = [row for row in rows if row.cell.is_goal and row.gap == GOAL_GAP]
     shown = {method: head for method, head in COLUMNS.items() if method != "hold"}
     lines = []
     for run in dict.fromkeys(row.run for row in goal):
@@ -604,36 +606,34 @@ def print_comparison(rows: list[Row]) -> dict[str, Any]:
 
 
 def draw(rows: list[Row], path: Path) -> None:
-    """Error against the gap in half-lives, the median over runs and gaps with the quartiles as a band."""
+    """Error against the gap in half-lives, a panel per gap: medians over the runs, with the quartiles as a band."""
     plt = start_plot()
     colours = ("#9aa5ad", "#b8b08d", "#6b6b6b", "#7a9cc6", "#44617b", "#e3a857", "#7fb285", "#a05a8c", "#c8553d")
-    picture, axis = plt.subplots(figsize=(9, 4.2), layout="constrained")
-    places = list(HALF_LIVES)
-    for (method, head), colour in zip(COLUMNS.items(), colours, strict=True):
-        errors = [
-            [row.outcome.error for row in rows if row.method == method and row.cell.half_lives == place]
-            for place in places
-        ]
-        quartiles = [statistics.quantiles(each, n=4, method="inclusive") for each in errors]
-        label = f"cumulative: {head}" if method.startswith("cumulative") else head
-        axis.fill_between(
-            places,
-            [low for low, _, _ in quartiles],
-            [high for _, _, high in quartiles],
-            color=colour,
-            alpha=0.12,
-            linewidth=0,
-        )
-        style = "o-" if method.startswith("cumulative") else "s--" if method.startswith("EDM2") else "^:"
-        axis.plot(places, [middle for _, middle, _ in quartiles], style, color=colour, markersize=4, label=label)
-    axis.axhline(1, color="black", linewidth=0.8)
-    axis.text(places[0], 1.1, "last student", fontsize=8, va="bottom")
-    axis.set(xscale="log", yscale="log", xlabel="gap between checkpoints, in half-lives of the EMA")
-    axis.set_ylabel("distance to the true EMA (last student = 1)")
-    axis.set_xticks(places, [f"{place:.2g}" for place in places])
-    axis.minorticks_off()
-    axis.spines[["top", "right"]].set_visible(False)
-    picture.legend(loc="outside right center", frameon=False, fontsize=8)
+    picture, axes = plt.subplots(1, len(GAPS), figsize=(9, 4.6), sharey=True, layout="constrained")
+    for axis, gap in zip(axes, GAPS, strict=True):
+        for (method, head), colour in zip(COLUMNS.items(), colours, strict=True):
+            found = [row for row in rows if row.method == method and row.gap == gap]
+            errors = [[row.outcome.error for row in found if row.cell.half_lives == place] for place in HALF_LIVES]
+            middles = [statistics.median(each) for each in errors]
+            is_ours = method.startswith("cumulative")
+            style = "o-" if is_ours else "s--" if method.startswith("EDM2") else "^:"
+            label = f"cumulative: {head}" if is_ours else head
+            axis.plot(HALF_LIVES, middles, style, color=colour, markersize=3.5, linewidth=1.3, label=label)
+            if len(found) > len(HALF_LIVES):
+                quartiles = [statistics.quantiles(each, n=4, method="inclusive") for each in errors]
+                low, high = [each[0] for each in quartiles], [each[2] for each in quartiles]
+                axis.fill_between(HALF_LIVES, low, high, color=colour, alpha=0.12, linewidth=0)
+        axis.axhline(1, color="black", linewidth=0.8)
+        axis.set(xscale="log", yscale="log", title=f"{GRID // gap} gaps in the run")
+        axis.title.set_fontsize(10)
+        axis.set_xticks(HALF_LIVES, [f"{place:.2g}" for place in HALF_LIVES])
+        axis.minorticks_off()
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].text(HALF_LIVES[0], 1.15, "last student", fontsize=8, va="bottom")
+    axes[0].set_ylabel("distance to the true EMA (last student = 1)")
+    axes[len(GAPS) // 2].set_xlabel("gap between checkpoints, in half-lives of the EMA")
+    handles, labels = axes[0].get_legend_handles_labels()
+    picture.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     picture.savefig(path, metadata={"Date": None})
 
@@ -641,33 +641,53 @@ def draw(rows: list[Row], path: Path) -> None:
 # --- the whole --------------------------------------------------------------------------------------------------------
 
 
-def run_all(names: list[str], num_steps: int) -> tuple[list[Row], dict[str, dict[str, float]]]:
-    """Train and reconstruct; the rows of every run, and per run the losses of its last student and its true EMAs."""
-    rows, losses = [], {}
-    for seed, name in enumerate(RUNS):
-        if name not in names:
-            continue
-        started = time.perf_counter()
-        task_name, optimizer, schedule = RUNS[name]
-        task = TASKS[task_name]()
-        steps = max(1, round(num_steps * task.length / GRID)) * GRID
-        recording = train(task, optimizer, schedule, steps, seed)
-        trained = time.perf_counter() - started
-        last_student = recording.files["student"][steps]
-        losses[name] = {"last student": validation_loss(task, recording.model, last_student)}
-        for cell, ema in zip(cells_of(steps), recording.emas, strict=True):
-            if cell.is_goal:
-                losses[name][f"true EMA, gap {cell.gap}"] = validation_loss(task, recording.model, ema)
-        for cell, outcomes in reconstruct(recording, schedule, task):
-            is_middle = cell.gap == steps // GRID * GOAL_GAP
-            rows += [Row(name, schedule, cell, is_middle, method, outcome) for method, outcome in outcomes.items()]
-        seconds = time.perf_counter() - started
-        print(
-            f"{name}: {steps} steps of {len(last_student)} parameters, {seconds:.0f} s ({trained:.0f} s training)",
-            file=sys.stderr,
-            flush=True,
-        )
-    return rows, losses
+@dataclass(frozen=True, slots=True)
+class Result:
+    """All of one run."""
+
+    rows: list[Row]
+    losses: dict[str, float]
+    """Validation losses of the last student and of the true EMAs."""
+
+    note: str
+    """How long it was and took, for people."""
+
+
+def run_one(name: str, num_steps: int) -> Result:
+    """Train one run and reconstruct its EMAs, in a thread: the bits do not depend on how many runs go on beside it."""
+    torch.set_num_threads(1)
+    started = time.perf_counter()
+    task_name, optimizer, schedule = RUNS[name]
+    task = TASKS[task_name]()
+    steps = max(1, round(num_steps * task.length / GRID)) * GRID
+    recording = train(task, optimizer, schedule, steps, seed=list(RUNS).index(name))
+    trained = time.perf_counter() - started
+    last_student = recording.files["student"][steps]
+    losses = {"last student": validation_loss(task, recording.model, last_student)}
+    for cell, ema in zip(cells_of(steps), recording.emas, strict=True):
+        if cell.is_goal:
+            losses[f"true EMA, gap {cell.gap}"] = validation_loss(task, recording.model, ema)
+    rows = [
+        Row(name, schedule, cell, cell.gap // (steps // GRID), method, outcome)
+        for cell, outcomes in reconstruct(recording, schedule, task)
+        for method, outcome in outcomes.items()
+    ]
+    seconds = time.perf_counter() - started
+    note = f"{name}: {steps} steps of {len(last_student)} parameters, {trained:.0f} s of training, {seconds:.0f} s"
+    return Result(rows, losses, note)
+
+
+def run_all(names: list[str], num_steps: int, jobs: int) -> tuple[list[Row], dict[str, dict[str, float]]]:
+    """Every run, `jobs` at a time in processes of their own; all rows, and the losses per run."""
+    # Spawned, not forked: torch's threads do not survive a fork.
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        # The longest come last in the table; they start first.
+        futures = {name: pool.submit(run_one, name, num_steps) for name in reversed(RUNS) if name in names}
+        for future in as_completed(futures.values()):
+            print(future.result().note, file=sys.stderr, flush=True)
+    results = {name: futures[name].result() for name in RUNS if name in names}
+    rows = [row for result in results.values() for row in result.rows]
+    return rows, {name: result.losses for name, result in results.items()}
 
 
 def main() -> None:
@@ -676,14 +696,14 @@ def main() -> None:
     parser.add_argument(
         "--only", nargs="+", choices=list(RUNS), default=list(RUNS), metavar="RUN", help=", ".join(RUNS)
     )
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each on one core")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     parser.add_argument("--plot", type=Path, help="also draw the errors here, as SVG (needs matplotlib)")
     arguments = parser.parse_args()
-    torch.set_num_threads(2)
     machine = describe_machine()
     print(machine, flush=True)
     started = time.perf_counter()
-    rows, losses = run_all(arguments.only, arguments.steps)
+    rows, losses = run_all(arguments.only, arguments.steps, arguments.jobs)
     print_goal_cells(rows)
     print_by_half_lives(rows)
     print_predictions(rows)
@@ -700,7 +720,7 @@ def main() -> None:
             "comparison": comparison,
             "rows": [asdict(row) for row in rows],
         }
-        arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
+        arguments.json.write_text(json.dumps(figures) + "\n")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -544,11 +546,40 @@ def test_interrupted_at_any_moment_a_swap_gives_all_back(dtype: torch.dtype) -> 
                 time.sleep(0.02)
             except KeyboardInterrupt:
                 num_interrupts += 1
+            assert torch.is_grad_enabled()
             assert torch.equal(student.weight, mine["weight"]), tick
             assert torch.equal(teacher.tensors()["weight"], theirs["weight"]), tick
     finally:
         signal.signal(signal.SIGALRM, handler)
     assert num_interrupts == 24
+
+
+def test_interrupted_between_any_two_lines_a_swap_is_ended() -> None:
+    """Signals at random moments of short swaps hit the lines around the exchange as often as the exchange."""
+    student = nn.Module()
+    student.weight = nn.Parameter(torch.randn(1 << 14).to(torch.bfloat16))
+    teacher = MeanTeacher(student, momentum=0.5)
+    for _ in range(2):
+        teacher.update()
+        with torch.no_grad():
+            student.weight.normal_()
+    mine, theirs = clones(student), {"weight": teacher.tensors()["weight"].clone()}
+    handler = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    generator = random.Random(0)
+    try:
+        for _ in range(1500):
+            with contextlib.suppress(KeyboardInterrupt):
+                signal.setitimer(signal.ITIMER_REAL, generator.uniform(2e-5, 4e-4))
+                with teacher.swapped_into():
+                    pass
+                with teacher.swapped_into():
+                    pass
+                time.sleep(0.01)
+            assert torch.is_grad_enabled()
+            assert torch.equal(student.weight, mine["weight"])
+            assert torch.equal(teacher.tensors()["weight"], theirs["weight"])
+    finally:
+        signal.signal(signal.SIGALRM, handler)
 
 
 def test_another_teacher_does_not_learn_from_swapped_numbers(student: Student) -> None:

@@ -40,6 +40,7 @@ class MeanTeacherCallback(Callback):
         self._take_loaded(pl_module)
         if self.teacher is None:
             self.teacher = MeanTeacher(pl_module, **self.options)
+            self.teacher.num_steps = trainer.global_step
         self._last_step = trainer.global_step
 
     def _take_loaded(self, pl_module: Any) -> None:

@@ -66,6 +66,7 @@ class MeanTeacherCallback(TrainerCallback):
                 " training resumes from another folder, pass MeanTeacherCallback(resume_from=...)",
                 stacklevel=2,
             )
+            self.teacher.num_steps = state.global_step
             return
         stored = read_state(path)
         if stored.get(STUDENT_KEY) != _checksum(model):

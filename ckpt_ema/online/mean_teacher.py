@@ -23,7 +23,7 @@ from ckpt_ema.online.settings import Arithmetic, OnNonfinite, ShadowDtype, check
 from ckpt_ema.online.snapshots import Snapshots, SnapshotTracks
 from ckpt_ema.online.swap import SWAPPED, call_all, swap_in
 from ckpt_ema.online.teacher_file import OnlineRecord, check_replaceable, write_teacher
-from ckpt_ema.online.tracking import is_sharded, local_part, track, unwrap
+from ckpt_ema.online.tracking import Tracking, is_sharded, local_part, track, unwrap
 from ckpt_ema.response_records import response_record
 from ckpt_ema.responses import Ema
 
@@ -216,21 +216,31 @@ class MeanTeacher:
         places = places_in(tracking, self._pairs)
         root = unwrap(target)
         undo: list[Callable[[], object]] = []
-        self._is_swapped = True
-        SWAPPED.add(root)
         try:
-            with torch.no_grad():
-                for place, pair, is_first in places:
-                    swap_in(place.local, pair.local, undo, exchanges=is_first)
+            self._is_swapped = True
+            SWAPPED.add(root)
+            # Detached, not under torch.no_grad: an interrupt on the way into or out of that would leave training
+            # without gradients.
+            for place, pair, is_first in places:
+                swap_in(place.local.detach(), pair.local.detach(), undo, exchanges=is_first)
             yield target
         finally:
-            with torch.no_grad():
-                tracking.reshard()
-                failure = call_all(undo)
-            SWAPPED.discard(root)
-            self._is_swapped = False
+            try:
+                failure = self._take_back(root, tracking, undo)
+            except BaseException as error:  # Ctrl-C between two of its lines: what is left is done now
+                failure = self._take_back(root, tracking, undo) or error
             if failure is not None:
                 raise failure
+
+    def _take_back(
+        self, root: torch.nn.Module, tracking: Tracking, undo: list[Callable[[], object]]
+    ) -> BaseException | None:
+        """End a swap; called once more, it goes on where it was interrupted. What was raised meanwhile comes back."""
+        tracking.reshard()
+        failure = call_all(undo)
+        SWAPPED.discard(root)
+        self._is_swapped = False
+        return failure
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The teacher's averaged tensors by name, tied ones under each of their names.
