@@ -52,7 +52,11 @@ def plan_reconstruct(
     """Plan the one pass that makes every wanted teacher; raises CkptEmaError where the run's steps are not known."""
     found = find_run(run, wanted, (EDM2_GLOB, *wanted.averages))
     steps, notes = training_steps(found.checkpoints, wanted) if found.checkpoints else ([], [])
-    stored = [*_snapshots(found), *_declared(found, wanted), *_students(found, steps)]
+    stored = [
+        *sorted(_snapshots(found), key=lambda each: (each.response.end, each.label)),
+        *_declared(found, wanted),
+        *_students(found, steps),
+    ]
     variance = _variance(stored, found.checkpoints, steps)
     start, last = min(each.response.start for each in stored), max(each.response.end for each in stored)
     end = _end_of_target(stored, wanted.at, start, last)

@@ -26,7 +26,7 @@ def plan_text(plan: FoldPlan, *, verbose: bool = False) -> str:
 def _plan_lines(plan: FoldPlan, verbose: bool) -> Iterator[str]:
     options = plan.options
     yield (
-        f"{_count(len(plan.checkpoints), 'checkpoint')} of {plan.directory}, {_profiles(plan)}"
+        f"{_inputs(plan)} of {plan.directory}, {_profiles(plan)}"
         f"{f', interval {options.interval}' if options.interval > 1 else ''}"
     )
     yield ""
@@ -57,6 +57,11 @@ def _plan_lines(plan: FoldPlan, verbose: bool) -> Iterator[str]:
             yield f"  {tensor.name}  {dtype} {list(tensor.shape)}  {treatment}"
 
 
+def _inputs(plan: FoldPlan) -> str:
+    snapshots = f" and {_count(len(plan.averages), 'snapshot')}" if plan.predictions and plan.averages else ""
+    return _count(len(plan.checkpoints), "checkpoint") + snapshots
+
+
 def predictions_text(plan: FoldPlan) -> str:
     """How near each reconstructed teacher is expected to come, for before anything is read."""
     return "\n".join(_prediction_lines(plan))
@@ -64,10 +69,14 @@ def predictions_text(plan: FoldPlan) -> str:
 
 def _prediction_lines(plan: FoldPlan) -> Iterator[str]:
     for number, (teacher, prediction) in enumerate(zip(plan.teachers, plan.predictions, strict=False)):
-        files = sum(item.coefficients[number] != 0 for item in plan.inputs)
+        used = sorted(
+            (item for item in plan.inputs if item.coefficients[number]),
+            key=lambda item: -abs(item.coefficients[number]),
+        )
+        most = ", ".join(f"{item.name} {item.coefficients[number]:.2g}" for item in used[:2])
         yield (
-            f"expected  {teacher.profile.title}: {prediction.error:.2g} of the distance from {prediction.nearest}, by"
-            f" {_count(files, 'file')} with coefficients of {prediction.amplification:.2f} in all"
+            f"expected  {teacher.profile.title}: error {prediction.error:.2g} ({prediction.nearest} as it is: 1);"
+            f" {_count(len(used), 'file')}, most {most}; sum of |coefficient| {prediction.amplification:.2f}"
         )
 
 
@@ -132,13 +141,12 @@ def summary_text(report: FoldReport, *, verbose: bool = False) -> str:
     plan = report.plan
     first = plan.inputs[0].name
     lines = [
-        f"folded {_count(len(plan.checkpoints), 'checkpoint')} into {', '.join(plan.output_names)}",
+        f"folded {_inputs(plan)} into {', '.join(plan.output_names)}",
         f"  {_count(plan.num_averaged, 'tensor')} averaged, {plan.num_copied} copied from {plan.checkpoints[-1].name}",
         f"  {format_size(plan.bytes_to_read)} in {report.seconds:.2f} s on {_device(report, verbose)},"
         f" {report.gigabytes_per_second:.2f} GB/s",
         f"  {', '.join(f'{name} {share:.0%}' for name, share in report.timings.shares().items())}",
     ]
-    lines += [f"  {line}" for line in _prediction_lines(plan)]
     newest = plan.checkpoints[-1]
     for teacher, share in zip(plan.teachers, newest.coefficients, strict=True):
         if len(teacher.updates) > 1 and not plan.predictions:

@@ -1,7 +1,8 @@
 """Trains a classifier on scikit-learn's digits with the mean-teacher rule beside it, then folds its checkpoints.
 
 The rule works every 25 steps on the student, a checkpoint is saved every 25 steps: the folded teacher must be the
-online teacher, bit for bit.
+online teacher, bit for bit. Another teacher follows every step; of that the folds know no more than five checkpoints,
+and two snapshot tracks beside them.
 """
 
 from __future__ import annotations
@@ -17,9 +18,15 @@ from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 from torch import nn
 
+from ckpt_ema import MeanTeacher, Snapshots
+
 RUN = Path("runs/digits")
 MOMENTUM = 0.1
 INTERVAL = 25
+
+SPARSE_RUN = Path("runs/sparse")
+STEP_MOMENTUM = 0.01
+SPARSE_INTERVAL = 200
 NUM_STEPS = 1000
 LEARNING_RATE = 0.1
 
@@ -38,6 +45,22 @@ def largest_difference(model: nn.Module, other: nn.Module) -> float:
     return max((a - b).abs().max().item() for a, b in pairs)
 
 
+def distance(model: nn.Module, other: nn.Module) -> float:
+    pairs = zip(model.parameters(), other.parameters(), strict=True)
+    return sum((a - b).double().square().sum().item() for a, b in pairs) ** 0.5
+
+
+def run_command(command: str, run: Path, *options: object) -> nn.Module:
+    """The model that `ckpt-ema COMMAND RUN OPTIONS` writes; shows the command as it is typed."""
+    words = [command, str(run), *map(str, options)]
+    print(f"$ ckpt-ema {' '.join(words)}", flush=True)
+    done = subprocess.run([sys.executable, "-m", "ckpt_ema", *words], stdout=subprocess.PIPE, text=True, check=True)
+    print(done.stdout, flush=True)
+    model = make_student()
+    model.load_state_dict(load_file(done.stdout.strip()))
+    return model
+
+
 def main() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)
@@ -52,35 +75,32 @@ def main() -> None:
     student = make_student()
     teacher = copy.deepcopy(student)
     optimizer = torch.optim.SGD(student.parameters(), lr=LEARNING_RATE)
-    shutil.rmtree(RUN, ignore_errors=True)
-    RUN.mkdir(parents=True)
+    for run in (RUN, SPARSE_RUN):
+        shutil.rmtree(run, ignore_errors=True)
+        run.mkdir(parents=True)
+    snapshots = Snapshots(SPARSE_RUN, every=SPARSE_INTERVAL)
+    step_teacher = MeanTeacher(student, momentum=STEP_MOMENTUM, snapshots=snapshots)
 
-    def save(step: int) -> None:
-        torch.save({"state_dict": student.state_dict(), "global_step": step}, RUN / f"step_{step}.pt")
+    def save(step: int, run: Path) -> None:
+        torch.save({"state_dict": student.state_dict(), "global_step": step}, run / f"step_{step}.pt")
 
-    save(0)
+    save(0, RUN)
     for step in range(1, NUM_STEPS + 1):
         batch = train[torch.randint(len(train), (8,))]
         loss = nn.functional.cross_entropy(student(images[batch]), noisy[batch])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        step_teacher.update()
+        if step % SPARSE_INTERVAL == 0:
+            save(step, SPARSE_RUN)
         if step % INTERVAL == 0:
             with torch.no_grad():
                 for old, new in zip(teacher.parameters(), student.parameters(), strict=True):
                     old.mul_(1 - MOMENTUM).add_(new, alpha=MOMENTUM)
-            save(step)
+            save(step, RUN)
 
-    command = ["ckpt-ema", "fold", str(RUN), "--momentum", str(MOMENTUM)]
-    print(f"$ {' '.join(command)}")
-    sys.stdout.flush()
-    done = subprocess.run(
-        [sys.executable, "-m", "ckpt_ema", *command[1:]], stdout=subprocess.PIPE, text=True, check=True
-    )
-    print(done.stdout, flush=True)
-    folded = make_student()
-    folded.load_state_dict(load_file(done.stdout.strip()))
-
+    folded = run_command("fold", RUN, "--momentum", MOMENTUM)
     print(f"{'':16}{'test accuracy':>14}   largest difference to the online teacher")
     for name, model in (("last student", student), ("online teacher", teacher), ("folded teacher", folded)):
         difference = largest_difference(model, teacher)
@@ -88,6 +108,23 @@ def main() -> None:
         print(f"{name:16}{accuracy(model, images[test], labels[test]):>13.1%}    {note}")
     if largest_difference(folded, teacher) != 0:
         sys.exit("the folded teacher is not the online teacher")
+
+    print(f"\nA teacher of every step, from checkpoints {SPARSE_INTERVAL} steps apart:\n")
+    online = make_student()
+    online.load_state_dict(step_teacher.tensors())
+    near = SPARSE_RUN / "near.safetensors"
+    models = {
+        "last student": student,
+        "online teacher": online,
+        "fold, per checkpoint": run_command("fold", SPARSE_RUN, "--momentum", STEP_MOMENTUM),
+        "fold, per step": run_command("fold", SPARSE_RUN, "--momentum", STEP_MOMENTUM, "--per", "step", "--overwrite"),
+        "reconstructed": run_command("reconstruct", SPARSE_RUN, "--momentum", STEP_MOMENTUM, "-o", near),
+    }
+    whole = distance(student, online)
+    print(f"{'':21}{'test accuracy':>14}   distance to the online teacher (last student: 1)")
+    for name, model in models.items():
+        note = "0" if model is online else f"{distance(model, online) / whole:.2g}"
+        print(f"{name:21}{accuracy(model, images[test], labels[test]):>13.1%}    {note}")
 
 
 if __name__ == "__main__":

@@ -333,10 +333,10 @@ def test_the_command_says_what_to_expect(walks: dict[str, tuple[Path, Walk]], tm
     run, _ = walks["even"]
     outcome = cli("reconstruct", run, "--half-life", 50, "-o", "t.safetensors")
     assert (outcome.code, outcome.stdout) == (0, "t.safetensors\n")
-    expected = r"^expected +half-life 50: (\S+) of the distance from step_300.safetensors, by \d+ files with"
+    expected = r"^expected +half-life 50: error (\S+) \(step_300.safetensors as it is: 1\); \d+ files, most \S+ -?\d"
     assert len(re.findall(expected, outcome.stderr, re.MULTILINE)) == 1
     plan = cli("reconstruct", run, "--half-life", 50, "--plan")
-    assert plan.stdout.startswith("5 checkpoints of")
+    assert plan.stdout.startswith("5 checkpoints and 8 snapshots of")
     assert re.search(r"^teacher_power_0.05_step_400.safetensors +400 +-?0\.\d+", plan.stdout, re.MULTILINE)
     record = json.loads(cli("reconstruct", run, "--half-life", 50, "--plan", "--json").stdout)
     shares = [item["coefficients"][0] for item in record["averages"]]
@@ -431,7 +431,7 @@ def test_ema_pytorchs_checkpoints_are_read(tmp_path: Path, cli: Cli) -> None:
     error = float((found - true).norm())
     # Every fourth step, taken for a smooth power: that much is not in the prediction.
     assert error < 0.06 * nearest
-    expected = re.search(r"power 0.26: (\S+) of the distance", outcome.stderr)
+    expected = re.search(r"power 0.26: error (\S+) ", outcome.stderr)
     assert expected is not None
     assert float(expected[1]) < 0.06
 
