@@ -605,6 +605,21 @@ def print_comparison(rows: list[Row]) -> dict[str, Any]:
     return comparison
 
 
+def print_solving() -> float:
+    """Seconds that the coefficients of a long run take: a million steps, 201 students, 200 snapshots; best of three."""
+    steps = range(0, 1_000_001, 5000)
+    items = [Item(Impulse(step), FLOAT32) for step in steps]
+    items += [Item(Power(gamma_of(0.1), 0, step), FLOAT32) for step in steps[1:]]
+    target = Ema(1e-4, 0, steps[-1])
+    seconds = math.inf
+    for _ in range(3):
+        started = time.perf_counter()
+        solve(items, [target])
+        seconds = min(seconds, time.perf_counter() - started)
+    print(f"\nsolving for the coefficients of {len(items)} files over {steps[-1]:,} steps: {seconds:.2f} s")
+    return seconds
+
+
 def draw(rows: list[Row], path: Path) -> None:
     """Error against the gap in half-lives, a panel per gap: medians over the runs, with the quartiles as a band."""
     plt = start_plot()
@@ -709,6 +724,7 @@ def main() -> None:
     print_predictions(rows)
     print_losses(rows, losses)
     comparison = print_comparison(rows)
+    solving = print_solving()
     if arguments.plot:
         draw(rows, arguments.plot)
     if arguments.json:
@@ -717,6 +733,7 @@ def main() -> None:
             "steps": arguments.steps,
             "seconds": time.perf_counter() - started,
             "losses": losses,
+            "solving": solving,
             "comparison": comparison,
             "rows": [asdict(row) for row in rows],
         }
