@@ -79,10 +79,12 @@ class Profile:
     def response(self, start: int, end: int, interval: int = 1) -> Response:
         """How the teacher depends on the path from step `start` to step `end`; not for what counts checkpoints."""
         if self.kind == "ema":
-            return Ema(self.momentum_over(interval), start, end, interval)
+            last_update = end - (end - start) % interval
+            return Ema(self.momentum_over(interval), start, last_update, interval)
         if self.kind == "power":
             assert self.sigma_rel is not None
-            return Power(gamma_of(self.sigma_rel), start, end)
+            # Its width is relative to the whole of training, whatever of that is stored.
+            return Power(gamma_of(self.sigma_rel), 0, end)
         assert self.kind == "uniform"
         return Uniform(start, end)
 

@@ -63,7 +63,7 @@ class Impulse:
 class Ema:
     """A copy of the student after step `start`, then `teacher = (1 - momentum) * teacher + momentum * student`.
 
-    Once every `interval` steps, up to `end`.
+    Once every `interval` steps, up to `end`, which is the step of the last update.
     """
 
     momentum: float
@@ -74,14 +74,12 @@ class Ema:
     def inner_tail(self, step: Any) -> Any:
         """1 - (1 - momentum) ** (updates from `step` on).
 
-        With an interval these come in jumps; here they are spread evenly between.
+        With an interval these come in jumps; here they are spread evenly between, with the same mean over each.
         """
-        updates = self.num_updates(self.end) - (step - self.start) / self.interval + (1 + 1 / self.interval) / 2
-        return 1 - (1 - self.momentum) ** updates
-
-    def num_updates(self, step: int) -> int:
-        """Averaging updates from the start up to `step`."""
-        return (step - self.start) // self.interval
+        updates = (self.end - step) / self.interval + (1 + 1 / self.interval) / 2
+        half = -math.log1p(-self.momentum) / 2
+        mean = math.sinh(half) / (self.interval * math.sinh(half / self.interval)) if self.interval > 1 else 1.0
+        return 1 - (1 - self.momentum) ** updates / mean
 
     def scaled(self, unit: int) -> Ema:
         """In units of `unit` steps."""

@@ -28,6 +28,11 @@ EXTRA_ERROR = 1.001
 NOTHING = 1e-24
 """A square below is rounding; the whole path's is 1."""
 
+MAX_JUMPS = 400
+"""An average with an interval that jumps no more often is taken jump by jump, else as falling smoothly."""
+
+ROWS_AT_ONCE = 1 << 14
+
 FLOOR = 1e-12
 """Of v, relative to its mean: a step whose student does not move must not make the problem singular."""
 
@@ -38,7 +43,7 @@ class Item:
 
     response: Response
     rounding: float = 0.0
-    """Relative size of the rounding error of its numbers: 2**-24 for float32, 2**-9 for bfloat16."""
+    """Largest relative rounding error of its numbers: 2**-24 for float32, 2**-8 for bfloat16."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,11 +106,15 @@ def solve(items: Sequence[Item], targets: Sequence[Response], variance: Variance
 
 
 def _common_unit(responses: Sequence[Response]) -> int:
-    """The number of steps that may count as one: where all is a multiple of the updates' interval, nothing is lost."""
-    if not any(isinstance(each, Ema) and each.interval > 1 for each in responses):
+    """The number of steps that may count as one without losing anything.
+
+    More than 1 only where all is a multiple of it, and no average moves in between.
+    """
+    averages = [each for each in responses if not isinstance(each, Impulse)]
+    intervals = [each.interval for each in averages if isinstance(each, Ema)]
+    if not intervals or len(intervals) < len(averages):
         return 1
-    known = [step for each in responses for step in (each.start, each.end)]
-    return max(1, math.gcd(*known, *(each.interval for each in responses if isinstance(each, Ema))))
+    return max(1, math.gcd(*(step for each in responses for step in (each.start, each.end)), *intervals))
 
 
 class _Problem:
@@ -114,7 +123,7 @@ class _Problem:
     def __init__(self, items: Sequence[Item], targets: Sequence[Response], variance: Variance, unit: int) -> None:
         stored = [item.response.scaled(unit) for item in items]
         wanted = [target.scaled(unit) for target in targets]
-        borders = sorted({step for each in (*stored, *wanted) for step in (each.start, each.end)})
+        borders = sorted({step for each in (*stored, *wanted) for step in (each.start, each.end, *_jump_steps(each))})
         nodes = [
             (node, weight, begin, end)
             for begin, end in itertools.pairwise(borders)
@@ -135,11 +144,16 @@ class _Problem:
         total = float((values * weights).sum()) or 1.0
         tails = [_tails(each, steps, begins, ends) for each in stored]
         tails += [_tails(each, steps, begins, ends) for each in wanted]
-        columns = torch.stack(tails, dim=1) * (values * weights / total).sqrt()[:, None]
-        # Rows need not be kept: a rotation makes a triangle of them. Squaring the matrix, as normal equations do, would
-        # square its condition.
-        triangle = torch.linalg.qr(columns, mode="r")[1]
+        scales = (values * weights / total).sqrt()[:, None]
+        # Rows need not be kept: a rotation makes a triangle of them, some at a time. Squaring the matrix, as normal
+        # equations do, would square its condition.
+        triangle = torch.zeros(0, len(tails), dtype=torch.float64)
+        for begin in range(0, len(scales), ROWS_AT_ONCE):
+            rows = slice(begin, begin + ROWS_AT_ONCE)
+            part = torch.stack([tail[rows] for tail in tails], dim=1) * scales[rows]
+            triangle = torch.linalg.qr(torch.cat([triangle, part]), mode="r")[1]
         self._matrix, self._wanted = triangle[:, : len(items)], triangle[:, len(items) :]
+        self._jumps = [float((_jumps(each, steps, begins, ends) * values * weights).sum()) / total for each in wanted]
         # Without a measure of the student's size: as large as the way it has come, as from a small start.
         size = 1.0 if variance.squared_norm is None else variance.squared_norm / (total * unit)
         self._penalties = torch.tensor([item.rounding for item in items], dtype=torch.float64) * math.sqrt(size / 3)
@@ -151,7 +165,7 @@ class _Problem:
         pool = self._students or range(len(singles))
         nearest = min(pool, key=lambda i: float(singles[i]))
         reference = float(singles[nearest])
-        if reference <= NOTHING:
+        if reference <= NOTHING + float(self._penalties[nearest].square()):
             alone = [0.0] * len(singles)
             alone[nearest] = 1.0
             return Solution(tuple(alone), 0.0, nearest)
@@ -168,7 +182,8 @@ class _Problem:
                 break
         if best > reference:
             coefficients, best = [float(i == nearest) for i in everything], reference
-        return Solution(tuple(coefficients), math.sqrt(best / reference), nearest)
+        jumps = self._jumps[number]
+        return Solution(tuple(coefficients), math.sqrt((best + jumps) / (reference + jumps)), nearest)
 
     def _fit(self, kept: Sequence[int], wanted: torch.Tensor) -> tuple[list[float], float]:
         """Coefficients of the items `kept`, 0 elsewhere, and the expected square that they leave."""
@@ -184,18 +199,46 @@ class _Problem:
         right = torch.cat([target, torch.zeros(len(others), dtype=torch.float64), -self._penalties[last : last + 1]])
         found = torch.zeros(0, dtype=torch.float64)
         if others:
-            found = torch.linalg.lstsq(system, right[:, None], rcond=1e-13, driver="gelsd").solution[:, 0]
+            found = torch.linalg.lstsq(system, right[:, None], rcond=1e-13, driver="gelsy").solution[:, 0]
         for i, value in zip(others, found.tolist(), strict=True):
             coefficients[i] = value
         coefficients[last] = 1.0 - math.fsum(found.tolist())
         return coefficients, float((system @ found - right).square().sum())
 
 
+def _jumps(response: Response, steps: torch.Tensor, begins: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """At the nodes, the expected square of what an average with an interval differs by from its own smooth tails.
+
+    It stays the same for `interval` steps while those fall in a straight line; averages of every step cannot follow.
+    """
+    squares = torch.zeros_like(steps)
+    if isinstance(response, Ema) and response.interval > 1 and not _jump_steps(response):
+        inside = (begins >= response.start) & (ends <= response.end)
+        slope = response.inner_tail(steps[inside] + 0.5) - response.inner_tail(steps[inside] - 0.5)
+        squares[inside] = slope.square() * (response.interval**2 - 1) / 12
+    return squares
+
+
 def _tails(response: Response, steps: torch.Tensor, begins: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     """P(s) at the nodes; each lies in (begin, end], within which no response starts or ends."""
     tails = (ends <= response.start).double()
     inside = (begins >= response.start) & (ends <= response.end)
-    if bool(inside.any()):
+    if isinstance(response, Ema) and _jump_steps(response):
+        # The next jump tells how many are still to come.
+        to_come = torch.div(response.end - ends[inside], response.interval, rounding_mode="floor") + 1
+        tails[inside] = 1 - (1 - response.momentum) ** to_come
+    elif bool(inside.any()):
         values: Any = response.inner_tail(steps[inside])
         tails[inside] = values
     return tails
+
+
+def _jump_steps(response: Response) -> range:
+    """The steps after which an average with an interval was updated, where they are few enough to be borders."""
+    if (
+        isinstance(response, Ema)
+        and response.interval > 1
+        and response.end - response.start < MAX_JUMPS * response.interval
+    ):
+        return range(response.start, response.end + 1, response.interval)
+    return range(0)
