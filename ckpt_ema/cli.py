@@ -86,6 +86,9 @@ def _or_none(options: dict[str, Any]) -> dict[str, Any]:
         options[name] = None if not given else given[0] if len(given) == 1 else given
     if "averages" in options:
         pairs = [text.rpartition("=") for text in options["averages"]]
+        for _, separator, what in pairs:
+            if not separator:
+                raise MisuseError(f"`--average {what}` names no file", hint=f"pass `--average 'GLOB={what}'`")
         options["averages"] = {glob: what for glob, _, what in pairs}
     return options
 

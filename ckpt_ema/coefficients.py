@@ -22,13 +22,15 @@ from ckpt_ema.profiles import (
     updates_of,
 )
 from ckpt_ema.provenance import read_provenance
-from ckpt_ema.records import FoldOptions, Prediction
+from ckpt_ema.records import FoldOptions, Prediction, ReconstructOptions
 from ckpt_ema.runs import Checkpoint
 
 SMALLEST_COEFFICIENT = 1e-12
 """A student with less shows in no digit of a float32 teacher, and is not read."""
 
 SUM_TOLERANCE = 1e-6
+MAX_COEFFICIENT = 1e6
+"""Larger ones would leave nothing but the students' rounding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,7 @@ class Weighed:
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     predictions: tuple[Prediction, ...] = ()
+    span: tuple[int, int] | None = None
 
 
 def weigh(checkpoints: Sequence[Checkpoint], options: FoldOptions) -> Weighed:
@@ -141,12 +144,13 @@ def training_steps(checkpoints: Sequence[Checkpoint], options: FoldOptions) -> t
     Raises CkptEmaError where one is unknown, or where they do not ascend.
     """
     unit = checkpoints[0].unit
+    is_reconstruction = isinstance(options, ReconstructOptions)
     unknown = [item.label for item in checkpoints if item.step is None or item.unit != unit]
     if unknown:
         raise CkptEmaError(
-            "the momentum cannot work per step: not all checkpoints have a known step",
+            "training steps are needed, and not all checkpoints have a known one",
             details=unknown,
-            hint="leave `--per step` away, and pass `--momentum` per checkpoint",
+            hint=None if is_reconstruction else "leave `--per step` away, and pass `--momentum` per checkpoint",
         )
     numbers = [item.step for item in checkpoints if item.step is not None]
     for older, newer in itertools.pairwise(checkpoints):
@@ -174,6 +178,8 @@ def training_steps(checkpoints: Sequence[Checkpoint], options: FoldOptions) -> t
 
 def _initial_step(path: Path, options: FoldOptions) -> int:
     record = read_provenance(read_contents(path).metadata) if path.is_file() else None
+    if record is not None and type(record.get("step")) is int:  # of a reconstruction, or an online teacher
+        return int(record["step"])
     items: Any = (record or {}).get("checkpoints")
     newest = items[-1] if isinstance(items, list) and items and isinstance(items[-1], dict) else record or {}
     for key, factor in (("step", 1), ("number", 1), ("epoch", options.steps_per_epoch)):
@@ -212,22 +218,40 @@ def read_coefficients(given: Any) -> dict[str, float]:
         path = Path(given)
         where = f"`{path}`"
         try:
-            table = json.loads(path.read_text(encoding="utf-8"))
+            table = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_repeated_names)
         except OSError as error:
             raise MisuseError(f"cannot read `{path}`: {error.strerror}") from error
         except (ValueError, RecursionError) as error:
             raise CkptEmaError(f"`{path}` is no JSON: {error}", hint='write {"step_100.pt": 0.5, ...}') from error
     if isinstance(table, dict) and isinstance(table.get("checkpoints"), list):
-        items = [item for item in table["checkpoints"] if isinstance(item, dict)]
-        table = {item.get("name"): item.get("coefficient") for item in items}
+        table = _of_plan(table, where)
     if not isinstance(table, dict) or not table:
         raise CkptEmaError(
             f"{where} must map names of checkpoints to coefficients", hint='write {"step_100.pt": 0.5, ...}'
         )
     for name, share in table.items():
-        if isinstance(share, bool) or not isinstance(share, (int, float)) or not math.isfinite(share):
-            raise CkptEmaError(f"{where}: the coefficient of `{name}` is {share!r}, and must be a number")
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not abs(share) < MAX_COEFFICIENT:
+            raise CkptEmaError(
+                f"{where}: the coefficient of `{name}` is {str(share)[:40]!r}, and must be a number below"
+                f" {MAX_COEFFICIENT:g}"
+            )
     total = math.fsum(table.values())
     if abs(total - 1) > SUM_TOLERANCE:
         raise CkptEmaError(f"{where} sum to {total:g}, and must sum to 1", hint="divide each by their sum")
     return {str(name): float(share) for name, share in table.items()}
+
+
+def _without_repeated_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    if len(set(names)) < len(names):
+        raise ValueError(f"`{max(names, key=names.count)}` is given twice")
+    return dict(pairs)
+
+
+def _of_plan(table: dict[str, Any], where: str) -> dict[str, Any]:
+    """The coefficients of what `plan --json` printed, where those of the checkpoints are all there is."""
+    if table.get("averages") or table.get("initial_teacher") or "teachers" in table:
+        what = "several teachers" if "teachers" in table else "averages beside the checkpoints"
+        raise CkptEmaError(f"{where} is a plan of {what}", hint="print one of a single fold without `--init`")
+    items = [item for item in table["checkpoints"] if isinstance(item, dict) and isinstance(item.get("name"), str)]
+    return _without_repeated_names([(item["name"], item.get("coefficient")) for item in items])

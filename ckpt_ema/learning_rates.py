@@ -10,6 +10,7 @@ from ckpt_ema.formats import Contents
 MAX_ENTRIES = 1 << 16
 MAX_SAMPLES = 256
 MAX_RATE = 1e9
+MAX_STEP = 1 << 53
 
 
 def learning_rates_of(contents: Contents) -> tuple[tuple[int | None, float], ...]:
@@ -25,8 +26,9 @@ def learning_rates_of(contents: Contents) -> tuple[tuple[int | None, float], ...
 
 def _logged(history: Any) -> Iterator[tuple[int, float]]:
     for entry in history[:MAX_ENTRIES] if isinstance(history, list) else ():
-        if isinstance(entry, dict) and type(entry.get("step")) is int and _is_rate(entry.get("learning_rate")):
-            yield entry["step"], float(entry["learning_rate"])
+        step = entry.get("step") if isinstance(entry, dict) else None
+        if type(step) is int and 0 <= step < MAX_STEP and _is_rate(entry.get("learning_rate")):
+            yield step, float(entry["learning_rate"])
 
 
 def _of_optimizers(tree: Any) -> Iterator[float]:

@@ -10,6 +10,7 @@ from ckpt_ema.errors import CkptEmaError, MisuseError
 from ckpt_ema.formats import read_contents
 from ckpt_ema.formats.folder import WEIGHTS_SUFFIX
 from ckpt_ema.profiles import Profile
+from ckpt_ema.provenance import read_provenance
 from ckpt_ema.records import FoldPlan, PathLike
 from ckpt_ema.runs import Checkpoint, Run
 from ckpt_ema.teacher_folder import check_replaceable, is_model_folder
@@ -42,6 +43,11 @@ def resolve_outputs(
                 hint=f"pass `--output '{pattern}'`, or an existing folder",
             )
         text = str(Path(text) / own_name)
+    stray = [f"{{{word}}}" for word in ("momentum", "half_life", "sigma_rel") if f"{{{word}}}" in text]
+    if stray not in ([], [placeholder]):
+        raise MisuseError(
+            f"`--output {text}` asks for {', '.join(stray)}, and these teachers are told apart by {placeholder}"
+        )
     resolved = [_resolve(text, profile, has_folder) for profile in profiles]
     return resolved[0][0], [path for _, path in resolved]
 
@@ -112,6 +118,11 @@ def _check_no_student(planned: FoldPlan, target: Path) -> None:
         contents = read_contents(target)
     except CkptEmaError:
         return
+    if (read_provenance(contents.metadata) or {}).get("response") is not None:
+        raise CkptEmaError(
+            f"`{target}` is a snapshot that an online teacher wrote, which nobody can make again; it is never replaced",
+            hint="pass another `--output`",
+        )
     if not contents.is_own_teacher and target.stem != "teacher":
         raise CkptEmaError(
             f"`{target}` is a checkpoint, and no teacher that ckpt-ema wrote; it is never replaced",

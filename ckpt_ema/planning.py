@@ -5,6 +5,7 @@ run -> checkpoints -> coefficients -> catalogue -> blocks
 
 from __future__ import annotations
 
+import glob
 import os
 from array import array
 from collections.abc import Iterator, Sequence
@@ -82,7 +83,8 @@ def plan_weighed(found: Run, weighed: Weighed, output: PathLike | None, wanted: 
         known_buffers=newest.known_buffers,
     )
     pool = SchemaPool()
-    layouts = [_average_layout(average.path, tensors, pool) for average in weighed.averages]
+    hint = "pass a teacher of the same model with `--init`" if wanted.init is not None else None
+    layouts = [_average_layout(average.path, tensors, pool, hint) for average in weighed.averages]
     sizes = [sum(file.size for file in layout.files) for layout in layouts]
     layouts += [checkpoint.layout for checkpoint in checkpoints]
     blocks = plan_blocks(
@@ -117,6 +119,7 @@ def plan_weighed(found: Run, weighed: Weighed, output: PathLike | None, wanted: 
             for item, shares in zip(checkpoints, by_input[num_averages:], strict=True)
         ),
         predictions=weighed.predictions,
+        span=weighed.span,
         tensors=tuple(tensors),
         left_out=(*found.left_out, *weighed.left_out),
         left_out_tensors=tuple(newest.left_out.items()),
@@ -129,7 +132,7 @@ def plan_weighed(found: Run, weighed: Weighed, output: PathLike | None, wanted: 
     )
 
 
-def _average_layout(path: Path, tensors: Sequence[TeacherTensor], pool: SchemaPool) -> Layout:
+def _average_layout(path: Path, tensors: Sequence[TeacherTensor], pool: SchemaPool, hint: str | None) -> Layout:
     """The tensors of an average that takes part, an initial teacher or a snapshot, under the students' indices."""
     if not path.exists():
         raise MisuseError(f"`{path}` does not exist", hint="pass a teacher that an earlier fold wrote with `--init`")
@@ -155,7 +158,9 @@ def _average_layout(path: Path, tensors: Sequence[TeacherTensor], pool: SchemaPo
         raise CkptEmaError(
             f"{len(differences)} tensors differ between `{path.name}` and the students",
             details=differences,
-            hint="pass a teacher of the same model with `--init`",
+            hint=hint
+            or f"leave it out: `--exclude '{glob.escape(path.name)}'`; snapshots hold parameters alone, under the names"
+            " of the student that was followed (`--prefix`)",
         )
     # Copied tensors come from the newest student; the initial teacher's are never read, and need not exist.
     layout = compact_layout({t.name: teacher.tensors[t.name] for t in tensors if t.action == "average"}, SchemaPool())
@@ -193,7 +198,7 @@ def _warnings(
     if all(tensor.action == "copy" for tensor in tensors):
         yield f"nothing is averaged: all {len(tensors)} tensors are copied from `{checkpoints[-1].label}`"
     if len(teachers[0].updates) == 1:
-        yield f"`{checkpoints[0].label}` is the only checkpoint: the teacher is a copy of it"
+        yield f"`{checkpoints[0].label}` alone takes part: the teacher is a copy of it"
         return
     dominated = _dominated(teachers, options)
     if not dominated:

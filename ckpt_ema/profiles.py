@@ -57,17 +57,27 @@ class Profile:
     def title(self) -> str:
         """For people: `momentum 0.001`, `half-life 500`."""
         if self.kind == "ema":
-            return f"half-life {self.half_life:g}" if self.half_life is not None else f"momentum {self.momentum:g}"
-        return f"power {self.sigma_rel:g}" if self.kind == "power" else self.kind
+            name, value = ("momentum", self.momentum) if self.half_life is None else ("half-life", self.half_life)
+            return f"{name} {value:.12g}"
+        return f"power {self.sigma_rel:.12g}" if self.kind == "power" else self.kind
+
+    @property
+    def rule(self) -> str:
+        """In a formula, for the record."""
+        if self.kind == "ema":
+            return "teacher = (1 - momentum) * teacher + momentum * student"
+        if self.kind == "power":
+            return "teacher = b * teacher + (1 - b) * student, b = (1 - 1 / step) ** (gamma + 1)"
+        return "teacher = sum of coefficient * student"
 
     @property
     def tag(self) -> tuple[str, str]:
         """What tells it from other teachers in the name of a file: a word and its value."""
         if self.half_life is not None:
-            return "half_life", f"{self.half_life:g}"
+            return "half_life", repr(self.half_life).removesuffix(".0")
         if self.sigma_rel is not None:
             return "sigma_rel", repr(self.sigma_rel)
-        return "momentum", repr(self.momentum)
+        return ("momentum", repr(self.momentum)) if self.momentum is not None else ("profile", self.kind)
 
     def momentum_over(self, interval: int) -> float:
         """The momentum of updates that are `interval` steps apart."""

@@ -10,7 +10,7 @@ from typing import Any
 from ckpt_ema._version import __version__
 from ckpt_ema.formats.contents import PROVENANCE_KEY
 from ckpt_ema.profiles import Profile
-from ckpt_ema.records import RULE, FoldOptions, FoldPlan, ReconstructOptions
+from ckpt_ema.records import FoldOptions, FoldPlan, ReconstructOptions
 
 
 def teacher_metadata(plan: FoldPlan, number: int) -> dict[str, str]:
@@ -20,12 +20,12 @@ def teacher_metadata(plan: FoldPlan, number: int) -> dict[str, str]:
     record = {
         "tool": "ckpt-ema",
         "version": __version__,
-        "rule": RULE,
+        "rule": teacher.profile.rule,
         **profile_record(teacher.profile),
         **counting_record(options),
         "skip_buffers": options.skip_buffers,
         "initial_teacher": None if plan.initial_teacher is None else _printable(plan.initial_teacher),
-        "first_share": teacher.first_share,
+        **made_record(plan, number),
         "state": plan.newest.state_key,
         "stripped": list(plan.newest.stripped),
         "averages": [
@@ -55,6 +55,20 @@ def teacher_metadata(plan: FoldPlan, number: int) -> dict[str, str]:
     return {"format": "pt", PROVENANCE_KEY: json.dumps(record, ensure_ascii=False)}
 
 
+def made_record(plan: FoldPlan, number: int) -> dict[str, Any]:
+    """Whether a teacher was folded or reconstructed, and what is to be known of that."""
+    if not plan.predictions or plan.span is None:
+        return {"made": "fold", "first_share": plan.teachers[number].first_share}
+    prediction = plan.predictions[number]
+    return {
+        "made": "reconstruct",
+        "start": plan.span[0],
+        "step": plan.span[1],
+        "predicted_error": prediction.error,
+        "nearest": _printable(prediction.nearest),
+    }
+
+
 def profile_record(profile: Profile) -> dict[str, Any]:
     """What a teacher was asked to be, as a table that JSON can hold; what it has not is not in it."""
     given = {"momentum": profile.momentum, "half_life": profile.half_life, "sigma_rel": profile.sigma_rel}
@@ -64,7 +78,7 @@ def profile_record(profile: Profile) -> dict[str, Any]:
 def counting_record(options: FoldOptions) -> dict[str, Any]:
     """What the profile counts, and how often."""
     if isinstance(options, ReconstructOptions):
-        return {"per": "step", "interval": options.interval, "at": options.at}
+        return {"per": "step", "interval": options.interval}
     if not options.per_step:
         return {"per": "checkpoint", "interval": options.interval}
     epochs = {} if options.steps_per_epoch is None else {"steps_per_epoch": options.steps_per_epoch}
@@ -80,6 +94,6 @@ def read_provenance(metadata: Mapping[str, str]) -> dict[str, Any] | None:
     """What `teacher_metadata` wrote; None for a file of another origin."""
     try:
         record = json.loads(metadata.get(PROVENANCE_KEY, "null"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) else None

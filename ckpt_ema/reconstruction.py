@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import glob
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,21 +11,24 @@ from typing import Any
 
 from ckpt_ema.coefficients import Average, Weighed, training_steps
 from ckpt_ema.dtypes import DType
-from ckpt_ema.errors import CkptEmaError
+from ckpt_ema.errors import CkptEmaError, MisuseError
 from ckpt_ema.formats import read_contents
 from ckpt_ema.planning import find_run, plan_weighed
 from ckpt_ema.profiles import updates_of
 from ckpt_ema.provenance import read_provenance
 from ckpt_ema.records import FoldPlan, PathLike, Prediction, ReconstructOptions
-from ckpt_ema.response_records import read_response
-from ckpt_ema.responses import Impulse, Response, declared_response
-from ckpt_ema.runs import OWN_TEACHER, Checkpoint, Run
+from ckpt_ema.response_records import MAX_STEP, read_response
+from ckpt_ema.responses import Ema, Impulse, Power, Response, declared_response, tail_at
+from ckpt_ema.runs import Checkpoint, Run
 from ckpt_ema.solver import EVEN, Item, Solution, Variance, interpolated, solve
 from ckpt_ema.steps import EDM2_NAME, stem_of
 
 # Bits of the significand, the hidden one with it: what is stored is off by up to 2**-bits of itself.
 SIGNIFICANT_BITS = {"float64": 53, "float32": 24, "float16": 11, "bfloat16": 8}
-EDM2_GLOB = "network-snapshot-*-*.*"
+FLOAT32_ROUNDING = 2.0**-24
+LARGE = 1e200
+"""No squared length of a student; a sum of a few thousand is still a number."""
+
 POOR = 0.5
 """Predicted errors above this are warned of: the teacher is hardly nearer than the student is."""
 
@@ -50,10 +54,11 @@ def plan_reconstruct(
     run: PathLike | Sequence[PathLike], output: PathLike | None, wanted: ReconstructOptions
 ) -> FoldPlan:
     """Plan the one pass that makes every wanted teacher; raises CkptEmaError where the run's steps are not known."""
-    found = find_run(run, wanted, (EDM2_GLOB, *wanted.averages))
+    found = find_run(run, wanted, tuple(wanted.averages))
+    _check_patterns(found, wanted)
     steps, notes = training_steps(found.checkpoints, wanted) if found.checkpoints else ([], [])
     stored = [
-        *sorted(_snapshots(found), key=lambda each: (each.response.end, each.label)),
+        *sorted(_snapshots(found, wanted), key=lambda each: (each.response.end, each.label)),
         *_declared(found, wanted),
         *_students(found, steps),
     ]
@@ -66,18 +71,34 @@ def plan_reconstruct(
     notes.append(f"steps count by how far the student moved: {variance.origin}")
     if all(each.is_student for each in stored):
         notes.append("no snapshots of an online teacher are here: students alone take part")
+    if start > 1:
+        notes.append(f"these teachers begin as the student of step {start}: what was before is not stored")
     if copied.response.end != end:
         notes.append(f"what is not averaged comes from `{copied.label}`")
     weighed = _weigh(stored, solutions, copied)
-    used = {average.label for average in weighed.averages}
-    left_out = tuple((name, reason) for name, reason in found.left_out if not (reason == OWN_TEACHER and name in used))
+    reasons = {each.label: "it brings nothing to this teacher" for each in stored}
+    reasons |= {average.label: "" for average in weighed.averages}
+    left_out = [(name, reasons.get(name, reason)) for name, reason in found.left_out]
     weighed = replace(
         weighed,
         notes=tuple(notes),
-        warnings=tuple(_warnings(solutions, wanted)),
+        warnings=tuple(_warnings(solutions, wanted, targets, start)),
+        span=(start, end),
         predictions=tuple(_prediction(solution, stored) for solution in solutions),
     )
-    return plan_weighed(replace(found, left_out=left_out), weighed, output, wanted)
+    kept = tuple((name, reason) for name, reason in left_out if reason)
+    return plan_weighed(replace(found, left_out=kept), weighed, output, wanted)
+
+
+def _check_patterns(found: Run, wanted: ReconstructOptions) -> None:
+    names = [average.path.name for average in found.averages]
+    for pattern in wanted.averages:
+        if not fnmatch.filter(names, pattern):
+            raise CkptEmaError(
+                f"`--average {pattern}` matches no file of `{found.directory}` but snapshots that say themselves what"
+                " they are",
+                hint="patterns match whole names: `--average '0.*.pt=power:0.05'`",
+            )
 
 
 def _nearest_checkpoint(stored: Sequence[Stored], end: int) -> Stored:
@@ -95,7 +116,7 @@ def _nearest_checkpoint(stored: Sequence[Stored], end: int) -> Stored:
 
 def _end_of_target(stored: Sequence[Stored], at: int | None, start: int, last: int) -> int:
     """The step of the wanted teacher: as asked for, else that of the newest student, else of the newest average."""
-    students = [each.response.end for each in stored if each.is_student]
+    students = [each.response.end for each in stored if each.is_student and each.response.end > start]
     end = at if at is not None else max(students, default=last)
     if not start < end <= last:
         raise CkptEmaError(
@@ -105,15 +126,25 @@ def _end_of_target(stored: Sequence[Stored], at: int | None, start: int, last: i
     return end
 
 
-def _snapshots(found: Run) -> Iterator[Stored]:
+def _snapshots(found: Run, wanted: ReconstructOptions) -> Iterator[Stored]:
     """The teachers of this tool that say how they depend on the path; the others stay left out."""
+    first, last = wanted.from_step or 0, math.inf if wanted.until_step is None else wanted.until_step
     for teacher in found.teachers:
         record = read_provenance(teacher.metadata) or {}
         response = read_response(record.get("response"))
-        if response is not None:
-            rounding = _coarsest([tensor.dtype for tensor in read_contents(teacher.path).tree.values()])
-            average = Average(teacher.path, teacher.path.name, response.end)
-            yield Stored(average.label, response, rounding, average, record)
+        if response is not None and first <= response.end <= last:
+            stored = _coarsest([tensor.dtype for tensor in read_contents(teacher.path).tree.values()])
+            # Every update of the recurrence rounded as well; those that are still remembered add up.
+            rounding = max(stored, FLOAT32_ROUNDING * math.sqrt(_remembered(response)))
+            yield Stored(teacher.label, response, rounding, Average(teacher.path, teacher.label, response.end), record)
+
+
+def _remembered(response: Response) -> float:
+    """About how many updates an average holds."""
+    if isinstance(response, Power):
+        return (response.end - response.start) / (response.gamma + 1)
+    assert isinstance(response, Ema)
+    return min(1 / response.momentum, (response.end - response.start) / response.interval + 1)
 
 
 def _declared(found: Run, wanted: ReconstructOptions) -> Iterator[Stored]:
@@ -123,7 +154,13 @@ def _declared(found: Run, wanted: ReconstructOptions) -> Iterator[Stored]:
         named = EDM2_NAME.match(stem_of(average.path.name))
         described = wanted.averages[patterns[0]] if patterns else f"power:{named['sigma_rel']}" if named else ""
         assert average.step is not None
-        response = declared_response(average.path.name, described, average.step)
+        try:
+            response = declared_response(average.path.name, described, average.step)
+        except MisuseError as error:
+            raise CkptEmaError(
+                f"`{average.path.name}`: {error.message}",
+                hint=f"leave it out: `--exclude '{glob.escape(average.path.name)}'`",
+            ) from error
         yield Stored(average.label, response, _rounding(average), average)
 
 
@@ -170,13 +207,15 @@ def _smoothed(samples: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
 
 def _number_pairs(given: Any) -> Iterator[tuple[int, float]]:
     for pair in given if isinstance(given, list) else ():
-        if isinstance(pair, list) and len(pair) == 2 and type(pair[0]) is int and _is_number(pair[1]):
+        if not isinstance(pair, list) or len(pair) != 2 or type(pair[0]) is not int:
+            continue
+        if 0 <= pair[0] < MAX_STEP and _is_number(pair[1]):
             yield pair[0], float(pair[1])
 
 
 def _is_number(value: Any) -> bool:
     # A float alone: JSON's whole numbers may be larger than any.
-    return isinstance(value, float) and 0 <= value < math.inf
+    return isinstance(value, float) and 0 <= value < LARGE
 
 
 def _weigh(stored: Sequence[Stored], solutions: Sequence[Solution], copied: Stored) -> Weighed:
@@ -208,8 +247,13 @@ def _prediction(solution: Solution, stored: Sequence[Stored]) -> Prediction:
     )
 
 
-def _warnings(solutions: Sequence[Solution], wanted: ReconstructOptions) -> Iterator[str]:
-    for profile, solution in zip(wanted.profiles, solutions, strict=True):
+def _warnings(
+    solutions: Sequence[Solution], wanted: ReconstructOptions, targets: Sequence[Response], start: int
+) -> Iterator[str]:
+    for profile, solution, target in zip(wanted.profiles, solutions, targets, strict=True):
+        begun = 1 - tail_at(target, start + 1)
+        if begun > POOR:
+            yield f"{profile.title}: {begun:.0%} of that teacher is still the student of step {start}, its beginning"
         if solution.predicted_error > POOR:
             yield (
                 f"{profile.title} cannot be recovered from what is stored: the expected error is"

@@ -21,6 +21,7 @@ from ckpt_ema.students import check_prefix
 from ckpt_ema.timings import Timings
 
 DEFAULT_MOMENTUM = 0.001
+MAX_COUNT = 1 << 53
 RULE = "teacher = (1 - momentum) * teacher + momentum * student"
 PathLike = str | os.PathLike[str]
 
@@ -135,10 +136,11 @@ class FoldOptions:
             object.__setattr__(self, name, _as_numbers(name, getattr(self, name)))
         self._check_profile()
         check_prefix(self.prefix)
-        for name in ("interval", "last", "num_threads"):
+        for name in ("interval", "last", "num_threads", "steps_per_epoch"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise MisuseError(f"`--{name.replace('num_', '')}` is {value}, and must be 1 or more")
+            if value is not None and not 1 <= value < MAX_COUNT:
+                option = name.replace("num_", "").replace("_", "-")
+                raise MisuseError(f"`--{option}` is {value}, and must be 1 or more, below 2**53")
         if self.from_step is not None and self.until_step is not None and self.from_step > self.until_step:
             raise MisuseError(f"`--from {self.from_step}` lies behind `--until {self.until_step}`")
         for name, choices in (
@@ -179,6 +181,8 @@ class FoldOptions:
         if self.per == "step" and (self.profile == "minus-sqrt" or self.coefficients is not None):
             what = "`--coefficients`" if self.coefficients is not None else "`--profile minus-sqrt`"
             raise MisuseError(f"{what} counts checkpoints, not steps", hint="leave `--per step` away")
+        if self.per_step and self.interval > 1 and self.profile != "ema":
+            raise MisuseError(f"`--interval` has no meaning for `--profile {self.profile}` per step")
         if not self.per_step and (self.between is not None or self.steps_per_epoch is not None):
             option = "--between" if self.between is not None else "--steps-per-epoch"
             raise MisuseError(f"`{option}` has no meaning where checkpoints are counted", hint="pass `--per step` too")
@@ -218,6 +222,8 @@ class ReconstructOptions(FoldOptions):
 
     def __post_init__(self) -> None:
         for glob, text in dict(self.averages).items():
+            if not glob:
+                raise MisuseError("`--average` names no file", hint="pass for example `--average '0.*.pt=power:0.05'`")
             declared_response(glob, text, 1)
         for name in ("per", "between", "init", "coefficients"):
             if getattr(self, name) is not None:
@@ -338,13 +344,16 @@ class FoldPlan:
 
     directory: Path
     checkpoints: tuple[FoldedCheckpoint, ...]
-    """Those that take part, oldest first."""
+    """Those that take part, oldest first; in a reconstruction the one that buffers come from is last."""
 
     averages: tuple[FoldedCheckpoint, ...]
     """Averages that enter before them: the initial teacher, or the snapshots of a reconstruction."""
 
     predictions: tuple[Prediction, ...]
     """One per teacher of a reconstruction; none for a fold."""
+
+    span: tuple[int, int] | None
+    """First and last step of a reconstruction's teachers; None for a fold."""
 
     tensors: tuple[TeacherTensor, ...]
     left_out: tuple[tuple[str, str], ...]

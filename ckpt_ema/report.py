@@ -9,8 +9,8 @@ from typing import Any
 from ckpt_ema.byte_ranges import count_elements
 from ckpt_ema.catalogue import TeacherTensor
 from ckpt_ema.inspection import Inspection
-from ckpt_ema.provenance import counting_record, profile_record
-from ckpt_ema.records import RULE, FoldPlan, FoldReport
+from ckpt_ema.provenance import counting_record, made_record, profile_record
+from ckpt_ema.records import FoldPlan, FoldReport
 from ckpt_ema.sizes import format_size
 
 BAR_WIDTH = 30
@@ -161,12 +161,12 @@ def plan_record(plan: FoldPlan) -> dict[str, Any]:
     """The plan as a table that JSON can hold."""
     several = len(plan.teachers) > 1
     teachers = [
-        {"output": str(teacher.output), **profile_record(teacher.profile), "first_share": teacher.first_share}
-        for teacher in plan.teachers
+        {"output": str(teacher.output), **profile_record(teacher.profile), **made_record(plan, number)}
+        for number, teacher in enumerate(plan.teachers)
     ]
     return {
         **({"teachers": teachers} if several else teachers[0]),
-        "rule": RULE,
+        "rule": plan.teachers[0].profile.rule,
         **counting_record(plan.options),
         "initial_teacher": plan.initial_teacher,
         "averages": [
@@ -270,6 +270,11 @@ def _inspection_lines(found: Inspection, verbose: bool) -> Iterator[str]:
 
 def _provenance_lines(record: dict[str, Any], verbose: bool) -> Iterator[str]:
     yield f"teacher    by {record.get('tool')} {record.get('version')}: {record.get('rule')}"
+    if record.get("made") == "reconstruct":
+        yield (
+            f"made       by reconstruct, steps {record.get('start')} to {record.get('step')}, expected error"
+            f" {record.get('predicted_error')} ({record.get('nearest')} as it is: 1)"
+        )
     yield f"{_provenance_profile(record)} per {record.get('per')}, interval {record.get('interval')}"
     items = [item for key in ("averages", "checkpoints") if isinstance(record.get(key), list) for item in record[key]]
     shown = len(items) if verbose else MAX_SHOWN

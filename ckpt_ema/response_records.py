@@ -10,7 +10,7 @@ from ckpt_ema.responses import Ema, Power, Response
 MAX_STEP = 1 << 53
 """Beyond, steps are no whole numbers in float64 any more."""
 
-MAX_GAMMA = 1e6
+MAX_GAMMA = 2e6
 
 
 def response_record(response: Response) -> dict[str, Any]:

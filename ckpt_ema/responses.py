@@ -12,6 +12,8 @@ from typing import Any, Protocol
 
 from ckpt_ema.errors import MisuseError
 
+MAX_MOMENTUM = 1 - 2**-53
+MIN_SIGMA_REL = 1e-6
 MAX_SIGMA_REL = 12**-0.5
 """A power average with exponent 0 is the mean of the whole path; wider ones there are not."""
 
@@ -154,8 +156,11 @@ def tail_at(response: Response, step: float) -> float:
 
 
 def momentum_of_half_life(half_life: float, interval: int = 1) -> float:
-    """1 - 0.5 ** (interval / half_life): after `half_life` steps half of a student's share is left."""
-    return -math.expm1(-math.log(2) * interval / half_life)
+    """1 - 0.5 ** (interval / half_life): after `half_life` steps half of a student's share is left.
+
+    Below 1 also where it would round to that.
+    """
+    return min(-math.expm1(-math.log(2) * interval / half_life), MAX_MOMENTUM)
 
 
 def half_life_of(momentum: float, interval: int = 1) -> float:
@@ -164,14 +169,14 @@ def half_life_of(momentum: float, interval: int = 1) -> float:
 
 
 def gamma_of(sigma_rel: float) -> float:
-    """The exponent of the power average whose width is `sigma_rel` times its length, 0 < sigma_rel < 12 ** -0.5.
+    """The exponent of the power average whose width is `sigma_rel` times its length, below 12 ** -0.5.
 
     The largest root of g**3 + 7 g**2 + (16 - sigma**-2) g + (12 - sigma**-2) = 0 (Karras et al. 2024, EDM2,
     algorithm 2), from above by Newton's method. Raises MisuseError for another width.
     """
-    if not 0 < sigma_rel < MAX_SIGMA_REL:
+    if not MIN_SIGMA_REL <= sigma_rel < MAX_SIGMA_REL:
         raise MisuseError(
-            f"the relative width is {sigma_rel}, and must lie between 0 and {MAX_SIGMA_REL:.4f} (both excluded)",
+            f"the relative width is {sigma_rel}, and must lie between {MIN_SIGMA_REL:g} and {MAX_SIGMA_REL:.4f}",
             hint="pass for example `--sigma-rel 0.1`",
         )
     wide = sigma_rel**-2

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import glob
 import itertools
 import os
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -16,7 +17,17 @@ from ckpt_ema.formats import Contents, ModelFolder, is_weights_file_name, read_c
 from ckpt_ema.formats.folder import MODEL_STEM, distributed_marker, has_weights
 from ckpt_ema.layouts import Layout, SchemaPool, compact_layout
 from ckpt_ema.learning_rates import learning_rates_of
-from ckpt_ema.steps import ORIGINS, Origin, Unit, is_copy_name, stem_of, step_of_average, steps_in_name, steps_inside
+from ckpt_ema.steps import (
+    EDM2_NAME,
+    ORIGINS,
+    Origin,
+    Unit,
+    is_copy_name,
+    stem_of,
+    step_of_average,
+    steps_in_name,
+    steps_inside,
+)
 from ckpt_ema.students import choose_student, find_state_dicts, is_average_name, is_flat
 
 OWN_TEACHER = "a teacher that ckpt-ema wrote"
@@ -64,6 +75,9 @@ class OwnTeacher:
     """A teacher that this tool wrote, met among the checkpoints."""
 
     path: Path
+    label: str
+    """Its name within the run, for people."""
+
     metadata: Mapping[str, str]
     """`__metadata__` of its file."""
 
@@ -178,9 +192,38 @@ def _read_checkpoint(
     return checkpoint, {**outer, **steps_in_name(path.name), **steps_inside(contents)}
 
 
-def _read_declared(path: Path, selection: Selection, pool: SchemaPool) -> Checkpoint:
-    """What was said to be an average: no other one is looked for inside."""
+def _is_declared(path: Path, selection: Selection) -> bool:
+    """Whether the user describes it as an average, or its name does."""
+    named = selection.takes_teachers and EDM2_NAME.match(stem_of(path.name)) is not None
+    return named or _matches(path, selection.averages)
+
+
+def _take_declared(listing: _Listing, path: Path, selection: Selection, pool: SchemaPool) -> None:
     contents = read_contents(path)
+    if contents.is_own_teacher:  # which says better itself what it is
+        listing.left_out.append((path.name, OWN_TEACHER))
+        listing.teachers.append(OwnTeacher(path, path.name, contents.metadata))
+    else:
+        listing.declared.append(_read_declared(contents, selection, pool))
+
+
+def _snapshots_below(directory: Path, selection: Selection) -> Iterator[OwnTeacher]:
+    """Snapshots that were put into a folder of their own beside the checkpoints."""
+    for folder in _children(directory):
+        if not folder.is_dir() or folder.is_symlink() or _is_checkpoint_folder(folder):
+            continue
+        for path in _children(folder):
+            is_wanted = not selection.include or _matches(path, selection.include)
+            if path.suffix == ".safetensors" and path.is_file() and is_wanted and not _matches(path, selection.exclude):
+                with contextlib.suppress(UnreadableCheckpointError):
+                    contents = read_contents(path)
+                    if contents.is_own_teacher:
+                        yield OwnTeacher(path, os.path.relpath(path, directory), contents.metadata)
+
+
+def _read_declared(contents: Contents, selection: Selection, pool: SchemaPool) -> Checkpoint:
+    """What was said to be an average: no other one is looked for inside."""
+    path = contents.path
     state = selection.state if selection.state is not None or not is_flat(contents) else ""
     checkpoint, numbers = _read_checkpoint(contents, replace(selection, state=state), pool)
     step = step_of_average(path.name)
@@ -341,15 +384,15 @@ def _read_run_directory(run: Path, selection: Selection) -> tuple[Path, _Listing
         if original is not path:
             listing.left_out.append((path.name, f"another name of `{original.name}`"))
             continue
-        if _matches(path, selection.averages):
-            listing.declared.append(_read_declared(path, selection, pool))
+        if _is_declared(path, selection):
+            _take_declared(listing, path, selection, pool)
             continue
         named_average = selection.state is None and is_average_name(stem_of(path.name))
         try:
             contents = read_contents(path)
             if contents.is_own_teacher:
                 listing.left_out.append((path.name, OWN_TEACHER))
-                listing.teachers.append(OwnTeacher(path, contents.metadata))
+                listing.teachers.append(OwnTeacher(path, path.name, contents.metadata))
             elif not named_average:
                 listing.checkpoints.append(_read_checkpoint(contents, selection, pool))
         except UnreadableCheckpointError as error:
@@ -365,6 +408,8 @@ def _read_run_directory(run: Path, selection: Selection) -> tuple[Path, _Listing
             f"`{directory}` holds averages, and no raw student: {', '.join(listing.averages[:5])}",
             hint=_hint_to_fold_average(read_contents(directory / listing.averages[0])),
         )
+    if selection.takes_teachers:
+        listing.teachers += _snapshots_below(directory, selection)
     if listing.checkpoints or listing.unreadable or not listing.declared:
         _sort_by_step(listing, directory)
     return directory, listing
@@ -376,6 +421,9 @@ def _sort_by_step(listing: _Listing, directory: Path) -> None:
         raise CkptEmaError(
             f"no checkpoint of `{directory}` is left to fold",
             details=[f"{name}: {reason}" for name, reason in listing.left_out],
+            hint="snapshots need a student beside them: what is not averaged comes from it"
+            if listing.teachers
+            else None,
         )
     _leave_out_stepless_copies(listing)
     origin = next((o for o in ORIGINS if all(o in numbers for _, numbers in listing.checkpoints)), None)
@@ -475,13 +523,13 @@ def _read_list(paths: Sequence[Path], selection: Selection) -> tuple[Path, _List
             listing.left_out.append((path.name, f"another name of `{original.name}`"))
         elif (selection.include and not _matches(path, selection.include)) or _matches(path, selection.exclude):
             listing.left_out.append((path.name, "not selected by name"))
-        elif _matches(path, selection.averages):
-            listing.declared.append(_read_declared(path, selection, pool))
+        elif _is_declared(path, selection):
+            _take_declared(listing, path, selection, pool)
         else:
             contents = read_contents(path)
             if contents.is_own_teacher and selection.takes_teachers:
                 listing.left_out.append((path.name, OWN_TEACHER))
-                listing.teachers.append(OwnTeacher(path, contents.metadata))
+                listing.teachers.append(OwnTeacher(path, path.name, contents.metadata))
                 continue
             if contents.is_own_teacher:
                 raise CkptEmaError(

@@ -199,7 +199,8 @@ class _Problem:
         right = torch.cat([target, torch.zeros(len(others), dtype=torch.float64), -self._penalties[last : last + 1]])
         found = torch.zeros(0, dtype=torch.float64)
         if others:
-            found = torch.linalg.lstsq(system, right[:, None], rcond=1e-13, driver="gelsy").solution[:, 0]
+            # By singular values: two files may hold the same, and torch's other drivers fail on that.
+            found = torch.linalg.lstsq(system, right[:, None], rcond=1e-13, driver="gelsd").solution[:, 0]
         for i, value in zip(others, found.tolist(), strict=True):
             coefficients[i] = value
         coefficients[last] = 1.0 - math.fsum(found.tolist())

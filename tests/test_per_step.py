@@ -210,7 +210,7 @@ def test_steps_that_are_not_known_or_do_not_ascend_are_named(run: Path) -> None:
     with pytest.raises(CkptEmaError, match=r"`step_100.safetensors` \(step 100\) is folded after `step_200"):
         ckpt_ema.plan(steps, per="step")
     (run / "step_100.safetensors").rename(run / "early.safetensors")
-    with pytest.raises(CkptEmaError, match="cannot work per step") as caught:
+    with pytest.raises(CkptEmaError, match="training steps are needed") as caught:
         ckpt_ema.plan([run / "early.safetensors", steps[0]], per="step")
     assert caught.value.details == ("early.safetensors", "step_200.safetensors")
 
@@ -269,10 +269,14 @@ def test_a_printed_plan_is_a_file_of_coefficients(run: Path, tmp_path: Path, cli
         ("[1, 2]", "must map names of checkpoints"),
         ("{}", "must map names of checkpoints"),
         ('{"step_100.safetensors": "much"}', "the coefficient of `step_100.safetensors` is 'much'"),
-        ('{"step_100.safetensors": NaN}', "is nan, and must be a number"),
+        ('{"step_100.safetensors": 1%s}' % ("0" * 400), "must be a number below"),
+        ('{"step_100.safetensors": NaN}', "'nan', and must be a number"),
         ('{"step_100.safetensors": 0.7}', "sum to 0.7, and must sum to 1"),
         ('{"step_101.safetensors": 1}', "1 of 1 coefficients belong to no checkpoint"),
         ("[" * 100000, "is no JSON"),
+        ('{"step_100.safetensors": 2, "step_100.safetensors": 1}', "`step_100.safetensors` is given twice"),
+        ('{"checkpoints": [{"name": [1], "coefficient": 1}]}', "must map names of checkpoints"),
+        ('{"checkpoints": [], "averages": [{}]}', "is a plan of averages beside the checkpoints"),
         (None, "cannot read"),
     ],
 )
@@ -291,6 +295,9 @@ def test_coefficients_that_make_no_sense_are_refused(run: Path, tmp_path: Path, 
         ({"momentum": 0.1, "half_life": 10}, "`--momentum` and `--half-life` say different things"),
         ({"half_life": 0}, "half-life is 0"),
         ({"half_life": math.nan}, "half-life is nan"),
+        ({"per": "step", "steps_per_epoch": -5}, "`--steps-per-epoch` is -5"),
+        ({"profile": "power", "sigma_rel": 0.1, "interval": 5}, "`--interval` has no meaning"),
+        ({"profile": "power", "sigma_rel": 1e-200}, "relative width is 1e-200"),
         ({"half_life": [10, 10]}, "`--half-life 10.0` is given twice"),
         ({"half_life": 10, "per": "checkpoint"}, "counts steps, not checkpoints"),
         ({"profile": "power"}, "needs a width"),
@@ -327,6 +334,25 @@ def test_several_half_lives_make_as_many_teachers(run: Path, tmp_path: Path, cli
         "step",
         "linear",
     )
+
+
+@pytest.mark.parametrize("half_life", [1e-9, 0.01, 1e18])
+def test_half_lives_beyond_all_measure_are_no_traceback(run: Path, half_life: float) -> None:
+    """The newest student alone, or the first."""
+    plan = ckpt_ema.plan(run, half_life=half_life)
+    assert [item.step for item in plan.checkpoints] == ([100] if half_life > 1 else [500])
+
+
+def test_half_lives_next_to_each_other_have_files_of_their_own(run: Path, tmp_path: Path) -> None:
+    """No name is rounded until it is another's."""
+    plan = ckpt_ema.plan(run, tmp_path / "t-{half_life}.safetensors", half_life=[1000000, 1000001, 10.00001])
+    assert [item.output.name for item in plan.teachers] == [
+        "t-1000000.safetensors",
+        "t-1000001.safetensors",
+        "t-10.00001.safetensors",
+    ]
+    with pytest.raises(MisuseError, match=r"are told apart by \{half_life\}"):
+        ckpt_ema.plan(run, tmp_path / "t-{momentum}.safetensors", half_life=10)
 
 
 def test_a_run_too_short_for_its_half_life_is_warned_of(run: Path, cli: Cli) -> None:

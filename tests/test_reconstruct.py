@@ -14,6 +14,7 @@ import torch
 from ema_pytorch import PostHocEMA
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import ckpt_ema
@@ -104,7 +105,8 @@ def test_the_solution_is_the_least_that_brute_force_finds(
     reached = objective(items, solution.coefficients, target, variance.at)
     assert math.fsum(solution.coefficients) == pytest.approx(1, abs=1e-9)
     assert reached <= least * 1.01 + nearest * 1e-9
-    assert solution.predicted_error == pytest.approx(math.sqrt(reached / nearest), rel=1e-2, abs=1e-4)
+    wanted = math.sqrt(reached / nearest) if nearest else 0.0
+    assert solution.predicted_error == pytest.approx(wanted, rel=1e-2, abs=1e-4)
     assert solution.predicted_error <= 1
 
 
@@ -398,8 +400,95 @@ def test_a_snapshot_that_does_not_say_what_it_is_takes_no_part(
 
 
 @pytest.mark.parametrize(
+    "record",
+    [
+        {"increments": [[1, 0.1], [10**400, 0.2]], "squared_norm": 10**400},
+        {"increments": [[step, 1e308] for step in range(1, 9)]},
+        {"increments": [[1, 0.1], [2], "x", [3, None], [-4, 0.1], [5, -1.0]]},
+        {"response": {"kind": "power", "gamma": 1e5, "start": 0, "end": 10**15}},
+        {"response": {"kind": "ema", "momentum": 0.1, "interval": 10**400, "start": 0, "end": 4}},
+        {"response": {"kind": "ema", "momentum": 10**400, "start": 0, "end": 4}},
+        None,
+    ],
+)
+def test_lying_snapshots_are_no_traceback(
+    walks: dict[str, tuple[Path, Walk]], tmp_path: Path, record: dict[str, Any] | None
+) -> None:
+    """Numbers beyond all measure, and nesting without end: left out, or weighed as what they claim."""
+    source, _ = walks["even"]
+    run = tmp_path / "run"
+    run.mkdir()
+    for step in (0, 200, 400):
+        (run / f"step_{step}.safetensors").write_bytes((source / f"step_{step}.safetensors").read_bytes())
+    response = {"kind": "power", "gamma": 5.0, "start": 0, "end": 400}
+    text = "[" * 100000 if record is None else json.dumps({"response": response, **record})
+    save_file({"w": torch.zeros(SIZE)}, run / "teacher_step_400.safetensors", metadata={"ckpt_ema": text})
+    plan = ckpt_ema.plan_reconstruction(run, momentum=0.05)
+    assert math.fsum(item.coefficient for item in plan.inputs) == pytest.approx(1, abs=1e-6)
+
+
+def test_snapshots_may_lie_in_a_folder_of_their_own(walks: dict[str, tuple[Path, Walk]], tmp_path: Path) -> None:
+    """One below the run directory; and `--until` is for them as well."""
+    source, walk = walks["even"]
+    run = tmp_path / "run"
+    (run / "tracks").mkdir(parents=True)
+    for path in source.iterdir():
+        (run / ("tracks" if path.name.startswith("teacher") else ".") / path.name).write_bytes(path.read_bytes())
+    report = quiet(run, tmp_path / "t.safetensors", momentum=0.01)
+    assert len(report.plan.averages) == 8
+    assert {str(Path(item.name).parent) for item in report.plan.averages} == {"tracks"}
+    assert walk.error(report.output, 0.01, run / "step_400.safetensors") < 0.1
+    early = ckpt_ema.plan_reconstruction(run, momentum=0.05, until_step=200)
+    assert max(item.step or 0 for item in early.inputs) == 200
+    for path in run.glob("step_*"):
+        path.unlink()
+    with pytest.raises(CkptEmaError, match="left to fold"):
+        ckpt_ema.plan_reconstruction(run)
+
+
+def test_a_teacher_of_a_reconstruction_says_so(walks: dict[str, tuple[Path, Walk]], tmp_path: Path, cli: Cli) -> None:
+    """Rule, span and expected error are in the file; a fold goes on from its step, not from its buffers'."""
+    run, _ = walks["even"]
+    report = quiet(run, tmp_path / "t.safetensors", profile="power", sigma_rel=0.15, at=350)
+    with safe_open(report.output, "pt") as file:
+        record = json.loads(file.metadata()["ckpt_ema"])
+    assert (record["made"], record["start"], record["step"]) == ("reconstruct", 0, 350)
+    assert record["rule"] == "teacher = b * teacher + (1 - b) * student, b = (1 - 1 / step) ** (gamma + 1)"
+    assert record["predicted_error"] == report.plan.predictions[0].error
+    inspected = cli("inspect", report.output).stdout
+    assert "by reconstruct, steps 0 to 350, expected error" in inspected
+    plan = ckpt_ema.plan(run, momentum=0.1, per="step", init=report.output, from_step=351, overwrite=True)
+    assert plan.first_share == pytest.approx(0.9**50)
+
+
+def test_a_snapshot_is_never_replaced(walks: dict[str, tuple[Path, Walk]], tmp_path: Path) -> None:
+    """Nobody can make it again."""
+    run, _ = walks["even"]
+    target = run / "teacher_power_0.1_step_400.safetensors"
+    for work, options in ((ckpt_ema.fold, {"momentum": 0.5}), (ckpt_ema.reconstruct, {"momentum": 0.9})):
+        with pytest.raises(CkptEmaError, match=r"snapshot that an online teacher wrote|is one of the inputs"):
+            work(run, target, overwrite=True, announce=lambda plan: None, **options)
+
+
+@pytest.mark.parametrize(
+    ("average", "message"),
+    [("power:0.1", "names no file"), ("=ema:0.1", "names no file"), ("zzz*=ema:0.1", "matches no file")],
+)
+def test_descriptions_of_nothing_are_refused(
+    walks: dict[str, tuple[Path, Walk]], cli: Cli, average: str, message: str
+) -> None:
+    """A typing error must not pass for an average."""
+    outcome = cli("reconstruct", walks["even"][0], "--average", average, "--plan")
+    assert outcome.code in (1, 2)
+    assert message in outcome.stderr
+    assert "Traceback" not in outcome.stderr
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"profile": "uniform", "interval": 10}, "`--interval` has no meaning"),
+        ({"interval": 10**23}, "below 2"),
         ({"per": "step"}, "`--per` says how to weigh checkpoints"),
         ({"init": "t.safetensors"}, "`--init` says how to weigh"),
         ({"profile": "minus-sqrt"}, "is no average over training"),

@@ -116,7 +116,7 @@ class MeanTeacher:
                     f"`{pair.names[0]}` of the teacher is {pair.local.dtype}, in which torch has no arithmetic",
                     hint='pass dtype="float32", or make the teacher module float32',
                 )
-        self._tracks = None if snapshots is None else SnapshotTracks(snapshots, self._tracking, dtype, self._rule)
+        self._tracks = None if snapshots is None else SnapshotTracks(snapshots, self._tracking)
 
     @property
     def momentum(self) -> float:
@@ -414,6 +414,8 @@ class MeanTeacher:
         """How the teacher depends on the student's path, where the step now is `step`; None unless that is exact."""
         if self._copied is None or self._copied[0] % self.interval:
             return None
+        if any(pair.local.is_floating_point() and pair.local.itemsize < 4 for pair in self._pairs):
+            return None  # most of its updates were lost
         num_steps, num_updates = self.num_steps - self._copied[0], self.num_updates - self._copied[1]
         start = step - num_steps
         if num_updates != num_steps // self.interval or start < 0:  # some were skipped, or somebody set num_steps

@@ -77,7 +77,8 @@ class Snapshots:
     """Which tracks a MeanTeacher follows beside the teacher, and how they are written."""
 
     directory: str | os.PathLike[str]
-    """Where the files go; it is created with the MeanTeacher."""
+    """Where the files go, of one MeanTeacher alone: files of the same names are replaced, older ones removed where
+    `keep` says so. It is created with the MeanTeacher."""
 
     every: int = 1000
     """Steps from one file to the next."""
@@ -128,8 +129,12 @@ class Snapshots:
 class SnapshotTracks:
     """The tracks of one student: their numbers, and what their files need to tell."""
 
-    def __init__(self, settings: Snapshots, tracking: Tracking, dtype: str, rule: Rule) -> None:
-        """Follow what `tracking` averages, in shadows of `dtype` as a MeanTeacher's; refuses sharded students."""
+    def __init__(self, settings: Snapshots, tracking: Tracking) -> None:
+        """Follow what `tracking` averages; refuses sharded students.
+
+        In float32 at least, and with one rounding less than the hook: the files say what weight each step has, and
+        in 16 bits most updates are lost.
+        """
         if any(is_sharded(slot.tensor) for slot in tracking.averaged):
             raise MisuseError(
                 "snapshots of a sharded student cannot be written: no rank has all of it",
@@ -138,8 +143,9 @@ class SnapshotTracks:
         self._settings = settings
         self._directory = Path(settings.directory)
         self._slots = tracking.averaged
-        self._rule = rule
-        self._shadows = {track: [shadow_of(slot, dtype) for slot in self._slots] for track in settings.tracks}
+        self._rule = Rule(lerp=True)
+        self._shadows = {track: [shadow_of(slot, "float32") for slot in self._slots] for track in settings.tracks}
+        self._has_warned = False
         self._increments = Increments([slot.local for slot in self._slots], settings.every)
         self._start = 0
         self._num_updates = 0
@@ -193,6 +199,12 @@ class SnapshotTracks:
             raise CkptEmaError(
                 "a part of the snapshot tracks' state is missing", hint="pass what `MeanTeacher.state_dict()` returned"
             )
+        here = [track.name for track in self._shadows]
+        if sorted(state["tracks"]) != sorted(here):
+            raise CkptEmaError(
+                f"the state has the snapshot tracks {', '.join(state['tracks'])}, and here are {', '.join(here)}",
+                hint="pass Snapshots with the tracks of the state",
+            )
         stored = {f"{name}: {key}": tensor for name, each in state["tracks"].items() for key, tensor in each.items()}
         check_fit(
             {f"{track.name}: {key}": t for track in self._shadows for key, t in self._tensors(track).items()}, stored
@@ -231,6 +243,13 @@ class SnapshotTracks:
     def _record(self, track: Track, step: int, record: OnlineRecord) -> OnlineRecord:
         increments, squared_norm = self._increments.read()
         num_skipped = step - self._start - self._num_updates
+        if num_skipped and not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                f"the snapshot tracks missed {num_skipped} of {step - self._start} steps: which weight each step has in"
+                " their files is not known any more, and `ckpt-ema reconstruct` is going to leave them out",
+                stacklevel=2,
+            )
         # After a step that was left out the weights are no longer those of the formula.
         response = None if num_skipped else response_record(track.response(self._start, step))
         return replace(
@@ -287,7 +306,10 @@ def _numbers(name: str, given: Any) -> tuple[float, ...]:
     for value in values:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise MisuseError(f"{name} is {given!r}, and must be a number or several", hint=f"pass {name}=(0.05, 0.1)")
-    return tuple(float(value) for value in values)
+    try:
+        return tuple(float(value) for value in values)
+    except OverflowError as error:
+        raise MisuseError(f"{name} is larger than any number a computer takes") from error
 
 
 def _check_tracks(tracks: Sequence[Track]) -> None:
