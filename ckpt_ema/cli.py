@@ -439,7 +439,8 @@ def reconstruct(
     """Make the teacher that would have followed the whole of training, from all that a run has stored.
 
     Students and the snapshots of `MeanTeacher(..., snapshots=...)` are combined so that the result is as near to the
-    wanted teacher as can be expected; how near is said before a tensor is read.
+    wanted teacher as can be expected; how near is said before a tensor is read. `--include`, `--exclude`, `--from` and
+    `--until` choose among snapshots as well.
 
     \b
     ckpt-ema reconstruct runs/ --momentum 0.001 --plan
