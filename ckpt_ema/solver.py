@@ -142,16 +142,16 @@ class _Problem:
         total = float((values * weights).sum())
         values = values + (FLOOR * total / max(float(weights.sum()), 1.0) or 1.0)
         total = float((values * weights).sum()) or 1.0
-        tails = [_tails(each, steps, begins, ends) for each in stored]
-        tails += [_tails(each, steps, begins, ends) for each in wanted]
+        responses = [*stored, *wanted]
         scales = (values * weights / total).sqrt()[:, None]
         # Rows need not be kept: a rotation makes a triangle of them, some at a time. Squaring the matrix, as normal
         # equations do, would square its condition.
-        triangle = torch.zeros(0, len(tails), dtype=torch.float64)
+        triangle = torch.zeros(0, len(responses), dtype=torch.float64)
         for begin in range(0, len(scales), ROWS_AT_ONCE):
             rows = slice(begin, begin + ROWS_AT_ONCE)
-            part = torch.stack([tail[rows] for tail in tails], dim=1) * scales[rows]
-            triangle = torch.linalg.qr(torch.cat([triangle, part]), mode="r")[1]
+            tails = [_tails(each, steps[rows], begins[rows], ends[rows]) for each in responses]
+            part = torch.cat([triangle, torch.stack(tails, dim=1) * scales[rows]])
+            triangle = torch.linalg.qr(part, mode="r")[1]
         self._matrix, self._wanted = triangle[:, : len(items)], triangle[:, len(items) :]
         self._jumps = [float((_jumps(each, steps, begins, ends) * values * weights).sum()) / total for each in wanted]
         # Without a measure of the student's size: as large as the way it has come, as from a small start.
