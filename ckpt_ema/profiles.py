@@ -15,6 +15,7 @@ from ckpt_ema.errors import MisuseError
 from ckpt_ema.quadrature import nodes_between
 from ckpt_ema.responses import Ema, Power, Response, Uniform, gamma_of, momentum_of_half_life, tail_at
 
+RULE = "teacher = (1 - momentum) * teacher + momentum * student"
 Kind = Literal["ema", "uniform", "minus-sqrt", "power", "given"]
 Between = Literal["linear", "hold"]
 
@@ -65,7 +66,7 @@ class Profile:
     def rule(self) -> str:
         """In a formula, for the record."""
         if self.kind == "ema":
-            return "teacher = (1 - momentum) * teacher + momentum * student"
+            return RULE
         if self.kind == "power":
             return "teacher = b * teacher + (1 - b) * student, b = (1 - 1 / step) ** (gamma + 1)"
         return "teacher = sum of coefficient * student"

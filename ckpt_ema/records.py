@@ -22,7 +22,6 @@ from ckpt_ema.timings import Timings
 
 DEFAULT_MOMENTUM = 0.001
 MAX_COUNT = 1 << 53
-RULE = "teacher = (1 - momentum) * teacher + momentum * student"
 PathLike = str | os.PathLike[str]
 
 

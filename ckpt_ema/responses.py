@@ -32,9 +32,6 @@ class Response(Protocol):
     def inner_tail(self, step: Any) -> Any:
         """P(s) for start < s <= end; `step` is a number or a torch tensor of any shape, in float64."""
 
-    def scaled(self, unit: int) -> Response:
-        """The same where `unit` steps count as one; every step it knows must be a multiple."""
-
 
 @dataclass(frozen=True, slots=True)
 class Impulse:
@@ -104,10 +101,6 @@ class Power:
         """1 - ((step - 1 - start) / (end - start)) ** (gamma + 1)."""
         return 1 - ((step - 1 - self.start) / (self.end - self.start)) ** (self.gamma + 1)
 
-    def scaled(self, unit: int) -> Power:
-        """In units of `unit` steps."""
-        return Power(self.gamma, self.start // unit, self.end // unit)
-
 
 @dataclass(frozen=True, slots=True)
 class Uniform:
@@ -119,10 +112,6 @@ class Uniform:
     def inner_tail(self, step: Any) -> Any:
         """Falls in a straight line."""
         return (self.end - step + 1) / (self.end - self.start)
-
-    def scaled(self, unit: int) -> Uniform:
-        """In units of `unit` steps."""
-        return Uniform(self.start // unit, self.end // unit)
 
 
 def declared_response(name: str, text: str, end: int) -> Response:

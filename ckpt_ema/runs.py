@@ -134,6 +134,11 @@ class _Listing:
     teachers: list[OwnTeacher] = field(default_factory=list)
     declared: list[Checkpoint] = field(default_factory=list)
 
+    def set_aside(self, path: Path, metadata: Mapping[str, str]) -> None:
+        """Keep a teacher of this tool apart from the checkpoints."""
+        self.left_out.append((path.name, OWN_TEACHER))
+        self.teachers.append(OwnTeacher(path, path.name, metadata))
+
 
 def find_checkpoints(paths: Sequence[Path], selection: Selection) -> Run:
     """The checkpoints to fold: those of a run directory by step, or those listed, as listed.
@@ -201,8 +206,7 @@ def _is_declared(path: Path, selection: Selection) -> bool:
 def _take_declared(listing: _Listing, path: Path, selection: Selection, pool: SchemaPool) -> None:
     contents = read_contents(path)
     if contents.is_own_teacher:  # which says better itself what it is
-        listing.left_out.append((path.name, OWN_TEACHER))
-        listing.teachers.append(OwnTeacher(path, path.name, contents.metadata))
+        listing.set_aside(path, contents.metadata)
     else:
         listing.declared.append(_read_declared(contents, selection, pool))
 
@@ -391,8 +395,7 @@ def _read_run_directory(run: Path, selection: Selection) -> tuple[Path, _Listing
         try:
             contents = read_contents(path)
             if contents.is_own_teacher:
-                listing.left_out.append((path.name, OWN_TEACHER))
-                listing.teachers.append(OwnTeacher(path, path.name, contents.metadata))
+                listing.set_aside(path, contents.metadata)
             elif not named_average:
                 listing.checkpoints.append(_read_checkpoint(contents, selection, pool))
         except UnreadableCheckpointError as error:
@@ -528,8 +531,7 @@ def _read_list(paths: Sequence[Path], selection: Selection) -> tuple[Path, _List
         else:
             contents = read_contents(path)
             if contents.is_own_teacher and selection.takes_teachers:
-                listing.left_out.append((path.name, OWN_TEACHER))
-                listing.teachers.append(OwnTeacher(path, path.name, contents.metadata))
+                listing.set_aside(path, contents.metadata)
                 continue
             if contents.is_own_teacher:
                 raise CkptEmaError(

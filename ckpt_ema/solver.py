@@ -117,12 +117,17 @@ def _common_unit(responses: Sequence[Response]) -> int:
     return max(1, math.gcd(*(step for each in responses for step in (each.start, each.end)), *intervals))
 
 
+def _scaled(response: Response, unit: int) -> Response:
+    # What moves at every step has a unit of 1.
+    return response.scaled(unit) if isinstance(response, Impulse | Ema) else response
+
+
 class _Problem:
     """The least-squares problem that all targets share: a row per node, a column per item."""
 
     def __init__(self, items: Sequence[Item], targets: Sequence[Response], variance: Variance, unit: int) -> None:
-        stored = [item.response.scaled(unit) for item in items]
-        wanted = [target.scaled(unit) for target in targets]
+        stored = [_scaled(item.response, unit) for item in items]
+        wanted = [_scaled(target, unit) for target in targets]
         borders = sorted({step for each in (*stored, *wanted) for step in (each.start, each.end, *_jump_steps(each))})
         nodes = [
             (node, weight, begin, end)

@@ -380,6 +380,14 @@ def test_a_teacher_that_cannot_be_recovered_is_said_to_be_one(tmp_path: Path, cl
     assert "snapshots of an online teacher" in outcome.stderr
 
 
+def copy_of_students(source: Path, run: Path) -> Path:
+    """A run directory with three of the students of `source`."""
+    run.mkdir()
+    for step in (0, 200, 400):
+        (run / f"step_{step}.safetensors").write_bytes((source / f"step_{step}.safetensors").read_bytes())
+    return run
+
+
 @pytest.mark.parametrize(
     "response", [None, 7, "power", {"kind": "power"}, {"kind": "ema", "momentum": 7, "start": 0, "end": 400}]
 )
@@ -387,11 +395,7 @@ def test_a_snapshot_that_does_not_say_what_it_is_takes_no_part(
     walks: dict[str, tuple[Path, Walk]], tmp_path: Path, response: Any
 ) -> None:
     """Better left out than wrongly weighed."""
-    source, _ = walks["even"]
-    run = tmp_path / "run"
-    run.mkdir()
-    for step in (0, 200, 400):
-        (run / f"step_{step}.safetensors").write_bytes((source / f"step_{step}.safetensors").read_bytes())
+    run = copy_of_students(walks["even"][0], tmp_path / "run")
     metadata = {"ckpt_ema": json.dumps({"response": response, "increments": "many", "squared_norm": "large"})}
     save_file({"w": torch.zeros(SIZE)}, run / "teacher_step_400.safetensors", metadata=metadata)
     plan = ckpt_ema.plan_reconstruction(run, momentum=0.05)
@@ -415,11 +419,7 @@ def test_lying_snapshots_are_no_traceback(
     walks: dict[str, tuple[Path, Walk]], tmp_path: Path, record: dict[str, Any] | None
 ) -> None:
     """Numbers beyond all measure, and nesting without end: left out, or weighed as what they claim."""
-    source, _ = walks["even"]
-    run = tmp_path / "run"
-    run.mkdir()
-    for step in (0, 200, 400):
-        (run / f"step_{step}.safetensors").write_bytes((source / f"step_{step}.safetensors").read_bytes())
+    run = copy_of_students(walks["even"][0], tmp_path / "run")
     response = {"kind": "power", "gamma": 5.0, "start": 0, "end": 400}
     text = "[" * 100000 if record is None else json.dumps({"response": response, **record})
     save_file({"w": torch.zeros(SIZE)}, run / "teacher_step_400.safetensors", metadata={"ckpt_ema": text})

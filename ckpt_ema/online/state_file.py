@@ -19,7 +19,7 @@ from ckpt_ema.errors import UnreadableCheckpointError
 from ckpt_ema.formats.contents import PROVENANCE_KEY
 from ckpt_ema.formats.safetensors import read_safetensors
 from ckpt_ema.online.teacher_file import dtype_of, write_tensors
-from ckpt_ema.records import RULE
+from ckpt_ema.profiles import RULE
 
 STATE_KEY = "ckpt_ema_state"
 SAMPLE_NAME = "increments:sample"

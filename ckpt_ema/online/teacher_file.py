@@ -19,7 +19,7 @@ from ckpt_ema.errors import CkptEmaError, MisuseError
 from ckpt_ema.formats import read_contents
 from ckpt_ema.formats.contents import PROVENANCE_KEY
 from ckpt_ema.online.rule import is_finite
-from ckpt_ema.records import RULE
+from ckpt_ema.profiles import RULE
 from ckpt_ema.writer import TeacherFile, encode_header
 
 WRITTEN_DTYPES = ("student", "teacher", "float32", "bfloat16", "float16")
