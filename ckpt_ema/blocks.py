@@ -52,8 +52,8 @@ class Lane:
     starts: tuple[int, ...]
     """First element of each tensor within the lane, and the lane's number of elements."""
 
-    is_strided: bool
-    """One tensor that is not contiguous in some checkpoint; its elements are gathered."""
+    is_scattered: bool
+    """One tensor that some checkpoint stores in another order than row-major; its elements are gathered."""
 
     @property
     def num_elements(self) -> int:
@@ -67,8 +67,8 @@ class Lane:
 
     @property
     def is_plain_average(self) -> bool:
-        """Whether it is averaged, and contiguous in every checkpoint."""
-        return self.action == "average" and not self.is_strided
+        """Whether it is averaged, and stored in row-major order in every checkpoint."""
+        return self.action == "average" and not self.is_scattered
 
     @property
     def input_itemsize(self) -> int:
@@ -179,7 +179,7 @@ def plan_blocks(
     # Students share a schema; averages that take part may have other dtypes.
     schemas = list({id(layout.schema): layout.schema for layout in layouts}.values())
     stored = {t.index: tuple(schema.dtypes[t.index].name for schema in schemas) for t in tensors}
-    strided = [any(layout.schema.strides[tensor.index] is not None for layout in layouts) for tensor in tensors]
+    scattered = {t.index: any(schema.is_scattered(t.index) for schema in schemas) for t in tensors}
 
     def file_order(tensor: TeacherTensor) -> tuple[object, ...]:
         # Wide elements first keeps every tensor aligned; the newest checkpoint's own order makes reads sequential.
@@ -190,9 +190,8 @@ def plan_blocks(
             tensor.action,
             tensor.student_dtype.name,
             stored[tensor.index],
-            strided[tensor.index],
-            newest.file_indices[tensor.index],
-            newest.begins[tensor.index],
+            scattered[tensor.index],
+            newest.place(tensor.index),
             tensor.name,
         )
 
@@ -210,8 +209,8 @@ def plan_blocks(
         )
         for index, original in aliases_of.items()
     )
-    stretches = _stretches([tensor for tensor in ordered if tensor.index not in aliases_of], offsets, strided, stored)
-    lanes = tuple(_lane(stretch, offsets, strided, layouts, accumulate) for stretch in stretches)
+    stretches = _stretches([tensor for tensor in ordered if tensor.index not in aliases_of], offsets, scattered, stored)
+    lanes = tuple(_lane(stretch, offsets, scattered, layouts, accumulate) for stretch in stretches)
     block_elements, threads = _size_blocks(lanes, memory_budget_bytes, num_threads, num_teachers)
     bytes_to_read = sum(lane.num_elements * dtype.itemsize for lane in lanes for dtype in lane.input_dtypes)
     raw, wide, widened, span = _widest(lanes)
@@ -227,7 +226,7 @@ def _find_aliases(tensors: Sequence[TeacherTensor], layouts: Sequence[Layout]) -
     aliases: dict[int, int] = {}
     # By place in the newest checkpoint first: a full key for each of 20000 tensors and 50 checkpoints is slow.
     newest = layouts[-1]
-    places = [(newest.file_indices[tensor.index], newest.begins[tensor.index]) for tensor in tensors]
+    places = [newest.place(tensor.index) for tensor in tensors]
     counts: dict[tuple[int, int], int] = {}
     for place in places:
         counts[place] = counts.get(place, 0) + 1
@@ -238,10 +237,7 @@ def _find_aliases(tensors: Sequence[TeacherTensor], layouts: Sequence[Layout]) -
             tensor.student_dtype,
             tensor.action,
             tensor.shape,
-            tuple(
-                (layout.schema.strides[tensor.index], layout.file_indices[tensor.index], layout.begins[tensor.index])
-                for layout in layouts
-            ),
+            tuple((layout.schema.geometries[tensor.index], layout.places(tensor.index)) for layout in layouts),
         )
         original = first.setdefault(key, tensor.index)
         if original != tensor.index:
@@ -252,10 +248,10 @@ def _find_aliases(tensors: Sequence[TeacherTensor], layouts: Sequence[Layout]) -
 def _stretches(
     ordered: Sequence[TeacherTensor],
     offsets: Mapping[str, tuple[int, int]],
-    strided: Sequence[bool],
+    scattered: Mapping[int, bool],
     stored: Mapping[int, tuple[str, ...]],
 ) -> Iterator[list[TeacherTensor]]:
-    """Tensors that follow each other in the teacher and are treated alike; a strided one is a stretch of its own."""
+    """Tensors that follow each other in the teacher and are treated alike; a scattered one is a stretch of its own."""
 
     def kind(tensor: TeacherTensor) -> tuple[object, ...]:
         return (
@@ -263,7 +259,7 @@ def _stretches(
             tensor.action,
             tensor.student_dtype,
             stored[tensor.index],
-            tensor.index if strided[tensor.index] else None,
+            tensor.index if scattered[tensor.index] else None,
         )
 
     stretch: list[TeacherTensor] = []
@@ -282,7 +278,7 @@ def _stretches(
 def _lane(
     stretch: Sequence[TeacherTensor],
     offsets: Mapping[str, tuple[int, int]],
-    strided: Sequence[bool],
+    scattered: Mapping[int, bool],
     layouts: Sequence[Layout],
     accumulate: Accumulate,
 ) -> Lane:
@@ -297,7 +293,7 @@ def _lane(
         begin=offsets[first.name][0],
         tensors=tuple(tensor.index for tensor in stretch),
         starts=tuple(itertools.accumulate((count_elements(tensor.shape) for tensor in stretch), initial=0)),
-        is_strided=strided[first.index],
+        is_scattered=scattered[first.index],
     )
 
 
@@ -305,10 +301,10 @@ def buffer_bytes_per_element(lane: Lane) -> tuple[int, int, int, int]:
     """What a thread's four buffers need per element of a block.
 
     The raw bytes of a student, the accumulator, the student widened to the accumulator's dtype, and the span that
-    the elements of a non-contiguous tensor are gathered from.
+    the elements of a scattered tensor are gathered from.
     """
     raw = max(lane.student_dtype.itemsize, lane.dtype.itemsize, lane.input_itemsize)
-    span = raw if lane.is_strided else 0
+    span = raw if lane.is_scattered else 0
     if lane.copies_bytes:
         return raw, 0, 0, span
     wide = lane.accumulate_dtype.itemsize

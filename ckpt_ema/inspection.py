@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ckpt_ema.byte_ranges import TensorRange
+from ckpt_ema.assembly import StoredTensor
 from ckpt_ema.errors import CkptEmaError, MisuseError, UnreadableCheckpointError
 from ckpt_ema.formats import forget_tables, read_contents
 from ckpt_ema.provenance import read_provenance
@@ -35,7 +35,7 @@ class Inspection:
     refusal: str
     """Why a fold would not take it; "" where it would."""
 
-    tensors: dict[str, TensorRange]
+    tensors: dict[str, StoredTensor]
     """Those of the chosen state dict, under the names a fold gives them."""
 
     provenance: dict[str, Any] | None
@@ -59,7 +59,7 @@ def inspect(path: str | os.PathLike[str], *, state: str | None = None, prefix: s
     origin = next((origin for origin in ORIGINS if origin in numbers), None)
     chosen: str | None = None
     refusal = ""
-    tensors: dict[str, TensorRange] = {}
+    tensors: dict[str, StoredTensor] = {}
     try:
         if contents.is_own_teacher:
             state = state or ""

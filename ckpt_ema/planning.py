@@ -7,18 +7,17 @@ from __future__ import annotations
 
 import glob
 import os
-from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from ckpt_ema.blocks import plan_blocks
+from ckpt_ema.byte_ranges import TensorRange
 from ckpt_ema.catalogue import TeacherTensor, Treatment, build_catalogue
 from ckpt_ema.coefficients import Weighed, weigh
 from ckpt_ema.errors import CkptEmaError, MisuseError
 from ckpt_ema.formats import read_contents
 from ckpt_ema.formats.folder import has_weights
-from ckpt_ema.layouts import Layout, Schema, SchemaPool, compact_layout
+from ckpt_ema.layouts import Layout, SchemaPool, compact_layout
 from ckpt_ema.model_buffers import read_model_buffers
 from ckpt_ema.outputs import resolve_outputs
 from ckpt_ema.profiles import coefficients_of, momentum_for_first_share, step_updates
@@ -163,22 +162,15 @@ def _average_layout(path: Path, tensors: Sequence[TeacherTensor], pool: SchemaPo
             " of the student that was followed (`--prefix`)",
         )
     # Copied tensors come from the newest student; the initial teacher's are never read, and need not exist.
-    layout = compact_layout({t.name: teacher.tensors[t.name] for t in tensors if t.action == "average"}, SchemaPool())
-    place = {name: i for i, name in enumerate(layout.schema.names)}
-    own = [place.get(tensor.name) for tensor in tensors]
-    schema = pool.share(
-        Schema(
-            tuple(tensor.name for tensor in tensors),
-            tuple(t.student_dtype if i is None else layout.schema.dtypes[i] for t, i in zip(tensors, own, strict=True)),
-            tuple(tensor.shape for tensor in tensors),
-            tuple(None if i is None else layout.schema.strides[i] for i in own),
-        )
-    )
-    return replace(
-        layout,
-        schema=schema,
-        file_indices=array("H", [0 if i is None else layout.file_indices[i] for i in own]),
-        begins=array("q", [0 if i is None else layout.begins[i] for i in own]),
+    absent = contents.files[0]
+    return compact_layout(
+        {
+            t.name: teacher.tensors[t.name]
+            if t.action == "average"
+            else TensorRange(t.student_dtype, t.shape, None, absent, 0, 0)
+            for t in tensors
+        },
+        pool,
     )
 
 

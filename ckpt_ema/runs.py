@@ -14,7 +14,8 @@ from pathlib import Path
 
 from ckpt_ema.errors import CkptEmaError, MisuseError, UnreadableCheckpointError
 from ckpt_ema.formats import Contents, ModelFolder, is_weights_file_name, read_contents
-from ckpt_ema.formats.folder import MODEL_STEM, distributed_marker, has_weights
+from ckpt_ema.formats.deepspeed import folder_of_latest
+from ckpt_ema.formats.folder import MODEL_STEM, NEVER_STUDENTS, has_weights, is_sharded
 from ckpt_ema.layouts import Layout, SchemaPool, compact_layout
 from ckpt_ema.learning_rates import learning_rates_of
 from ckpt_ema.steps import (
@@ -247,7 +248,7 @@ def _hint_to_fold_average(contents: Contents) -> str:
 
 
 def _is_one_checkpoint(folder: Path) -> bool:
-    return (
+    return is_sharded(folder) or (
         has_weights(folder)
         and not _has_numbered_files(folder)
         and not any(_is_checkpoint_folder(child) for child in _children(folder))
@@ -284,7 +285,12 @@ def _children(folder: Path) -> list[Path]:
 def _is_checkpoint_folder(path: Path) -> bool:
     if not path.is_dir() or path.name.startswith("tmp"):
         return False
-    if (has_weights(path) and not _has_numbered_files(path)) or distributed_marker(path):
+    if has_weights(path) and not _has_numbered_files(path):
+        return True
+    if is_sharded(path):
+        return not NEVER_STUDENTS.match(path.name)  # accelerate's `optimizer_0`
+    # DeepSpeed's `latest` lies beside the checkpoints of a run, and in the Trainer's checkpoints, which have a number.
+    if steps_in_name(path.name) and folder_of_latest(path) is not None:
         return True
     if not steps_in_name(path.name) or is_average_name(path.name):
         return False

@@ -25,10 +25,12 @@ INSIDE_PATHS: tuple[tuple[Unit, tuple[str, ...]], ...] = (
     ("step", ("meta", "iter")),
     ("step", ("state", "timestamp", "Timestamp", "batch")),
     ("step", ("state", "timestamp", "batch")),
+    ("step", ("train_state", "step")),
     *(
         ("step", (key,))
         for key in (
             "global_step",
+            "global_steps",
             "step",
             "iteration",
             "iter",

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
-from ckpt_ema.byte_ranges import TensorRange
+from ckpt_ema.assembly import StoredTensor
 from ckpt_ema.errors import CkptEmaError, MisuseError, UnreadableCheckpointError
-from ckpt_ema.formats import Contents
+from ckpt_ema.formats import TENSOR_LEAVES, Contents
 from ckpt_ema.formats.pickle_scan import MalformedPickleError
 from ckpt_ema.formats.pickles import Inert, PickledTensor, module_state
 
@@ -41,7 +41,6 @@ NEVER_A_MODEL = re.compile(
     re.IGNORECASE,
 )
 MAX_DEPTH = 4
-TENSORS = (TensorRange, PickledTensor)
 
 
 class Candidate(NamedTuple):
@@ -76,7 +75,7 @@ class Student:
     key: str
     """Dotted path of the state dict inside the checkpoint, "" for the checkpoint itself."""
 
-    tensors: dict[str, TensorRange]
+    tensors: dict[str, StoredTensor]
     stripped: tuple[str, ...] = ()
     """Prefixes taken off the names."""
 
@@ -129,7 +128,7 @@ def choose_student(contents: Contents, *, state: str | None = None, prefix: str 
 
 
 def _is_tensor(value: Any) -> bool:
-    return isinstance(value, TENSORS)
+    return isinstance(value, TENSOR_LEAVES)
 
 
 def _as_mapping(value: Any) -> dict[Any, Any] | None:
@@ -189,7 +188,7 @@ def _candidates(tree: Any) -> Iterator[Candidate]:
             yield Candidate(key, _kind_at(root or {}, key, table), table, value if depth else tree)
         if depth < MAX_DEPTH:
             for name, child in table.items():
-                if not isinstance(child, TENSORS) and isinstance(name, str) and not NEVER_A_MODEL.match(name):
+                if not isinstance(child, TENSOR_LEAVES) and isinstance(name, str) and not NEVER_A_MODEL.match(name):
                     pending.append((f"{key}.{name}" if key else name, child, depth + 1))
 
 
@@ -327,17 +326,17 @@ def _state_at(contents: Contents, state: str) -> Any:
 
 
 def _student_of(contents: Contents, key: str, value: Any) -> Student:
-    buffers: frozenset[str] | None = None
+    buffers = contents.buffer_names
     if isinstance(value, Inert):
         module = module_state(value)
         if module is not None:
             value, buffers = module[0], frozenset(module[1])
     at_root = _as_mapping(contents.tree)
     table = _as_mapping(value) or {}
-    leaves: dict[str, TensorRange | PickledTensor] = {}
+    leaves: dict[str, Any] = {}
     left_out: dict[str, str] = {}
     for name, leaf in table.items():
-        if isinstance(leaf, TENSORS):
+        if isinstance(leaf, TENSOR_LEAVES):
             if not isinstance(name, str):
                 raise UnreadableCheckpointError(f"`{contents.path}`: a tensor of `{key}` has no text for a name")
             leaves[name] = leaf

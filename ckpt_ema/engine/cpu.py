@@ -188,7 +188,7 @@ class _BlockFolder:
 
     def _read(self, layout: Layout, block: Block, buffer: Buffer) -> None:
         started = time.perf_counter()
-        if block.lane.is_strided:
+        if block.lane.is_scattered:
             gather_block(self._files, layout, block, buffer, self._span, self._trash)
         else:
             num_bytes = (block.end - block.begin) * stored_dtype(layout, block).itemsize

@@ -1,7 +1,8 @@
-"""Non-contiguous tensors: elements in row-major order out of a file that stores them in another order.
+"""Scattered tensors: elements in row-major order out of files that store them in another order, or in pieces.
 
-A block of such a tensor is a few boxes (ranges of indices). Each box is read in storage order, as units that are
-consecutive in the file, into a span buffer, and copied from there with the strides that the unit has.
+A block of such a tensor is a few boxes (ranges of indices), each of which meets some of the pieces that the tensor is
+stored in. What a box and a piece share is read in storage order, as units that are consecutive in the file, into a span
+buffer, and copied from there with the strides that the unit has.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from ckpt_ema.assembly import Box, Runs
 from ckpt_ema.blocks import Block
+from ckpt_ema.dtypes import DType
 from ckpt_ema.engine.buffers import Buffer
 from ckpt_ema.engine.inputs import InputFiles, LaneExtents, read_span, stored_dtype
 from ckpt_ema.layouts import Layout
 
-Box = tuple[tuple[int, int], ...]
+Region = tuple[tuple[int, int], ...]
 """First index and number of indices per dimension."""
 
 
@@ -30,37 +33,62 @@ def gather_block(
     """
     index = block.lane.tensors[0]
     dtype = stored_dtype(layout, block)
-    strides = layout.schema.strides[index]
-    if strides is None:
+    geometry = layout.schema.geometries[index]
+    if geometry is None or isinstance(geometry, Runs):
         num_bytes = (block.end - block.begin) * dtype.itemsize
         LaneExtents(files, layout, block.lane).read(block.begin, block.end, target.bytes[:num_bytes], trash, {})
         return
     elements = target.elements(dtype, block.end - block.begin)
-    room = len(span.bytes) // dtype.itemsize
     position = 0
-    for box in _boxes(layout.schema.shapes[index], block.begin, block.end):
-        sizes = [size for _, size in box]
+    for region in _regions(layout.schema.shapes[index], block.begin, block.end):
+        sizes = [size for _, size in region]
         count = math.prod(sizes)
-        base = sum(first * stride for (first, _), stride in zip(box, strides, strict=True))
-        # Dimensions in storage order, widest stride first; repeated ones (stride 0) are stored once.
-        order = sorted(range(len(sizes)), key=lambda d: -strides[d])
-        order = [d for d in order if sizes[d] > 1 and strides[d] > 0]
-        out = elements[position : position + count].view(sizes)
-        _read_box(files, layout, index, base, [(sizes[d], strides[d], d) for d in order], out, span, room)
+        whole = elements[position : position + count].view(sizes)
         position += count
+        for number, box in enumerate(geometry):
+            shared = _shared(region, box)
+            if shared is None:
+                continue
+            out = whole
+            for d, ((first, size), (begin, _)) in enumerate(zip(shared, region, strict=True)):
+                out = out.narrow(d, first - begin, size)
+            strides = box.strides or _contiguous_strides(box.sizes)
+            base = sum(
+                (first - begin) * stride for (first, _), begin, stride in zip(shared, box.offsets, strides, strict=True)
+            )
+            # Dimensions in storage order, widest stride first; repeated ones (stride 0) are stored once.
+            order = sorted(range(len(strides)), key=lambda d: -strides[d])
+            dimensions = [(shared[d][1], strides[d], d) for d in order if shared[d][1] > 1 and strides[d] > 0]
+            _read_region(files, layout, layout.schema.firsts[index] + number, base, dimensions, dtype, out, span)
 
 
-def _read_box(
+def _shared(region: Region, box: Box) -> Region | None:
+    """The indices that are in both; None where there are none."""
+    shared = []
+    for (begin, size), offset, length in zip(region, box.offsets, box.sizes, strict=True):
+        first, stop = max(begin, offset), min(begin + size, offset + length)
+        if first >= stop:
+            return None
+        shared.append((first, stop - first))
+    return tuple(shared)
+
+
+def _contiguous_strides(sizes: Sequence[int]) -> list[int]:
+    return [math.prod(sizes[d + 1 :]) for d in range(len(sizes))]
+
+
+def _read_region(
     files: InputFiles,
     layout: Layout,
-    index: int,
+    piece: int,
     base: int,
     dimensions: Sequence[tuple[int, int, int]],
+    dtype: DType,
     out: torch.Tensor,
     span: Buffer,
-    room: int,
 ) -> None:
-    dtype = layout.schema.dtypes[index]
+    """Fill `out` with the elements of a piece from `base` on, whose (size, stride, dimension) are `dimensions`."""
+    room = len(span.bytes) // dtype.itemsize
     inner = len(dimensions)
     # As many of the innermost dimensions as fit the span buffer are read at once, gaps and all.
     while inner > 0 and 1 + sum((size - 1) * stride for size, stride, _ in dimensions[inner - 1 :]) <= room:
@@ -76,7 +104,7 @@ def _read_box(
             for slot in range(count):
                 offset = (start + (first + slot) * batched[1]) * dtype.itemsize
                 begin = slot * unit * dtype.itemsize
-                read_span(files, layout, index, offset, span.bytes[begin : begin + unit * dtype.itemsize])
+                read_span(files, layout, piece, offset, span.bytes[begin : begin + unit * dtype.itemsize])
             part = out
             stored_strides = [0] * out.dim()
             for i, (_, _, d) in zip(indices, outer[:-1], strict=True):
@@ -89,8 +117,8 @@ def _read_box(
             part.copy_(span.elements(dtype, count * unit).as_strided(part.shape, stored_strides))
 
 
-def _boxes(shape: Sequence[int], begin: int, end: int) -> Iterator[Box]:
-    """Cut the row-major element range `[begin, end)` into boxes that are consecutive in it."""
+def _regions(shape: Sequence[int], begin: int, end: int) -> Iterator[Region]:
+    """Cut the row-major element range `[begin, end)` into regions that are consecutive in it."""
     if not shape:
         yield ()
         return
@@ -98,7 +126,7 @@ def _boxes(shape: Sequence[int], begin: int, end: int) -> Iterator[Box]:
     first, offset = divmod(begin, row)
     if offset or end - begin < row:
         stop = min(end, (first + 1) * row)
-        for rest in _boxes(shape[1:], offset, offset + stop - begin):
+        for rest in _regions(shape[1:], offset, offset + stop - begin):
             yield ((first, 1), *rest)
         begin = stop
         first += 1
@@ -109,5 +137,5 @@ def _boxes(shape: Sequence[int], begin: int, end: int) -> Iterator[Box]:
         yield ((first, rows), *((0, size) for size in shape[1:]))
         begin += rows * row
     if begin < end:
-        for rest in _boxes(shape[1:], 0, end - begin):
+        for rest in _regions(shape[1:], 0, end - begin):
             yield ((first + rows, 1), *rest)

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import NamedTuple
 
+from ckpt_ema.assembly import Runs
 from ckpt_ema.blocks import Block, Lane
 from ckpt_ema.byte_ranges import SourceFile, open_input
 from ckpt_ema.dtypes import DType
@@ -94,15 +95,16 @@ class LaneExtents:
     """Where a lane's elements lie in one checkpoint: runs of bytes that are consecutive in a file.
 
     Tensors that are neighbours in the lane and in the file are one extent, so that a block of a hundred small tensors
-    is one read. 12 to 20 bytes each, since a torch.save file has one per tensor.
+    is one read. 14 to 22 bytes each, since a torch.save file has one per tensor, a sharded checkpoint one per piece.
     """
 
     def __init__(self, files: InputFiles, layout: Layout, lane: Lane) -> None:
         self._files = [files.opened(file) for file in layout.files]
         self._itemsize = itemsize = layout.schema.dtypes[lane.tensors[0]].itemsize
-        begins = [layout.begins[index] for index in lane.tensors]
-        indices = [layout.file_indices[index] for index in lane.tensors]
-        ends = [begin + size * itemsize for begin, size in zip(begins, _differences(lane.starts), strict=True)]
+        pieces, starts = _pieces_of(layout, lane)
+        begins = [layout.begins[piece] for piece in pieces]
+        indices = [layout.file_indices[piece] for piece in pieces]
+        ends = [begin + size * itemsize for begin, size in zip(begins, _differences(starts), strict=True)]
         gaps = [-1] + [
             begin - end if index == index_before else -1
             for begin, end, index, index_before in zip(begins[1:], ends, indices[1:], indices, strict=False)
@@ -110,11 +112,11 @@ class LaneExtents:
         heads = [i for i, gap in enumerate(gaps) if gap]
         # Where nothing is merged, as in torch.save files, all checkpoints share the lane's own starts.
         all_heads = len(heads) == len(gaps)
-        self._starts = lane.starts if all_heads else tuple(lane.starts[i] for i in (*heads, -1))
+        self._starts = starts if all_heads else tuple(starts[i] for i in (*heads, -1))
         """First element within the lane, and the lane's number of elements."""
         self._begins = array("q", [begins[i] for i in heads])
         """First byte in the file."""
-        self._file_indices = array("H", [indices[i] for i in heads])
+        self._file_indices = array("I", [indices[i] for i in heads])
         self._gaps = array("h", [gaps[i] if 0 < gaps[i] <= MAX_GAP_BYTES else -1 for i in heads])
         """Bytes since the extent before; -1 where reading them along would not pay."""
 
@@ -181,14 +183,30 @@ class ExtentTable:
         return extents
 
 
+def _pieces_of(layout: Layout, lane: Lane) -> tuple[Sequence[int], tuple[int, ...]]:
+    """The pieces that a lane's tensors are stored in, in order, and the first element of each within the lane."""
+    schema = layout.schema
+    if len(layout.begins) == len(schema.names):
+        return lane.tensors, lane.starts
+    pieces: list[int] = []
+    starts: list[int] = []
+    for index, start in zip(lane.tensors, lane.starts, strict=False):
+        geometry = schema.geometries[index]
+        own = geometry.starts[:-1] if isinstance(geometry, Runs) else (0,)
+        first = schema.firsts[index]
+        pieces += range(first, first + len(own))
+        starts += [start + run for run in own]
+    return pieces, (*starts, lane.starts[-1])
+
+
 def _differences(values: tuple[int, ...]) -> Iterator[int]:
     return map(operator.sub, values[1:], values)
 
 
-def read_span(files: InputFiles, layout: Layout, index: int, first_byte: int, buffer: memoryview) -> None:
-    """Fill `buffer` with what a checkpoint stores from `first_byte` of tensor `index` on, gaps included."""
-    file = files.opened(layout.files[layout.file_indices[index]])
-    _preadv_all(file, [buffer], layout.begins[index] + first_byte)
+def read_span(files: InputFiles, layout: Layout, piece: int, first_byte: int, buffer: memoryview) -> None:
+    """Fill `buffer` with what a checkpoint stores from `first_byte` of a piece on, gaps included."""
+    file = files.opened(layout.files[layout.file_indices[piece]])
+    _preadv_all(file, [buffer], layout.begins[piece] + first_byte)
 
 
 def stored_dtype(layout: Layout, block: Block) -> DType:

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ckpt_ema.assembly import AssembledTensor
+from ckpt_ema.byte_ranges import TensorRange
 from ckpt_ema.formats.contents import Contents, ModelFolder, read_file
+from ckpt_ema.formats.dcp import ShardedTensor
 from ckpt_ema.formats.folder import is_weights_file_name, read_folder
 from ckpt_ema.formats.pickle_scan import forget_last_scan
+from ckpt_ema.formats.pickles import PickledTensor
 from ckpt_ema.formats.safetensors import forget_last_header
 
-__all__ = ["Contents", "ModelFolder", "forget_tables", "is_weights_file_name", "read_contents"]
+TENSOR_LEAVES = (TensorRange, AssembledTensor, PickledTensor, ShardedTensor)
+"""What stands for a tensor in a tree of contents; all have a dtype and a shape."""
+
+__all__ = ["TENSOR_LEAVES", "Contents", "ModelFolder", "forget_tables", "is_weights_file_name", "read_contents"]
 
 
 def read_contents(path: Path) -> Contents:

@@ -6,15 +6,23 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from ckpt_ema.byte_ranges import SourceFile, TensorRange, open_input, read_exactly
+from ckpt_ema.assembly import StoredTensor
+from ckpt_ema.byte_ranges import SourceFile, open_input, read_exactly
 from ckpt_ema.errors import UnreadableCheckpointError
 from ckpt_ema.formats import safetensors, torch_save
-from ckpt_ema.formats.torch_save import TorchSaveFile
+from ckpt_ema.formats.zip_archive import ZIP_MAGIC
 
 PROVENANCE_KEY = "ckpt_ema"
 """Key of `__metadata__` under which this tool's teachers say how they were made."""
+
+
+class Locator(Protocol):
+    """Finds the bytes of tensors that a table only describes."""
+
+    def locate(self, tensors: Mapping[str, Any]) -> Mapping[str, StoredTensor]:
+        """The checked byte ranges of some leaves, by name; raises UnreadableCheckpointError."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,16 +44,19 @@ class Contents:
 
     files: tuple[SourceFile, ...]
     tree: Any
-    """Nested mappings; tensors are TensorRange or PickledTensor."""
+    """Nested mappings; tensors are TensorRange, AssembledTensor or PickledTensor."""
 
     metadata: Mapping[str, str] = field(default_factory=dict)
     """`__metadata__` of a safetensors file."""
 
-    torch_file: TorchSaveFile | None = None
-    """Locates the PickledTensors of `tree`."""
+    locator: Locator | None = None
+    """Finds the bytes of the tensors of `tree` that are only described there."""
 
     folders: Mapping[str, ModelFolder] = field(default_factory=dict)
     """Model folder by top-level key of `tree`; the key is "" where the tree is that of one model."""
+
+    buffer_names: frozenset[str] | None = None
+    """Which of the tensors are buffers, where the checkpoint records it."""
 
     trainer_state: Mapping[str, Any] = field(default_factory=dict)
     """`trainer_state.json`, where there is one."""
@@ -55,9 +66,9 @@ class Contents:
         """Whether it carries this tool's provenance."""
         return PROVENANCE_KEY in self.metadata
 
-    def locate(self, tensors: Mapping[str, Any]) -> dict[str, TensorRange]:
+    def locate(self, tensors: Mapping[str, Any]) -> dict[str, StoredTensor]:
         """The checked byte ranges of tensors of `tree`, by name."""
-        return dict(tensors) if self.torch_file is None else self.torch_file.locate(tensors)
+        return dict(tensors if self.locator is None else self.locator.locate(tensors))
 
 
 def read_file(path: Path) -> Contents:
@@ -73,15 +84,15 @@ def read_file(path: Path) -> Contents:
         os.close(descriptor)
     if not size:
         raise UnreadableCheckpointError(f"`{path}` is empty")
-    if head.startswith(torch_save.ZIP_MAGIC):
+    if head.startswith(ZIP_MAGIC):
         torch_file = torch_save.read_torch_zip(path)
-        return Contents(path, "torch.save zip", (torch_file.source,), torch_file.tree, torch_file=torch_file)
+        return Contents(path, "torch.save zip", (torch_file.source,), torch_file.tree, locator=torch_file)
     if safetensors.looks_like_safetensors(head, size):
         file = safetensors.read_safetensors(path)
         return Contents(path, "safetensors", (file.source,), file.tensors, file.metadata)
     if head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05" and len(head) > 1:
         torch_file = torch_save.read_torch_legacy(path)
-        return Contents(path, "torch.save legacy", (torch_file.source,), torch_file.tree, torch_file=torch_file)
+        return Contents(path, "torch.save legacy", (torch_file.source,), torch_file.tree, locator=torch_file)
     if head.startswith(b"version https://git-lfs"):
         raise UnreadableCheckpointError(
             f"`{path}` is a Git LFS pointer, not the file itself", hint="run `git lfs pull`"
@@ -90,4 +101,14 @@ def read_file(path: Path) -> Contents:
         raise UnreadableCheckpointError(f"`{path}` starts with zeros: it was never written to its end")
     raise UnreadableCheckpointError(
         f"`{path}` is in no format known here: neither safetensors nor written by torch.save"
+    )
+
+
+def is_plain_name(name: object) -> bool:
+    """Whether `name`, which a stranger wrote, is that of a file in the same folder, and never a path to elsewhere."""
+    return (
+        isinstance(name, str)
+        and 0 < len(name.encode("utf-8", "replace")) < 256
+        and name not in (".", "..")
+        and not any(character in name for character in "/\\\0")
     )

@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ckpt_ema.assembly import AssemblyError, StoredTensor, assemble_boxes
 from ckpt_ema.byte_ranges import SourceFile, TensorRange
 from ckpt_ema.errors import UnreadableCheckpointError
-from ckpt_ema.formats.contents import Contents, ModelFolder, read_file
+from ckpt_ema.formats.contents import Contents, ModelFolder, is_plain_name, read_file
+from ckpt_ema.formats.dcp import is_dcp_folder, read_dcp
+from ckpt_ema.formats.deepspeed import folder_of_latest, is_deepspeed_folder, read_deepspeed
 from ckpt_ema.formats.pickles import PickledTensor
 
 WEIGHTS_SUFFIX = re.compile(r"\.(safetensors|ckpt|bin|pt|pth|pyth|th|pth\.tar|tar)$", re.IGNORECASE)
@@ -22,14 +26,9 @@ NEVER_STUDENTS = re.compile(
     r"^(optimizer|scheduler|scaler|sampler|dl_state_dict|custom_checkpoint|rng_state|random_states|random_state"
     r"|training_args|trainer_state|recipe_state|optim|opt(?=\d)|zero_pp_rank|bf16_zero_pp_rank|events\.out)([_.\-\d].*)?$"
 )
-DISTRIBUTED_HINTS = {
-    ".metadata": (
-        "a torch.distributed.checkpoint folder",
-        "python -m torch.distributed.checkpoint.format_utils dcp_to_torch",
-    ),
-    "latest": ("a DeepSpeed checkpoint", "python zero_to_fp32.py"),
-    "pytorch_model_fsdp_0": ("an FSDP checkpoint", "accelerate merge-weights"),
-}
+# torch.distributed.checkpoint's safetensors: each rank's pieces of a model that is cut into files.
+DCP_SHARD_NAME = re.compile(r"^shard-(?P<rank>\d+)-model-\d+-of-\d+\.safetensors$")
+SHARDING_KEY = "DCP_SHARDING_INFO"
 
 
 def is_weights_file_name(name: str) -> bool:
@@ -58,11 +57,14 @@ def read_folder(folder: Path) -> Contents:
 def _read_folder(folder: Path) -> Contents:
     models = _find_models(folder)
     if not models:
+        sharded = _read_sharded(folder)
+        if sharded is not None:
+            return replace(sharded, path=folder, trainer_state=_read_trainer_state(folder))
         for subfolder in sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")):
             for found in _find_models(subfolder).values():
                 models[subfolder.name] = found
     if not models:
-        raise _no_weights(folder)
+        raise UnreadableCheckpointError(f"`{folder}` holds no weights")
     trees: dict[str, Any] = {}
     parts: list[Contents] = []
     for key, files in models.items():
@@ -79,9 +81,9 @@ def _read_folder(folder: Path) -> Contents:
             only.files,
             only.tree,
             only.metadata,
-            only.torch_file,
+            only.locator,
             {"": model_folder},
-            trainer_state,
+            trainer_state=trainer_state,
         )
     trees = {key: part.locate(_flat_tensors(part)) for key, part in zip(trees, parts, strict=True)}
     files_of_all = tuple(file for part in parts for file in part.files)
@@ -123,6 +125,11 @@ def _find_models(folder: Path, *, check: bool = True) -> dict[str, list[Path]]:
 
 
 def _find_shards_without_index(folder: Path, names: list[str], *, check: bool) -> dict[str, list[Path]]:
+    ranks = {int(match["rank"]): folder / name for name in names if (match := DCP_SHARD_NAME.match(name))}
+    if ranks:
+        if check and sorted(ranks) != list(range(1, len(ranks) + 1)):
+            raise UnreadableCheckpointError(f"`{folder}` has the shards of {len(ranks)} of {max(ranks)} ranks")
+        return {"model": [ranks[rank] for rank in sorted(ranks)]}
     shards: dict[tuple[str, int], list[tuple[int, Path]]] = defaultdict(list)
     for name in names:
         match = SHARD_NAME.match(name)
@@ -157,6 +164,8 @@ def _read_model(files: list[Path]) -> Contents:
     first = files[0]
     if first.name.endswith(".index.json"):
         return _read_shards(first.parent, *_read_index(first))
+    if DCP_SHARD_NAME.match(first.name):
+        return _read_pieces(first.parent, files)
     if len(files) > 1:
         return _read_shards(first.parent, files, None)
     return read_file(first)
@@ -169,7 +178,7 @@ def _read_index(path: Path) -> tuple[list[Path], dict[str, str]]:
         raise UnreadableCheckpointError(f"`{path}` has no `weight_map`")
     for name, shard in weight_map.items():
         # An index is untrusted: a shard is a file beside it, never a path to somewhere else.
-        if not _is_plain_name(shard):
+        if not is_plain_name(shard):
             raise UnreadableCheckpointError(
                 f"`{path}` says that `{name}` lies in a file that is none: {ascii(shard)[:80]}"
             )
@@ -182,17 +191,8 @@ def _read_index(path: Path) -> tuple[list[Path], dict[str, str]]:
     return shards, weight_map
 
 
-def _is_plain_name(name: object) -> bool:
-    return (
-        isinstance(name, str)
-        and 0 < len(name.encode("utf-8", "replace")) < 256
-        and name not in (".", "..")
-        and not any(character in name for character in "/\\\0")
-    )
-
-
 def _read_shards(folder: Path, shards: list[Path], weight_map: dict[str, str] | None) -> Contents:
-    tensors: dict[str, TensorRange] = {}
+    tensors: dict[str, StoredTensor] = {}
     homes: dict[str, str] = {}
     files: list[SourceFile] = []
     for shard in shards:
@@ -213,6 +213,39 @@ def _read_shards(folder: Path, shards: list[Path], weight_map: dict[str, str] | 
         raise UnreadableCheckpointError(f"`{folder}`: `{homes[extra]}` holds `{extra}`, which the index does not know")
     kind = "safetensors" if shards[0].suffix == ".safetensors" else "torch.save"
     return Contents(folder, f"{len(shards)} {kind} shards", tuple(files), tensors)
+
+
+def _read_pieces(folder: Path, files: list[Path]) -> Contents:
+    """Safetensors files of which each holds one rank's boxes of the tensors; metadata says where these begin."""
+    pieces: dict[str, list[tuple[tuple[int, ...], TensorRange]]] = defaultdict(list)
+    sources: list[SourceFile] = []
+    for path in files:
+        contents = read_file(path)
+        sources += contents.files
+        try:
+            begins = json.loads(contents.metadata.get(SHARDING_KEY, "null"))
+        except (ValueError, RecursionError):
+            begins = None
+        for name, tensor in _flat_tensors(contents).items():
+            entry = begins.get(name) if isinstance(begins, dict) else None
+            offsets = entry.get("saved_offsets") if isinstance(entry, dict) else None
+            if (
+                not isinstance(tensor, TensorRange)
+                or not isinstance(offsets, list)
+                or len(offsets) != len(tensor.shape)
+                or not all(type(offset) is int and 0 <= offset < 1 << 62 for offset in offsets)
+            ):
+                raise UnreadableCheckpointError(f"`{path}` does not say which part of `{name}` it holds")
+            pieces[name].append((tuple(offsets), tensor))
+    tensors: dict[str, StoredTensor] = {}
+    for name, parts in pieces.items():
+        filled = [part for part in parts if 0 not in part[1].shape] or parts
+        ends = zip(*(map(int.__add__, offsets, tensor.shape) for offsets, tensor in filled), strict=True)
+        try:
+            tensors[name] = assemble_boxes(filled[0][1].dtype, tuple(map(max, ends)), filled)
+        except AssemblyError as error:
+            raise UnreadableCheckpointError(f"`{folder}`: tensor `{name}` {error}") from None
+    return Contents(folder, f"safetensors of {len(files)} ranks", tuple(sources), tensors)
 
 
 def _flat_tensors(contents: Contents) -> dict[str, TensorRange | PickledTensor]:
@@ -238,23 +271,24 @@ def _read_json(path: Path) -> dict[str, Any]:
     return table
 
 
-def distributed_marker(folder: Path) -> str | None:
-    """The file or folder that shows a distributed checkpoint in `folder`; None where there is none."""
-    for marker in DISTRIBUTED_HINTS:
-        path = folder / marker
-        # DeepSpeed's `latest` is a small text; a link of that name points to a checkpoint.
-        if path.exists() and not (marker == "latest" and (path.is_symlink() or path.stat().st_size > 4096)):
-            return marker
+def is_sharded(folder: Path) -> bool:
+    """Whether ranks saved their parts of one checkpoint into `folder`."""
+    return _sharded_folder(folder) is not None
+
+
+def _sharded_folder(folder: Path) -> Path | None:
+    """The folder that the files of a sharded checkpoint lie in: this one, or the model's below it."""
+    if is_dcp_folder(folder) or is_deepspeed_folder(folder):
+        return folder
+    for child in sorted(folder.iterdir()):
+        # Accelerate's FSDP: `pytorch_model_fsdp_0` beside `optimizer_0`.
+        if child.name.startswith("pytorch_model_fsdp") and child.is_dir() and is_dcp_folder(child):
+            return child
     return None
 
 
-def _no_weights(folder: Path) -> UnreadableCheckpointError:
-    for place in (folder, *(child for child in folder.iterdir() if child.is_dir())):
-        marker = distributed_marker(place)
-        if marker is not None:
-            what, command = DISTRIBUTED_HINTS[marker]
-            return UnreadableCheckpointError(
-                f"`{folder}` is {what}, which this version does not read",
-                hint=f"convert it first: `{command} ...`",
-            )
-    return UnreadableCheckpointError(f"`{folder}` holds no weights")
+def _read_sharded(folder: Path) -> Contents | None:
+    found = _sharded_folder(folder) or folder_of_latest(folder)
+    if found is None:
+        return None
+    return read_dcp(found) if is_dcp_folder(found) else read_deepspeed(found)

@@ -1,0 +1,275 @@
+"""torch.distributed.checkpoint folders: `.metadata` in, a tree of tensors and the byte ranges of their pieces out.
+
+`.metadata` is a pickle that says which boxes of which tensor lie where; every box is a whole torch.save zip inside a
+`.distcp` file. Both are read by the unpickler that runs nothing, and no process group is needed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ckpt_ema.assembly import AssemblyError, StoredTensor, assemble_boxes
+from ckpt_ema.byte_ranges import SourceFile, TensorRange, open_input, read_exactly
+from ckpt_ema.dtypes import DType
+from ckpt_ema.errors import UnreadableCheckpointError
+from ckpt_ema.formats.contents import Contents, is_plain_name, read_file
+from ckpt_ema.formats.pickles import Inert, PickledTensor
+from ckpt_ema.formats.torch_save import load_pickle, read_zip_within
+from ckpt_ema.formats.zip_archive import MAX_SMALL_BYTES
+
+METADATA_NAME = ".metadata"
+PIECE_SUFFIX = ".distcp"
+LIGHTNING_NAME = "meta.pt"
+"""What Lightning saves beside a sharded model: everything but its tensors."""
+
+# Values that are no tensors are pickles of their own. Counters take a few hundred bytes, dataloaders megabytes.
+MAX_VALUE_BYTES = 64 << 10
+MAX_VALUES = 1000
+
+
+class Piece(NamedTuple):
+    """Where one box of a tensor was saved."""
+
+    file_name: str
+    begin: int
+    length: int
+    """Bytes of its torch.save zip."""
+
+
+class ShardedTensor(NamedTuple):
+    """A tensor as `.metadata` describes it; its pieces are not yet looked at."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    pieces: tuple[tuple[tuple[int, ...], Piece], ...]
+    """First index per dimension, and where the piece is."""
+
+
+def is_dcp_folder(folder: Path) -> bool:
+    """Whether torch.distributed.checkpoint wrote into `folder`, finished or not."""
+    return (folder / METADATA_NAME).is_file() or any(path.suffix == PIECE_SUFFIX for path in folder.iterdir())
+
+
+def read_dcp(folder: Path) -> Contents:
+    """Read the table of a folder; the pieces of its tensors are looked at when they are located.
+
+    Raises UnreadableCheckpointError for an unfinished folder and for one whose table lies.
+    """
+    path = folder / METADATA_NAME
+    if not path.is_file():
+        raise UnreadableCheckpointError(
+            f"`{folder}` is an unfinished checkpoint: it has no `{METADATA_NAME}`, which is written last"
+        )
+    descriptor = open_input(path)
+    try:
+        size = os.fstat(descriptor).st_size
+        if size > MAX_SMALL_BYTES:
+            raise UnreadableCheckpointError(f"`{path}` has {size} bytes, too many for a table")
+        content = read_exactly(descriptor, size, 0, path)
+    finally:
+        os.close(descriptor)
+    if not content:
+        raise UnreadableCheckpointError(f"`{path}` is empty")
+    try:
+        tensors, values, paths = _read_table(load_pickle(content, path))
+    except _NoTableError as error:
+        raise UnreadableCheckpointError(f"`{path}` {error}") from None
+    pieces = _PieceFiles(folder)
+    tree: dict[str, Any] = {}
+    beside = folder / LIGHTNING_NAME
+    if beside.is_file():
+        found = read_file(beside).tree
+        if isinstance(found, dict):
+            tree.update(_without_tensors(found))
+    entries: list[tuple[str, Any]] = [(tensor.name, tensor) for tensor in tensors]
+    # Only what may be a counter: a name of one part or two (`global_step`, `train_state.step`).
+    small = [(name, piece) for name, piece in values if piece.length <= MAX_VALUE_BYTES]
+    entries += [(name, pieces.read_value(piece)) for name, piece in small[:MAX_VALUES] if name.count(".") < 2]
+    for name, leaf in entries:
+        _put(tree, paths.get(name, (name,)), leaf)
+    ranks = len({piece.file_name for tensor in tensors for _, piece in tensor.pieces})
+    return Contents(folder, f"distributed checkpoint in {ranks} files", pieces.files(), tree, locator=pieces)
+
+
+class _NoTableError(Exception):
+    """`.metadata` is not what torch writes."""
+
+
+def _read_table(
+    metadata: Any,
+) -> tuple[list[ShardedTensor], list[tuple[str, Piece]], dict[str, tuple[str, ...]]]:
+    """The tensors, the other values, and the path of each in the state dict that was saved."""
+    state = _state_of(metadata, "Metadata")
+    entries, places = state.get("state_dict_metadata"), state.get("storage_data")
+    if not isinstance(entries, dict) or not isinstance(places, dict):
+        raise _NoTableError("holds no table of tensors")
+    stored: dict[str, dict[tuple[int, ...] | None, Piece]] = {}
+    for index, place in places.items():
+        key = _state_of(index, "MetadataIndex")
+        name, offset = key.get("fqn"), key.get("offset")
+        if not isinstance(name, str):
+            raise _NoTableError("names a tensor with something that is no text")
+        stored.setdefault(name, {})[None if offset is None else _sizes(offset)] = _piece(place)
+    tensors: list[ShardedTensor] = []
+    values: list[tuple[str, Piece]] = []
+    for name, entry in entries.items():
+        found = stored.get(name, {}) if isinstance(name, str) else {}
+        if not isinstance(entry, Inert):
+            raise _NoTableError("describes a tensor by something else")
+        if entry.qualified_name.endswith(".BytesStorageMetadata"):
+            values += [(name, piece) for piece in list(found.values())[:1]]
+        else:
+            tensors.append(_tensor(name, _state_of(entry, "TensorStorageMetadata"), found))
+    return tensors, values, dict(_paths(state.get("planner_data")))
+
+
+def _tensor(name: Any, state: Mapping[str, Any], found: Mapping[tuple[int, ...] | None, Piece]) -> ShardedTensor:
+    properties = state.get("properties")
+    described = properties.state if isinstance(properties, Inert) else None
+    dtype = described[0] if isinstance(described, tuple) and described else None
+    chunks = state.get("chunks")
+    if not isinstance(name, str) or type(dtype) is not DType or not isinstance(chunks, list):
+        raise _NoTableError("describes a tensor without a name, a dtype or pieces")
+    shape = _sizes(state.get("size"))
+    pieces = []
+    for chunk in chunks:
+        box = _state_of(chunk, "ChunkStorageMetadata")
+        offsets, sizes = _sizes(box.get("offsets")), _sizes(box.get("sizes"))
+        piece = found.get(offsets)
+        # Ranks that have nothing of a small tensor save a piece without elements, or none.
+        if 0 in sizes and 0 not in shape:
+            continue
+        if piece is None:
+            raise _NoTableError(f"does not say where the piece of `{name}` at {list(offsets)} lies")
+        pieces.append((offsets, piece))
+    return ShardedTensor(name, dtype, shape, tuple(pieces))
+
+
+def _state_of(value: Any, class_name: str) -> Mapping[str, Any]:
+    if (
+        isinstance(value, Inert)
+        and value.qualified_name.endswith(f".{class_name}")
+        and (isinstance(value.state, dict) or value.state is None)
+    ):
+        return value.state or {}
+    raise _NoTableError(f"has something else where a {class_name} should be")
+
+
+def _sizes(value: Any) -> tuple[int, ...]:
+    if isinstance(value, Inert) and value.qualified_name == "torch.Size" and len(value.arguments) == 1:
+        value = value.arguments[0]
+    if not isinstance(value, (list, tuple)) or len(value) > 64:
+        raise _NoTableError("has something else where a shape should be")
+    if not all(type(size) is int and 0 <= size < 1 << 63 for size in value):
+        raise _NoTableError("has a shape that is not made of sizes")
+    return tuple(value)
+
+
+def _piece(value: Any) -> Piece:
+    state = _state_of(value, "_StorageInfo")
+    name, begin, length = state.get("relative_path"), state.get("offset"), state.get("length")
+    if state.get("transform_descriptors"):
+        raise _NoTableError("says that its pieces were transformed (compressed or encrypted), which is not read")
+    if not is_plain_name(name):
+        raise _NoTableError(f"names a file that is none: {ascii(name)[:80]}")
+    if type(begin) is not int or type(length) is not int or begin < 0 or length < 0:
+        raise _NoTableError("places a piece at something that is no byte range")
+    return Piece(str(name), begin, length)
+
+
+def _paths(planned: Any) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """How names were made of the keys of nested tables; a name of which nothing is said is a key itself."""
+    for name, path in planned.items() if isinstance(planned, dict) else ():
+        is_path = isinstance(path, tuple) and 0 < len(path) <= 32 and all(isinstance(key, (str, int)) for key in path)
+        if isinstance(name, str) and is_path:
+            yield name, tuple(map(str, path))
+
+
+def _put(tree: dict[str, Any], path: tuple[str, ...], leaf: Any) -> None:
+    for depth, key in enumerate(path[:-1]):
+        inner = tree.setdefault(key, {})
+        if not isinstance(inner, dict):  # a lying table may have a tensor and a table of one name
+            tree[".".join(path[depth:])] = leaf
+            return
+        tree = inner
+    tree[path[-1]] = leaf
+
+
+def _without_tensors(tree: dict[Any, Any]) -> dict[str, Any]:
+    """Counters and settings: what is small and plain."""
+    return {key: value for key, value in tree.items() if isinstance(key, str) and isinstance(value, (int, float, str))}
+
+
+class _PieceFiles:
+    """The `.distcp` files of a folder; finds the bytes of its tensors in them."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._sources: dict[str, SourceFile] = {}
+
+    def files(self) -> tuple[SourceFile, ...]:
+        """All of them, as they are now."""
+        for path in sorted(self._folder.iterdir()):
+            if path.suffix == PIECE_SUFFIX and path.is_file():
+                os.close(self._open(path.name)[0])
+        return tuple(self._sources.values())
+
+    def read_value(self, piece: Piece) -> Any:
+        """A value that is no tensor; None for what cannot be read, since none is needed."""
+        try:
+            descriptor, source = self._open(piece.file_name)
+        except UnreadableCheckpointError:
+            return None
+        try:
+            return read_zip_within(descriptor, source, piece.begin, piece.begin + piece.length).tree
+        except UnreadableCheckpointError:
+            return None
+        finally:
+            os.close(descriptor)
+
+    def locate(self, tensors: Mapping[str, ShardedTensor]) -> dict[str, StoredTensor]:
+        """The byte ranges of the pieces of each tensor, checked against the zips that hold them."""
+        wanted: dict[str, list[Piece]] = {}
+        for tensor in tensors.values():
+            for _, piece in tensor.pieces:
+                wanted.setdefault(piece.file_name, []).append(piece)
+        known: dict[bytes, Any] = {}
+        ranges: dict[Piece, TensorRange] = {}
+        for file_name, pieces in wanted.items():
+            descriptor, source = self._open(file_name)
+            try:
+                for piece in pieces:
+                    ranges[piece] = self._locate_piece(descriptor, source, piece, known)
+            finally:
+                os.close(descriptor)
+        located = {}
+        for name, tensor in tensors.items():
+            parts = [(offsets, ranges[piece]) for offsets, piece in tensor.pieces]
+            try:
+                located[name] = assemble_boxes(tensor.dtype, tensor.shape, parts)
+            except AssemblyError as error:
+                raise UnreadableCheckpointError(f"`{self._folder}`: tensor `{name}` {error}") from None
+        return located
+
+    def _open(self, file_name: str) -> tuple[int, SourceFile]:
+        path = self._folder / file_name
+        if not path.exists():
+            raise UnreadableCheckpointError(f"`{self._folder}` lacks `{file_name}`")
+        descriptor = open_input(path)
+        source = self._sources.setdefault(file_name, SourceFile.from_descriptor(path, descriptor))
+        return descriptor, source
+
+    def _locate_piece(self, descriptor: int, source: SourceFile, piece: Piece, known: dict[bytes, Any]) -> TensorRange:
+        end = piece.begin + piece.length
+        if end > source.size:
+            raise UnreadableCheckpointError(
+                f"`{source.path}` is truncated: a piece ends at byte {end}, the file at {source.size}"
+            )
+        saved = read_zip_within(descriptor, source, piece.begin, end, known)
+        if not isinstance(saved.tree, PickledTensor):
+            raise UnreadableCheckpointError(f"`{source.path}` has no tensor at byte {piece.begin}")
+        return saved.locate_within(descriptor, {"piece": saved.tree})["piece"]
