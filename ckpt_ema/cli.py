@@ -89,6 +89,10 @@ def _or_none(options: dict[str, Any]) -> dict[str, Any]:
         for _, separator, what in pairs:
             if not separator:
                 raise MisuseError(f"`--average {what}` names no file", hint=f"pass `--average 'GLOB={what}'`")
+        globs = [glob for glob, _, _ in pairs]
+        for glob in globs:
+            if globs.count(glob) > 1:
+                raise MisuseError(f"`--average '{glob}=...'` is given twice", hint="pass it once")
         options["averages"] = {glob: what for glob, _, what in pairs}
     return options
 
@@ -220,8 +224,8 @@ def _reconstruct_options(command: Command) -> Command:
             "averages",
             multiple=True,
             metavar="GLOB=WHAT",
-            help="Averages of other tools: '0.*.pt=power:0.05' or 'ema_*=ema:0.001'; :N behind it where updated every"
-            " N steps; repeatable.",
+            help="Averages of other tools: '0.*.pt=power:0.05' or 'ema_*=ema:0.001', :N behind it where updated every"
+            " N steps (powers: as ema-pytorch's update_every); repeatable.",
         ),
         "plan": click.option("--plan", "only_plans", is_flag=True, help="Show what would be done; read no tensor."),
     }
@@ -538,4 +542,6 @@ def _warn(planned: FoldPlan) -> None:
     for text in planned.warnings:
         click.echo(f"Warning: {text}", err=True)
     if planned.mended_options:
-        click.echo(f"hint: {shlex.join(['ckpt-ema', *sys.argv[1:], *planned.mended_options])}", err=True)
+        # Behind the command's name: behind `--` an option would be a path.
+        words = [*sys.argv[1:2], *planned.mended_options, *sys.argv[2:]]
+        click.echo(f"hint: {shlex.join(['ckpt-ema', *words])}", err=True)

@@ -22,7 +22,7 @@ from ckpt_ema.profiles import (
     updates_of,
 )
 from ckpt_ema.provenance import read_provenance
-from ckpt_ema.records import FoldOptions, Prediction, ReconstructOptions
+from ckpt_ema.records import MAX_COUNT, FoldOptions, Prediction, ReconstructOptions
 from ckpt_ema.runs import Checkpoint
 
 SMALLEST_COEFFICIENT = 1e-12
@@ -64,6 +64,8 @@ def weigh(checkpoints: Sequence[Checkpoint], options: FoldOptions) -> Weighed:
     Raises CkptEmaError where steps are needed and not known.
     """
     if options.coefficients is not None:
+        if options.interval > 1:
+            raise MisuseError("`--interval` has no meaning for coefficients given by hand", hint="leave it away")
         return _by_hand(checkpoints, options.coefficients)
     if options.per_step:
         return _per_step(checkpoints, options)
@@ -106,7 +108,7 @@ def _per_step(checkpoints: Sequence[Checkpoint], options: FoldOptions) -> Weighe
             raise CkptEmaError(
                 f"the initial teacher is of step {start}, and the first checkpoint `{checkpoints[0].label}` of step"
                 f" {steps[0]}",
-                hint=f"fold the newer ones: `--from {start + 1}`",
+                hint=f"fold the newer ones: `--from {start // (options.steps_per_epoch or 1) + 1}`",
             )
         steps.insert(0, start)
     updates = [
@@ -177,17 +179,21 @@ def training_steps(checkpoints: Sequence[Checkpoint], options: FoldOptions) -> t
 
 
 def _initial_step(path: Path, options: FoldOptions) -> int:
-    record = read_provenance(read_contents(path).metadata) if path.is_file() else None
-    if record is not None and type(record.get("step")) is int:  # of a reconstruction, or an online teacher
-        return int(record["step"])
-    items: Any = (record or {}).get("checkpoints")
-    newest = items[-1] if isinstance(items, list) and items and isinstance(items[-1], dict) else record or {}
-    for key, factor in (("step", 1), ("number", 1), ("epoch", options.steps_per_epoch)):
-        if type(newest.get(key)) is int and factor:
-            return int(newest[key]) * factor
+    if not path.exists():
+        raise MisuseError(f"`{path}` does not exist", hint="pass a teacher that an earlier fold wrote with `--init`")
+    record = read_provenance(read_contents(path).metadata) or {}
+    items: Any = record.get("checkpoints")
+    newest = items[-1] if isinstance(items, list) and items and isinstance(items[-1], dict) else {}
+    # Of a reconstruction or an online teacher the record itself has a step.
+    per_epoch = options.steps_per_epoch
+    found = ((record, "step", 1), (newest, "step", 1), (newest, "number", per_epoch or 1), (newest, "epoch", per_epoch))
+    for table, key, factor in found:
+        number = table.get(key)
+        if type(number) is int and 0 <= number < MAX_COUNT and factor:
+            return number * factor
     raise MisuseError(
         f"`{path}` does not say of which step it is, so the gap to the first checkpoint is unknown",
-        hint="leave `--per step` away, and pass `--momentum` per checkpoint",
+        hint="count checkpoints instead: `--momentum M` without `--per step` and `--half-life`",
     )
 
 

@@ -20,7 +20,7 @@ from ckpt_ema.formats.folder import has_weights
 from ckpt_ema.layouts import Layout, SchemaPool, compact_layout
 from ckpt_ema.model_buffers import read_model_buffers
 from ckpt_ema.outputs import resolve_outputs
-from ckpt_ema.profiles import coefficients_of, momentum_for_first_share, step_updates
+from ckpt_ema.profiles import Profile, coefficients_of, momentum_for_first_share, step_updates
 from ckpt_ema.records import FoldedCheckpoint, FoldOptions, FoldPlan, PathLike, PlannedTeacher, ReconstructOptions
 from ckpt_ema.responses import half_life_of
 from ckpt_ema.runs import Checkpoint, Run, Selection, find_checkpoints
@@ -66,8 +66,18 @@ def find_run(run: PathLike | Sequence[PathLike], wanted: FoldOptions, averages: 
     return find_checkpoints(_as_paths(run), selection)
 
 
-def plan_weighed(found: Run, weighed: Weighed, output: PathLike | None, wanted: FoldOptions) -> FoldPlan:
-    """Plan the one pass that makes every teacher of `weighed`: its averages first, then its checkpoints."""
+def plan_weighed(
+    found: Run,
+    weighed: Weighed,
+    output: PathLike | None,
+    wanted: FoldOptions,
+    *,
+    followed: frozenset[str] = frozenset(),
+) -> FoldPlan:
+    """Plan the one pass that makes every teacher of `weighed`: its averages first, then its checkpoints.
+
+    `followed` are the tensors that an online teacher averaged, where one tells what of a student is a buffer.
+    """
     checkpoints = weighed.checkpoints
     newest = checkpoints[-1]
     treatment = Treatment(
@@ -79,7 +89,7 @@ def plan_weighed(found: Run, weighed: Weighed, output: PathLike | None, wanted: 
     tensors = build_catalogue(
         [(checkpoint.label, checkpoint.layout) for checkpoint in checkpoints],
         treatment,
-        known_buffers=newest.known_buffers,
+        known_buffers=_unfollowed(newest, followed) or newest.known_buffers,
     )
     pool = SchemaPool()
     hint = "pass a teacher of the same model with `--init`" if wanted.init is not None else None
@@ -129,6 +139,12 @@ def plan_weighed(found: Run, weighed: Weighed, output: PathLike | None, wanted: 
         layouts=tuple(layouts),
         newest=newest,
     )
+
+
+def _unfollowed(newest: Checkpoint, followed: frozenset[str]) -> frozenset[str]:
+    """What a student has beside the tensors that an online teacher averaged; nothing where that is another model's."""
+    names = frozenset(newest.layout.schema.names)
+    return names - followed if followed and followed < names else frozenset()
 
 
 def _average_layout(path: Path, tensors: Sequence[TeacherTensor], pool: SchemaPool, hint: str | None) -> Layout:
@@ -227,10 +243,15 @@ def _too_slow(checkpoints: Sequence[Checkpoint], teacher: PlannedTeacher, option
     first, last = checkpoints[0].step, checkpoints[-1].step
     if first is None or last is None or first == last:
         return f"half of it is forgotten in {half_life:,.0f} steps"
-    span = (last - first) * (options.steps_per_epoch or 1)
+    factor = options.steps_per_epoch or 1
+    span = (last - first) * factor
+    shorter = Profile("ema", half_life=float(max(1, span // 4)))
+    steps = [(item.step or 0) * factor for item in checkpoints]
+    share = coefficients_of(step_updates(shorter, steps, interval=options.interval))[0]
     return (
         f"half of it is forgotten in {half_life:,.0f} steps, and these checkpoints span {span:,};"
-        f" `--half-life {max(1, span // 4)}` in place of it would leave it 6 %"
+        f" `--half-life {shorter.half_life:.0f}` in place of it would leave it {share:.0%}"
+        f"{' or less' if options.init is not None else ''}"
     )
 
 

@@ -16,6 +16,7 @@ from ckpt_ema.quadrature import nodes_between
 from ckpt_ema.responses import Ema, Power, Response, Uniform, gamma_of, momentum_of_half_life, tail_at
 
 RULE = "teacher = (1 - momentum) * teacher + momentum * student"
+POWER_RULE = "teacher = b * teacher + (1 - b) * student, b = (1 - 1 / step) ** (gamma + 1)"
 Kind = Literal["ema", "uniform", "minus-sqrt", "power", "given"]
 Between = Literal["linear", "hold"]
 
@@ -68,7 +69,7 @@ class Profile:
         if self.kind == "ema":
             return RULE
         if self.kind == "power":
-            return "teacher = b * teacher + (1 - b) * student, b = (1 - 1 / step) ** (gamma + 1)"
+            return POWER_RULE
         return "teacher = sum of coefficient * student"
 
     @property

@@ -5,8 +5,10 @@ from __future__ import annotations
 import fnmatch
 import glob
 import math
+import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from ckpt_ema.coefficients import Average, Weighed, training_steps
@@ -18,8 +20,8 @@ from ckpt_ema.profiles import updates_of
 from ckpt_ema.provenance import read_provenance
 from ckpt_ema.records import FoldPlan, PathLike, Prediction, ReconstructOptions
 from ckpt_ema.response_records import MAX_STEP, read_response
-from ckpt_ema.responses import Ema, Impulse, Power, Response, declared_response, tail_at
-from ckpt_ema.runs import Checkpoint, Run
+from ckpt_ema.responses import Ema, Impulse, Power, Response, SteppedPower, declared_response, tail_at
+from ckpt_ema.runs import LISTED_IN_ORDER, OWN_TEACHER, Checkpoint, Run
 from ckpt_ema.solver import EVEN, Item, Solution, Variance, interpolated, solve
 from ckpt_ema.steps import EDM2_NAME, stem_of
 
@@ -28,6 +30,9 @@ SIGNIFICANT_BITS = {"float64": 53, "float32": 24, "float16": 11, "bfloat16": 8}
 FLOAT32_ROUNDING = 2.0**-24
 LARGE = 1e200
 """No squared length of a student; a sum of a few thousand is still a number."""
+
+DELICATE = 100
+"""Sums of |coefficient| above this are warned of where averages are what a user says they are."""
 
 POOR = 0.5
 """Predicted errors above this are warned of: the teacher is hardly nearer than the student is."""
@@ -45,6 +50,11 @@ class Stored:
     """The provenance of a snapshot of this tool."""
 
     @property
+    def step(self) -> int:
+        """After which it was saved; an average may have been updated last some steps before."""
+        return self.response.end if self.source.step is None else self.source.step
+
+    @property
     def is_student(self) -> bool:
         """Whether it is one student rather than an average of them."""
         return isinstance(self.response, Impulse)
@@ -56,14 +66,16 @@ def plan_reconstruct(
     """Plan the one pass that makes every wanted teacher; raises CkptEmaError where the run's steps are not known."""
     found = find_run(run, wanted, tuple(wanted.averages))
     _check_patterns(found, wanted)
-    steps, notes = training_steps(found.checkpoints, wanted) if found.checkpoints else ([], [])
-    stored = [
-        *sorted(_snapshots(found, wanted), key=lambda each: (each.response.end, each.label)),
-        *_declared(found, wanted),
-        *_students(found, steps),
-    ]
-    variance = _variance(stored, found.checkpoints, steps)
-    start, last = min(each.response.start for each in stored), max(each.response.end for each in stored)
+    found, limits, notes = _in_steps(found, wanted)
+    snapshots, refused = _snapshots(found, limits)
+    stored = [*snapshots, *_declared(found, wanted), *_students(found)]
+    if not stored:
+        raise CkptEmaError(
+            f"no checkpoint of `{found.directory}` is left to reconstruct from",
+            details=[f"{name}: {reason}" for name, reason in found.left_out],
+        )
+    variance = _variance(stored, found.checkpoints)
+    start, last = min(each.response.start for each in stored), max(each.step for each in stored)
     end = _end_of_target(stored, wanted.at, start, last)
     targets = [profile.response(start, end, wanted.interval) for profile in wanted.profiles]
     solutions = solve([Item(each.response, each.rounding) for each in stored], targets, variance)
@@ -76,18 +88,67 @@ def plan_reconstruct(
     if copied.response.end != end:
         notes.append(f"what is not averaged comes from `{copied.label}`")
     weighed = _weigh(stored, solutions, copied)
-    reasons = {each.label: "it brings nothing to this teacher" for each in stored}
+    reasons = refused | {each.label: "it brings nothing to this teacher" for each in snapshots}
     reasons |= {average.label: "" for average in weighed.averages}
-    left_out = [(name, reasons.get(name, reason)) for name, reason in found.left_out]
+    known = dict(found.left_out)
+    left_out = [(name, reasons.get(name, reason)) for name, reason in {**reasons, **known}.items()]
     weighed = replace(
         weighed,
         notes=tuple(notes),
-        warnings=tuple(_warnings(solutions, wanted, targets, start)),
+        warnings=tuple(_warnings(solutions, wanted, targets, start, has_described=bool(found.averages))),
         span=(start, end),
         predictions=tuple(_prediction(solution, stored) for solution in solutions),
     )
     kept = tuple((name, reason) for name, reason in left_out if reason)
-    return plan_weighed(replace(found, left_out=kept), weighed, output, wanted)
+    followed = frozenset().union(*(_names_in(average.path) for average in weighed.averages))
+    return plan_weighed(replace(found, left_out=kept), weighed, output, wanted, followed=followed)
+
+
+def _names_in(snapshot: Path) -> frozenset[str]:
+    """The tensors that an online teacher averaged: a student's others are its buffers."""
+    return frozenset(map(str, read_contents(snapshot).tree))
+
+
+def _in_steps(found: Run, wanted: ReconstructOptions) -> tuple[Run, tuple[int, float], list[str]]:
+    """The run with all of it counted in steps and in their order, the first and last of them, and what is to be said.
+
+    Raises CkptEmaError where epochs cannot be turned into steps.
+    """
+    checkpoints = found.checkpoints
+    if len({item.unit for item in checkpoints}) == 1 and all(item.step is not None for item in checkpoints):
+        checkpoints = tuple(sorted(checkpoints, key=lambda item: item.step or 0))
+    steps, notes = training_steps(checkpoints, wanted) if checkpoints else ([], [])
+    factor = wanted.steps_per_epoch or 1
+    # Epochs where the checkpoints know epochs, as for a fold.
+    scale = factor if checkpoints and checkpoints[0].unit != "step" else 1
+    first = (wanted.from_step or 0) * scale
+    last = math.inf if wanted.until_step is None else wanted.until_step * scale
+    averages, left_out = [], []
+    for average in found.averages:
+        if average.unit == "epoch" and wanted.steps_per_epoch is None:
+            raise CkptEmaError(
+                f"`{average.label}` knows its epoch only ({average.step}), and training steps are needed",
+                hint="pass `--steps-per-epoch N`, the number of optimizer steps in an epoch",
+            )
+        assert average.step is not None
+        step = average.step if average.unit == "step" else average.step * factor
+        if first <= step <= last:
+            averages.append(replace(average, step=step, unit="step"))
+        else:
+            left_out.append((average.label, _outside(step, first, last)))
+    in_steps = tuple(replace(item, step=step, unit="step") for item, step in zip(checkpoints, steps, strict=True))
+    run = replace(
+        found,
+        checkpoints=in_steps,
+        averages=tuple(averages),
+        left_out=(*found.left_out, *left_out),
+        warnings=tuple(text for text in found.warnings if not text.startswith(LISTED_IN_ORDER)),
+    )
+    return run, (first, last), notes
+
+
+def _outside(step: int, first: int, last: float) -> str:
+    return f"before step {first}" if step < first else f"after step {last}"
 
 
 def _check_patterns(found: Run, wanted: ReconstructOptions) -> None:
@@ -126,31 +187,57 @@ def _end_of_target(stored: Sequence[Stored], at: int | None, start: int, last: i
     return end
 
 
-def _snapshots(found: Run, wanted: ReconstructOptions) -> Iterator[Stored]:
-    """The teachers of this tool that say how they depend on the path; the others stay left out."""
-    first, last = wanted.from_step or 0, math.inf if wanted.until_step is None else wanted.until_step
+def _snapshots(found: Run, limits: tuple[int, float]) -> tuple[list[Stored], dict[str, str]]:
+    """The teachers of this tool that say how they depend on the path, by step; and why others take no part."""
+    taken: list[Stored] = []
+    refused: dict[str, str] = {}
     for teacher in found.teachers:
         record = read_provenance(teacher.metadata) or {}
         response = read_response(record.get("response"))
-        if response is not None and first <= response.end <= last:
+        if response is None:
+            refused[teacher.label] = OWN_TEACHER + (", of unknown weights" if "updates" in record else "")
+        elif not limits[0] <= response.end <= limits[1]:
+            refused[teacher.label] = _outside(response.end, *limits)
+        else:
             stored = _coarsest([tensor.dtype for tensor in read_contents(teacher.path).tree.values()])
-            # Every update of the recurrence rounded as well; those that are still remembered add up.
-            rounding = max(stored, FLOAT32_ROUNDING * math.sqrt(_remembered(response)))
-            yield Stored(teacher.label, response, rounding, Average(teacher.path, teacher.label, response.end), record)
+            rounding = max(stored, _rounding_of_updates(response, record.get("arithmetic")))
+            source = Average(teacher.path, teacher.label, response.end)
+            taken.append(Stored(teacher.label, response, rounding, source, record))
+    return sorted(taken, key=lambda each: (each.response.end, each.label)), refused
+
+
+def _rounding_of_updates(response: Response, arithmetic: Any) -> float:
+    """What the recurrence in float32 is off by, relative to its result: what is still remembered adds up."""
+    by_chance = FLOAT32_ROUNDING * math.sqrt(_remembered(response))
+    if arithmetic != "hook" or not isinstance(response, Ema):
+        return by_chance
+    # `mul_(1 - m).add_(alpha=m)`: in float32 the two do not sum to 1, and each update makes the teacher a bit too long.
+    excess = abs(_float32(1 - response.momentum) + _float32(response.momentum) - 1)
+    return max(by_chance, FLOAT32_ROUNDING + excess * _remembered(response))
+
+
+def _float32(value: float) -> float:
+    return float(struct.unpack("f", struct.pack("f", value))[0])
 
 
 def _remembered(response: Response) -> float:
     """About how many updates an average holds."""
-    if isinstance(response, Power):
-        return (response.end - response.start) / (response.gamma + 1)
-    assert isinstance(response, Ema)
-    return min(1 / response.momentum, (response.end - response.start) / response.interval + 1)
+    if isinstance(response, Ema):
+        return min(1 / response.momentum, (response.end - response.start) / response.interval + 1)
+    assert isinstance(response, Power | SteppedPower)
+    interval = response.interval if isinstance(response, SteppedPower) else 1
+    return max(1.0, (response.end - response.start) / interval / (response.gamma + 1))
 
 
 def _declared(found: Run, wanted: ReconstructOptions) -> Iterator[Stored]:
     """The averages that the user describes, or whose name does."""
     for average in found.averages:
         patterns = [pattern for pattern in wanted.averages if fnmatch.fnmatchcase(average.path.name, pattern)]
+        if len({wanted.averages[pattern] for pattern in patterns}) > 1:
+            raise MisuseError(
+                f"`{average.path.name}` is said to be {' and '.join(wanted.averages[pattern] for pattern in patterns)}",
+                hint=f"let one `--average` alone match it, not both {' and '.join(map(repr, patterns))}",
+            )
         named = EDM2_NAME.match(stem_of(average.path.name))
         described = wanted.averages[patterns[0]] if patterns else f"power:{named['sigma_rel']}" if named else ""
         assert average.step is not None
@@ -161,12 +248,14 @@ def _declared(found: Run, wanted: ReconstructOptions) -> Iterator[Stored]:
                 f"`{average.path.name}`: {error.message}",
                 hint=f"leave it out: `--exclude '{glob.escape(average.path.name)}'`",
             ) from error
-        yield Stored(average.label, response, _rounding(average), average)
+        rounding = max(_rounding(average), _rounding_of_updates(response, None))
+        yield Stored(average.label, response, rounding, average)
 
 
-def _students(found: Run, steps: Sequence[int]) -> Iterator[Stored]:
-    for checkpoint, step in zip(found.checkpoints, steps, strict=True):
-        yield Stored(checkpoint.label, Impulse(step), _rounding(checkpoint), checkpoint)
+def _students(found: Run) -> Iterator[Stored]:
+    for checkpoint in found.checkpoints:
+        assert checkpoint.step is not None
+        yield Stored(checkpoint.label, Impulse(checkpoint.step), _rounding(checkpoint), checkpoint)
 
 
 def _rounding(checkpoint: Checkpoint) -> float:
@@ -177,7 +266,7 @@ def _coarsest(dtypes: Sequence[DType]) -> float:
     return max((2.0 ** -SIGNIFICANT_BITS.get(d.name, 4) for d in dtypes if d.is_floating_point), default=0.0)
 
 
-def _variance(stored: Sequence[Stored], checkpoints: Sequence[Checkpoint], steps: Sequence[int]) -> Variance:
+def _variance(stored: Sequence[Stored], checkpoints: Sequence[Checkpoint]) -> Variance:
     """How far the student moved at each step: as the hook measured it, else as its rate says, else always the same."""
     measured: dict[int, float] = {}
     squared_norm = None
@@ -190,8 +279,8 @@ def _variance(stored: Sequence[Stored], checkpoints: Sequence[Checkpoint], steps
     if len(measured) > 1:
         return interpolated(_smoothed(sorted(measured.items())), "measured while training", squared_norm)
     rates: dict[int, float] = {}
-    for checkpoint, step in zip(checkpoints, steps, strict=True):
-        rates.update((step if at is None else at, rate) for at, rate in checkpoint.learning_rates)
+    for checkpoint in checkpoints:
+        rates.update((checkpoint.step or 0 if at is None else at, rate) for at, rate in checkpoint.learning_rates)
     if len(set(rates.values())) > 1:
         return interpolated([(step, rate * rate) for step, rate in sorted(rates.items())], "squared learning rate")
     return EVEN
@@ -248,9 +337,20 @@ def _prediction(solution: Solution, stored: Sequence[Stored]) -> Prediction:
 
 
 def _warnings(
-    solutions: Sequence[Solution], wanted: ReconstructOptions, targets: Sequence[Response], start: int
+    solutions: Sequence[Solution],
+    wanted: ReconstructOptions,
+    targets: Sequence[Response],
+    start: int,
+    *,
+    has_described: bool,
 ) -> Iterator[str]:
     for profile, solution, target in zip(wanted.profiles, solutions, targets, strict=True):
+        amplification = math.fsum(map(abs, solution.coefficients))
+        if has_described and amplification > DELICATE:
+            yield (
+                f"{profile.title}: the coefficients add up to {amplification:,.0f} in size; that is right only if the"
+                " averages of other tools are exactly what they are said to be (`--average`)"
+            )
         begun = 1 - tail_at(target, start + 1)
         if begun > POOR:
             yield f"{profile.title}: {begun:.0%} of that teacher is still the student of step {start}, its beginning"

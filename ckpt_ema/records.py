@@ -131,6 +131,10 @@ class FoldOptions:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, kinds):
                 raise MisuseError(f"`{name}` is {value!r}, a {type(value).__name__}")
+        if not isinstance(self.coefficients, (str, os.PathLike, Mapping, type(None))):
+            raise MisuseError(
+                f"`coefficients` is a {type(self.coefficients).__name__}, and must map names to numbers, or be a file"
+            )
         for name in ("momentum", "half_life", "sigma_rel"):
             object.__setattr__(self, name, _as_numbers(name, getattr(self, name)))
         self._check_profile()
@@ -220,8 +224,13 @@ class ReconstructOptions(FoldOptions):
     with training; `:EVERY` behind it where it was updated every so many steps (ema-pytorch's `update_every`)."""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.averages, Mapping):
+            raise MisuseError(
+                f"`averages` is a {type(self.averages).__name__}, and must map patterns of names to what they are",
+                hint="pass for example `averages={'0.*.pt': 'power:0.05'}`",
+            )
         for glob, text in dict(self.averages).items():
-            if not glob:
+            if not isinstance(glob, str) or not glob:
                 raise MisuseError("`--average` names no file", hint="pass for example `--average '0.*.pt=power:0.05'`")
             declared_response(glob, text, 1)
         for name in ("per", "between", "init", "coefficients"):
@@ -250,7 +259,11 @@ def _as_numbers(name: str, given: object) -> float | tuple[float, ...] | None:
     if given is None:
         return None
     if isinstance(given, Iterable) and not isinstance(given, (str, bytes)):
-        numbers = tuple(_as_number(name, number) for number in given)
+        try:
+            values = tuple(given)
+        except TypeError:  # a tensor without dimensions
+            raise MisuseError(f"`{name}` is {given!r}, a {type(given).__name__}") from None
+        numbers = tuple(_as_number(name, number) for number in values)
         if not numbers:
             raise MisuseError(f"`{name}` is an empty list", hint=f"pass for example `{name}=[0.1, 0.2]`")
         if len(set(numbers)) < len(numbers):
@@ -263,6 +276,8 @@ def _as_numbers(name: str, given: object) -> float | tuple[float, ...] | None:
 def _as_number(name: str, given: object) -> float:
     if isinstance(given, bool) or not isinstance(given, (float, int)):
         raise MisuseError(f"`{name}` is {given!r}, a {type(given).__name__}")
+    if isinstance(given, int) and abs(given) >= MAX_COUNT:
+        raise MisuseError(f"`{name}` is larger than any number of steps there can be")
     if name == "momentum":
         check_momentum(given)
     elif name == "sigma_rel":

@@ -275,7 +275,8 @@ def _provenance_lines(record: dict[str, Any], verbose: bool) -> Iterator[str]:
             f"made       by reconstruct, steps {record.get('start')} to {record.get('step')}, expected error"
             f" {record.get('predicted_error')} ({record.get('nearest')} as it is: 1)"
         )
-    yield f"{_provenance_profile(record)} per {record.get('per')}, interval {record.get('interval')}"
+    unit = "steps" if record.get("half_life") is not None else f"per {record.get('per')}"
+    yield f"{_provenance_profile(record)} {unit}, interval {record.get('interval')}"
     items = [item for key in ("averages", "checkpoints") if isinstance(record.get(key), list) for item in record[key]]
     shown = len(items) if verbose else MAX_SHOWN
     for item in items[-shown:]:

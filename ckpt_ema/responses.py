@@ -13,6 +13,10 @@ from typing import Any, Protocol
 from ckpt_ema.errors import MisuseError
 
 MAX_MOMENTUM = 1 - 2**-53
+MAX_EVERY = 1 << 53
+TINY = 1e-9
+"""Below, a decay is a straight line to all digits."""
+
 MIN_SIGMA_REL = 1e-6
 MAX_SIGMA_REL = 12**-0.5
 """A power average with exponent 0 is the mean of the whole path; wider ones there are not."""
@@ -77,8 +81,13 @@ class Ema:
         """
         updates = (self.end - step) / self.interval + (1 + 1 / self.interval) / 2
         half = -math.log1p(-self.momentum) / 2
-        mean = math.sinh(half) / (self.interval * math.sinh(half / self.interval)) if self.interval > 1 else 1.0
+        within = half / self.interval
+        mean = math.sinh(half) / (self.interval * math.sinh(within)) if within > TINY else 1.0
         return 1 - (1 - self.momentum) ** updates / mean
+
+    def tail_before(self, number: Any) -> Any:
+        """P(s) where the next update is the `number`-th after `start`."""
+        return 1 - (1 - self.momentum) ** ((self.end - self.start) // self.interval - number + 1)
 
     def scaled(self, unit: int) -> Ema:
         """In units of `unit` steps."""
@@ -103,6 +112,42 @@ class Power:
 
 
 @dataclass(frozen=True, slots=True)
+class SteppedPower:
+    """ema-pytorch's power average: updated after steps 1, 1 + interval, 1 + 2 * interval, ...; the first copies.
+
+    b = (1 - 1/(step + 1)) ** (gamma + 1) at each update, whatever the interval (`KarrasEMA.beta`, ema-pytorch 0.8).
+    """
+
+    gamma: float
+    end: int
+    """The step of the last update."""
+
+    interval: int
+
+    @property
+    def start(self) -> int:
+        """The step of the first update."""
+        return 1
+
+    def inner_tail(self, step: Any) -> Any:
+        """As `tail_before`, spread evenly between the updates."""
+        return self.tail_before((step - 1) / self.interval + (1 - 1 / self.interval) / 2)
+
+    def tail_before(self, number: Any) -> Any:
+        """P(s) where the next update is the `number`-th after `start`.
+
+        1 - (product of (j + 1/interval) / (j + 2/interval)) ** (gamma + 1) over updates j from `number` on.
+        """
+        one, two, behind = 1 / self.interval, 2 / self.interval, (self.end - 1) // self.interval + 1
+        kept = math.lgamma(behind + one) - math.lgamma(behind + two) + _log_gamma(number + two)
+        return 1 - math.e ** ((self.gamma + 1) * (kept - _log_gamma(number + one)))
+
+
+def _log_gamma(x: Any) -> Any:
+    return math.lgamma(x) if isinstance(x, (int, float)) else x.lgamma()
+
+
+@dataclass(frozen=True, slots=True)
 class Uniform:
     """The mean over the steps behind `start` up to `end`."""
 
@@ -117,22 +162,25 @@ class Uniform:
 def declared_response(name: str, text: str, end: int) -> Response:
     """The response of an average called `name` that somebody describes as `power:SIGMA_REL` or `ema:MOMENTUM`.
 
-    From step 0 to `end`; `:EVERY` behind it where it was updated every so many steps only. ema-pytorch then still
-    decays a power average as if by one step, so that its exponent is the EVERYth part. Raises MisuseError.
+    From step 0 to `end`. `ema:MOMENTUM:EVERY` was updated every so many steps, `power:SIGMA_REL:EVERY` by
+    ema-pytorch with that `update_every`. Raises MisuseError.
     """
-    kind, *numbers = text.split(":")
+    kind, *numbers = text.split(":") if isinstance(text, str) else [""]
     try:
         value = float(numbers[0])
         every = int(numbers[1]) if len(numbers) > 1 else 1
     except (ValueError, IndexError):
         kind, value, every = "", 0.0, 1
-    if kind == "ema" and 0 < value < 1 and every >= 1 and len(numbers) <= 2:
-        return Ema(value, 0, end, every)
-    if kind == "power" and every >= 1 and len(numbers) <= 2:
-        return Power((gamma_of(value) + 1) / every - 1, 0, end)
+    if len(numbers) <= 2 and 1 <= every < MAX_EVERY:
+        if kind == "ema" and 0 < value < 1:
+            return Ema(value, 0, end - end % every, every)
+        if kind == "power" and len(numbers) == 1:
+            return Power(gamma_of(value), 0, end)
+        if kind == "power":
+            return SteppedPower(gamma_of(value), 1 + max(0, end - 1) // every * every, every)
     raise MisuseError(
         f"`{name}` is said to be {text!r}, and must be power:SIGMA_REL or ema:MOMENTUM, with :EVERY behind it where"
-        " it was not updated at every step",
+        " it was updated every so many steps only (of powers: ema-pytorch's `update_every`)",
         hint=f"pass for example `--average '{name}=power:0.1'`",
     )
 

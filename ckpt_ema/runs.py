@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import fnmatch
 import glob
 import itertools
 import os
+import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -32,7 +32,13 @@ from ckpt_ema.steps import (
 from ckpt_ema.students import choose_student, find_state_dicts, is_average_name, is_flat
 
 OWN_TEACHER = "a teacher that ckpt-ema wrote"
+LISTED_IN_ORDER = "pass the run directory to fold in step order"
+EMA_PYTORCH_PREFIX = "ema_model."
+"""Before the names of its averages; its counters have none."""
+
 MAX_SEARCH_DEPTH = 3
+SNAPSHOT_NAME = re.compile(r"^teacher(_.+)?_step_\d+\.safetensors$")
+"""How `MeanTeacher` names its files; what they hold is asked of themselves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +146,11 @@ class _Listing:
         self.left_out.append((path.name, OWN_TEACHER))
         self.teachers.append(OwnTeacher(path, path.name, metadata))
 
+    def set_unreadable(self, label: str, error: UnreadableCheckpointError) -> None:
+        """Leave an average out aloud: a reconstruction goes without it."""
+        self.left_out.append((label, f"it cannot be read: {error.message}"))
+        self.warnings.append(f"`{label}` takes no part: {error.message}")
+
 
 def find_checkpoints(paths: Sequence[Path], selection: Selection) -> Run:
     """The checkpoints to fold: those of a run directory by step, or those listed, as listed.
@@ -212,34 +223,57 @@ def _take_declared(listing: _Listing, path: Path, selection: Selection, pool: Sc
         listing.declared.append(_read_declared(contents, selection, pool))
 
 
-def _snapshots_below(directory: Path, selection: Selection) -> Iterator[OwnTeacher]:
-    """Snapshots that were put into a folder of their own beside the checkpoints."""
-    for folder in _children(directory):
-        if not folder.is_dir() or folder.is_symlink() or _is_checkpoint_folder(folder):
-            continue
-        for path in _children(folder):
-            is_wanted = not selection.include or _matches(path, selection.include)
-            if path.suffix == ".safetensors" and path.is_file() and is_wanted and not _matches(path, selection.exclude):
-                with contextlib.suppress(UnreadableCheckpointError):
-                    contents = read_contents(path)
-                    if contents.is_own_teacher:
-                        yield OwnTeacher(path, os.path.relpath(path, directory), contents.metadata)
+def _find_snapshots(listing: _Listing, run: Path, directory: Path, selection: Selection) -> None:
+    """Add the snapshots that lie in folders of their own: beside, above or below that of the checkpoints."""
+    seen = {directory.resolve()}
+    level = [run, directory]
+    for _ in range(MAX_SEARCH_DEPTH):
+        below: list[Path] = []
+        for folder in level:
+            is_new = folder.resolve() not in seen
+            seen.add(folder.resolve())
+            for path in _children(folder):
+                if path.is_dir():
+                    if path.resolve() not in seen and not _is_checkpoint_folder(path):
+                        below.append(path)
+                elif is_new and path.suffix == ".safetensors" and _is_wanted(path, selection):
+                    _take_snapshot(listing, path, os.path.relpath(path, directory))
+        level = below
+
+
+def _take_snapshot(listing: _Listing, path: Path, label: str) -> None:
+    try:
+        contents = read_contents(path)
+    except UnreadableCheckpointError as error:
+        if SNAPSHOT_NAME.match(path.name):
+            listing.set_unreadable(label, error)
+        return
+    if contents.is_own_teacher:
+        listing.teachers.append(OwnTeacher(path, label, contents.metadata))
+
+
+def _is_wanted(path: Path, selection: Selection) -> bool:
+    return (not selection.include or _matches(path, selection.include)) and not _matches(path, selection.exclude)
 
 
 def _read_declared(contents: Contents, selection: Selection, pool: SchemaPool) -> Checkpoint:
     """What was said to be an average: no other one is looked for inside."""
     path = contents.path
     state = selection.state if selection.state is not None or not is_flat(contents) else ""
-    checkpoint, numbers = _read_checkpoint(contents, replace(selection, state=state), pool)
+    prefix = selection.prefix
+    if any(str(name).startswith(EMA_PYTORCH_PREFIX) for name in contents.tree if isinstance(contents.tree, dict)):
+        prefix = EMA_PYTORCH_PREFIX + (prefix or "").removeprefix(EMA_PYTORCH_PREFIX)
+    checkpoint, numbers = _read_checkpoint(contents, replace(selection, state=state, prefix=prefix), pool)
     step = step_of_average(path.name)
-    if step is None:
-        step = next((numbers[origin] for origin in ORIGINS if origin in numbers), None)
-    if step is None:
+    if step is not None:
+        return replace(checkpoint, step=step)
+    origin = next((origin for origin in ORIGINS if origin in numbers), None)
+    if origin is None:
         raise CkptEmaError(
             f"`{path}` was said to be an average, and of which step it is, neither its contents nor its name tell",
             hint=f"leave it out: `--exclude '{glob.escape(path.name)}'`",
         )
-    return replace(checkpoint, step=step)
+    return replace(checkpoint, step=numbers[origin], unit=origin[1])
 
 
 def _hint_to_fold_average(contents: Contents) -> str:
@@ -329,9 +363,13 @@ def _descend(run: Path) -> tuple[Path, list[Path], list[tuple[str, str]]]:
     With its candidates, and with what was passed over on the way: a lone model above the folder of checkpoints.
     """
     passed_over: list[tuple[str, str]] = []
+    snapshots: list[tuple[Path, list[Path]]] = []
     level = [run]
     for _ in range(MAX_SEARCH_DEPTH + 1):
         found = [(folder, candidates) for folder in level if (candidates := _candidates_of(folder))]
+        # Where an online teacher writes is no run of its own.
+        snapshots += [pair for pair in found if all(SNAPSHOT_NAME.match(path.name) for path in pair[1])]
+        found = [pair for pair in found if pair not in snapshots]
         lone = {folder for folder, candidates in found if _is_lone_model(candidates)}
         if (lone and any(_numbered_below(folder) for folder in level)) or len(lone) < len(found):
             passed_over += [
@@ -351,6 +389,8 @@ def _descend(run: Path) -> tuple[Path, list[Path], list[tuple[str, str]]]:
                 hint=f"pass one of them: `{found[0][0]}`",
             )
         level = _folders_below(level)
+    if snapshots:
+        return *snapshots[0], passed_over
     raise CkptEmaError(
         f"`{run}` holds no checkpoints",
         hint="pass the folder they lie in, or the checkpoints themselves in the order they are to be folded",
@@ -382,7 +422,7 @@ def _read_run_directory(run: Path, selection: Selection) -> tuple[Path, _Listing
     # Numbered names first, so that of two names for one file the telling one stays.
     candidates.sort(key=lambda path: (is_copy_name(path.name), path.is_symlink(), path.name))
     for path in candidates:
-        if (selection.include and not _matches(path, selection.include)) or _matches(path, selection.exclude):
+        if not _is_wanted(path, selection):
             listing.left_out.append((path.name, "not selected by name"))
             continue
         try:
@@ -409,6 +449,9 @@ def _read_run_directory(run: Path, selection: Selection) -> tuple[Path, _Listing
                 error.hint = error.hint or f"leave it out: `--exclude '{glob.escape(path.name)}'`"
                 listing.unreadable.append((path, error))
                 continue
+            if selection.takes_teachers:
+                listing.set_unreadable(path.name, error)
+                continue
         if named_average and not any(name == path.name for name, _ in listing.left_out):
             listing.averages.append(path.name)
             listing.left_out.append((path.name, "an average, by its name"))
@@ -418,7 +461,7 @@ def _read_run_directory(run: Path, selection: Selection) -> tuple[Path, _Listing
             hint=_hint_to_fold_average(read_contents(directory / listing.averages[0])),
         )
     if selection.takes_teachers:
-        listing.teachers += _snapshots_below(directory, selection)
+        _find_snapshots(listing, run, directory, selection)
     if listing.checkpoints or listing.unreadable or not listing.declared:
         _sort_by_step(listing, directory)
     return directory, listing
@@ -530,7 +573,7 @@ def _read_list(paths: Sequence[Path], selection: Selection) -> tuple[Path, _List
         original = seen.setdefault((status.st_dev, status.st_ino), path)
         if original is not path:
             listing.left_out.append((path.name, f"another name of `{original.name}`"))
-        elif (selection.include and not _matches(path, selection.include)) or _matches(path, selection.exclude):
+        elif not _is_wanted(path, selection):
             listing.left_out.append((path.name, "not selected by name"))
         elif _is_declared(path, selection):
             _take_declared(listing, path, selection, pool)
@@ -564,7 +607,7 @@ def _read_list(paths: Sequence[Path], selection: Selection) -> tuple[Path, _List
     if known != sorted(known):
         older, newer = next((a, b) for a, b in itertools.pairwise(known) if a > b)
         listing.warnings.append(
-            f"pass the run directory to fold in step order: the checkpoints are folded as listed, and there"
+            f"{LISTED_IN_ORDER}: the checkpoints are folded as listed, and there"
             f" {origin[1] if origin else 'step'} {newer} follows {older}"
         )
     return parent, listing

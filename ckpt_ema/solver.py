@@ -12,14 +12,14 @@ from __future__ import annotations
 import bisect
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ckpt_ema.quadrature import nodes_between
-from ckpt_ema.responses import Ema, Impulse, Response
+from ckpt_ema.responses import Ema, Impulse, Response, SteppedPower
 
 # A file is left out where its coefficient is this small, the largest of these that costs no more than EXTRA_ERROR.
 # Smaller than the model of unrelated steps would ask for: real paths are smoother, and distant students far away.
@@ -29,7 +29,8 @@ NOTHING = 1e-24
 """A square below is rounding; the whole path's is 1."""
 
 MAX_JUMPS = 400
-"""An average with an interval that jumps no more often is taken jump by jump, else as falling smoothly."""
+"""So many of the jumps of an average that has an interval are taken one by one, those where it jumps most; what is
+between falls smoothly."""
 
 ROWS_AT_ONCE = 1 << 14
 
@@ -158,19 +159,23 @@ class _Problem:
             part = torch.cat([triangle, torch.stack(tails, dim=1) * scales[rows]])
             triangle = torch.linalg.qr(part, mode="r")[1]
         self._matrix, self._wanted = triangle[:, : len(items)], triangle[:, len(items) :]
-        self._jumps = [float((_jumps(each, steps, begins, ends) * values * weights).sum()) / total for each in wanted]
+        jumps = [float((_jumps(each, steps, begins, ends) * values * weights).sum()) / total for each in responses]
+        self._jumps = jumps[len(items) :]
         # Without a measure of the student's size: as large as the way it has come, as from a small start.
         size = 1.0 if variance.squared_norm is None else variance.squared_norm / (total * unit)
-        self._penalties = torch.tensor([item.rounding for item in items], dtype=torch.float64) * math.sqrt(size / 3)
+        roundings = [item.rounding**2 * size / 3 for item in items]
+        # What a stored average differs by from its own smooth tails is an error of the file as rounding is.
+        self._penalties = torch.tensor(list(map(float.__add__, roundings, jumps)), dtype=torch.float64).sqrt()
 
     def solve(self, number: int) -> Solution:
         """The best coefficients for one target, of as few items as do."""
         wanted = self._wanted[:, number]
-        singles = (self._matrix - wanted[:, None]).square().sum(dim=0) + self._penalties.square()
+        distances = (self._matrix - wanted[:, None]).square().sum(dim=0)
+        singles = distances + self._penalties.square()
         pool = self._students or range(len(singles))
         nearest = min(pool, key=lambda i: float(singles[i]))
         reference = float(singles[nearest])
-        if reference <= NOTHING + float(self._penalties[nearest].square()):
+        if float(distances[nearest]) <= NOTHING:
             alone = [0.0] * len(singles)
             alone[nearest] = 1.0
             return Solution(tuple(alone), 0.0, nearest)
@@ -212,16 +217,19 @@ class _Problem:
         return coefficients, float((system @ found - right).square().sum())
 
 
+_Stepped = Ema | SteppedPower
+
+
 def _jumps(response: Response, steps: torch.Tensor, begins: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     """At the nodes, the expected square of what an average with an interval differs by from its own smooth tails.
 
     It stays the same for `interval` steps while those fall in a straight line; averages of every step cannot follow.
     """
     squares = torch.zeros_like(steps)
-    if isinstance(response, Ema) and response.interval > 1 and not _jump_steps(response):
-        inside = (begins >= response.start) & (ends <= response.end)
-        slope = response.inner_tail(steps[inside] + 0.5) - response.inner_tail(steps[inside] - 0.5)
-        squares[inside] = slope.square() * (response.interval**2 - 1) / 12
+    if isinstance(response, _Stepped) and response.interval > 1:
+        smooth = (begins >= response.start) & (ends <= response.end) & ~_jump_by_jump(response, begins, ends)
+        slope = response.inner_tail(steps[smooth] + 0.5) - response.inner_tail(steps[smooth] - 0.5)
+        squares[smooth] = slope.square() * (response.interval**2 - 1) / 12
     return squares
 
 
@@ -229,22 +237,43 @@ def _tails(response: Response, steps: torch.Tensor, begins: torch.Tensor, ends: 
     """P(s) at the nodes; each lies in (begin, end], within which no response starts or ends."""
     tails = (ends <= response.start).double()
     inside = (begins >= response.start) & (ends <= response.end)
-    if isinstance(response, Ema) and _jump_steps(response):
-        # The next jump tells how many are still to come.
-        to_come = torch.div(response.end - ends[inside], response.interval, rounding_mode="floor") + 1
-        tails[inside] = 1 - (1 - response.momentum) ** to_come
-    elif bool(inside.any()):
+    if isinstance(response, _Stepped) and response.interval > 1:
+        exact = inside & _jump_by_jump(response, begins, ends)
+        inside &= ~exact
+        tails[exact] = response.tail_before(_next_update(response, ends[exact]))
+    if bool(inside.any()):
         values: Any = response.inner_tail(steps[inside])
         tails[inside] = values
     return tails
 
 
-def _jump_steps(response: Response) -> range:
-    """The steps after which an average with an interval was updated, where they are few enough to be borders."""
-    if (
-        isinstance(response, Ema)
-        and response.interval > 1
-        and response.end - response.start < MAX_JUMPS * response.interval
-    ):
-        return range(response.start, response.end + 1, response.interval)
-    return range(0)
+def _next_update(response: _Stepped, steps: torch.Tensor) -> torch.Tensor:
+    """The number, counted from `start`, of the first update that is not before each of `steps`."""
+    return torch.div(steps - response.start + response.interval - 1, response.interval, rounding_mode="floor")
+
+
+def _single_jumps(response: Response) -> tuple[int, int]:
+    """How many jumps are taken one by one: at the start and at the end of an average with an interval.
+
+    An exponential one jumps most at its end, a power one at its start as well.
+    """
+    if not isinstance(response, _Stepped) or response.interval == 1:
+        return 0, 0
+    count = (response.end - response.start) // response.interval
+    early = 0 if isinstance(response, Ema) or count <= MAX_JUMPS else MAX_JUMPS // 2
+    return early, min(count, MAX_JUMPS - early)
+
+
+def _jump_by_jump(response: _Stepped, begins: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """Whether no jump lies inside each of the panels (begin, end]."""
+    early, late = _single_jumps(response)
+    early_end, late_begin = response.start + early * response.interval, response.end - late * response.interval
+    return (ends <= early_end) | (begins >= late_begin)
+
+
+def _jump_steps(response: Response) -> Iterator[int]:
+    """The steps of the updates that are borders."""
+    if isinstance(response, _Stepped):
+        early, late = _single_jumps(response)
+        yield from range(response.start, response.start + (early + bool(early)) * response.interval, response.interval)
+        yield from range(response.end, response.end - (late + bool(late)) * response.interval, -response.interval)

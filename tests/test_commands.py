@@ -331,3 +331,12 @@ def test_steps_with_letters_behind_them_are_unknown(tmp_path: Path, names: tuple
         save_file(make_student(seed), tmp_path / f"step_{name}.safetensors")
     with pytest.raises(ckpt_ema.CkptEmaError, match="order of the checkpoints"):
         ckpt_ema.plan(tmp_path)
+
+
+def test_the_mending_command_works_behind_two_dashes(run: Path, cli: Callable[..., Outcome]) -> None:
+    """What is added is an option, wherever the paths stand."""
+    warned = cli("plan", "--momentum", 0.05, "--", run)
+    [hint] = [line for line in warned.stderr.splitlines() if line.startswith("hint: ckpt-ema ")]
+    mended = cli(*shlex.split(hint)[2:])
+    assert mended.code == 0
+    assert "per step" in mended.stdout

@@ -230,6 +230,34 @@ def test_an_initial_teacher_knows_its_step(run: Path, tmp_path: Path) -> None:
         ckpt_ema.plan(run, init=tmp_path / "nobody.safetensors", **options)
 
 
+@pytest.mark.parametrize("name", ["epoch_{}", "model_{}"])
+def test_an_initial_teacher_of_epochs_knows_its_step(tmp_path: Path, name: str, cli: Cli) -> None:
+    """100 steps lie between epochs 4 and 6, whatever the names call them: half a half-life of 100."""
+    for number, student in enumerate(map(make_student, range(1, 7)), start=1):
+        save_file(student, tmp_path / f"{name.format(number)}.safetensors")
+    options: dict[str, Any] = {"half_life": 100, "steps_per_epoch": 50, "announce": lambda plan: None}
+    part = ckpt_ema.fold(tmp_path, tmp_path / "part.safetensors", until_step=4, **options)
+    rest = ckpt_ema.fold(tmp_path, tmp_path / "rest.safetensors", init=part.output, from_step=5, **options)
+    assert rest.plan.first_share == pytest.approx(0.5)
+    again = cli("plan", tmp_path, "--half-life", 100, "--steps-per-epoch", 50, "--init", part.output)
+    assert again.code == 1
+    assert "hint: fold the newer ones: `--from 5`" in again.stderr
+
+
+def test_a_folder_of_a_model_is_an_initial_teacher(tmp_path: Path) -> None:
+    """As the fold of a Hugging Face run writes it."""
+    for number in (1, 2, 3):
+        folder = tmp_path / "run" / f"checkpoint-{number}00"
+        folder.mkdir(parents=True)
+        save_file(make_student(number), folder / "model.safetensors")
+        (folder / "config.json").write_text("{}")
+    first = quiet_fold(tmp_path / "run", tmp_path / "t", half_life=100, until_step=200)
+    planned = ckpt_ema.plan(tmp_path / "run", tmp_path / "u", half_life=100, init=first.output, from_step=201)
+    assert planned.first_share == pytest.approx(0.5)
+    with pytest.raises(MisuseError, match="nowhere` does not exist"):
+        ckpt_ema.plan(tmp_path / "run", half_life=100, init=tmp_path / "nowhere")
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
@@ -326,7 +354,7 @@ def test_several_half_lives_make_as_many_teachers(run: Path, tmp_path: Path, cli
     alone = quiet_fold(run, tmp_path / "alone.safetensors", half_life=100)
     assert_same_bits(load_file(run / "teacher-100.safetensors"), load_file(alone.output))
     inspected = cli("inspect", run / "teacher-2500.safetensors").stdout
-    assert re.search(r"^half-life +2500.0 per step, interval 1$", inspected, re.MULTILINE)
+    assert re.search(r"^half-life +2500.0 steps, interval 1$", inspected, re.MULTILINE)
     record = json.loads(cli("plan", run, "--half-life", 100, "--json").stdout)
     assert (record["profile"], record["half_life"], record["per"], record["between"]) == (
         "ema",

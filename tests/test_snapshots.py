@@ -236,21 +236,57 @@ def test_the_newest_files_of_each_track_stay_and_nothing_else_goes(tmp_path: Pat
     student = make_student()
     name = "teacher_ema_0.1_step_{}.safetensors".format
     run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
-    for folder, every in ((run, 100), (elsewhere, 4)):
+    abandoned = tmp_path / "abandoned"
+    for folder, every in ((abandoned, 100), (elsewhere, 4)):
         earlier = MeanTeacher(student, snapshots=Snapshots(folder, every=every, momentum=0.1))
         for _ in walk(student, every):
             earlier.update()
+    teacher = MeanTeacher(student, snapshots=Snapshots(run, every=5, momentum=(0.1, 0.2), keep=2))
+    teacher.update()
+    (run / name(100)).write_bytes((abandoned / name(100)).read_bytes())
     save_file({"w": torch.ones(2)}, run / name(1))
     (run / name(2)).write_bytes(b"")
     MeanTeacher(student).save(run / name(3))
     (run / name(4)).symlink_to(elsewhere / name(4))
     (run / name(6)).write_bytes((elsewhere / name(4)).read_bytes())
     untouched = {path.name for path in run.iterdir()}
-    teacher = MeanTeacher(student, snapshots=Snapshots(run, every=5, momentum=(0.1, 0.2), keep=2))
-    for _ in walk(student, 22):
+    for _ in walk(student, 21):
         teacher.update()
     kept = {f"teacher_ema_{m}_step_{step}.safetensors" for m in (0.1, 0.2) for step in (15, 20)}
     assert {path.name for path in run.iterdir()} == untouched | kept
+
+
+def test_a_training_that_begins_anew_leaves_an_earlier_ones_files_alone(tmp_path: Path) -> None:
+    """A resume without the teacher's state would write over them, with responses that are not theirs."""
+    student = make_student()
+    settings = Snapshots(tmp_path, every=2, momentum=0.1)
+    first = MeanTeacher(student, snapshots=settings)
+    for _ in walk(student, 4):
+        first.update()
+    files = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    forgetful = MeanTeacher(student, snapshots=settings)
+    with pytest.raises(CkptEmaError, match=r"holds 2 snapshots of the track ema_0\.1.*begins anew"):
+        forgetful.update()
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == files
+    resumed = MeanTeacher(student, snapshots=settings)
+    resumed.load_state_dict(first.state_dict())
+    for _ in walk(student, 2):
+        resumed.update()
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_folder_stays_where_it_was_when_the_trainer_changes_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hydra changes the working directory after the configuration was read."""
+    monkeypatch.chdir(tmp_path)
+    student = make_student()
+    teacher = MeanTeacher(student, snapshots=Snapshots("run", every=2, momentum=0.1))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for _ in walk(student, 2):
+        teacher.update()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["teacher_ema_0.1_step_2.safetensors"]
 
 
 def test_nothing_goes_before_the_newer_file_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

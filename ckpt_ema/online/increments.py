@@ -37,9 +37,13 @@ class Increments:
     """
 
     def __init__(self, students: Sequence[torch.Tensor], every: int) -> None:
-        """Of tensors like these; beside the dense steps each `every // 16`-th is measured, or each MIN_SPACING-th."""
+        """Of tensors like these; files are written `every` so many steps.
+
+        Beside the dense steps and these each `every // 16`-th is measured, or each MIN_SPACING-th.
+        """
         self._num_runs = _num_runs([_real(tensor).numel() for tensor in students])
         self._scales = torch.cat(_scales(students, self._num_runs))
+        self._every = every
         self._spacing = max(MIN_SPACING, every // 16)
         self._measured: list[tuple[int, float]] = []
         self._pending: list[tuple[int, torch.Tensor]] = []
@@ -49,7 +53,8 @@ class Increments:
 
     def is_due(self, step: int) -> bool:
         """Whether the student's movement at `step`, a whole number from 1, is to be measured."""
-        if step <= DENSE_STEPS or step % self._spacing == 0:
+        # The steps that files are written after are the ends of averages, where all depends on the last movements.
+        if step <= DENSE_STEPS or step % self._spacing == 0 or step % self._every == 0:
             return True
         return int(math.log(step) / math.log(RATIO)) != int(math.log(step - 1) / math.log(RATIO))
 
@@ -124,6 +129,7 @@ class Increments:
     def _thin(self) -> None:
         while len(self._measured) + len(self._pending) > MAX_COUNT:
             self._spacing *= 2
+            self._every *= 1 if self._spacing <= self._every else 2
             self._measured = [item for item in self._measured if self.is_due(item[0])]
             self._pending = [item for item in self._pending if self.is_due(item[0])]
 

@@ -77,8 +77,8 @@ class Snapshots:
     """Which tracks a MeanTeacher follows beside the teacher, and how they are written."""
 
     directory: str | os.PathLike[str]
-    """Where the files go, of one MeanTeacher alone: files of the same names are replaced, older ones removed where
-    `keep` says so. It is created with the MeanTeacher."""
+    """Where the files go, of one MeanTeacher alone, created with it. A training that begins anew is refused where an
+    earlier one's files are; one that goes on from its state replaces those of the same steps."""
 
     every: int = 1000
     """Steps from one file to the next."""
@@ -141,7 +141,8 @@ class SnapshotTracks:
                 hint="leave `snapshots` away, and save the teacher's state_dict with torch.distributed.checkpoint",
             )
         self._settings = settings
-        self._directory = Path(settings.directory)
+        # Absolute: a trainer may change its folder later.
+        self._directory = Path(settings.directory).absolute()
         self._slots = tracking.averaged
         self._rule = Rule(lerp=True)
         self._shadows = {track: [shadow_of(slot, "float32") for slot in self._slots] for track in settings.tracks}
@@ -149,6 +150,7 @@ class SnapshotTracks:
         self._increments = Increments([slot.local for slot in self._slots], settings.every)
         self._start = 0
         self._num_updates = 0
+        self._has_begun = False
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -160,6 +162,9 @@ class SnapshotTracks:
     def update(self, step: int) -> None:
         """Fold the student after `step` into every track, one update for each; the first copies it."""
         students = [slot.local for slot in self._slots]
+        if not self._has_begun:
+            self._check_directory()
+            self._has_begun = True
         if not self._num_updates:
             self._start = step - 1
         for track, shadows in self._shadows.items():
@@ -183,6 +188,19 @@ class SnapshotTracks:
         for track, shadows in self._shadows.items():
             self._write(track, shadows, step, record)
             self._remove_older(track, step)
+
+    def _check_directory(self) -> None:
+        """Refuse to begin anew among the files of an earlier training, which nobody can make again."""
+        if not _is_first_rank():
+            return
+        for track in self._shadows:
+            found = [path for _, path in self._files_of(track)]
+            if found:
+                raise CkptEmaError(
+                    f"`{self._directory}` holds {len(found)} snapshots of the track {track.name}, which an earlier"
+                    " training wrote, and this one begins anew",
+                    hint="go on from its state (`teacher.load_state_dict`), or pass another directory to Snapshots",
+                )
 
     def state_dict(self) -> dict[str, Any]:
         """Counters, increments, and every track's tensors by its name, all of them this object's own."""
@@ -217,6 +235,7 @@ class SnapshotTracks:
                 tensor.copy_(state["tracks"][track.name][name])
         self._start, self._num_updates = int(state["start"]), int(state["num_updates"])
         self._increments.load_state_dict(state["increments"])
+        self._has_begun = self._num_updates > 0
 
     def start_anew(self) -> None:
         """Let the next update copy the student."""
@@ -245,9 +264,11 @@ class SnapshotTracks:
         num_skipped = step - self._start - self._num_updates
         if num_skipped and not self._has_warned:
             self._has_warned = True
+            missed = f"missed {num_skipped} of {step - self._start} steps"
+            what = missed if num_skipped > 0 else "saw the step counter set back"
             warnings.warn(
-                f"the snapshot tracks missed {num_skipped} of {step - self._start} steps: which weight each step has in"
-                " their files is not known any more, and `ckpt-ema reconstruct` is going to leave them out",
+                f"the snapshot tracks {what}: which weight each step has in their files is not known any more, and"
+                " `ckpt-ema reconstruct` is going to leave them out",
                 stacklevel=2,
             )
         # After a step that was left out the weights are no longer those of the formula.
@@ -275,15 +296,19 @@ class SnapshotTracks:
         """Leave the newest files of the track up to this step; what was written just now is on disk by then."""
         if self._settings.keep is None:
             return
-        pattern = re.compile(rf"teacher_{re.escape(track.name)}_step_([1-9][0-9]*)\.safetensors")
-        matches = [(path, pattern.fullmatch(path.name)) for path in self._directory.iterdir()]
-        older = sorted(((int(match[1]), path) for path, match in matches if match), reverse=True)
-        own = [path for number, path in older if number < step and _is_own(path, track, number)]
-        for path in own[self._settings.keep - 1 :]:
+        older = [path for number, path in self._files_of(track) if number < step]
+        for path in older[self._settings.keep - 1 :]:
             try:
                 path.unlink(missing_ok=True)
             except OSError as error:
                 warnings.warn(f"`{path}` cannot be removed: {error.strerror}", stacklevel=2)
+
+    def _files_of(self, track: Track) -> list[tuple[int, Path]]:
+        """The track's files and their steps, the newest first."""
+        pattern = re.compile(rf"teacher_{re.escape(track.name)}_step_([1-9][0-9]*)\.safetensors")
+        matches = [(path, pattern.fullmatch(path.name)) for path in self._directory.iterdir()]
+        found = sorted(((int(match[1]), path) for path, match in matches if match), reverse=True)
+        return [(number, path) for number, path in found if _is_own(path, track, number)]
 
 
 def _is_own(path: Path, track: Track, step: int) -> bool:

@@ -19,7 +19,7 @@ from ckpt_ema.errors import CkptEmaError, MisuseError
 from ckpt_ema.formats import read_contents
 from ckpt_ema.formats.contents import PROVENANCE_KEY
 from ckpt_ema.online.rule import is_finite
-from ckpt_ema.profiles import RULE
+from ckpt_ema.profiles import POWER_RULE, RULE
 from ckpt_ema.writer import TeacherFile, encode_header
 
 WRITTEN_DTYPES = ("student", "teacher", "float32", "bfloat16", "float16")
@@ -59,7 +59,7 @@ class OnlineRecord:
         record = {
             "tool": "ckpt-ema",
             "version": __version__,
-            "rule": RULE,
+            "rule": RULE if self.momentum is not None else POWER_RULE,
             "momentum": self.momentum,
             "per": "update",
             "interval": self.interval,
