@@ -18,6 +18,7 @@ import math
 import multiprocessing
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -27,8 +28,11 @@ from typing import Any
 
 import torch
 from bench_fold import describe_machine, start_plot
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+import ckpt_ema
+from ckpt_ema import MeanTeacher, Snapshots
 from ckpt_ema.profiles import Profile, coefficients_of, ema_updates, step_updates
 from ckpt_ema.responses import Ema, Impulse, Power, gamma_of, momentum_of_half_life
 from ckpt_ema.solver import EVEN, Item, Solution, Variance, interpolated, solve
@@ -219,6 +223,8 @@ class Recording:
     """The learning rate of each step."""
 
     model: nn.Module
+    run: Path
+    """Where the same files lie as a user has them: students, and the snapshots of a MeanTeacher."""
 
 
 def sampled_steps(num_steps: int) -> set[int]:
@@ -245,8 +251,8 @@ def make_optimizer(name: str, model: nn.Module, rate: float) -> torch.optim.Opti
     return torch.optim.AdamW(model.parameters(), lr=rate, fused=True)
 
 
-def train(task: Task, optimizer_name: str, schedule: str, num_steps: int, seed: int) -> Recording:
-    """Train one student, with its EMAs and power tracks beside it."""
+def train(task: Task, optimizer_name: str, schedule: str, num_steps: int, seed: int, run: Path) -> Recording:
+    """Train one student, with its EMAs and power tracks beside it; a MeanTeacher writes its files to `run`."""
     torch.manual_seed(seed)
     model = task.make_model()
     rate = rate_of(schedule, task.rates[optimizer_name], num_steps)
@@ -261,6 +267,8 @@ def train(task: Task, optimizer_name: str, schedule: str, num_steps: int, seed: 
     files: dict[str, dict[int, Tensor]] = {"student": {0: student.clone()}, **{f"{sigma:g}": {} for sigma in SIGMAS}}
     sampled = sampled_steps(num_steps)
     increments = []
+    teacher = MeanTeacher(model, snapshots=Snapshots(run, every=num_steps // GRID, sigma_rel=SIGMAS))
+    save_file(dict(model.named_parameters()), run / "step_0.safetensors")
     for step in range(1, num_steps + 1):
         before = student.clone() if step in sampled else None
         for group in optimizer.param_groups:
@@ -271,13 +279,15 @@ def train(task: Task, optimizer_name: str, schedule: str, num_steps: int, seed: 
         optimizer.step()
         takes[len(cells) :] = 1 - (1 - 1 / step) ** exponents
         averages.lerp_(student.double(), takes)
+        teacher.update()
         if before is not None:
             increments.append((step, float((student.double() - before.double()).square().sum())))
         if step % (num_steps // GRID) == 0:
             files["student"][step] = student.clone()
+            save_file(dict(model.named_parameters()), run / f"step_{step}.safetensors")
             for sigma, average in zip(SIGMAS, averages[len(cells) :], strict=True):
                 files[f"{sigma:g}"][step] = average.float()
-    return Recording(num_steps, files, averages[: len(cells)], increments, rate, model)
+    return Recording(num_steps, files, averages[: len(cells)], increments, rate, model, run)
 
 
 def validation_loss(task: Task, model: nn.Module, parameters: Tensor) -> float:
@@ -406,8 +416,33 @@ def reconstruct(recording: Recording, schedule: str, task: Task) -> list[tuple[C
                 if cell.is_goal:
                     outcome["loss"] = validation_loss(task, recording.model, made)
                 outcomes[name] = Outcome(error / float(last), float(coefficients[number].abs().sum()), **outcome)
+            if cell.is_goal:
+                for name, (made, amplification) in reconstructed_files(recording, cell).items():
+                    error, loss = float((made - ema).norm() / last), validation_loss(task, recording.model, made)
+                    outcomes[name] = Outcome(error, amplification, loss=loss)
             rows.append((cell, outcomes))
     return rows
+
+
+def reconstructed_files(recording: Recording, cell: Cell) -> dict[str, tuple[Tensor, float]]:
+    """What `ckpt_ema.reconstruct` makes of the files that lie a cell's gap apart, by what of them it may use.
+
+    With the sum of the coefficients' sizes.
+    """
+    folder = recording.run / f"gap_{cell.gap}"
+    folder.mkdir()
+    for step in range(0, recording.num_steps + 1, cell.gap):
+        for path in recording.run.glob(f"*step_{step}.safetensors"):
+            (folder / path.name).symlink_to(path)
+    made = {}
+    for name, excluded in FILES.items():
+        report = ckpt_ema.reconstruct(
+            folder, momentum=cell.momentum, exclude=excluded, overwrite=True, announce=lambda plan: None
+        )
+        tensors = load_file(report.output)
+        vector = torch.cat([tensors[each].double().reshape(-1) for each, _ in recording.model.named_parameters()])
+        made[name] = vector, report.plan.predictions[0].amplification
+    return made
 
 
 def coefficients_by_method(
@@ -461,6 +496,13 @@ class Row:
     outcome: Outcome
 
 
+FILES = {
+    "files, students": ("teacher*",),
+    "files, students + 1 track": ("teacher_power_0.05*",),
+    "files, students + 2 tracks": (),
+}
+"""The same through files: what of a run is left out."""
+
 COLUMNS = {
     "per checkpoint": "per checkpoint",
     "hold": "hold",
@@ -509,6 +551,22 @@ def print_goal_cells(rows: list[Row]) -> None:
     print_table(
         "Error at momentum * gap = 1, ten gaps in the run (last student = 1; geometric means; cumulative: measured v)",
         ["run", *COLUMNS.values()],
+        lines,
+    )
+
+
+def print_files(rows: list[Row]) -> None:
+    """One line per run: what the command makes of what the online teacher wrote."""
+    goal = [row for row in rows if row.cell.is_goal and row.gap == GOAL_GAP]
+    errors = {(row.run, row.method): row.outcome.error for row in goal}
+    lines = [[run, *(number(errors[run, name]) for name in FILES)] for run in dict.fromkeys(row.run for row in goal)]
+    for schedule in dict.fromkeys(row.schedule for row in goal):
+        runs = dict.fromkeys(row.run for row in goal if row.schedule == schedule)
+        means = [mean_of(errors[run, name] for run in runs) for name in FILES]
+        lines.append([f"**{schedule}, mean**", *(f"**{number(mean)}**" for mean in means)])
+    print_table(
+        "The same through files: MeanTeacher's snapshots, ckpt_ema.reconstruct",
+        ["run", *(name.removeprefix("files, ") for name in FILES)],
         lines,
     )
 
@@ -563,7 +621,8 @@ def describe_prediction(outcomes: list[Outcome]) -> str:
 def print_losses(rows: list[Row], losses: dict[str, dict[str, float]]) -> None:
     """One line per run: validation losses at momentum * gap = 1 and the middle gap."""
     goal = [row for row in rows if row.cell.is_goal and row.gap == GOAL_GAP]
-    shown = {method: head for method, head in COLUMNS.items() if method != "hold"}
+    shown = {"per checkpoint": "per checkpoint", "linear": "linear"}
+    shown |= {name: name.removeprefix("files, ") for name in FILES}
     lines = []
     for run in dict.fromkeys(row.run for row in goal):
         found = {row.method: row.outcome.loss for row in goal if row.run == run}
@@ -620,11 +679,41 @@ def print_solving() -> float:
     return seconds
 
 
-def draw(rows: list[Row], path: Path) -> None:
-    """Error against the gap in half-lives, a panel per gap: medians over the runs, with the quartiles as a band."""
+def draw_losses(axis: Any, rows: list[Row], losses: dict[str, dict[str, float]]) -> None:
+    """Validation loss over that of the true EMA, a column per run, where momentum * gap is 1."""
+    goal = [row for row in rows if row.cell.is_goal and row.gap == GOAL_GAP]
+    runs = list(dict.fromkeys(row.run for row in goal))
+    true = {row.run: losses[row.run][f"true EMA, gap {row.cell.gap}"] for row in goal}
+    found = {(row.run, row.method): row.outcome.loss for row in goal}
+    shown = {
+        "last student": ("#6b6b6b", [losses[run]["last student"] for run in runs]),
+        "linear": ("#7a9cc6", [found[run, "linear"] for run in runs]),
+        **{
+            name.removeprefix("files, "): (colour, [found[run, name] for run in runs])
+            for name, colour in zip(FILES, ("#e3a857", "#7fb285", "#c8553d"), strict=True)
+        },
+    }
+    for place, (head, (colour, values)) in enumerate(shown.items()):
+        places = [i + 0.14 * (place - 2) for i in range(len(runs))]
+        ratios = [(value or math.nan) / true[run] for run, value in zip(runs, values, strict=True)]
+        axis.plot(places, ratios, "o", color=colour, markersize=4, label=head)
+    axis.axhline(1, color="black", linewidth=0.8)
+    axis.set(yscale="log", ylabel="validation loss (true EMA = 1)")
+    axis.set_xticks(range(len(runs)), [run.replace("-", "\n") for run in runs], fontsize=7)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, fontsize=8, ncols=5, loc="upper center", bbox_to_anchor=(0.5, 1.15))
+
+
+def draw(rows: list[Row], losses: dict[str, dict[str, float]], path: Path) -> None:
+    """Error against the gap in half-lives, a panel per gap: medians over the runs, with the quartiles as a band.
+
+    Below it the validation losses.
+    """
     plt = start_plot()
     colours = ("#9aa5ad", "#b8b08d", "#6b6b6b", "#7a9cc6", "#44617b", "#e3a857", "#7fb285", "#a05a8c", "#c8553d")
-    picture, axes = plt.subplots(1, len(GAPS), figsize=(9, 4.6), sharey=True, layout="constrained")
+    picture = plt.figure(figsize=(9, 8.2), layout="constrained")
+    upper, lower = picture.subfigures(2, 1, height_ratios=[1.15, 1])
+    axes = upper.subplots(1, len(GAPS), sharey=True)
     for axis, gap in zip(axes, GAPS, strict=True):
         for (method, head), colour in zip(COLUMNS.items(), colours, strict=True):
             found = [row for row in rows if row.method == method and row.gap == gap]
@@ -648,7 +737,8 @@ def draw(rows: list[Row], path: Path) -> None:
     axes[0].set_ylabel("distance to the true EMA (last student = 1)")
     axes[len(GAPS) // 2].set_xlabel("gap between checkpoints, in half-lives of the EMA")
     handles, labels = axes[0].get_legend_handles_labels()
-    picture.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    upper.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    draw_losses(lower.subplots(), rows, losses)
     path.parent.mkdir(parents=True, exist_ok=True)
     picture.savefig(path, metadata={"Date": None})
 
@@ -671,11 +761,17 @@ class Result:
 def run_one(name: str, num_steps: int) -> Result:
     """Train one run and reconstruct its EMAs, in a thread: the bits do not depend on how many runs go on beside it."""
     torch.set_num_threads(1)
+    steps = max(1, round(num_steps * TASKS[RUNS[name][0]]().length / GRID)) * GRID
+    with tempfile.TemporaryDirectory(prefix="bench-fidelity-") as folder:
+        return follow(name, steps, Path(folder))
+
+
+def follow(name: str, steps: int, folder: Path) -> Result:
+    """Train one run, with its files in `folder`, and reconstruct its EMAs."""
     started = time.perf_counter()
     task_name, optimizer, schedule = RUNS[name]
     task = TASKS[task_name]()
-    steps = max(1, round(num_steps * task.length / GRID)) * GRID
-    recording = train(task, optimizer, schedule, steps, seed=list(RUNS).index(name))
+    recording = train(task, optimizer, schedule, steps, seed=list(RUNS).index(name), run=folder)
     trained = time.perf_counter() - started
     last_student = recording.files["student"][steps]
     losses = {"last student": validation_loss(task, recording.model, last_student)}
@@ -720,13 +816,14 @@ def main() -> None:
     started = time.perf_counter()
     rows, losses = run_all(arguments.only, arguments.steps, arguments.jobs)
     print_goal_cells(rows)
+    print_files(rows)
     print_by_half_lives(rows)
     print_predictions(rows)
     print_losses(rows, losses)
     comparison = print_comparison(rows)
     solving = print_solving()
     if arguments.plot:
-        draw(rows, arguments.plot)
+        draw(rows, losses, arguments.plot)
     if arguments.json:
         figures = {
             "machine": machine,
