@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ckpt_ema.inspection import Inspection, inspect
     from ckpt_ema.online.mean_teacher import MeanTeacher
     from ckpt_ema.online.snapshots import Snapshots
+    from ckpt_ema.ranks import Ranks, ranks_of_environment
     from ckpt_ema.records import (
         FoldedCheckpoint,
         FoldOptions,
@@ -34,6 +35,7 @@ __all__ = [
     "MisuseError",
     "PlannedTeacher",
     "Prediction",
+    "Ranks",
     "ReconstructOptions",
     "Snapshots",
     "__version__",
@@ -41,6 +43,7 @@ __all__ = [
     "inspect",
     "plan",
     "plan_reconstruction",
+    "ranks_of_environment",
     "reconstruct",
 ]
 
@@ -55,12 +58,14 @@ _HOMES = {
     "MisuseError": "errors",
     "PlannedTeacher": "records",
     "Prediction": "records",
+    "Ranks": "ranks",
     "ReconstructOptions": "records",
     "Snapshots": "online.snapshots",
     "fold": "folding",
     "inspect": "inspection",
     "plan": "folding",
     "plan_reconstruction": "folding",
+    "ranks_of_environment": "ranks",
     "reconstruct": "folding",
 }
 

@@ -10,7 +10,7 @@ import bisect
 import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from ckpt_ema.byte_ranges import count_elements
@@ -27,6 +27,7 @@ BLOCK_ELEMENTS = 512 * 1024
 # folded in buffers padded to a multiple of this, so that where a block ends can never show in its bits.
 ELEMENT_MULTIPLE = 64
 MIN_BLOCK_ELEMENTS = 1024
+RANK_MULTIPLE = 4096
 MAX_THREADS = 16
 
 
@@ -51,6 +52,9 @@ class Lane:
 
     starts: tuple[int, ...]
     """First element of each tensor within the lane, and the lane's number of elements."""
+
+    span: tuple[int, int]
+    """The elements that are folded here: all, or those of one rank."""
 
     is_scattered: bool
     """One tensor that some checkpoint stores in another order than row-major; its elements are gathered."""
@@ -141,8 +145,8 @@ class BlockPlan:
     def blocks(self) -> Iterator[Block]:
         """Every block, in the teacher's byte order, which is the files' own order as well."""
         for lane in self.lanes:
-            for begin in range(0, lane.num_elements, self.block_elements):
-                yield Block(lane, begin, min(begin + self.block_elements, lane.num_elements))
+            for begin in range(*lane.span, self.block_elements):
+                yield Block(lane, begin, min(begin + self.block_elements, lane.span[1]))
 
 
 def accumulate_dtype(student_dtype: DType, accumulate: Accumulate) -> DType:
@@ -220,6 +224,34 @@ def plan_blocks(
     )
 
 
+def plan_of_rank(plan: BlockPlan, number: int, count: int) -> BlockPlan:
+    """The part of a plan that rank `number` of `count` does: as many bytes to read as the others', in one run.
+
+    Where it is cut does not depend on the size of blocks, which may differ between ranks.
+    """
+    if count == 1:
+        return plan
+    costs = [sum(dtype.itemsize for dtype in lane.input_dtypes) for lane in plan.lanes]
+    total = sum(lane.num_elements * cost for lane, cost in zip(plan.lanes, costs, strict=True))
+    first, stop = total * number // count, total * (number + 1) // count
+    lanes = []
+    before = 0
+    for lane, cost in zip(plan.lanes, costs, strict=True):
+        begin, end = (_cut(lane, border - before, cost) for border in (first, stop))
+        if begin < end:
+            lanes.append(replace(lane, span=(begin, end)))
+        before += lane.num_elements * cost
+    to_read = sum((lane.span[1] - lane.span[0]) * sum(d.itemsize for d in lane.input_dtypes) for lane in lanes)
+    return replace(plan, lanes=tuple(lanes), bytes_to_read=to_read)
+
+
+def _cut(lane: Lane, num_bytes: int, cost: int) -> int:
+    """The element where `num_bytes` of a lane's inputs are read, on a border that keeps pages to one rank."""
+    if num_bytes >= lane.num_elements * cost:
+        return lane.num_elements
+    return max(0, num_bytes // cost // RANK_MULTIPLE * RANK_MULTIPLE)
+
+
 def _find_aliases(tensors: Sequence[TeacherTensor], layouts: Sequence[Layout]) -> dict[int, int]:
     """Tensors that are the same bytes as an earlier one in every checkpoint (tied weights), by schema index."""
     first: dict[object, int] = {}
@@ -293,6 +325,7 @@ def _lane(
         begin=offsets[first.name][0],
         tensors=tuple(tensor.index for tensor in stretch),
         starts=tuple(itertools.accumulate((count_elements(tensor.shape) for tensor in stretch), initial=0)),
+        span=(0, sum(count_elements(tensor.shape) for tensor in stretch)),
         is_scattered=scattered[first.index],
     )
 

@@ -362,6 +362,20 @@ def _with_options(command: Command, changed: dict[str, Command | None]) -> Comma
             show_default=True,
             help="Dtype of the written teacher.",
         ),
+        "output-format": click.option(
+            "--output-format",
+            type=click.Choice(["safetensors", "dcp"]),
+            default="safetensors",
+            show_default=True,
+            help="dcp: a folder that torch.distributed.checkpoint loads.",
+        ),
+        "shard-size": click.option(
+            "--shard-size",
+            "shard_size_bytes",
+            type=_Size(),
+            metavar="SIZE",
+            help="Write a folder of files of this size with an index, as Hugging Face does (5GB).",
+        ),
         "device": click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda[:i]."),
         "memory": click.option(
             "--memory",
@@ -491,8 +505,15 @@ def _carry_out(
     verbose: bool,
     **options: Any,
 ) -> None:
-    """Fold or reconstruct, with a bar and a summary on stderr; the teachers' paths or the JSON on stdout."""
+    """Fold or reconstruct, with a bar and a summary on stderr; the teachers' paths or the JSON on stdout.
+
+    Under torchrun or srun the first rank alone says something, and whoever fails.
+    """
     from ckpt_ema import report  # noqa: PLC0415
+    from ckpt_ema.ranks import OtherRankFailedError  # noqa: PLC0415
+
+    ranks = ckpt_ema.ranks_of_environment()
+    quiet = quiet or not ranks.is_first
 
     def announce(planned: FoldPlan) -> None:
         if planned.predictions and not quiet:
@@ -507,7 +528,14 @@ def _carry_out(
         contextlib.redirect_stdout(sys.stderr),
         _ProgressBar(shown=shows_bar) as bar,
     ):
-        done = work(run, output, progress=bar.update, announce=announce, **_or_none(options))
+        try:
+            done = work(run, output, progress=bar.update, announce=announce, ranks=ranks, **_or_none(options))
+        except OtherRankFailedError:
+            if ranks.is_first:
+                raise
+            sys.exit(1)  # the rank that failed says why, and the first one that nothing was written
+    if not ranks.is_first:
+        return
     if not quiet:
         click.echo(report.summary_text(done, verbose=verbose), err=True)
     click.echo(json.dumps(report.report_record(done), indent=2) if as_json else "\n".join(done.plan.output_names))

@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 import gc
 import glob
+import hashlib
+import json
 import operator
 import time
 import warnings
@@ -15,17 +17,20 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ckpt_ema.engine.contract import Engine, NonFinite, NonFiniteBlockError, Task
+from ckpt_ema.blocks import BlockPlan, plan_of_rank
+from ckpt_ema.engine.contract import Engine, NonFinite, NonFiniteBlockError, Task, Teacher
 from ckpt_ema.engine.inputs import InputFiles
 from ckpt_ema.errors import CkptEmaError
 from ckpt_ema.formats import forget_tables
 from ckpt_ema.outputs import check_outputs
 from ckpt_ema.planning import plan_fold
 from ckpt_ema.provenance import teacher_metadata
+from ckpt_ema.ranks import Ranks
 from ckpt_ema.records import FoldOptions, FoldPlan, FoldReport, PathLike, ReconstructOptions
-from ckpt_ema.teacher_folder import folder_to_fill, staged_companions
+from ckpt_ema.teacher_files import Entry, TeacherFiles, dcp_files, one_file, shard_files
+from ckpt_ema.teacher_folder import folder_to_fill, is_model_folder, new_folder, staged_companions
 from ckpt_ema.timings import Timings
-from ckpt_ema.writer import TeacherFile, encode_header
+from ckpt_ema.writer import SharedFile, SpreadFiles, TeacherFile, write_small_file
 
 Progress = Callable[[int, int], None]
 """Told (bytes read so far, bytes to read in all)."""
@@ -59,6 +64,7 @@ def fold(
     *,
     progress: Progress | None = None,
     announce: Callable[[FoldPlan], None] | None = None,
+    ranks: Ranks | None = None,
     **options: Any,
 ) -> FoldReport:
     """Fold the checkpoints of a training run into a teacher, or into several in one pass.
@@ -70,12 +76,13 @@ def fold(
     `teacher.safetensors` in the run directory, or to the folder `teacher` for Hugging Face folders; with a list of
     momenta it is a pattern with `{momentum}`, or a folder. `options` are the fields of `FoldOptions`. `announce` gets
     the plan before a tensor is read; without it, its warnings are issued as Python warnings. `progress` is told
-    (bytes read, bytes to read) as it goes, from the folding threads.
+    (bytes read, bytes to read) as it goes, from the folding threads. Where several processes fold together, `ranks` is
+    the place of this one (`ranks_of_environment()`); all of them return when the teacher is there.
 
     Raises CkptEmaError; then nothing was written and an existing teacher is untouched. Of several teachers each
     appears whole or not at all, one after the other when all are finished.
     """
-    return _carry_out(plan(run, output, **options), progress, announce)
+    return _carry_out(plan(run, output, **options), progress, announce, ranks or Ranks())
 
 
 def plan_reconstruction(run: PathLike | Sequence[PathLike], output: PathLike | None = None, **options: Any) -> FoldPlan:
@@ -93,6 +100,7 @@ def reconstruct(
     *,
     progress: Progress | None = None,
     announce: Callable[[FoldPlan], None] | None = None,
+    ranks: Ranks | None = None,
     **options: Any,
 ) -> FoldReport:
     """Make the teacher that would have followed the whole of training, from all that a run has stored.
@@ -101,23 +109,36 @@ def reconstruct(
     are folded in one pass. `plan.predictions` says how near the result is expected to come. Arguments are those of
     `fold`, with the fields of `ReconstructOptions`; so is what is raised.
     """
-    return _carry_out(plan_reconstruction(run, output, **options), progress, announce)
+    return _carry_out(plan_reconstruction(run, output, **options), progress, announce, ranks or Ranks())
 
 
-def _carry_out(planned: FoldPlan, progress: Progress | None, announce: Callable[[FoldPlan], None] | None) -> FoldReport:
-    with _reading_tables():
-        check_outputs(planned)
-    if announce is not None:
-        announce(planned)
-    else:
-        for text in planned.warnings:
-            warnings.warn(text, stacklevel=3)
+def _carry_out(
+    planned: FoldPlan, progress: Progress | None, announce: Callable[[FoldPlan], None] | None, ranks: Ranks
+) -> FoldReport:
+    with ranks:
+        return _carry_out_together(planned, progress, announce, ranks)
+
+
+def _carry_out_together(
+    planned: FoldPlan, progress: Progress | None, announce: Callable[[FoldPlan], None] | None, ranks: Ranks
+) -> FoldReport:
+    outputs = [_output_files(planned, number) for number in range(len(planned.teachers))]
+    _check_same_plan(planned, ranks)
+    if ranks.is_first:
+        with _reading_tables():
+            check_outputs(planned)
+        if announce is not None:
+            announce(planned)
+        else:
+            for text in planned.warnings:
+                warnings.warn(text, stacklevel=4)
     # Here, not above: a plan must not wait for torch.
     from ckpt_ema.engine.choice import choose_engine  # noqa: PLC0415
 
     updates = [teacher.updates for teacher in planned.teachers]
+    part = plan_of_rank(planned.blocks, ranks.number, ranks.count)
     choice = choose_engine(
-        planned.options.device, planned.blocks, planned.layouts, updates, planned.options.memory_budget_bytes
+        planned.options.device, part, planned.layouts, updates, planned.options.memory_budget_bytes, ranks.local
     )
     started = time.perf_counter()
     read_so_far = 0
@@ -126,21 +147,69 @@ def _carry_out(planned: FoldPlan, progress: Progress | None, announce: Callable[
         nonlocal read_so_far
         read_so_far += num_bytes
         if progress is not None:
-            progress(read_so_far, planned.bytes_to_read)
+            progress(read_so_far, part.bytes_to_read)
+        ranks.check()
 
     with contextlib.ExitStack() as stack:
-        teachers = [stack.enter_context(_teacher_file(planned, number)) for number in range(len(planned.teachers))]
-        timings = _fold_into(teachers, planned, choice.engine, count)
+        teachers = _open_teachers(stack, planned, outputs, ranks)
+        timings = _fold_into(teachers, planned, part, choice.engine, count)
+        if ranks.is_first:
+            ranks.wait_for_all("folded")
+    if not ranks.is_first:
+        ranks.arrive("folded")
+    ranks.share("committed", "yes" if ranks.is_first else None)
     return FoldReport(planned, choice.device, choice.reason, time.perf_counter() - started, timings)
 
 
+def _check_same_plan(planned: FoldPlan, ranks: Ranks) -> None:
+    """Raise CkptEmaError where this rank sees other files than the first."""
+    seen = [planned.output_names, planned.blocks.data_bytes, [teacher.updates for teacher in planned.teachers]]
+    seen += [[(file.path.name, file.size) for layout in planned.layouts for file in layout.files]]
+    digest = hashlib.sha256(json.dumps(seen).encode("utf-8", "surrogateescape")).hexdigest()
+    if ranks.share("plan", digest if ranks.is_first else None) != digest:
+        raise CkptEmaError(
+            f"rank {ranks.number} sees other checkpoints than the first rank does",
+            hint="is the run on a file system that all machines share, and no longer written to?",
+        )
+
+
+def _open_teachers(
+    stack: contextlib.ExitStack, planned: FoldPlan, outputs: Sequence[TeacherFiles], ranks: Ranks
+) -> list[Teacher]:
+    """The teachers' files: made by the first rank, opened by the others."""
+    if ranks.is_first:
+        needed = sum(files.size for files in outputs)
+        made = []
+        for number, files in enumerate(outputs):
+            made.append(stack.enter_context(_teacher_files(planned, number, files, needed)))
+            needed -= files.size
+        ranks.share("files", json.dumps([[str(file.temporary.absolute()) for file in each] for each in made]))
+        return [_spread(files, each) for files, each in zip(outputs, made, strict=True)]
+    names = json.loads(ranks.share("files", None))
+    return [
+        _spread(
+            files,
+            [
+                stack.enter_context(SharedFile(Path(name), parts))
+                for name, (_, parts) in zip(each, files.parts, strict=True)
+            ],
+        )
+        for each, files in zip(names, outputs, strict=True)
+    ]
+
+
+def _spread(files: TeacherFiles, opened: Sequence[TeacherFile | SharedFile]) -> SpreadFiles:
+    begins = [parts.runs[0].begin if parts.runs else 0 for _, parts in files.parts]
+    return SpreadFiles(list(zip(begins, opened, strict=True)))
+
+
 def _fold_into(
-    teachers: Sequence[TeacherFile], planned: FoldPlan, engine: Engine, count: Callable[[int], None]
+    teachers: Sequence[Teacher], planned: FoldPlan, part: BlockPlan, engine: Engine, count: Callable[[int], None]
 ) -> Timings:
     updates = [teacher.updates for teacher in planned.teachers]
     with InputFiles(planned.layouts) as files:
         try:
-            timings = engine(Task(planned.blocks, planned.layouts, updates, files), teachers, count)
+            timings = engine(Task(part, planned.layouts, updates, files), teachers, count)
         except NonFiniteBlockError as error:
             files.check_unchanged()
             raise _non_finite(planned, error.origin) from error
@@ -148,31 +217,56 @@ def _fold_into(
     return timings
 
 
-@contextlib.contextmanager
-def _teacher_file(planned: FoldPlan, number: int) -> Iterator[TeacherFile]:
-    """One teacher's file, within its folder where it has one; it appears when the block is left without an error."""
-    target, overwrite = planned.teachers[number].output, planned.options.overwrite
-    data_bytes, num_alike = planned.blocks.data_bytes, len(planned.teachers) - number
+def _output_files(planned: FoldPlan, number: int) -> TeacherFiles:
+    """Which files one teacher is written to, and what each holds."""
     offsets = planned.blocks.offsets
     entries = sorted(
-        ((tensor.name, tensor.dtype, tensor.shape, *offsets[tensor.name]) for tensor in planned.tensors),
-        key=operator.itemgetter(3),
+        (Entry(tensor.name, tensor.dtype, tensor.shape, *offsets[tensor.name]) for tensor in planned.tensors),
+        key=operator.attrgetter("begin", "end"),
     )
-    header = encode_header(entries, teacher_metadata(planned, number))
+    metadata = teacher_metadata(planned, number)
+    options, source = planned.options, planned.newest.model_folder
+    if options.output_format == "dcp":
+        # As the students are, so that what loads them loads the teacher.
+        key = planned.newest.state_key if planned.newest.format.startswith("distributed checkpoint") else ""
+        return dcp_files(key, entries, metadata)
+    stem = source.weights_name if source is not None else "model"
+    if options.shard_size_bytes is not None:
+        return shard_files(stem, entries, metadata, options.shard_size_bytes)
+    name = f"{stem}.safetensors" if planned.is_folder else planned.teachers[number].output.name
+    return one_file(name, entries, metadata)
+
+
+@contextlib.contextmanager
+def _teacher_files(planned: FoldPlan, number: int, files: TeacherFiles, needed: int) -> Iterator[list[TeacherFile]]:
+    """One teacher's files; they appear when the block is left without an error, all at once where there are several."""
+    target, overwrite = planned.teachers[number].output, planned.options.overwrite
     if not planned.is_folder:
-        with TeacherFile(target, header, data_bytes, overwrite=overwrite, num_alike=num_alike) as teacher:
-            yield teacher
+        [(_, parts)] = files.parts
+        with TeacherFile(target, parts, overwrite=overwrite, needed_bytes=needed) as file:
+            yield [file]
         return
-    source = planned.newest.model_folder
-    assert source is not None
-    with (
-        folder_to_fill(target) as filled,
-        staged_companions(source, filled, planned.options.dtype) as commit_companions,
-    ):
-        weights = filled / f"{source.weights_name}.safetensors"
-        with TeacherFile(weights, header, data_bytes, overwrite=overwrite, num_alike=num_alike) as teacher:
-            yield teacher
-        commit_companions()
+    source = planned.newest.model_folder if planned.options.output_format == "safetensors" else None
+    is_single = len(files.parts) == 1 and not files.closing
+    with contextlib.ExitStack() as folders:
+        # A single file is replaced where it lies, so that there is a teacher at every moment.
+        filled = folders.enter_context(folder_to_fill(target) if is_single else new_folder(target))
+        commit_companions = None
+        if is_model_folder(source):
+            assert source is not None
+            written = [name for name, _ in (*files.parts, *files.closing)]
+            commit_companions = folders.enter_context(staged_companions(source, filled, planned.options.dtype, written))
+        with contextlib.ExitStack() as stack:
+            made = []
+            for name, parts in files.parts:
+                file = TeacherFile(filled / name, parts, overwrite=overwrite, needed_bytes=needed)
+                made.append(stack.enter_context(file))
+                needed -= parts.size
+            yield made
+        for name, content in files.closing:
+            write_small_file(filled / name, content)
+        if commit_companions is not None:
+            commit_companions()
 
 
 def _non_finite(planned: FoldPlan, origin: NonFinite) -> CkptEmaError:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 from ckpt_ema.errors import CkptEmaError, MisuseError
@@ -11,16 +10,17 @@ from ckpt_ema.formats import read_contents
 from ckpt_ema.formats.folder import WEIGHTS_SUFFIX
 from ckpt_ema.profiles import Profile
 from ckpt_ema.provenance import read_provenance
-from ckpt_ema.records import FoldPlan, PathLike
+from ckpt_ema.records import FoldOptions, FoldPlan, PathLike
 from ckpt_ema.runs import Checkpoint, Run
 from ckpt_ema.teacher_folder import check_replaceable, is_model_folder
 
 
 def resolve_outputs(
-    output: PathLike | None, run: Run, newest: Checkpoint, profiles: Sequence[Profile]
+    output: PathLike | None, run: Run, newest: Checkpoint, wanted: FoldOptions
 ) -> tuple[bool, list[Path]]:
-    """Whether each teacher is a folder for `from_pretrained`, and where each goes."""
-    has_folder = is_model_folder(newest.model_folder)
+    """Whether each teacher is a folder, and where each goes."""
+    profiles = wanted.profiles
+    has_folder = wanted.writes_folder or is_model_folder(newest.model_folder)
     placeholder = f"{{{profiles[0].tag[0]}}}"
     own_name = f"teacher-{placeholder}" if len(profiles) > 1 else "teacher"
     own_name += "" if has_folder else ".safetensors"
@@ -43,6 +43,11 @@ def resolve_outputs(
                 hint=f"pass `--output '{pattern}'`, or an existing folder",
             )
         text = str(Path(text) / own_name)
+    if wanted.writes_folder and text.endswith(".safetensors"):
+        raise MisuseError(
+            f"`--output {text}` is the name of a file, and the teacher a folder",
+            hint=f"pass `--output {text.removesuffix('.safetensors')}`",
+        )
     stray = [f"{{{word}}}" for word in ("momentum", "half_life", "sigma_rel") if f"{{{word}}}" in text]
     if stray not in ([], [placeholder]):
         raise MisuseError(

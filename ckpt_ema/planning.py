@@ -16,7 +16,7 @@ from ckpt_ema.catalogue import TeacherTensor, Treatment, build_catalogue
 from ckpt_ema.coefficients import Weighed, weigh
 from ckpt_ema.errors import CkptEmaError, MisuseError
 from ckpt_ema.formats import read_contents
-from ckpt_ema.formats.folder import has_weights
+from ckpt_ema.formats.folder import has_weights, is_sharded
 from ckpt_ema.layouts import Layout, SchemaPool, compact_layout
 from ckpt_ema.model_buffers import read_model_buffers
 from ckpt_ema.outputs import resolve_outputs
@@ -104,7 +104,7 @@ def plan_weighed(
         num_threads=wanted.num_threads,
         num_teachers=len(weighed.updates),
     )
-    is_folder, targets = resolve_outputs(output, found, newest, wanted.profiles)
+    is_folder, targets = resolve_outputs(output, found, newest, wanted)
     coefficients = [coefficients_of(updates) for updates in weighed.updates]
     teachers = tuple(
         PlannedTeacher(profile, target, tuple(updates), shares[0])
@@ -151,7 +151,7 @@ def _average_layout(path: Path, tensors: Sequence[TeacherTensor], pool: SchemaPo
     """The tensors of an average that takes part, an initial teacher or a snapshot, under the students' indices."""
     if not path.exists():
         raise MisuseError(f"`{path}` does not exist", hint="pass a teacher that an earlier fold wrote with `--init`")
-    if path.is_dir() and not has_weights(path):
+    if path.is_dir() and not has_weights(path) and not is_sharded(path):
         raise MisuseError(f"`{path}` is no teacher", hint="pass the file or the folder that an earlier fold wrote")
     contents = read_contents(path)
     # A teacher may be one of ours, or a state dict by itself, whose names look like an average's.

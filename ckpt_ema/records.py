@@ -35,6 +35,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "num_threads": _OPTIONAL_INTEGER,
     "steps_per_epoch": _OPTIONAL_INTEGER,
     "memory_budget_bytes": (int,),
+    "shard_size_bytes": _OPTIONAL_INTEGER,
     "model": _OPTIONAL_TEXT,
     "state": _OPTIONAL_TEXT,
     "prefix": _OPTIONAL_TEXT,
@@ -107,6 +108,12 @@ class FoldOptions:
     dtype: Literal["student", "float32", "bfloat16", "float16"] = "student"
     """Dtype of the written teacher's floating-point tensors."""
 
+    output_format: Literal["safetensors", "dcp"] = "safetensors"
+    """What the teacher is written as; `dcp` is a folder that torch.distributed.checkpoint loads."""
+
+    shard_size_bytes: int | None = None
+    """Write a folder of safetensors files of about this many bytes each, with an index; one file otherwise."""
+
     device: str = "auto"
     """`auto`, `cpu` or `cuda[:i]`."""
 
@@ -149,9 +156,20 @@ class FoldOptions:
         for name, choices in (
             ("accumulate", ("float32", "float64", "student")),
             ("dtype", ("student", "float32", "bfloat16", "float16")),
+            ("output_format", ("safetensors", "dcp")),
         ):
             if getattr(self, name) not in choices:
                 raise MisuseError(f"`{name}` is {getattr(self, name)!r}, and must be one of {', '.join(choices)}")
+
+        if self.shard_size_bytes is not None and self.shard_size_bytes < 1:
+            raise MisuseError("`--shard-size` must be 1 byte or more", hint="pass for example `--shard-size 5GB`")
+        if self.shard_size_bytes is not None and self.output_format == "dcp":
+            raise MisuseError("`--shard-size` cuts safetensors files, and `--output-format dcp` has none")
+
+    @property
+    def writes_folder(self) -> bool:
+        """Whether the teacher is a folder, whatever the students are."""
+        return self.shard_size_bytes is not None or self.output_format == "dcp"
 
     def _check_profile(self) -> None:
         for name, choices in (
@@ -354,7 +372,7 @@ class FoldPlan:
     """One per momentum, or per whatever tells them apart."""
 
     is_folder: bool
-    """Whether each is written as a Hugging Face folder."""
+    """Whether each is written as a folder."""
 
     directory: Path
     checkpoints: tuple[FoldedCheckpoint, ...]

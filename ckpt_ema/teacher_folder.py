@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 from ckpt_ema.errors import CkptEmaError, UnreadableCheckpointError
@@ -60,6 +61,13 @@ def folder_to_fill(target: Path) -> Iterator[Path]:
     if target.is_dir():
         yield target
         return
+    with new_folder(target) as temporary:
+        yield temporary
+
+
+@contextlib.contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """An empty folder that takes the place of `target` at the end; what was there before goes as a whole."""
     temporary = temporary_name(target)
     try:
         os.mkdir(temporary)
@@ -68,7 +76,8 @@ def folder_to_fill(target: Path) -> Iterator[Path]:
     try:
         yield temporary
         try:
-            os.rename(temporary, target)
+            sync_folder(temporary)
+            _take_place(temporary, target)
         except OSError as error:
             raise CkptEmaError(f"cannot write `{target}`: {error.strerror}") from error
         sync_folder(target.parent)
@@ -77,18 +86,38 @@ def folder_to_fill(target: Path) -> Iterator[Path]:
         raise
 
 
+def _take_place(folder: Path, target: Path) -> None:
+    try:
+        os.rename(folder, target)  # where nothing or an empty folder is
+        return
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+    # Folders cannot replace each other in one step: for a moment the old one has the name of something to be removed.
+    old = temporary_name(target)
+    os.rename(target, old)
+    try:
+        os.rename(folder, target)
+    except OSError:
+        os.rename(old, target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
 @contextlib.contextmanager
-def staged_companions(source: ModelFolder, target: Path, dtype: str) -> Iterator[Callable[[], None]]:
+def staged_companions(
+    source: ModelFolder, target: Path, dtype: str, written: Collection[str]
+) -> Iterator[Callable[[], None]]:
     """Copy what belongs to the model under temporary names; calling what is yielded renames them into place.
 
-    So nothing of an older teacher is replaced before the new weights are. The configuration says the dtype the weights
-    are written in.
+    So nothing of an older teacher is replaced before the new weights are, files called `written`. The configuration
+    says the dtype the weights are written in.
     """
     staged: list[tuple[Path, Path]] = []
 
     def commit() -> None:
         for path in target.iterdir():
-            if _is_stale(path, source, {final.name for _, final in staged}):
+            if _is_stale(path, {*written, *(final.name for _, final in staged)}):
                 path.unlink()
         while staged:
             temporary, final = staged.pop()
@@ -111,9 +140,9 @@ def staged_companions(source: ModelFolder, target: Path, dtype: str) -> Iterator
             temporary.unlink(missing_ok=True)
 
 
-def _is_stale(path: Path, source: ModelFolder, names: set[str]) -> bool:
+def _is_stale(path: Path, names: Collection[str]) -> bool:
     """Whether a file of an older teacher would make `from_pretrained` load something else beside the new weights."""
-    if path.name in (f"{source.weights_name}.safetensors", *names):
+    if path.name in names:
         return False
     stem = WEIGHTS_SUFFIX.sub("", path.name.removesuffix(".index.json"))
     is_weights = stem != path.name and (MODEL_STEM.match(stem) or SHARD_NAME.match(path.name))

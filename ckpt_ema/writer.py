@@ -1,7 +1,8 @@
-"""The teacher's file: a header and blocks in any order in, a whole safetensors file under its final name out."""
+"""The teacher's files: headers and blocks in any order in, whole files under their final names out."""
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import errno
 import json
@@ -9,8 +10,10 @@ import os
 import secrets
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import NamedTuple
 
 from ckpt_ema.dtypes import DType
 from ckpt_ema.errors import CkptEmaError
@@ -22,40 +25,72 @@ TRIAL_BYTES = 8 << 20
 TRIAL_SECONDS = 0.001
 
 
+class Run(NamedTuple):
+    """A run of the teacher's data section that lies in one piece of a file."""
+
+    begin: int
+    end: int
+    """Of the data section."""
+
+    offset: int
+    """Of the file, where `begin` goes."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileParts:
+    """A file before it is written: all that is known of it, and where the teacher's data go."""
+
+    size: int
+    """Bytes of the whole."""
+
+    literals: tuple[tuple[int, bytes], ...]
+    """(offset, content) of what is no tensor."""
+
+    runs: tuple[Run, ...]
+    """By their begin."""
+
+    @classmethod
+    def of_header(cls, header: bytes, begin: int, end: int) -> FileParts:
+        """A header and behind it bytes `[begin, end)` of the data section: a safetensors file."""
+        return cls(len(header) + end - begin, ((0, header),), (Run(begin, end, len(header)),))
+
+
 class TeacherFile:
-    """A safetensors file that appears under its name only when the `with` block ends without an exception.
+    """A file that appears under its name only when the `with` block ends without an exception.
 
     Written beside its target under a temporary name; disk space is taken at once, so that a full disk is an error
     before the first tensor is read. Raises CkptEmaError for whatever the file system refuses.
     """
 
-    def __init__(self, target: Path, header: bytes, data_bytes: int, *, overwrite: bool, num_alike: int = 1) -> None:
-        """`num_alike` files of this size are going to be written, this one among them; there must be room for all."""
+    def __init__(self, target: Path, parts: FileParts, *, overwrite: bool, needed_bytes: int = 0) -> None:
+        """There must be room for `needed_bytes`: of this file and of those that are going to be written beside it."""
         self._target = target
-        self._header = header
-        self._size = len(header) + data_bytes
+        self._parts = parts
+        self._begins = [run.begin for run in parts.runs]
         self._overwrite = overwrite
-        self._needed = self._size * num_alike
-        self._and_more = f" and {num_alike - 1} more like it" if num_alike > 1 else ""
-        self._temporary = temporary_name(target)
+        self._needed = max(parts.size, needed_bytes)
+        self._and_more = f" and {self._needed - parts.size} bytes more" if self._needed > parts.size else ""
         self._descriptor = -1
+        self.temporary = temporary_name(target)
+        """Where it is until then."""
 
     def __enter__(self) -> TeacherFile:
         try:
-            with _explained(f"cannot write `{self._target}` of {self._size} bytes{self._and_more}"):
+            with _explained(f"cannot write `{self._target}` of {self._parts.size} bytes{self._and_more}"):
                 # 0o666 without the umask's bits, as any program's output; O_EXCL: never somebody else's file.
-                self._descriptor = os.open(self._temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666)
-                _reserve(self._descriptor, self._size, self._needed)
-                _write_all(self._descriptor, memoryview(self._header), 0)
+                self._descriptor = os.open(self.temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666)
+                _reserve(self._descriptor, self._parts.size, self._needed)
+                for offset, content in self._parts.literals:
+                    _write_all(self._descriptor, memoryview(content), offset)
         except BaseException:
             self._discard()
             raise
         return self
 
     def write(self, block: memoryview, position: int) -> None:
-        """Put `block` at `position` of the data section; threads may write at once."""
+        """Put what of `block`, at `position` of the data section, belongs here; threads may write at once."""
         with _explained(f"cannot write `{self._target}`"):
-            _write_all(self._descriptor, block, len(self._header) + position)
+            _write_runs(self._descriptor, self._parts.runs, self._begins, block, position)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -69,7 +104,7 @@ class TeacherFile:
                 os.close(self._descriptor)
                 self._descriptor = -1
                 # Rename last: a reader that has the old teacher open must never see it change.
-                _commit(self._temporary, self._target, overwrite=self._overwrite)
+                _commit(self.temporary, self._target, overwrite=self._overwrite)
                 sync_folder(self._target.parent)
         except BaseException:
             self._discard()
@@ -80,7 +115,53 @@ class TeacherFile:
             os.close(self._descriptor)
             self._descriptor = -1
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            os.unlink(self._temporary)
+            os.unlink(self.temporary)
+
+
+class SharedFile:
+    """The same file, opened by another process while its TeacherFile is being written: it only adds blocks."""
+
+    def __init__(self, temporary: Path, parts: FileParts) -> None:
+        self._path = temporary
+        self._parts = parts
+        self._begins = [run.begin for run in parts.runs]
+        self._descriptor = -1
+
+    def __enter__(self) -> SharedFile:
+        with _explained(f"cannot open `{self._path}`, which another rank made: is it on a shared file system?"):
+            self._descriptor = os.open(self._path, os.O_WRONLY | os.O_CLOEXEC)
+        return self
+
+    def write(self, block: memoryview, position: int) -> None:
+        """As `TeacherFile.write`."""
+        with _explained(f"cannot write `{self._path}`"):
+            _write_runs(self._descriptor, self._parts.runs, self._begins, block, position)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                with _explained(f"cannot write `{self._path}`"):
+                    os.fsync(self._descriptor)
+        finally:
+            os.close(self._descriptor)
+
+
+class SpreadFiles:
+    """A teacher in several files, each of which takes what belongs to it."""
+
+    def __init__(self, files: Sequence[tuple[int, TeacherFile | SharedFile]]) -> None:
+        """`files` with the begin of each in the data section, in that order."""
+        self._begins = [begin for begin, _ in files]
+        self._files = [file for _, file in files]
+
+    def write(self, block: memoryview, position: int) -> None:
+        """Put `block` at `position` of the data section; threads may write at once."""
+        first = max(0, bisect.bisect_right(self._begins, position) - 1)
+        stop = bisect.bisect_left(self._begins, position + len(block))
+        for file in self._files[first : max(stop, first + 1)]:
+            file.write(block, position)
 
 
 def encode_header(entries: Iterable[tuple[str, DType, Sequence[int], int, int]], metadata: Mapping[str, str]) -> bytes:
@@ -165,6 +246,17 @@ def _reserve(descriptor: int, size: int, needed: int) -> None:
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
             raise
+
+
+def _write_runs(descriptor: int, runs: Sequence[Run], begins: Sequence[int], block: memoryview, position: int) -> None:
+    end = position + len(block)
+    for number in range(max(0, bisect.bisect_right(begins, position) - 1), len(runs)):
+        run = runs[number]
+        if run.begin >= end:
+            break
+        first, stop = max(position, run.begin), min(end, run.end)
+        if first < stop:
+            _write_all(descriptor, block[first - position : stop - position], run.offset + first - run.begin)
 
 
 def _write_all(descriptor: int, content: memoryview, position: int) -> None:

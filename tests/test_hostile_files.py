@@ -938,7 +938,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 # What each module may import, lowest first; a module imports only what stands on an earlier line (or its own).
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("_version", "errors", "sizes", "timings", "quadrature"),
-    ("dtypes", "responses"),
+    ("dtypes", "responses", "ranks"),
     ("byte_ranges",),
     ("assembly", "formats.pickle_scan", "formats.pickles", "formats.zip_archive"),
     ("formats.safetensors", "formats.torch_save"),
@@ -951,7 +951,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("catalogue", "profiles", "runs", "model_buffers", "writer", "solver", "response_records"),
     ("blocks",),
     ("engine", "records", "inspection", "engine.buffers", "engine.arithmetic", "provenance", "teacher_folder"),
-    ("coefficients", "outputs", "online", "online.tracking", "online.rule"),
+    ("coefficients", "outputs", "teacher_files", "online", "online.tracking", "online.rule"),
     ("planning", "online.teacher_file", "online.pairs", "online.swap", "online.increments", "online.snapshots"),
     ("reconstruction", "online.settings", "online.mean_teacher", "online.state_file"),
     ("integrations", "integrations.mmengine", "integrations.lightning", "integrations.transformers"),

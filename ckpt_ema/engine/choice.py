@@ -41,10 +41,12 @@ def choose_engine(
     layouts: Sequence[Layout],
     updates: Sequence[Sequence[Update]],
     memory_budget_bytes: int,
+    local_rank: int = 0,
 ) -> Choice:
     """The engine for `auto`, `cpu`, `cuda` or `cuda:i`; `auto` takes the GPU where a probe says that it is faster.
 
-    Raises CkptEmaError when a GPU is asked for that is not there.
+    Without a number it is the GPU of this machine whose turn it is by `local_rank`. Raises CkptEmaError when a GPU is
+    asked for that is not there.
     """
     if wanted == "cpu":
         return Choice(cpu.fold_blocks, "cpu", "asked for")
@@ -53,7 +55,8 @@ def choose_engine(
             return Choice(cpu.fold_blocks, "cpu", "no GPU here")
         built = "" if torch.version.cuda or torch.version.hip else f": torch {torch.__version__} is built without one"
         raise CkptEmaError(f"`--device {wanted}`: torch finds no GPU{built}", hint="pass `--device cpu`")
-    device = torch.device("cuda:0" if wanted in ("auto", "cuda") else wanted)
+    own = local_rank % max(1, torch.cuda.device_count())
+    device = torch.device(f"cuda:{own}" if wanted in ("auto", "cuda") else wanted)
     if device.index >= torch.cuda.device_count():
         raise CkptEmaError(
             f"`--device {wanted}`: there are {torch.cuda.device_count()} GPUs, counted from 0",
@@ -141,6 +144,6 @@ def _start_of(plan: BlockPlan, num_bytes: int) -> tuple[BlockPlan, int]:
             continue
         elements = min(lane.num_elements, room)
         whole = [start for start in lane.starts[:-1] if start < elements]
-        lanes.append(replace(lane, tensors=lane.tensors[: len(whole)], starts=(*whole, elements)))
+        lanes.append(replace(lane, tensors=lane.tensors[: len(whole)], starts=(*whole, elements), span=(0, elements)))
         taken += elements * lane.student_dtype.itemsize
     return replace(plan, lanes=tuple(lanes), aliases=()), taken

@@ -17,6 +17,9 @@ from ckpt_ema.formats.zip_archive import ZIP_MAGIC
 PROVENANCE_KEY = "ckpt_ema"
 """Key of `__metadata__` under which this tool's teachers say how they were made."""
 
+PROVENANCE_FILE = "ckpt_ema.json"
+"""Beside a teacher in a format that has no `__metadata__`: the same table."""
+
 
 class Locator(Protocol):
     """Finds the bytes of tensors that a table only describes."""

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ from ckpt_ema.assembly import AssemblyError, StoredTensor, assemble_boxes
 from ckpt_ema.byte_ranges import SourceFile, TensorRange, open_input, read_exactly
 from ckpt_ema.dtypes import DType
 from ckpt_ema.errors import UnreadableCheckpointError
-from ckpt_ema.formats.contents import Contents, is_plain_name, read_file
+from ckpt_ema.formats.contents import PROVENANCE_FILE, Contents, is_plain_name, read_file
 from ckpt_ema.formats.pickles import Inert, PickledTensor
 from ckpt_ema.formats.torch_save import load_pickle, read_zip_within
 from ckpt_ema.formats.zip_archive import MAX_SMALL_BYTES
@@ -91,8 +92,19 @@ def read_dcp(folder: Path) -> Contents:
     entries += [(name, pieces.read_value(piece)) for name, piece in small[:MAX_VALUES] if name.count(".") < 2]
     for name, leaf in entries:
         _put(tree, paths.get(name, (name,)), leaf)
-    ranks = len({piece.file_name for tensor in tensors for _, piece in tensor.pieces})
-    return Contents(folder, f"distributed checkpoint in {ranks} files", pieces.files(), tree, locator=pieces)
+    count = len({piece.file_name for tensor in tensors for _, piece in tensor.pieces})
+    kind = f"distributed checkpoint in {count} file{'' if count == 1 else 's'}"
+    return Contents(folder, kind, pieces.files(), tree, _provenance(folder), locator=pieces)
+
+
+def _provenance(folder: Path) -> dict[str, str]:
+    """What this tool wrote beside a teacher of its own."""
+    try:
+        with (folder / PROVENANCE_FILE).open("rb") as file:
+            table = json.loads(file.read(MAX_SMALL_BYTES))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return {k: v for k, v in table.items() if isinstance(v, str)} if isinstance(table, dict) else {}
 
 
 class _NoTableError(Exception):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -195,9 +196,11 @@ def _read_shards(folder: Path, shards: list[Path], weight_map: dict[str, str] | 
     tensors: dict[str, StoredTensor] = {}
     homes: dict[str, str] = {}
     files: list[SourceFile] = []
+    metadata: Mapping[str, str] = {}
     for shard in shards:
         contents = read_file(shard)
         files += contents.files
+        metadata = metadata or contents.metadata
         for name, tensor in contents.locate(_flat_tensors(contents)).items():
             if name in tensors:
                 raise UnreadableCheckpointError(f"`{folder}`: `{homes[name]}` and `{shard.name}` both hold `{name}`")
@@ -212,7 +215,7 @@ def _read_shards(folder: Path, shards: list[Path], weight_map: dict[str, str] | 
         extra = next(name for name in homes if name not in weight_map)
         raise UnreadableCheckpointError(f"`{folder}`: `{homes[extra]}` holds `{extra}`, which the index does not know")
     kind = "safetensors" if shards[0].suffix == ".safetensors" else "torch.save"
-    return Contents(folder, f"{len(shards)} {kind} shards", tuple(files), tensors)
+    return Contents(folder, f"{len(shards)} {kind} shards", tuple(files), tensors, metadata)
 
 
 def _read_pieces(folder: Path, files: list[Path]) -> Contents:

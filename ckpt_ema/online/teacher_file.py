@@ -20,7 +20,7 @@ from ckpt_ema.formats import read_contents
 from ckpt_ema.formats.contents import PROVENANCE_KEY
 from ckpt_ema.online.rule import is_finite
 from ckpt_ema.profiles import POWER_RULE, RULE
-from ckpt_ema.writer import TeacherFile, encode_header
+from ckpt_ema.writer import FileParts, TeacherFile, encode_header
 
 WRITTEN_DTYPES = ("student", "teacher", "float32", "bfloat16", "float16")
 BUFFER_BYTES = 8 << 20
@@ -113,7 +113,8 @@ def write_tensors(
         (name, tensors[name][1], tensors[name][0].shape, begin, begin + size)
         for name, begin, size in zip(order, begins, sizes, strict=False)
     ]
-    with TeacherFile(path, encode_header(entries, metadata), begins[-1], overwrite=overwrite) as file:
+    parts = FileParts.of_header(encode_header(entries, metadata), 0, begins[-1])
+    with TeacherFile(path, parts, overwrite=overwrite) as file:
         for name, begin in zip(order, begins, strict=False):
             _write(file, name, *tensors[name], begin)
 

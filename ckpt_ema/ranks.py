@@ -1,0 +1,238 @@
+"""One fold by many processes: the environment of torchrun or Slurm in, this process's place and word of the others out.
+
+Ranks share nothing but the start (what is folded, and into which files) and the commit. In between each does its own
+blocks, and hears once a second whether another one failed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from types import TracebackType
+from typing import Any
+
+from ckpt_ema.errors import CkptEmaError, MisuseError
+
+POLL_SECONDS = 0.05
+CHECK_SECONDS = 1.0
+HEARTBEAT_SECONDS = 5.0
+SILENCE_SECONDS = 90.0
+"""A rank that gave no sign for so long is taken for dead; others are told within seconds if it can still speak."""
+
+START_SECONDS = 600.0
+"""For all ranks to be there: schedulers start them minutes apart."""
+
+
+class OtherRankFailedError(CkptEmaError):
+    """The fold was given up because of another rank, which says itself why."""
+
+
+class Ranks:
+    """The one process of a fold that is not shared."""
+
+    number = 0
+    count = 1
+    local = 0
+    """Its number on this machine."""
+
+    @property
+    def is_first(self) -> bool:
+        """Whether it makes the files, commits them, and talks to people."""
+        return self.number == 0
+
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        pass
+
+    def share(self, name: str, content: str | None) -> str:
+        """What the first rank gives under `name`; the others wait for it, and pass None."""
+        assert content is not None
+        return content
+
+    def check(self) -> None:
+        """Raise OtherRankFailedError where another rank failed."""
+
+    def arrive(self, name: str) -> None:
+        """Tell that this rank has come to `name`."""
+
+    def wait_for_all(self, name: str) -> None:
+        """Until every rank has come to `name`; raises OtherRankFailedError where one never will."""
+
+
+class StoreRanks(Ranks):
+    """One of many processes, which talk through a store of torch's at the first one's address."""
+
+    def __init__(self, number: int, count: int, local: int, connect: Callable[[], Any]) -> None:
+        """`connect` gives a torch.distributed.Store; it is called when the fold begins."""
+        self.number, self.count, self.local = number, count, local
+        self._connect = connect
+        self._store: Any = None
+        self._ended = threading.Event()
+        self._checked = 0.0
+        self._heard: dict[int, tuple[bytes, float]] = {}
+
+    def __enter__(self) -> StoreRanks:
+        with self._explained():
+            self._store = self._connect()
+        threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
+        self.arrive("start")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is not None and not isinstance(error, OtherRankFailedError):
+            with contextlib.suppress(Exception):  # whoever it would be told to may be gone
+                self._store.set("failed", f"rank {self.number}: {error}")
+        if self.is_first and kind is None:
+            # The store may live in this process: it must outlast what the others still ask of it.
+            with contextlib.suppress(CkptEmaError):
+                self.wait_for_all("end")
+        elif kind is None:
+            with contextlib.suppress(CkptEmaError):
+                self.arrive("end")
+        self._ended.set()
+
+    def share(self, name: str, content: str | None) -> str:
+        """As above; through the store."""
+        if content is not None:
+            with self._explained():
+                self._store.set(name, content)
+            return content
+        self._wait(lambda: self._has(name), [0])
+        with self._explained():
+            return bytes(self._store.get(name)).decode()
+
+    def check(self) -> None:
+        """As above; asks at most once a second."""
+        now = time.monotonic()
+        if now - self._checked >= CHECK_SECONDS:
+            self._checked = now
+            self._raise_failure()
+
+    def arrive(self, name: str) -> None:
+        """As above."""
+        with self._explained():
+            self._store.set(f"{name}/{self.number}", "1")
+
+    def wait_for_all(self, name: str) -> None:
+        """As above; arrives itself."""
+        self.arrive(name)
+        for number in range(self.count):
+            self._wait(lambda number=number: self._has(f"{name}/{number}"), [number])  # type: ignore[misc]
+
+    def _wait(self, is_there: Callable[[], bool], needed: list[int]) -> None:
+        while not is_there():
+            self._raise_failure()
+            for number in needed:
+                self._check_alive(number)
+            time.sleep(POLL_SECONDS)
+
+    def _has(self, name: str) -> bool:
+        with self._explained():
+            return bool(self._store.check([name]))
+
+    def _raise_failure(self) -> None:
+        if self._has("failed"):
+            with self._explained():
+                text = bytes(self._store.get("failed")).decode("utf-8", "replace")
+            raise OtherRankFailedError(f"another rank failed, so that nothing was written: {text}")
+
+    def _check_alive(self, number: int) -> None:
+        """Raise OtherRankFailedError where a rank gave no sign of life for long."""
+        beat = b""
+        if self._has(f"alive/{number}"):
+            with self._explained():
+                beat = bytes(self._store.get(f"alive/{number}"))
+        now = time.monotonic()
+        last, since = self._heard.get(number, (None, now))
+        if beat != last:
+            self._heard[number] = beat, now
+        elif now - since > (SILENCE_SECONDS if beat else START_SECONDS):
+            what = f"gave no sign for {SILENCE_SECONDS:.0f} s" if beat else f"did not start in {START_SECONDS:.0f} s"
+            raise OtherRankFailedError(f"rank {number} of {self.count} {what}; nothing was written")
+
+    def _beat(self) -> None:
+        count = 0
+        while not self._ended.is_set():
+            with contextlib.suppress(Exception):  # told to the fold by its own calls
+                self._store.set(f"alive/{self.number}", str(count))
+            count += 1
+            self._ended.wait(HEARTBEAT_SECONDS)
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:  # torch's DistError is one
+            what = (str(error).splitlines() or [""])[0]
+            raise OtherRankFailedError(
+                f"rank {self.number} of {self.count} cannot reach the first one: {what}"
+            ) from None
+
+
+def ranks_of_environment(environment: Mapping[str, str] | None = None) -> Ranks:
+    """This process's place among those that torchrun or srun started; alone where neither did.
+
+    As the variables of `environment` say, os.environ by default. Raises MisuseError where they make no sense.
+    """
+    environment = os.environ if environment is None else environment
+    if {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= environment.keys():
+        number, count = _number(environment, "RANK"), _number(environment, "WORLD_SIZE")
+        local = _number(environment, "LOCAL_RANK", "0")
+        host, port = environment["MASTER_ADDR"], _number(environment, "MASTER_PORT")
+        # torchrun's own agent keeps a store there; otherwise the first rank does.
+        has_store = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        prefix = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
+    elif {"SLURM_PROCID", "SLURM_STEP_NUM_TASKS"} <= environment.keys():
+        number, count = _number(environment, "SLURM_PROCID"), _number(environment, "SLURM_STEP_NUM_TASKS")
+        local = _number(environment, "SLURM_LOCALID", "0")
+        host = environment.get("MASTER_ADDR") or _first_host(environment.get("SLURM_STEP_NODELIST", "127.0.0.1"))
+        # Of one job and step alone, since a machine may run several.
+        job = 16 * _number(environment, "SLURM_JOB_ID", "0") + _number(environment, "SLURM_STEP_ID", "0")
+        port = _number(environment, "MASTER_PORT", str(20000 + job % 20000))
+        has_store, prefix = False, "0"
+    else:
+        return Ranks()
+    if not 0 <= number < count:
+        raise MisuseError(f"the environment says that this is rank {number} of {count}")
+    if count == 1:
+        return Ranks()
+    return StoreRanks(number, count, local, lambda: _connect(host, port, prefix, keeps=number == 0 and not has_store))
+
+
+def _number(environment: Mapping[str, str], name: str, default: str = "") -> int:
+    text = environment.get(name, default)
+    if not (text.isascii() and text.isdigit()):
+        raise MisuseError(f"`{name}` is {text!r} in the environment, and must be a number", hint=f"`unset {name}`")
+    return int(text)
+
+
+def _first_host(nodes: str) -> str:
+    """`node003` of Slurm's `node[003-010,012],other1`."""
+    match = re.match(r"([^,\[]+)(?:\[(\d+)[^\]]*\])?", nodes)
+    if match is None:
+        raise MisuseError(
+            f"`SLURM_STEP_NODELIST` is {nodes!r}, and names no machine",
+            hint="set `MASTER_ADDR` to that of the first rank",
+        )
+    return match[1] + (match[2] or "")
+
+
+def _connect(host: str, port: int, prefix: str, *, keeps: bool) -> Any:
+    # Here, not above: a single fold needs none of it.
+    from datetime import timedelta  # noqa: PLC0415
+
+    from torch import distributed  # noqa: PLC0415
+
+    limit = timedelta(seconds=START_SECONDS)
+    store = distributed.TCPStore(host, port, is_master=keeps, wait_for_workers=False, timeout=limit)  # type: ignore[attr-defined]
+    return distributed.PrefixStore(f"ckpt-ema/{prefix}", store)  # type: ignore[attr-defined]
