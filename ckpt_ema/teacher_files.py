@@ -96,7 +96,7 @@ def dcp_files(key: str, entries: Sequence[Entry], metadata: Mapping[str, str]) -
     places: list[tuple[int, int]] = []
     position = 0
     for entry in entries:
-        before, behind = _tensor_zip(entry)
+        before, behind = tensor_zip(entry)
         offset = position + len(before)
         end = offset + entry.end - entry.begin
         literals += [(position, before), (end, behind)]
@@ -158,7 +158,7 @@ def _tensor_pickle(dtype: DType, shape: tuple[int, ...]) -> bytes:
     return stream.getvalue()
 
 
-def _tensor_zip(entry: Entry) -> tuple[bytes, bytes]:
+def tensor_zip(entry: Entry) -> tuple[bytes, bytes]:
     """What of a torch.save zip lies before and behind the bytes of one tensor."""
     size = entry.end - entry.begin
     before = b""

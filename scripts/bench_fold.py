@@ -24,6 +24,7 @@ from typing import Any
 
 from bench_candidates import CANDIDATES
 from bench_online import bench_online
+from bench_sharded import bench_ranks, bench_sharded
 
 THREADS = len(os.sched_getaffinity(0))
 
@@ -398,6 +399,11 @@ def bench_start(arguments: argparse.Namespace) -> dict[str, Any]:
     return rows
 
 
+def bench_ranks_of_a_run(arguments: argparse.Namespace) -> dict[str, Any]:
+    run = write_run(arguments.inputs / "float32", layers(arguments.elements), "float32", arguments, "safetensors")
+    return bench_ranks(arguments, run)
+
+
 def start_plot() -> Any:
     """matplotlib's pyplot, set so that the same figures make the same file."""
     import matplotlib
@@ -478,6 +484,8 @@ SECTIONS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "start": bench_start,
     "cuda": bench_cuda,
     "online": bench_online,
+    "sharded": bench_sharded,
+    "ranks": bench_ranks_of_a_run,
 }
 
 if __name__ == "__main__":

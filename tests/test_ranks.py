@@ -28,7 +28,7 @@ from ckpt_ema.dtypes import BY_NAME
 from ckpt_ema.errors import CkptEmaError, MisuseError
 from ckpt_ema.formats.zip_archive import ZipArchive
 from ckpt_ema.ranks import Ranks, StoreRanks, ranks_of_environment
-from ckpt_ema.teacher_files import Entry, _tensor_zip
+from ckpt_ema.teacher_files import Entry, tensor_zip
 from tests.conftest import StateDict, assert_same_bits, hook_teacher, quiet_fold
 
 MOMENTUM = 0.3
@@ -381,7 +381,7 @@ def test_every_dtype_is_pickled_as_torch_does(dtype: str, tmp_path: Path) -> Non
     """torch.load of one tensor's zip, weights only; also those that no storage class is named after."""
     value = torch.arange(24, dtype=torch.uint8).view(getattr(torch, dtype)) if dtype != "bool" else torch.ones(24) > 0
     content = bytes(value.view(torch.uint8).tolist())
-    before, behind = _tensor_zip(Entry("x", BY_NAME[dtype], tuple(value.shape), 0, len(content)))
+    before, behind = tensor_zip(Entry("x", BY_NAME[dtype], tuple(value.shape), 0, len(content)))
     path = tmp_path / "x.pt"
     path.write_bytes(before + content + behind)
     loaded = torch.load(path, weights_only=True)
@@ -393,7 +393,7 @@ def test_every_dtype_is_pickled_as_torch_does(dtype: str, tmp_path: Path) -> Non
 def test_a_tensor_above_four_gigabytes_has_a_zip_of_its_size(tmp_path: Path) -> None:
     """An embedding of 5 GB, as a file with a hole: Python, torch and this tool find its bytes in the same place."""
     size = 5 << 30
-    before, behind = _tensor_zip(Entry("x", BY_NAME["float32"], (size // 4,), 0, size))
+    before, behind = tensor_zip(Entry("x", BY_NAME["float32"], (size // 4,), 0, size))
     path = tmp_path / "x.pt"
     with path.open("wb") as file:
         file.write(before)

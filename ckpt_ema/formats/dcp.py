@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -19,7 +20,7 @@ from ckpt_ema.errors import UnreadableCheckpointError
 from ckpt_ema.formats.contents import PROVENANCE_FILE, Contents, is_plain_name, read_file
 from ckpt_ema.formats.pickles import Inert, PickledTensor
 from ckpt_ema.formats.torch_save import load_pickle, read_zip_within
-from ckpt_ema.formats.zip_archive import MAX_SMALL_BYTES
+from ckpt_ema.formats.zip_archive import CHECKSUM_OFFSET, MAX_SMALL_BYTES, ZIP_MAGIC
 
 METADATA_NAME = ".metadata"
 PIECE_SUFFIX = ".distcp"
@@ -29,6 +30,7 @@ LIGHTNING_NAME = "meta.pt"
 # Values that are no tensors are pickles of their own. Counters take a few hundred bytes, dataloaders megabytes.
 MAX_VALUE_BYTES = 64 << 10
 MAX_VALUES = 1000
+MAX_HEAD_BYTES = 16 << 10
 
 
 class Piece(NamedTuple):
@@ -176,9 +178,13 @@ def _sizes(value: Any) -> tuple[int, ...]:
         value = value.arguments[0]
     if not isinstance(value, (list, tuple)) or len(value) > 64:
         raise _NoTableError("has something else where a shape should be")
-    if not all(type(size) is int and 0 <= size < 1 << 63 for size in value):
-        raise _NoTableError("has a shape that is not made of sizes")
+    for size in value:  # three times as fast as `all` of a generator, and there are three shapes per piece
+        if type(size) is not int or not 0 <= size < 1 << 63:
+            raise _NoTableError("has a shape that is not made of sizes")
     return tuple(value)
+
+
+_is_plain_name = functools.lru_cache(maxsize=4096)(is_plain_name)  # a file has many pieces
 
 
 def _piece(value: Any) -> Piece:
@@ -186,11 +192,11 @@ def _piece(value: Any) -> Piece:
     name, begin, length = state.get("relative_path"), state.get("offset"), state.get("length")
     if state.get("transform_descriptors"):
         raise _NoTableError("says that its pieces were transformed (compressed or encrypted), which is not read")
-    if not is_plain_name(name):
+    if not isinstance(name, str) or not _is_plain_name(name):
         raise _NoTableError(f"names a file that is none: {ascii(name)[:80]}")
     if type(begin) is not int or type(length) is not int or begin < 0 or length < 0:
         raise _NoTableError("places a piece at something that is no byte range")
-    return Piece(str(name), begin, length)
+    return Piece(name, begin, length)
 
 
 def _paths(planned: Any) -> Iterator[tuple[str, tuple[str, ...]]]:
@@ -249,7 +255,7 @@ class _PieceFiles:
         for tensor in tensors.values():
             for _, piece in tensor.pieces:
                 wanted.setdefault(piece.file_name, []).append(piece)
-        known: dict[bytes, Any] = {}
+        known = _KnownPieces()
         ranges: dict[Piece, TensorRange] = {}
         for file_name, pieces in wanted.items():
             descriptor, source = self._open(file_name)
@@ -275,13 +281,58 @@ class _PieceFiles:
         source = self._sources.setdefault(file_name, SourceFile.from_descriptor(path, descriptor))
         return descriptor, source
 
-    def _locate_piece(self, descriptor: int, source: SourceFile, piece: Piece, known: dict[bytes, Any]) -> TensorRange:
+    def _locate_piece(self, descriptor: int, source: SourceFile, piece: Piece, known: _KnownPieces) -> TensorRange:
         end = piece.begin + piece.length
         if end > source.size:
             raise UnreadableCheckpointError(
                 f"`{source.path}` is truncated: a piece ends at byte {end}, the file at {source.size}"
             )
-        saved = read_zip_within(descriptor, source, piece.begin, end, known)
+        found = known.find(descriptor, source, piece)
+        if found is not None:
+            return found
+        saved = read_zip_within(descriptor, source, piece.begin, end, known.pickles)
         if not isinstance(saved.tree, PickledTensor):
             raise UnreadableCheckpointError(f"`{source.path}` has no tensor at byte {piece.begin}")
-        return saved.locate_within(descriptor, {"piece": saved.tree})["piece"]
+        found = saved.locate_within(descriptor, {"piece": saved.tree})["piece"]
+        known.add(descriptor, piece, found)
+        return found
+
+
+class _KnownPieces:
+    """Zips like one that was read: equal up to the tensor's first byte, but for the checksum of its numbers.
+
+    There is one for every tensor and rank; comparing a kilobyte is ten times as fast as reading a directory.
+    """
+
+    def __init__(self) -> None:
+        self.pickles: dict[bytes, Any] = {}
+        """What was found in pickles by their bytes."""
+        self._head_bytes: dict[int, int] = {}
+        """By the length of a zip how far its tensor's first byte is from its own."""
+        self._found: dict[tuple[int, bytes, bytes], TensorRange] = {}
+        """Ranges relative to the zip's first byte."""
+
+    def find(self, descriptor: int, source: SourceFile, piece: Piece) -> TensorRange | None:
+        """The bytes of a piece whose zip is like an earlier one; None where that is not certain."""
+        head_bytes = self._head_bytes.get(piece.length)
+        if head_bytes is None:
+            return None
+        found = self._found.get(_key(read_exactly(descriptor, head_bytes, piece.begin, source.path), piece.length))
+        if found is None:
+            return None
+        return found._replace(file=source, begin=piece.begin + found.begin, end=piece.begin + found.end)
+
+    def add(self, descriptor: int, piece: Piece, found: TensorRange) -> None:
+        """Remember where the tensor of a zip was found."""
+        head_bytes = found.begin - piece.begin
+        if head_bytes <= MAX_HEAD_BYTES:
+            self._head_bytes[piece.length] = head_bytes
+            head = read_exactly(descriptor, head_bytes, piece.begin, found.file.path)
+            relative = found._replace(begin=head_bytes, end=found.end - piece.begin)
+            self._found[_key(head, piece.length)] = relative
+
+
+def _key(head: bytes, length: int) -> tuple[int, bytes, bytes]:
+    """What must be equal: all but the checksum in the last local header, that of the tensor's own numbers."""
+    checksum = head.rfind(ZIP_MAGIC) + CHECKSUM_OFFSET
+    return length, head[:checksum], head[checksum + 4 :]

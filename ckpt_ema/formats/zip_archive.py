@@ -13,6 +13,8 @@ ZIP_MAGIC = b"PK\x03\x04"
 # Real pickles take a few MB; the largest seen hold histories of metrics. What is larger is no table of tensors.
 MAX_SMALL_BYTES = 256 << 20
 TAIL_BYTES = 1024
+CHECKSUM_OFFSET = 14
+"""In a local header, of the record's CRC-32."""
 
 # Local header of a record: magic, the lengths of its name and of its extra field, both of which follow.
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
