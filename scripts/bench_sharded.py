@@ -171,7 +171,8 @@ def estimate(run: Path, rate: float) -> None:
     written = blocks.data_bytes / NUM_MACHINES
     print(
         f"\n{checkpoints} checkpoints of {blocks.data_bytes / 1e9:.0f} GB on {NUM_MACHINES} machines: each reads"
-        f" {largest / 1e9:.1f} GB and writes {written / 1e9:.1f} GB (shares differ by {max(shares) / min(shares) - 1:.2%});"
+        f" {largest / 1e9:.1f} GB and writes {written / 1e9:.1f} GB (shares differ by"
+        f" {max(shares) / min(shares) - 1:.2%});"
         f" {largest / rate / 1e9:.0f} s at one core's {rate:.1f} GB/s, {largest / 1.25e9:.0f} s where the network gives"
         " 1.25 GB/s. Nothing is exchanged but the start and the end."
     )
