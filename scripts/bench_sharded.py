@@ -124,9 +124,10 @@ def rank_processes(run: Path, output: Path, count: int, port: int) -> Iterator[s
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
         }
+        pinned = ["taskset", "-c", str(cores[number % len(cores)])]
+        words = ["--momentum", "0.3", "-o", str(output), "--overwrite", "--json", "-q"]
         yield subprocess.Popen(
-            ["taskset", "-c", str(cores[number % len(cores)]), sys.executable, "-m", "ckpt_ema", "fold", str(run)]
-            + ["--momentum", "0.3", "-o", str(output), "--overwrite", "--json", "-q"],
+            [*pinned, sys.executable, "-m", "ckpt_ema", "fold", str(run), *words],
             env={**os.environ, **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
