@@ -15,7 +15,7 @@ from torch import nn
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 STEPS = (100, 200, 300)
@@ -69,8 +69,31 @@ def save(folder: Path, how: str, step: int, model: nn.Module, optimizer: torch.o
         torch.save(whole, folder / "whole" / how / f"step_{step}.pt")
 
 
+def save_per_rank(folder: Path) -> None:
+    """What MMEngine's strategy for FSDP saves: a file per rank with this rank's shards, or with flat parameters."""
+    for how in ("shards", "flat"):
+        bare = nn.Sequential(nn.Linear(6, 13), nn.Linear(13, 8)) if how == "flat" else make_model()
+        model = FullyShardedDataParallel(bare, device_id=torch.device("cpu"), use_orig_params=False)
+        for step in STEPS:
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.add_(step)
+            kind = StateDictType.SHARDED_STATE_DICT if how == "shards" else StateDictType.LOCAL_STATE_DICT
+            with FullyShardedDataParallel.state_dict_type(model, kind):
+                tensors = model.state_dict()
+            state = {"state_dict": tensors, "meta": {"iter": step, "mmengine_version": "0.10.7"}}
+            target = folder / how / f"iter_{step}.pth"
+            target.mkdir(parents=True, exist_ok=True)
+            torch.save(state, target / f"rank{dist.get_rank()}.pth")
+            with FullyShardedDataParallel.state_dict_type(model, StateDictType.FULL_STATE_DICT):
+                whole = model.state_dict()
+            if dist.get_rank() == 0:
+                (folder / "whole" / how).mkdir(parents=True, exist_ok=True)
+                torch.save(whole, folder / "whole" / how / f"step_{step}.pt")
+
+
 def main(folder: Path) -> None:
-    """Runs `rows`, `boxes`, `replicas`, `root`, `background` and `safetensors`, and what they hold in `whole`."""
+    """Runs `rows`, `boxes`, `replicas`, `root`, `background`, `safetensors`, `shards`; what they hold in `whole`."""
     dist.init_process_group("gloo")
     for how in ("rows", "boxes", "replicas"):
         model = make_model()
@@ -79,6 +102,7 @@ def main(folder: Path) -> None:
         for step in STEPS:
             train_step(model, optimizer, step)
             save(folder, how, step, model, optimizer)
+    save_per_rank(folder)
     dist.barrier()
 
 

@@ -943,7 +943,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("assembly", "formats.pickle_scan", "formats.pickles", "formats.zip_archive"),
     ("formats.safetensors", "formats.torch_save"),
     ("formats.contents",),
-    ("formats.dcp", "formats.deepspeed"),
+    ("formats.dcp", "formats.deepspeed", "formats.rank_files"),
     ("formats.folder",),
     ("formats",),
     ("steps", "students", "layouts"),

@@ -125,6 +125,39 @@ def test_pieces_fold_to_the_bits_of_the_whole(saved_by_ranks: Path, tmp_path: Pa
     assert_same_bits(load_file(tmp_path / "t.safetensors"), expected_teacher(students))
 
 
+def test_a_file_per_rank_folds_to_the_bits_of_the_whole(saved_by_ranks: Path, tmp_path: Path) -> None:
+    """FSDP's ShardedTensor objects, of which no code is run; a missing rank and nameless parameters are refused."""
+    report = quiet_fold(saved_by_ranks / "shards", tmp_path / "t.safetensors", momentum=MOMENTUM)
+    assert [checkpoint.step for checkpoint in report.plan.checkpoints] == [100, 200, 300]
+    expected = expected_teacher(whole_students(saved_by_ranks, "shards"))
+    assert_same_bits(load_file(tmp_path / "t.safetensors"), expected)
+    with pytest.raises(CkptEmaError, match="flattened parameters"):
+        quiet_fold(saved_by_ranks / "flat", tmp_path / "f.safetensors")
+    folder = tmp_path / "iter_100.pth"
+    shutil.copytree(saved_by_ranks / "shards" / "iter_100.pth", folder)
+    (folder / "rank1.pth").unlink()
+    assert "lacks the file of rank 1" in refusal(folder)
+    (folder / "rank3.pth").rename(folder / "rank1.pth")
+    assert "its pieces hold" in refusal(folder)
+
+
+def test_composers_folders_are_read(saved_by_ranks: Path, tmp_path: Path) -> None:
+    """Composer puts model, optimizers and time under `state`."""
+    for step in (100, 200):
+        whole = torch.load(saved_by_ranks / "whole" / "rows" / f"step_{step}.pt", weights_only=True)
+        state = {"state": {"model": whole, "optimizers": {"AdamW": {"state": {"0": torch.ones(3, 3)}}}}, "rng": [1]}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that there is but one process
+            dcp.save(state, checkpoint_id=tmp_path / "run" / f"ep1-ba{step}", no_dist=True)
+    report = quiet_fold(tmp_path / "run", tmp_path / "t.safetensors", momentum=MOMENTUM)
+    assert [(item.step, item.state_key) for item in report.plan.checkpoints] == [
+        (100, "state.model"),
+        (200, "state.model"),
+    ]
+    expected = expected_teacher(whole_students(saved_by_ranks, "rows")[:2])
+    assert_same_bits(load_file(tmp_path / "t.safetensors"), expected)
+
+
 def test_a_run_that_went_on_with_other_ranks_folds(saved_by_ranks: Path, tmp_path: Path) -> None:
     """Step 100 in four rows, step 200 in two times two boxes, step 300 whole: where the cuts are is no difference."""
     paths = [saved_by_ranks / "rows" / "step-100", saved_by_ranks / "boxes" / "step-200"]

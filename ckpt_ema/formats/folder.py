@@ -17,6 +17,7 @@ from ckpt_ema.formats.contents import Contents, ModelFolder, is_plain_name, read
 from ckpt_ema.formats.dcp import is_dcp_folder, read_dcp
 from ckpt_ema.formats.deepspeed import folder_of_latest, is_deepspeed_folder, read_deepspeed
 from ckpt_ema.formats.pickles import PickledTensor
+from ckpt_ema.formats.rank_files import is_rank_folder, read_rank_files
 
 WEIGHTS_SUFFIX = re.compile(r"\.(safetensors|ckpt|bin|pt|pth|pyth|th|pth\.tar|tar)$", re.IGNORECASE)
 SHARD_NAME = re.compile(r"^(?P<stem>.+)-(?P<index>\d+)-of-(?P<count>\d+)\.(safetensors|bin|pt)$")
@@ -281,7 +282,7 @@ def is_sharded(folder: Path) -> bool:
 
 def _sharded_folder(folder: Path) -> Path | None:
     """The folder that the files of a sharded checkpoint lie in: this one, or the model's below it."""
-    if is_dcp_folder(folder) or is_deepspeed_folder(folder):
+    if is_dcp_folder(folder) or is_deepspeed_folder(folder) or is_rank_folder(folder):
         return folder
     for child in sorted(folder.iterdir()):
         # Accelerate's FSDP: `pytorch_model_fsdp_0` beside `optimizer_0`.
@@ -294,4 +295,6 @@ def _read_sharded(folder: Path) -> Contents | None:
     found = _sharded_folder(folder) or folder_of_latest(folder)
     if found is None:
         return None
+    if is_rank_folder(found):
+        return read_rank_files(found)
     return read_dcp(found) if is_dcp_folder(found) else read_deepspeed(found)

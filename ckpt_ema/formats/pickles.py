@@ -8,6 +8,7 @@ lies on its stack.
 
 from __future__ import annotations
 
+import functools
 import io
 import pickle
 import struct
@@ -196,8 +197,23 @@ def _rebuild_parameter(tensor: Any, *_rest: Any) -> Any:
 
 def _rebuild_from_type(function: Any, _type: Any, arguments: Any, _state: Any = None) -> Any:
     if isinstance(function, (_Constructor, _SealedType)) and isinstance(arguments, tuple):
-        return function(*arguments)
+        made = function(*arguments)
+        if isinstance(made, Inert) and _state is not None:
+            made.__setstate__(_state)
+        return made
     raise MalformedPickleError("a tensor subclass without its constructor")
+
+
+@functools.lru_cache(maxsize=1024)
+def _nested_class(qualified_name: str) -> type[Inert]:
+    return _name_inert(qualified_name)
+
+
+def _attribute(owner: Any = None, name: Any = None, *_rest: Any) -> Any:
+    """`getattr(Outer, "Inner")`, how protocol 2 names a class inside a class; nothing is looked up."""
+    if isinstance(owner, _SealedType) and issubclass(owner, Inert) and isinstance(name, str) and len(name) < 256:
+        return _nested_class(f"{owner.qualified_name}.{name}")
+    return Inert(owner, name)
 
 
 def _collect(items: Any = (), *_rest: Any) -> tuple[Any, ...]:
@@ -231,6 +247,7 @@ _CONSTRUCTORS: dict[tuple[str, str], Any] = {
     ("builtins", "frozenset"): _wrapped(_collect),
     ("builtins", "list"): _wrapped(_collect),
     ("builtins", "tuple"): _wrapped(_collect),
+    ("builtins", "getattr"): _wrapped(_attribute),
     ("_codecs", "encode"): _wrapped(_encode),
     ("numpy._core.multiarray", "scalar"): _wrapped(_numpy_scalar),
     ("numpy.core.multiarray", "scalar"): _wrapped(_numpy_scalar),
