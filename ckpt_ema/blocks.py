@@ -372,9 +372,12 @@ def _size_remote_blocks(
 
     smallest = _whole_elements(REMOTE_READ_BYTES // itemsize, lanes)
     threads = max(1, min(num_threads or REMOTE_THREADS, budget // bytes_of_thread(smallest)))
-    elements = _whole_elements(MAX_REQUEST_BYTES // itemsize, lanes)
+    elements = smallest
     while elements > ELEMENT_MULTIPLE and threads * bytes_of_thread(elements) > budget:
         elements = _whole_elements(elements * 3 // 4, lanes)
+    largest = _whole_elements(MAX_REQUEST_BYTES // itemsize, lanes)
+    while elements < largest and threads * bytes_of_thread(more := min(largest, elements * 2)) <= budget:
+        elements = more
     return elements, threads
 
 

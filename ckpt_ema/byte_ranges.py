@@ -182,10 +182,10 @@ def expect_tables(paths: Iterable[Path]) -> None:
     for path in paths:
         entry = find_entry(str(path)) if isinstance(path, RemotePath) else None
         if entry is not None and not entry.is_folder:
-            ranges += [
-                (str(path), 0, min(PAGE_BYTES, entry.size)),
-                (str(path), max(0, entry.size - PAGE_BYTES), entry.size),
-            ]
+            url, size = str(path), entry.size
+            ranges.append((url, 0, min(PAGE_BYTES, size)))
+            if path.suffix != ".safetensors":  # whose table is at its beginning
+                ranges.append((url, max(0, size - PAGE_BYTES), size))
     prefetch(ranges)
 
 

@@ -24,10 +24,15 @@ PAGE_BYTES = 64 << 10
 
 MAX_KEPT_BYTES = 64 << 20
 MAX_REQUEST_BYTES = 16 << 20
-MAX_PREFETCH_GAP_BYTES = 64 << 10
+# Many small ranges are fetched in windows of up to this size, as many at once as make a batch.
+MAX_WINDOW_BYTES = 1 << 20
+MAX_WINDOW_GAP_BYTES = 64 << 10
+MAX_BATCH_BYTES = 32 << 20
 
 MAX_TRIES = 4
 FIRST_PAUSE_SECONDS = 0.25
+# A library that took as long as this to fail has tried again itself.
+PATIENCE_SECONDS = 5.0
 
 # Another one of these after each write. Those that are made of the content come first: a listing and a question for
 # one object may round times differently.
@@ -80,6 +85,7 @@ def list_folder(url: str) -> Mapping[str, Entry]:
             if info["name"].strip("/") != path.strip("/")
             for entry in [_entry(info)]
         }
+        _folders.add(url)
         for entry in listing.values():
             _entries[f"{url}/{entry.name}"] = entry
     return listing
@@ -91,8 +97,11 @@ def find_entry(url: str) -> Entry | None:
         return _entries[url]
     parent, _, name = url.rpartition("/")
     around = _entries.get(parent)
-    if around is not None:
-        return list_folder(parent).get(name) if around.is_folder else None
+    if parent in _folders or (around is not None and around.is_folder):
+        try:
+            return list_folder(parent).get(name)
+        except FileNotFoundError:
+            return None
     # Only what the user named: its parent may be a bucket of a million objects, or be closed to them.
     filesystem, path = _locate(url)
     try:
@@ -110,8 +119,10 @@ def read_range(url: str, begin: int, end: int) -> bytes:
     """
     filesystem, path = _locate(url)
     where = f"cannot read `{url}` at byte {begin}"
+    # Filesystems that are not asynchronous read through a file object, which would read ahead.
+    options = {} if filesystem.async_impl else {"cache_type": "none"}
     try:
-        content = _ask(lambda: filesystem.cat_file(path, start=begin, end=end), where)
+        content = _ask(lambda: filesystem.cat_file(path, start=begin, end=end, **options), where)
     except CkptEmaError:
         # A store may refuse a range behind the end rather than answer with nothing.
         filesystem.invalidate_cache()
@@ -138,22 +149,55 @@ def read_kept(url: str, begin: int, end: int, size: int) -> bytes:
 
 
 def prefetch(wanted: Iterable[tuple[str, int, int]]) -> None:
-    """Fetch and keep `(url, begin, end)` ranges at once, as many as may be kept; failures show when they are read."""
-    by_filesystem: dict[int, tuple[Any, list[tuple[str, str, int, int]]]] = {}
-    room = MAX_KEPT_BYTES // 2
-    for url, begin, end in _merge(wanted):
-        room -= end - begin
-        if room < 0:
-            break
-        if _pages.find(url, begin, end) is None:
-            filesystem, path = _locate(url)
-            by_filesystem.setdefault(id(filesystem), (filesystem, []))[1].append((url, path, begin, end))
-    for filesystem, ranges in by_filesystem.values():
-        _, paths, begins, ends = (list(column) for column in zip(*ranges, strict=True))
-        contents = filesystem.cat_ranges(paths, begins, ends, on_error="return")
-        for (url, _, begin, end), content in zip(ranges, contents, strict=True):
-            if isinstance(content, bytes) and len(content) == end - begin:
-                _pages.keep(url, begin, content)
+    """Fetch and keep `(url, begin, end)` ranges, many at once; one that fails is asked for again when it is read."""
+    missing = sorted(part for part in wanted if part[1] < part[2] and _pages.find(*part) is None)
+    if sum(end - begin for _, begin, end in missing) > MAX_KEPT_BYTES:
+        return  # read one by one, each is dropped when it has served
+    batch: list[list[tuple[str, int, int]]] = []
+    room = MAX_BATCH_BYTES
+    for window in _windows(missing):
+        size = window[-1][2] - window[0][1]
+        if batch and size > room:
+            _fetch(batch)
+            batch, room = [], MAX_BATCH_BYTES
+        batch.append(window)
+        room -= size
+    _fetch(batch)
+
+
+def _windows(ranges: Iterable[tuple[str, int, int]]) -> Iterator[list[tuple[str, int, int]]]:
+    """Sorted ranges in groups that one request each brings."""
+    window: list[tuple[str, int, int]] = []
+    for url, begin, end in ranges:
+        if window and (
+            url != window[0][0]
+            or begin - window[-1][2] > MAX_WINDOW_GAP_BYTES
+            or max(end, window[-1][2]) - window[0][1] > MAX_WINDOW_BYTES
+        ):
+            yield window
+            window = []
+        window.append((url, begin, end if not window else max(end, window[-1][2])))
+    if window:
+        yield window
+
+
+def _fetch(windows: list[list[tuple[str, int, int]]]) -> None:
+    by_filesystem: dict[int, list[list[tuple[str, int, int]]]] = {}
+    for window in windows:
+        by_filesystem.setdefault(id(_locate(window[0][0])[0]), []).append(window)
+    for group in by_filesystem.values():
+        filesystem, _ = _locate(group[0][0][0])
+        paths = [_locate(window[0][0])[1] for window in group]
+        begins, ends = [window[0][1] for window in group], [window[-1][2] for window in group]
+        try:
+            contents = filesystem.cat_ranges(paths, begins, ends, on_error="return")
+        except Exception:  # whatever it is, the reads themselves meet it again, and say what was read
+            return
+        for window, content in zip(group, contents, strict=True):
+            first = window[0][1]
+            if isinstance(content, bytes) and len(content) == window[-1][2] - first:
+                for url, begin, end in window:
+                    _pages.keep(url, begin, content[begin - first : end - first])
 
 
 def forget_listings() -> None:
@@ -199,6 +243,9 @@ class _Pages:
 _listings: dict[str, dict[str, Entry]] = {}
 _entries: dict[str, Entry | None] = {}
 _filesystems: dict[str, Any] = {}
+_folders: set[str] = set()
+"""What was ever listed: what lies in these is asked of their listings again, not object by object."""
+
 _pages = _Pages()
 
 
@@ -243,12 +290,14 @@ def _ask(request: Callable[[], Result], what_fails: str) -> Result:
     their own libraries, which have no common kind.
     """
     for attempt in range(MAX_TRIES):
+        started = time.monotonic()
         try:
             return request()
         except FileNotFoundError:
             raise
         except Exception as error:
             is_final = isinstance(error, (PermissionError, NotImplementedError, ValueError, TypeError))
+            is_final = is_final or time.monotonic() - started > PATIENCE_SECONDS
             if is_final or attempt == MAX_TRIES - 1:
                 raise CkptEmaError(f"{what_fails}: {_reason(error)}") from error
             time.sleep(FIRST_PAUSE_SECONDS * 2**attempt)
@@ -272,19 +321,3 @@ def _entry(info: Mapping[str, Any]) -> Entry:
         0 if is_folder else int(info.get("size") or 0),
         str(version),
     )
-
-
-def _merge(wanted: Iterable[tuple[str, int, int]]) -> Iterator[tuple[str, int, int]]:
-    """The ranges in order, those near one another as one."""
-    merged: list[tuple[str, int, int]] = []
-    for url, begin, end in sorted(wanted):
-        if merged and _is_near(merged[-1], (url, begin, end)):
-            merged[-1] = (url, merged[-1][1], max(merged[-1][2], end))
-        else:
-            merged.append((url, begin, end))
-    return iter(merged)
-
-
-def _is_near(one: tuple[str, int, int], next_one: tuple[str, int, int]) -> bool:
-    fits = next_one[2] - one[1] <= MAX_REQUEST_BYTES
-    return one[0] == next_one[0] and next_one[1] - one[2] <= MAX_PREFETCH_GAP_BYTES and fits
