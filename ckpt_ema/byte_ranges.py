@@ -66,8 +66,8 @@ class InputFile(Protocol):
     max_gap_bytes: int
     """Bytes between two wanted ranges up to which reading them along is cheaper than another read."""
 
-    max_buffers: int
-    """Most buffers that one read fills."""
+    is_remote: bool
+    """Whether every read is a request, whose time hardly depends on its size."""
 
     @property
     def path(self) -> Path:
@@ -96,7 +96,7 @@ class LocalFile:
 
     # Between the records of a torch.save zip lie some 100 bytes.
     max_gap_bytes = 4096
-    max_buffers = 512
+    is_remote = False
 
     def __init__(self, path: Path, descriptor: int) -> None:
         self.path = path
@@ -122,7 +122,7 @@ class RemoteFile:
 
     # What a request takes before its first byte, a connection carries some megabytes in.
     max_gap_bytes = 1 << 20
-    max_buffers = 1 << 16
+    is_remote = True
 
     def __init__(self, path: RemotePath) -> None:
         self.path = path

@@ -54,6 +54,9 @@ NEEDED_PACKAGES = {
 }
 """What to install for a scheme whose filesystem is missing; fsspec's own words name the others."""
 
+# Of its own accord it opens ten connections, and all other requests wait for one.
+FILESYSTEM_OPTIONS: Mapping[str, Mapping[str, Any]] = {"s3": {"config_kwargs": {"max_pool_connections": 64}}}
+
 Result = TypeVar("Result")
 
 
@@ -269,7 +272,7 @@ def _open_filesystem(url: str) -> Any:
             f"`{url}`: fsspec knows no `{scheme}://`", hint="pass a path, or a URL such as s3://bucket/run"
         )
     try:
-        filesystem, _ = fsspec.url_to_fs(url)
+        filesystem, _ = fsspec.url_to_fs(url, **FILESYSTEM_OPTIONS.get(scheme, {}))
     except ImportError as error:
         package = NEEDED_PACKAGES.get(scheme)
         raise CkptEmaError(

@@ -227,6 +227,24 @@ def test_many_small_tensors_take_few_requests(s3: S3Server, tmp_path: Path, suff
     assert all_bytes(tmp_path / "local.safetensors") == all_bytes(tmp_path / "remote.safetensors")
 
 
+def test_pieces_of_many_tensors_take_few_requests(s3: S3Server, tmp_path: Path) -> None:
+    """200 tensors of which each of two ranks saved a half: a read of each rank's file, not one for each half."""
+    names = [f"layers.{i}.weight" for i in range(200)]
+    halves = [((0, 0), (8, 64)), ((8, 0), (8, 64))]
+    for seed in (1, 2):
+        generator = torch.Generator().manual_seed(seed)
+        student = {name: torch.randn(16, 64, generator=generator) for name in names}
+        write_dcp(tmp_path / "run" / f"step-{seed}", student, dict.fromkeys(names, halves), num_files=2)
+    url = s3.upload(tmp_path / "run", "halves")
+    ckpt_ema.plan(url, tmp_path / "teacher.safetensors")
+    num_for_plan = len(s3.reads)
+    s3.requests.clear()
+    here, there = fold_both(tmp_path / "run", url, tmp_path)
+    assert here == there
+    assert num_for_plan <= 2 * (2 + 2 * 3)
+    assert len(s3.reads) == num_for_plan + 2 * 2
+
+
 def test_large_tensors_are_read_in_ranges_of_8_to_16_mib(s3: S3Server, tmp_path: Path) -> None:
     """Whatever the number of cores, a tensor of 40 MiB is read in a few large ranges, and every byte once."""
     run = tmp_path / "run"

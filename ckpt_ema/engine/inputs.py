@@ -14,11 +14,13 @@ from types import TracebackType
 
 from ckpt_ema.assembly import Runs
 from ckpt_ema.blocks import Block, Lane
-from ckpt_ema.byte_ranges import InputFile, SourceFile, open_input
+from ckpt_ema.byte_ranges import InputFile, LocalFile, SourceFile, open_input
 from ckpt_ema.dtypes import DType
 from ckpt_ema.errors import CkptEmaError
 from ckpt_ema.layouts import Layout
 from ckpt_ema.remote_store import forget_listings
+
+MAX_BUFFERS_PER_READ = 512
 
 
 class InputFiles:
@@ -111,11 +113,8 @@ class LaneExtents:
         self._begins = array("q", [begins[i] for i in heads])
         """First byte in the file."""
         self._file_indices = array("I", [indices[i] for i in heads])
-        max_gap = max(file.max_gap_bytes for file in self._files)
-        self._max_buffers = min(file.max_buffers for file in self._files)
-        self._gaps = array(
-            "h" if max_gap < 1 << 15 else "i", [gaps[i] if 0 < gaps[i] <= max_gap else -1 for i in heads]
-        )
+        max_gap = LocalFile.max_gap_bytes
+        self._gaps = array("h", [gaps[i] if 0 < gaps[i] <= max_gap else -1 for i in heads])
         """Bytes since the extent before; -1 where reading them along would not pay."""
 
     def read(self, first: int, stop: int, buffer: memoryview, trash: memoryview, scatters: Scatters) -> None:
@@ -132,6 +131,9 @@ class LaneExtents:
             _preadv_all(self._files[self._file_indices[extent]], [buffer], begin)
             return
         last = bisect.bisect_left(self._starts, stop)
+        if self._files[0].is_remote:
+            self._read_by_file(range(extent, last), first, stop, buffer, trash)
+            return
         key = itemsize, self._starts[extent:last], self._gaps[extent + 1 : last].tobytes()
         scatter = scatters.get(key)
         if scatter is None:
@@ -139,6 +141,33 @@ class LaneExtents:
         for offset, buffers in scatter:
             file = self._files[self._file_indices[extent + offset]]
             _preadv_all(file, buffers, self._begins[extent + offset] if offset else begin)
+
+    def _read_by_file(self, extents: range, first: int, stop: int, buffer: memoryview, trash: memoryview) -> None:
+        """The same in as few requests as can be: what lies near in a file is read together, however far in the lane.
+
+        The ranks of a sharded checkpoint have a piece of every tensor each, in a file of their own.
+        """
+        parts: list[tuple[int, int, memoryview]] = []
+        filled = 0
+        for extent in extents:
+            end = min(self._starts[extent + 1], stop)
+            num_bytes = (end - first) * self._itemsize
+            begin = self._begins[extent] + (first - self._starts[extent]) * self._itemsize
+            parts.append((self._file_indices[extent], begin, buffer[filled : filled + num_bytes]))
+            filled += num_bytes
+            first = end
+        parts.sort(key=operator.itemgetter(0, 1))
+        reads: list[tuple[InputFile, int, list[memoryview]]] = []
+        index_before, end_before = -1, 0
+        for index, begin, part in parts:
+            gap = begin - end_before
+            if index == index_before and 0 <= gap <= self._files[index].max_gap_bytes:
+                reads[-1][2].extend((trash[:gap], part))
+            else:
+                reads.append((self._files[index], begin, [part]))
+            index_before, end_before = index, begin + len(part)
+        for file, begin, buffers in reads:
+            _preadv_all(file, buffers, begin)
 
     def _scatter(
         self, extents: range, first: int, stop: int, buffer: memoryview, trash: memoryview
@@ -151,7 +180,7 @@ class LaneExtents:
             end = min(self._starts[extent + 1], stop)
             num_bytes = (end - first) * self._itemsize
             gap = self._gaps[extent]
-            if buffers and gap >= 0 and len(buffers) < self._max_buffers:
+            if buffers and gap >= 0 and len(buffers) < MAX_BUFFERS_PER_READ:
                 buffers.append(trash[:gap])
             else:
                 buffers = []
