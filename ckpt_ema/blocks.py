@@ -18,6 +18,8 @@ from ckpt_ema.catalogue import TeacherTensor
 from ckpt_ema.dtypes import BY_NAME, DType
 from ckpt_ema.errors import MisuseError
 from ckpt_ema.layouts import Layout
+from ckpt_ema.locations import RemotePath
+from ckpt_ema.remote_store import MAX_REQUEST_BYTES
 
 Accumulate = Literal["float32", "float64", "student"]
 
@@ -29,6 +31,10 @@ ELEMENT_MULTIPLE = 64
 MIN_BLOCK_ELEMENTS = 1024
 RANK_MULTIPLE = 4096
 MAX_THREADS = 16
+# Behind a URL a read takes tens of milliseconds whatever its size: fewer and larger ones, and many at once, which
+# wait rather than compute.
+REMOTE_READ_BYTES = 8 << 20
+REMOTE_THREADS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,13 +221,12 @@ def plan_blocks(
     )
     stretches = _stretches([tensor for tensor in ordered if tensor.index not in aliases_of], offsets, scattered, stored)
     lanes = tuple(_lane(stretch, offsets, scattered, layouts, accumulate) for stretch in stretches)
-    block_elements, threads = _size_blocks(lanes, memory_budget_bytes, num_threads, num_teachers)
+    is_remote = any(isinstance(file.path, RemotePath) for layout in layouts for file in layout.files)
+    size_blocks = _size_remote_blocks if is_remote else _size_blocks
+    block_elements, threads = size_blocks(lanes, memory_budget_bytes, num_threads, num_teachers)
     bytes_to_read = sum(lane.num_elements * dtype.itemsize for lane in lanes for dtype in lane.input_dtypes)
-    raw, wide, widened, span = _widest(lanes)
-    thread_buffers = (raw * block_elements, wide * block_elements, widened * block_elements, span * block_elements)
-    return BlockPlan(
-        lanes, aliases, offsets, position, bytes_to_read, block_elements, threads, thread_buffers, num_teachers
-    )
+    buffers = _thread_buffers(lanes, block_elements)
+    return BlockPlan(lanes, aliases, offsets, position, bytes_to_read, block_elements, threads, buffers, num_teachers)
 
 
 def plan_of_rank(plan: BlockPlan, number: int, count: int) -> BlockPlan:
@@ -352,6 +357,20 @@ def _widest(lanes: Sequence[Lane]) -> tuple[int, int, int, int]:
     return raw, wide, widened, span
 
 
+def _thread_buffers(lanes: Sequence[Lane], block_elements: int) -> tuple[int, int, int, int]:
+    """Bytes of a thread's four buffers; a short lane of wide elements, such as counters, does not widen them."""
+    needs = [
+        [size * min(block_elements, _padded(lane.num_elements)) for size in buffer_bytes_per_element(lane)]
+        for lane in lanes
+    ]
+    raw, wide, widened, span = (max((need[i] for need in needs), default=0) for i in range(4))
+    return raw, wide, widened, span
+
+
+def _padded(elements: int) -> int:
+    return -(-elements // ELEMENT_MULTIPLE) * ELEMENT_MULTIPLE
+
+
 def _with_all_teachers(buffers: tuple[int, int, int, int], num_teachers: int) -> int:
     raw, accumulator, widened, span = buffers
     return raw + num_teachers * accumulator + widened + span
@@ -361,15 +380,49 @@ def _size_blocks(lanes: Sequence[Lane], budget: int, num_threads: int | None, nu
     widest = max(1, _with_all_teachers(_widest(lanes), num_teachers))
     # The accumulators of all teachers share the cache; half a block each was the fastest for eight.
     best = BLOCK_ELEMENTS if num_teachers == 1 else BLOCK_ELEMENTS // 2
-    longest = max((lane.num_elements for lane in lanes), default=1)
-    if budget < widest * MIN_BLOCK_ELEMENTS:
-        raise MisuseError(
-            f"`--memory` is {budget} bytes, less than the {widest * MIN_BLOCK_ELEMENTS} of the smallest block",
-            hint="pass for example `--memory 64MiB`",
-        )
+    _check_budget(budget, widest * MIN_BLOCK_ELEMENTS)
     threads = num_threads or min(len(os.sched_getaffinity(0)), MAX_THREADS)
     # A small budget gives up threads before it gives up blocks of a useful size.
     threads = max(1, min(threads, budget // (widest * (BLOCK_ELEMENTS // 8))))
-    elements = min(best, budget // (threads * widest), -(-longest // ELEMENT_MULTIPLE) * ELEMENT_MULTIPLE)
-    elements = max(ELEMENT_MULTIPLE, elements // ELEMENT_MULTIPLE * ELEMENT_MULTIPLE)
+    return _whole_elements(min(best, budget // (threads * widest)), lanes), threads
+
+
+def _size_remote_blocks(
+    lanes: Sequence[Lane], budget: int, num_threads: int | None, num_teachers: int
+) -> tuple[int, int]:
+    """The same for inputs behind URLs: blocks of REMOTE_READ_BYTES, larger where the budget has room for them.
+
+    A store answers with bytes of its own, which lie in memory beside the buffer they are copied to.
+    """
+    least = max(1, _with_all_teachers(_widest(lanes), num_teachers) + _widest(lanes)[0]) * MIN_BLOCK_ELEMENTS
+    _check_budget(budget, least)
+    # What most is read of decides; counters take eight bytes each, and are few.
+    itemsize = max(lanes, key=lambda lane: lane.num_elements).input_itemsize if lanes else 1
+
+    def bytes_of_thread(elements: int) -> int:
+        buffers = _thread_buffers(lanes, elements)
+        return max(1, _with_all_teachers(buffers, num_teachers) + min(buffers[0], MAX_REQUEST_BYTES))
+
+    smallest = _whole_elements(REMOTE_READ_BYTES // itemsize, lanes)
+    threads = max(1, min(num_threads or REMOTE_THREADS, budget // bytes_of_thread(smallest)))
+    elements = smallest
+    while elements > ELEMENT_MULTIPLE and threads * bytes_of_thread(elements) > budget:
+        elements = _whole_elements(elements * 3 // 4, lanes)
+    largest = _whole_elements(MAX_REQUEST_BYTES // itemsize, lanes)
+    while elements < largest and threads * bytes_of_thread(more := min(largest, elements * 2)) <= budget:
+        elements = more
     return elements, threads
+
+
+def _check_budget(budget: int, least: int) -> None:
+    if budget < least:
+        raise MisuseError(
+            f"`--memory` is {budget} bytes, less than the {least} of the smallest block",
+            hint="pass for example `--memory 64MiB`",
+        )
+
+
+def _whole_elements(elements: int, lanes: Sequence[Lane]) -> int:
+    """A block's size as a multiple of ELEMENT_MULTIPLE, and no more than the longest lane needs."""
+    elements = min(elements, _padded(max((lane.num_elements for lane in lanes), default=1)))
+    return max(ELEMENT_MULTIPLE, elements // ELEMENT_MULTIPLE * ELEMENT_MULTIPLE)

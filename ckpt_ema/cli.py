@@ -12,7 +12,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from functools import wraps
-from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -235,11 +234,11 @@ def _reconstruct_options(command: Command) -> Command:
 def _with_options(command: Command, changed: dict[str, Command | None]) -> Command:
     """Add a fold's options by name; `changed` ones in their place, or left away, or behind them."""
     options: dict[str, Command | None] = {
-        "run": click.argument("run", nargs=-1, required=True, type=_Path(path_type=Path)),
+        "run": click.argument("run", nargs=-1, required=True, type=_Path()),
         "output": click.option(
             "-o",
             "--output",
-            type=_Path(path_type=Path),
+            type=_Path(),
             help="The teacher.  [default: RUN/teacher.safetensors; RUN/teacher for Hugging Face folders; for a list of"
             " checkpoints, in their folder]  For several teachers a pattern (teacher-{momentum}.safetensors, or"
             " {half_life}, {sigma_rel}), or a folder.",
@@ -302,7 +301,7 @@ def _with_options(command: Command, changed: dict[str, Command | None]) -> Comma
         ),
         "coefficients": click.option(
             "--coefficients",
-            type=_Path(path_type=Path),
+            type=_Path(),
             metavar="FILE",
             help='Coefficients given by hand: JSON, {"step_100.pt": 0.5, ...}, or what `plan --json` printed.',
         ),
@@ -326,7 +325,7 @@ def _with_options(command: Command, changed: dict[str, Command | None]) -> Comma
         ),
         "init": click.option(
             "--init",
-            type=_Path(path_type=Path),
+            type=_Path(),
             help="Start from this teacher instead of from the first checkpoint.",
         ),
         "from": click.option(
@@ -412,7 +411,7 @@ def main() -> None:
 @main.command()
 @_run_options
 @_errors_become_exits
-def fold(run: tuple[Path, ...], output: Path | None, as_json: bool, quiet: bool, verbose: bool, **options: Any) -> None:
+def fold(run: tuple[str, ...], output: str | None, as_json: bool, quiet: bool, verbose: bool, **options: Any) -> None:
     """Fold checkpoints into a teacher.
 
     RUN is a run directory, or checkpoints in the order they are to be folded. The teacher's path goes to stdout,
@@ -432,7 +431,7 @@ def fold(run: tuple[Path, ...], output: Path | None, as_json: bool, quiet: bool,
 @main.command()
 @_run_options
 @_errors_become_exits
-def plan(run: tuple[Path, ...], output: Path | None, as_json: bool, quiet: bool, verbose: bool, **options: Any) -> None:
+def plan(run: tuple[str, ...], output: str | None, as_json: bool, quiet: bool, verbose: bool, **options: Any) -> None:
     """Show what `fold` would do with the same words; reads no tensor.
 
     \b
@@ -446,8 +445,8 @@ def plan(run: tuple[Path, ...], output: Path | None, as_json: bool, quiet: bool,
 @_reconstruct_options
 @_errors_become_exits
 def reconstruct(
-    run: tuple[Path, ...],
-    output: Path | None,
+    run: tuple[str, ...],
+    output: str | None,
     only_plans: bool,
     as_json: bool,
     quiet: bool,
@@ -472,13 +471,13 @@ def reconstruct(
 
 
 @main.command()
-@click.argument("path", type=_Path(path_type=Path))
+@click.argument("path", type=_Path())
 @click.option("--state", metavar="KEY", help="State dict to list instead of the one a fold takes.")
 @click.option("--prefix", help="Sub-model to list, stripped from the names.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("-v", "--verbose", is_flag=True, help="List every tensor.")
 @_errors_become_exits
-def inspect(path: Path, state: str | None, prefix: str | None, as_json: bool, verbose: bool) -> None:
+def inspect(path: str, state: str | None, prefix: str | None, as_json: bool, verbose: bool) -> None:
     """Show what one checkpoint or teacher holds; reads no tensor.
 
     \b
@@ -497,8 +496,8 @@ def inspect(path: Path, state: str | None, prefix: str | None, as_json: bool, ve
 
 def _carry_out(
     work: Callable[..., FoldReport],
-    run: tuple[Path, ...],
-    output: Path | None,
+    run: tuple[str, ...],
+    output: str | None,
     *,
     as_json: bool,
     quiet: bool,
@@ -543,8 +542,8 @@ def _carry_out(
 
 def _show(
     make_plan: Callable[..., FoldPlan],
-    run: tuple[Path, ...],
-    output: Path | None,
+    run: tuple[str, ...],
+    output: str | None,
     *,
     as_json: bool,
     quiet: bool,

@@ -12,6 +12,7 @@ from typing import Any
 
 from ckpt_ema.errors import CkptEmaError, MisuseError
 from ckpt_ema.formats import read_contents
+from ckpt_ema.locations import as_path
 from ckpt_ema.profiles import (
     Profile,
     Update,
@@ -75,7 +76,10 @@ def weigh(checkpoints: Sequence[Checkpoint], options: FoldOptions) -> Weighed:
 
 
 def _initial(options: FoldOptions) -> tuple[Average, ...]:
-    return () if options.init is None else (Average(Path(options.init), Path(options.init).name, None),)
+    if options.init is None:
+        return ()
+    path = as_path(options.init)
+    return (Average(path, path.name, None),)
 
 
 def _checkpoint_updates(profile: Profile, count: int, options: FoldOptions) -> list[Update]:
@@ -103,7 +107,7 @@ def _per_step(checkpoints: Sequence[Checkpoint], options: FoldOptions) -> Weighe
     steps, notes = training_steps(checkpoints, options)
     has_initial = options.init is not None
     if options.init is not None:
-        start = _initial_step(Path(options.init), options)
+        start = _initial_step(as_path(options.init), options)
         if start >= steps[0]:
             raise CkptEmaError(
                 f"the initial teacher is of step {start}, and the first checkpoint `{checkpoints[0].label}` of step"
@@ -221,10 +225,10 @@ def read_coefficients(given: Any) -> dict[str, float]:
         table: Any = dict(given)
         where = "the coefficients"
     else:
-        path = Path(given)
+        path = as_path(given)
         where = f"`{path}`"
         try:
-            table = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_repeated_names)
+            table = json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=_without_repeated_names)
         except OSError as error:
             raise MisuseError(f"cannot read `{path}`: {error.strerror}") from error
         except (ValueError, RecursionError) as error:

@@ -10,6 +10,7 @@ from typing import Any
 from ckpt_ema.assembly import StoredTensor
 from ckpt_ema.errors import CkptEmaError, MisuseError, UnreadableCheckpointError
 from ckpt_ema.formats import forget_tables, read_contents
+from ckpt_ema.locations import as_path
 from ckpt_ema.provenance import read_provenance
 from ckpt_ema.steps import ORIGINS, steps_in_name, steps_inside
 from ckpt_ema.students import StateDict, choose_student, find_state_dicts
@@ -44,7 +45,7 @@ class Inspection:
 
 def inspect(path: str | os.PathLike[str], *, state: str | None = None, prefix: str | None = None) -> Inspection:
     """Look at one checkpoint or teacher; raises CkptEmaError where it cannot be read."""
-    path = Path(path)
+    path = as_path(path)
     if not path.exists():
         raise MisuseError(f"`{path}` does not exist")
     try:

@@ -8,6 +8,7 @@ from pathlib import Path
 from ckpt_ema.errors import CkptEmaError, MisuseError
 from ckpt_ema.formats import read_contents
 from ckpt_ema.formats.folder import WEIGHTS_SUFFIX
+from ckpt_ema.locations import RemotePath, as_path, identity_of
 from ckpt_ema.profiles import Profile
 from ckpt_ema.provenance import read_provenance
 from ckpt_ema.records import FoldOptions, FoldPlan, PathLike
@@ -29,10 +30,19 @@ def resolve_outputs(
             raise MisuseError(
                 "the checkpoints lie in several folders, so `--output` is needed", hint=f"pass `-o {own_name}`"
             )
+        if isinstance(run.root, RemotePath):
+            raise MisuseError(
+                f"`{run.root}` is remote and a teacher is written to a local disk, so `--output` is needed",
+                hint=f"pass `-o {own_name}`",
+            )
         return has_folder, [run.root / _fill(own_name, profile) for profile in profiles]
     text = os.fspath(output)
     if not text:
         raise MisuseError("`--output` is empty", hint="is a variable of your shell empty?")
+    if isinstance(as_path(text), RemotePath):
+        raise MisuseError(
+            f"`--output {text}` is a URL, and a teacher is written to a local disk", hint=f"pass `-o {own_name}`"
+        )
     if len(profiles) > 1 and placeholder not in text:
         if not Path(text).is_dir():
             if text.endswith("/"):
@@ -113,11 +123,11 @@ def _check_output(planned: FoldPlan, target: Path) -> None:
 
 def _check_no_student(planned: FoldPlan, target: Path) -> None:
     """Refuse to replace a checkpoint: `--overwrite` is for teachers, and for files that hold nothing."""
-    inputs = {(file.device, file.inode) for layout in planned.layouts for file in layout.files}
-    status = target.stat()
-    if planned.options.init is not None and os.path.samefile(planned.options.init, target):
+    inputs = {file.identity for layout in planned.layouts for file in layout.files}
+    identity = identity_of(target)
+    if planned.options.init is not None and identity_of(as_path(planned.options.init)) == identity:
         return  # going on from a teacher in its own place
-    if (status.st_dev, status.st_ino) in inputs:
+    if identity in inputs:
         raise CkptEmaError(f"`{target}` is one of the inputs, and is never replaced", hint="pass another `--output`")
     try:
         contents = read_contents(target)

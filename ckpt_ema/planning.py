@@ -18,6 +18,7 @@ from ckpt_ema.errors import CkptEmaError, MisuseError
 from ckpt_ema.formats import read_contents
 from ckpt_ema.formats.folder import has_weights, is_sharded
 from ckpt_ema.layouts import Layout, SchemaPool, compact_layout
+from ckpt_ema.locations import as_path
 from ckpt_ema.model_buffers import read_model_buffers
 from ckpt_ema.outputs import resolve_outputs
 from ckpt_ema.profiles import Profile, coefficients_of, momentum_for_first_share, step_updates
@@ -37,7 +38,7 @@ def _as_paths(run: PathLike | Sequence[PathLike]) -> list[Path]:
     given = [run] if isinstance(run, (str, os.PathLike)) else list(run)
     if not given or not all(os.fspath(path) for path in given):
         raise MisuseError("no run directory and no checkpoint was given", hint="is a variable of your shell empty?")
-    return [Path(path) for path in given]
+    return [as_path(path) for path in given]
 
 
 def _check_device(device: str) -> None:
@@ -212,7 +213,7 @@ def _warnings(
     if not dominated:
         return
     if options.init is not None:
-        first = f"the initial teacher `{Path(options.init).name}`"
+        first = f"the initial teacher `{as_path(options.init).name}`"
     else:
         first = f"the first checkpoint `{checkpoints[0].label}`"
     worst = dominated[0]

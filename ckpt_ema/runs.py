@@ -8,16 +8,18 @@ import itertools
 import os
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from ckpt_ema.byte_ranges import expect_tables
 from ckpt_ema.errors import CkptEmaError, MisuseError, UnreadableCheckpointError
 from ckpt_ema.formats import Contents, ModelFolder, is_weights_file_name, read_contents
 from ckpt_ema.formats.deepspeed import folder_of_latest
 from ckpt_ema.formats.folder import MODEL_STEM, NEVER_STUDENTS, has_weights, is_sharded
 from ckpt_ema.layouts import Layout, SchemaPool, compact_layout
 from ckpt_ema.learning_rates import learning_rates_of
+from ckpt_ema.locations import common_folder, identity_of, name_within
 from ckpt_ema.steps import (
     EDM2_NAME,
     ORIGINS,
@@ -418,19 +420,19 @@ def _read_run_directory(run: Path, selection: Selection) -> tuple[Path, _Listing
         if path not in taken and _is_candidate(path)
     ]
     pool = SchemaPool()
-    seen: dict[tuple[int, int], Path] = {}
+    seen: dict[Hashable, Path] = {}
     # Numbered names first, so that of two names for one file the telling one stays.
     candidates.sort(key=lambda path: (is_copy_name(path.name), path.is_symlink(), path.name))
+    expect_tables([path for path in candidates if _is_wanted(path, selection)])
     for path in candidates:
         if not _is_wanted(path, selection):
             listing.left_out.append((path.name, "not selected by name"))
             continue
         try:
-            status = path.stat()
+            original = seen.setdefault(identity_of(path), path)
         except OSError:
             listing.left_out.append((path.name, "a link to nowhere"))
             continue
-        original = seen.setdefault((status.st_dev, status.st_ino), path)
         if original is not path:
             listing.left_out.append((path.name, f"another name of `{original.name}`"))
             continue
@@ -562,15 +564,15 @@ def _forgive_newest(listing: _Listing, origin: Origin | None) -> None:
 def _read_list(paths: Sequence[Path], selection: Selection) -> tuple[Path, _Listing]:
     listing = _Listing()
     pool = SchemaPool()
-    seen: dict[tuple[int, int], Path] = {}
+    seen: dict[Hashable, Path] = {}
+    expect_tables(paths)
     for path in paths:
         if path.is_dir() and not _is_one_checkpoint(path) and not _is_checkpoint_folder(path):
             raise MisuseError(
                 f"`{path}` is a run directory among {len(paths)} arguments",
                 hint="pass one run directory, or checkpoints in the order they are to be folded",
             )
-        status = path.stat()
-        original = seen.setdefault((status.st_dev, status.st_ino), path)
+        original = seen.setdefault(identity_of(path), path)
         if original is not path:
             listing.left_out.append((path.name, f"another name of `{original.name}`"))
         elif not _is_wanted(path, selection):
@@ -596,10 +598,10 @@ def _read_list(paths: Sequence[Path], selection: Selection) -> tuple[Path, _List
     ]
     # Two checkpoints of the same name in different folders are told apart by their folder.
     labels = [checkpoint.label for checkpoint, _ in listing.checkpoints]
-    parent = Path(os.path.commonpath([path.absolute().parent for path in paths]))
+    parent = common_folder(paths)
     if len(set(labels)) < len(labels):
         listing.checkpoints = [
-            (replace(checkpoint, label=os.path.relpath(checkpoint.path.absolute(), parent)), numbers)
+            (replace(checkpoint, label=name_within(parent, checkpoint.path)), numbers)
             for checkpoint, numbers in listing.checkpoints
         ]
     steps = [checkpoint.step for checkpoint, _ in listing.checkpoints]

@@ -118,3 +118,27 @@ def run(tmp_path: Path) -> Path:
     folder = tmp_path / "run"
     save_students(folder, 5)
     return folder
+
+
+def start_ranks(worker: str, count: int, folder: Path) -> None:
+    """Run a worker of this folder on `count` ranks; it must end well."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+    done = subprocess.run(
+        [*command, str(Path(__file__).with_name(worker)), str(folder)],
+        cwd=Path(__file__).parent.parent,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.fixture(scope="session")
+def saved_by_deepspeed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `deepspeed_ranks.py` saves on two ranks."""
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+    folder = tmp_path_factory.mktemp("deepspeed")
+    start_ranks("deepspeed_ranks.py", 2, folder)
+    return folder

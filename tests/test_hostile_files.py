@@ -938,7 +938,8 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 # What each module may import, lowest first; a module imports only what stands on an earlier line (or its own).
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("_version", "errors", "sizes", "timings", "quadrature"),
-    ("dtypes", "responses", "ranks"),
+    ("dtypes", "responses", "ranks", "remote_store"),
+    ("locations",),
     ("byte_ranges",),
     ("assembly", "formats.pickle_scan", "formats.pickles", "formats.zip_archive"),
     ("formats.safetensors", "formats.torch_save"),

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -23,7 +21,15 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 import ckpt_ema
 from ckpt_ema.errors import CkptEmaError
-from tests.conftest import StateDict, assert_same_bits, hook_teacher, make_student, quiet_fold, raw_bytes
+from tests.conftest import (
+    StateDict,
+    assert_same_bits,
+    hook_teacher,
+    make_student,
+    quiet_fold,
+    raw_bytes,
+    start_ranks,
+)
 from tests.test_properties import temporary_folder
 
 MOMENTUM = 0.3
@@ -31,35 +37,11 @@ Pieces = list[tuple[tuple[int, ...], tuple[int, ...]]]
 """First index and number of indices per dimension, of each piece of a tensor."""
 
 
-def start_ranks(worker: str, count: int, folder: Path) -> None:
-    """Run a worker of this folder on `count` ranks; it must end well."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-    done = subprocess.run(
-        [*command, str(Path(__file__).with_name(worker)), str(folder)],
-        cwd=Path(__file__).parent.parent,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-
-
 @pytest.fixture(scope="session")
 def saved_by_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `sharded_ranks.py` saves on four ranks."""
     folder = tmp_path_factory.mktemp("sharded")
     start_ranks("sharded_ranks.py", 4, folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def saved_by_deepspeed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `deepspeed_ranks.py` saves on two ranks."""
-    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
-    folder = tmp_path_factory.mktemp("deepspeed")
-    start_ranks("deepspeed_ranks.py", 2, folder)
     return folder
 
 

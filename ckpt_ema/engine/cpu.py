@@ -18,7 +18,7 @@ from ckpt_ema.engine.arithmetic import comparable, sign_of_finiteness, update_
 from ckpt_ema.engine.buffers import Buffer
 from ckpt_ema.engine.contract import NonFinite, NonFiniteBlockError, Nowhere, Task, Teacher, write_block
 from ckpt_ema.engine.gather import gather_block
-from ckpt_ema.engine.inputs import MAX_GAP_BYTES, ExtentTable, Scatters, stored_dtype
+from ckpt_ema.engine.inputs import ExtentTable, Scatters, stored_dtype
 from ckpt_ema.layouts import Layout
 from ckpt_ema.timings import Timings
 
@@ -114,7 +114,7 @@ class _BlockFolder:
         raw, accumulator, widened, span = plan.thread_buffers
         self._raw, self._widened, self._span = Buffer(raw), Buffer(widened), Buffer(span)
         self._accumulators = [Buffer(accumulator) for _ in teachers]
-        self._trash = memoryview(bytearray(MAX_GAP_BYTES))
+        self._trash = task.files.new_trash()
         self._extents = extents
         self._scatters: Scatters = {}
         """Of the block at hand, for the raw buffer."""

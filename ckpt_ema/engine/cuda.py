@@ -21,7 +21,7 @@ from ckpt_ema.blocks import ELEMENT_MULTIPLE, Block, BlockPlan, Lane, buffer_byt
 from ckpt_ema.engine import cpu
 from ckpt_ema.engine.buffers import Buffer, torch_dtype
 from ckpt_ema.engine.contract import Task, Teacher, write_block
-from ckpt_ema.engine.inputs import MAX_GAP_BYTES, ExtentTable, stored_dtype
+from ckpt_ema.engine.inputs import ExtentTable, stored_dtype
 from ckpt_ema.errors import CkptEmaError, MisuseError
 from ckpt_ema.timings import Timings
 
@@ -190,7 +190,7 @@ class _Pipeline:
         started = time.perf_counter()
         layout = self._task.layouts[index]
         num_bytes = (block.end - block.begin) * stored_dtype(layout, block).itemsize
-        trash = memoryview(bytearray(MAX_GAP_BYTES))
+        trash = self._task.files.new_trash()
         self._extents.of(layout, block.lane).read(block.begin, block.end, slot.buffer.bytes[:num_bytes], trash, {})
         seconds = time.perf_counter() - started
         with self._lock:

@@ -6,31 +6,21 @@ import bisect
 import contextlib
 import itertools
 import operator
-import os
 import resource
 import threading
 from array import array
 from collections.abc import Iterator, Sequence
 from types import TracebackType
-from typing import NamedTuple
 
 from ckpt_ema.assembly import Runs
 from ckpt_ema.blocks import Block, Lane
-from ckpt_ema.byte_ranges import SourceFile, open_input
+from ckpt_ema.byte_ranges import InputFile, LocalFile, SourceFile, open_input
 from ckpt_ema.dtypes import DType
 from ckpt_ema.errors import CkptEmaError
 from ckpt_ema.layouts import Layout
+from ckpt_ema.remote_store import forget_listings
 
-# Between the records of a torch.save zip lie some 100 bytes; reading them along is cheaper than another call.
-MAX_GAP_BYTES = 4096
 MAX_BUFFERS_PER_READ = 512
-
-
-class OpenFile(NamedTuple):
-    """An input file and its descriptor."""
-
-    descriptor: int
-    source: SourceFile
 
 
 class InputFiles:
@@ -38,15 +28,16 @@ class InputFiles:
 
     def __init__(self, layouts: Sequence[Layout]) -> None:
         self._files = list(dict.fromkeys(file for layout in layouts for file in layout.files))
-        self._descriptors: dict[SourceFile, int] = {}
+        self._opened: dict[SourceFile, InputFile] = {}
 
     def __enter__(self) -> InputFiles:
         _allow_open_files(len(self._files))
+        # What was listed for the plan may be old.
+        forget_listings()
         try:
             for file in self._files:
-                descriptor = open_input(file.path)
-                self._descriptors[file] = descriptor
-                file.check_unchanged(descriptor)
+                self._opened[file] = opened = open_input(file.path)
+                file.check_unchanged(opened)
         except BaseException:
             self._close()
             raise
@@ -59,18 +50,23 @@ class InputFiles:
 
     def check_unchanged(self) -> None:
         """Raise CkptEmaError when one of them was written to since its table was read."""
-        for file, descriptor in self._descriptors.items():
-            file.check_unchanged(descriptor)
+        forget_listings()
+        for file, opened in self._opened.items():
+            file.check_unchanged(opened)
 
-    def opened(self, file: SourceFile) -> OpenFile:
-        """`file` with its descriptor."""
-        return OpenFile(self._descriptors[file], file)
+    def opened(self, file: SourceFile) -> InputFile:
+        """`file`, open for reading."""
+        return self._opened[file]
+
+    def new_trash(self) -> memoryview:
+        """A buffer for what lies between the ranges of one read."""
+        return memoryview(bytearray(max((opened.max_gap_bytes for opened in self._opened.values()), default=0)))
 
     def _close(self) -> None:
-        for descriptor in self._descriptors.values():
+        for opened in self._opened.values():
             with contextlib.suppress(OSError):
-                os.close(descriptor)
-        self._descriptors.clear()
+                opened.close()
+        self._opened.clear()
 
 
 def _allow_open_files(count: int) -> None:
@@ -117,13 +113,14 @@ class LaneExtents:
         self._begins = array("q", [begins[i] for i in heads])
         """First byte in the file."""
         self._file_indices = array("I", [indices[i] for i in heads])
-        self._gaps = array("h", [gaps[i] if 0 < gaps[i] <= MAX_GAP_BYTES else -1 for i in heads])
+        max_gap = LocalFile.max_gap_bytes
+        self._gaps = array("h", [gaps[i] if 0 < gaps[i] <= max_gap else -1 for i in heads])
         """Bytes since the extent before; -1 where reading them along would not pay."""
 
     def read(self, first: int, stop: int, buffer: memoryview, trash: memoryview, scatters: Scatters) -> None:
         """Fill `buffer` with the lane's elements `[first, stop)` as they are stored, packed.
 
-        `trash` takes what lies between two extents of a file and has at least MAX_GAP_BYTES. `scatters` keeps what
+        `trash` takes what lies between two extents of a file; see InputFiles.new_trash. `scatters` keeps what
         was worked out for these elements, this buffer and this trash: the other checkpoints of a run mostly need
         the same, and a thread that works it out holds the others up.
         """
@@ -134,6 +131,9 @@ class LaneExtents:
             _preadv_all(self._files[self._file_indices[extent]], [buffer], begin)
             return
         last = bisect.bisect_left(self._starts, stop)
+        if self._files[0].is_remote:
+            self._read_by_file(range(extent, last), first, stop, buffer, trash)
+            return
         key = itemsize, self._starts[extent:last], self._gaps[extent + 1 : last].tobytes()
         scatter = scatters.get(key)
         if scatter is None:
@@ -141,6 +141,33 @@ class LaneExtents:
         for offset, buffers in scatter:
             file = self._files[self._file_indices[extent + offset]]
             _preadv_all(file, buffers, self._begins[extent + offset] if offset else begin)
+
+    def _read_by_file(self, extents: range, first: int, stop: int, buffer: memoryview, trash: memoryview) -> None:
+        """The same in as few requests as can be: what lies near in a file is read together, however far in the lane.
+
+        The ranks of a sharded checkpoint have a piece of every tensor each, in a file of their own.
+        """
+        parts: list[tuple[int, int, memoryview]] = []
+        filled = 0
+        for extent in extents:
+            end = min(self._starts[extent + 1], stop)
+            num_bytes = (end - first) * self._itemsize
+            begin = self._begins[extent] + (first - self._starts[extent]) * self._itemsize
+            parts.append((self._file_indices[extent], begin, buffer[filled : filled + num_bytes]))
+            filled += num_bytes
+            first = end
+        parts.sort(key=operator.itemgetter(0, 1))
+        reads: list[tuple[InputFile, int, list[memoryview]]] = []
+        index_before, end_before = -1, 0
+        for index, begin, part in parts:
+            gap = begin - end_before
+            if index == index_before and 0 <= gap <= self._files[index].max_gap_bytes:
+                reads[-1][2].extend((trash[:gap], part))
+            else:
+                reads.append((self._files[index], begin, [part]))
+            index_before, end_before = index, begin + len(part)
+        for file, begin, buffers in reads:
+            _preadv_all(file, buffers, begin)
 
     def _scatter(
         self, extents: range, first: int, stop: int, buffer: memoryview, trash: memoryview
@@ -214,24 +241,23 @@ def stored_dtype(layout: Layout, block: Block) -> DType:
     return layout.schema.dtypes[block.lane.tensors[0]]
 
 
-def _preadv_all(file: OpenFile, buffers: list[memoryview], offset: int) -> None:
-    descriptor, source = file
+def _preadv_all(file: InputFile, buffers: list[memoryview], offset: int) -> None:
     wanted = sum(map(len, buffers))
     try:
-        got = os.preadv(descriptor, buffers, offset)
+        got = file.preadv(buffers, offset)
         while got < wanted:
             # A signal or a network file system may cut a read short; only no byte at all is the file's end.
             offset += got
             wanted -= got
             buffers = _skip(buffers, got)
-            got = os.preadv(descriptor, buffers, offset)
+            got = file.preadv(buffers, offset)
             if got == 0:
                 raise CkptEmaError(
-                    f"`{source.path}` became shorter while it was being folded: it ends before byte {offset + wanted}",
+                    f"`{file.path}` became shorter while it was being folded: it ends before byte {offset + wanted}",
                     hint="wait until the trainer has finished the checkpoint, then run the same command again",
                 )
     except OSError as error:
-        raise CkptEmaError(f"cannot read `{source.path}` at byte {offset}: {error.strerror}") from error
+        raise CkptEmaError(f"cannot read `{file.path}` at byte {offset}: {error.strerror}") from error
 
 
 def _skip(buffers: list[memoryview], num_bytes: int) -> list[memoryview]:

@@ -12,6 +12,7 @@ from ckpt_ema.formats.folder import is_weights_file_name, read_folder
 from ckpt_ema.formats.pickle_scan import forget_last_scan
 from ckpt_ema.formats.pickles import PickledTensor
 from ckpt_ema.formats.safetensors import forget_last_header
+from ckpt_ema.remote_store import forget_listings
 
 TENSOR_LEAVES = (TensorRange, AssembledTensor, PickledTensor, ShardedTensor)
 """What stands for a tensor in a tree of contents; all have a dtype and a shape."""
@@ -25,6 +26,7 @@ def read_contents(path: Path) -> Contents:
 
 
 def forget_tables() -> None:
-    """Free what is kept of the last table that was read, for the next one of the same run."""
+    """Free what is kept of the last table that was read, for the next one of the same run, and what was listed."""
     forget_last_header()
     forget_last_scan()
+    forget_listings()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,12 +78,12 @@ def read_file(path: Path) -> Contents:
 
     Raises UnreadableCheckpointError when it is truncated, lies, or is in no format known here.
     """
-    descriptor = open_input(path)
+    opened = open_input(path)
     try:
-        size = os.fstat(descriptor).st_size
-        head = read_exactly(descriptor, min(size, 64), 0, path)
+        size = opened.source().size
+        head = read_exactly(opened, min(size, 64), 0)
     finally:
-        os.close(descriptor)
+        opened.close()
     if not size:
         raise UnreadableCheckpointError(f"`{path}` is empty")
     if head.startswith(ZIP_MAGIC):

@@ -7,14 +7,14 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ckpt_ema.assembly import AssemblyError, StoredTensor, assemble_boxes
-from ckpt_ema.byte_ranges import SourceFile, TensorRange, open_input, read_exactly
+from ckpt_ema.byte_ranges import InputFile, SourceFile, TensorRange, open_input, read_exactly
 from ckpt_ema.dtypes import DType
 from ckpt_ema.errors import UnreadableCheckpointError
 from ckpt_ema.formats.contents import PROVENANCE_FILE, Contents, is_plain_name, read_file
@@ -31,6 +31,10 @@ LIGHTNING_NAME = "meta.pt"
 MAX_VALUE_BYTES = 64 << 10
 MAX_VALUES = 1000
 MAX_HEAD_BYTES = 16 << 10
+
+# The pickle of one tensor, and the directory of the records of its zip.
+PIECE_HEAD_BYTES = 4096
+PIECE_TAIL_BYTES = 2048
 
 
 class Piece(NamedTuple):
@@ -67,14 +71,14 @@ def read_dcp(folder: Path) -> Contents:
         raise UnreadableCheckpointError(
             f"`{folder}` is an unfinished checkpoint: it has no `{METADATA_NAME}`, which is written last"
         )
-    descriptor = open_input(path)
+    file = open_input(path)
     try:
-        size = os.fstat(descriptor).st_size
+        size = file.source().size
         if size > MAX_SMALL_BYTES:
             raise UnreadableCheckpointError(f"`{path}` has {size} bytes, too many for a table")
-        content = read_exactly(descriptor, size, 0, path)
+        content = read_exactly(file, size, 0)
     finally:
-        os.close(descriptor)
+        file.close()
     if not content:
         raise UnreadableCheckpointError(f"`{path}` is empty")
     try:
@@ -222,6 +226,13 @@ def _without_tensors(tree: dict[Any, Any]) -> dict[str, Any]:
     return {key: value for key, value in tree.items() if isinstance(key, str) and isinstance(value, (int, float, str))}
 
 
+def _tables_of(piece: Piece) -> Iterator[tuple[int, int]]:
+    """The byte ranges of a piece's zip that its directory and its pickle take, with nearly every torch."""
+    end = piece.begin + piece.length
+    yield piece.begin, min(end, piece.begin + PIECE_HEAD_BYTES)
+    yield max(piece.begin, end - PIECE_TAIL_BYTES), end
+
+
 class _PieceFiles:
     """The `.distcp` files of a folder; finds the bytes of its tensors in them."""
 
@@ -233,21 +244,21 @@ class _PieceFiles:
         """All of them, as they are now."""
         for path in sorted(self._folder.iterdir()):
             if path.suffix == PIECE_SUFFIX and path.is_file():
-                os.close(self._open(path.name)[0])
+                self._open(path.name)[0].close()
         return tuple(self._sources.values())
 
     def read_value(self, piece: Piece) -> Any:
         """A value that is no tensor; None for what cannot be read, since none is needed."""
         try:
-            descriptor, source = self._open(piece.file_name)
+            file, source = self._open(piece.file_name)
         except UnreadableCheckpointError:
             return None
         try:
-            return read_zip_within(descriptor, source, piece.begin, piece.begin + piece.length).tree
+            return read_zip_within(file, source, piece.begin, piece.begin + piece.length).tree
         except UnreadableCheckpointError:
             return None
         finally:
-            os.close(descriptor)
+            file.close()
 
     def locate(self, tensors: Mapping[str, ShardedTensor]) -> dict[str, StoredTensor]:
         """The byte ranges of the pieces of each tensor, checked against the zips that hold them."""
@@ -258,12 +269,13 @@ class _PieceFiles:
         known = _KnownPieces()
         ranges: dict[Piece, TensorRange] = {}
         for file_name, pieces in wanted.items():
-            descriptor, source = self._open(file_name)
+            file, source = self._open(file_name)
             try:
+                file.expect(itertools.chain.from_iterable(map(_tables_of, pieces)))
                 for piece in pieces:
-                    ranges[piece] = self._locate_piece(descriptor, source, piece, known)
+                    ranges[piece] = self._locate_piece(file, source, piece, known)
             finally:
-                os.close(descriptor)
+                file.close()
         located = {}
         for name, tensor in tensors.items():
             parts = [(offsets, ranges[piece]) for offsets, piece in tensor.pieces]
@@ -273,28 +285,27 @@ class _PieceFiles:
                 raise UnreadableCheckpointError(f"`{self._folder}`: tensor `{name}` {error}") from None
         return located
 
-    def _open(self, file_name: str) -> tuple[int, SourceFile]:
+    def _open(self, file_name: str) -> tuple[InputFile, SourceFile]:
         path = self._folder / file_name
         if not path.exists():
             raise UnreadableCheckpointError(f"`{self._folder}` lacks `{file_name}`")
-        descriptor = open_input(path)
-        source = self._sources.setdefault(file_name, SourceFile.from_descriptor(path, descriptor))
-        return descriptor, source
+        file = open_input(path)
+        return file, self._sources.setdefault(file_name, file.source())
 
-    def _locate_piece(self, descriptor: int, source: SourceFile, piece: Piece, known: _KnownPieces) -> TensorRange:
+    def _locate_piece(self, file: InputFile, source: SourceFile, piece: Piece, known: _KnownPieces) -> TensorRange:
         end = piece.begin + piece.length
         if end > source.size:
             raise UnreadableCheckpointError(
                 f"`{source.path}` is truncated: a piece ends at byte {end}, the file at {source.size}"
             )
-        found = known.find(descriptor, source, piece)
+        found = known.find(file, source, piece)
         if found is not None:
             return found
-        saved = read_zip_within(descriptor, source, piece.begin, end, known.pickles)
+        saved = read_zip_within(file, source, piece.begin, end, known.pickles)
         if not isinstance(saved.tree, PickledTensor):
             raise UnreadableCheckpointError(f"`{source.path}` has no tensor at byte {piece.begin}")
-        found = saved.locate_within(descriptor, {"piece": saved.tree})["piece"]
-        known.add(descriptor, piece, found)
+        found = saved.locate_within(file, {"piece": saved.tree})["piece"]
+        known.add(file, piece, found)
         return found
 
 
@@ -312,22 +323,22 @@ class _KnownPieces:
         self._found: dict[tuple[int, bytes, bytes], TensorRange] = {}
         """Ranges relative to the zip's first byte."""
 
-    def find(self, descriptor: int, source: SourceFile, piece: Piece) -> TensorRange | None:
+    def find(self, file: InputFile, source: SourceFile, piece: Piece) -> TensorRange | None:
         """The bytes of a piece whose zip is like an earlier one; None where that is not certain."""
         head_bytes = self._head_bytes.get(piece.length)
         if head_bytes is None:
             return None
-        found = self._found.get(_key(read_exactly(descriptor, head_bytes, piece.begin, source.path), piece.length))
+        found = self._found.get(_key(read_exactly(file, head_bytes, piece.begin), piece.length))
         if found is None:
             return None
         return found._replace(file=source, begin=piece.begin + found.begin, end=piece.begin + found.end)
 
-    def add(self, descriptor: int, piece: Piece, found: TensorRange) -> None:
+    def add(self, file: InputFile, piece: Piece, found: TensorRange) -> None:
         """Remember where the tensor of a zip was found."""
         head_bytes = found.begin - piece.begin
         if head_bytes <= MAX_HEAD_BYTES:
             self._head_bytes[piece.length] = head_bytes
-            head = read_exactly(descriptor, head_bytes, piece.begin, found.file.path)
+            head = read_exactly(file, head_bytes, piece.begin)
             relative = found._replace(begin=head_bytes, end=found.end - piece.begin)
             self._found[_key(head, piece.length)] = relative
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ckpt_ema.assembly import AssemblyError, StoredTensor, assemble_runs
-from ckpt_ema.byte_ranges import TensorRange, count_elements
+from ckpt_ema.byte_ranges import TensorRange, count_elements, expect_tables
 from ckpt_ema.errors import UnreadableCheckpointError
 from ckpt_ema.formats.contents import Contents, is_plain_name, read_file
 from ckpt_ema.formats.pickles import Inert, PickledTensor
@@ -59,6 +59,7 @@ def read_deepspeed(folder: Path) -> Contents:
         )
     models = _in_rank_order(folder, names, MODEL_FILE)
     optimizers = _in_rank_order(folder, names, OPTIMIZER_FILE)
+    expect_tables([*models, *optimizers])
     states = [_read_table(path) for path in models]
     first = states[0]
     counters = {name: first.table[name] for name in ("global_steps",) if type(first.table.get(name)) is int}

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ckpt_ema.assembly import AssemblyError, StoredTensor, assemble_boxes
-from ckpt_ema.byte_ranges import SourceFile, TensorRange
+from ckpt_ema.byte_ranges import SourceFile, TensorRange, expect_tables
 from ckpt_ema.errors import UnreadableCheckpointError
 from ckpt_ema.formats.contents import Contents, ModelFolder, is_plain_name, read_file
 from ckpt_ema.formats.dcp import is_dcp_folder, read_dcp
@@ -198,6 +198,7 @@ def _read_shards(folder: Path, shards: list[Path], weight_map: dict[str, str] | 
     homes: dict[str, str] = {}
     files: list[SourceFile] = []
     metadata: Mapping[str, str] = {}
+    expect_tables(shards)
     for shard in shards:
         contents = read_file(shard)
         files += contents.files
@@ -223,6 +224,7 @@ def _read_pieces(folder: Path, files: list[Path]) -> Contents:
     """Safetensors files of which each holds one rank's boxes of the tensors; metadata says where these begin."""
     pieces: dict[str, list[tuple[tuple[int, ...], TensorRange]]] = defaultdict(list)
     sources: list[SourceFile] = []
+    expect_tables(files)
     for path in files:
         contents = read_file(path)
         sources += contents.files

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,12 +43,12 @@ def read_safetensors(path: Path) -> SafetensorsFile:
     Raises UnreadableCheckpointError for a truncated file, a duplicate name, an unknown dtype, or ranges that do
     not tile the data section exactly.
     """
-    descriptor = open_input(path)
+    opened = open_input(path)
     try:
-        source = SourceFile.from_descriptor(path, descriptor)
+        source = opened.source()
         if source.size < 8:
             raise UnreadableCheckpointError(f"`{path}` is truncated: {source.size} bytes are no safetensors file")
-        (header_size,) = struct.unpack("<Q", read_exactly(descriptor, 8, 0, path))
+        (header_size,) = struct.unpack("<Q", read_exactly(opened, 8, 0))
         if header_size > MAX_HEADER_BYTES:
             raise UnreadableCheckpointError(
                 f"`{path}` is no safetensors file: a header of {header_size} bytes is above the format's limit"
@@ -59,9 +58,9 @@ def read_safetensors(path: Path) -> SafetensorsFile:
             raise UnreadableCheckpointError(
                 f"`{path}` is truncated: its header ends at byte {8 + header_size}, the file at {source.size}"
             )
-        header = _read_header(read_exactly(descriptor, header_size, 8, path), path)
+        header = _read_header(read_exactly(opened, header_size, 8), path)
     finally:
-        os.close(descriptor)
+        opened.close()
     data_begin = 8 + header_size
     data_bytes = source.size - data_begin
     if header.data_bytes > data_bytes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import struct
 import threading
 from collections.abc import Callable, Iterable, Mapping
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ckpt_ema.byte_ranges import (
+    InputFile,
     SourceFile,
     TensorRange,
     is_contiguous,
@@ -38,24 +38,24 @@ class TorchSaveFile:
     """The object that was saved, with PickledTensor leaves."""
 
     source: SourceFile
-    locate_storages: Callable[[int, Iterable[str]], dict[str, tuple[int, int]]]
-    """(descriptor, storage keys) -> the byte range of each storage that the file has."""
+    locate_storages: Callable[[InputFile, Iterable[str]], dict[str, tuple[int, int]]]
+    """(file, storage keys) -> the byte range of each storage that the file has."""
 
     def locate(self, tensors: Mapping[str, PickledTensor]) -> dict[str, TensorRange]:
         """The byte range of each tensor, checked against its storage."""
-        descriptor = open_input(self.source.path)
+        file = open_input(self.source.path)
         try:
-            self.source.check_unchanged(descriptor)
-            return self.locate_within(descriptor, tensors)
+            self.source.check_unchanged(file)
+            return self.locate_within(file, tensors)
         finally:
-            os.close(descriptor)
+            file.close()
 
-    def locate_within(self, descriptor: int, tensors: Mapping[str, PickledTensor]) -> dict[str, TensorRange]:
-        """The same, of the file that `descriptor` has open."""
+    def locate_within(self, file: InputFile, tensors: Mapping[str, PickledTensor]) -> dict[str, TensorRange]:
+        """The same, of the file that is open."""
         located: dict[str, TensorRange] = {}
         geometries: dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[tuple[int, ...] | None, int]] = {}
         source = self.source
-        storages = self.locate_storages(descriptor, {tensor.storage.key: None for tensor in tensors.values()})
+        storages = self.locate_storages(file, {tensor.storage.key: None for tensor in tensors.values()})
         for name, (storage, dtype, offset, shape, strides) in tensors.items():
             record = storages.get(storage.key)
             if record is None:
@@ -83,15 +83,15 @@ class TorchSaveFile:
 
 def read_torch_zip(path: Path) -> TorchSaveFile:
     """Read the directory and the pickle of a zip that torch.save wrote (torch 1.6 or later)."""
-    descriptor = open_input(path)
+    file = open_input(path)
     try:
-        return read_zip_within(descriptor, SourceFile.from_descriptor(path, descriptor))
+        return read_zip_within(file, file.source())
     finally:
-        os.close(descriptor)
+        file.close()
 
 
 def read_zip_within(
-    descriptor: int,
+    file: InputFile,
     source: SourceFile,
     begin: int = 0,
     end: int | None = None,
@@ -101,16 +101,16 @@ def read_zip_within(
 
     `known` keeps what pickles were found to say: the pieces of a sharded checkpoint repeat each other.
     """
-    archive = ZipArchive(descriptor, source, begin, end)
+    archive = ZipArchive(file, source, begin, end)
     root = archive.find_root()
     written = f"{root}byteorder" in archive.records
-    byteorder = archive.read_small(descriptor, f"{root}byteorder") if written else b"little"
+    byteorder = archive.read_small(file, f"{root}byteorder") if written else b"little"
     if byteorder.strip() != b"little":
         raise UnreadableCheckpointError(
             f"`{source.path}` was written on a big-endian machine",
             hint="load and save it again on this machine with torch",
         )
-    content = archive.read_small(descriptor, f"{root}data.pkl")
+    content = archive.read_small(file, f"{root}data.pkl")
     if known is not None and content in known:
         tree = known[content]
     else:
@@ -118,9 +118,9 @@ def read_zip_within(
         if known is not None:
             known[content] = tree
 
-    def locate_storages(descriptor: int, keys: Iterable[str]) -> dict[str, tuple[int, int]]:
+    def locate_storages(file: InputFile, keys: Iterable[str]) -> dict[str, tuple[int, int]]:
         present = {key: name for key in keys if (name := f"{root}data/{key}") in archive.records}
-        return dict(zip(present, archive.locate(descriptor, present.values()), strict=True))
+        return dict(zip(present, archive.locate(file, present.values()), strict=True))
 
     return TorchSaveFile(tree, source, locate_storages)
 
@@ -135,10 +135,10 @@ def load_pickle(content: bytes, path: Path) -> Any:
 
 def read_torch_legacy(path: Path) -> TorchSaveFile:
     """Read the five pickles of a file from before torch 1.6 (or `_use_new_zipfile_serialization=False`)."""
-    descriptor = open_input(path)
+    file = open_input(path)
     try:
-        source = SourceFile.from_descriptor(path, descriptor)
-        pickles = _LegacyPickles(descriptor, source)
+        source = file.source()
+        pickles = _LegacyPickles(file, source)
         if pickles.load_next() != LEGACY_MAGIC_NUMBER:
             raise UnreadableCheckpointError(
                 f"`{path}` is a pickle, but not one written by torch.save",
@@ -153,17 +153,17 @@ def read_torch_legacy(path: Path) -> TorchSaveFile:
         keys = pickles.load_next()
         if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
             raise UnreadableCheckpointError(f"`{path}`: the list of storages is missing")
-        storages = _locate_legacy_storages(keys, used, pickles.position, descriptor, source)
+        storages = _locate_legacy_storages(keys, used, pickles.position, file, source)
     finally:
-        os.close(descriptor)
+        file.close()
     return TorchSaveFile(tree, source, lambda _, keys: {key: storages[key] for key in keys if key in storages})
 
 
 class _LegacyPickles:
     """The pickles at the start of a legacy file; no more of it is read than they take."""
 
-    def __init__(self, descriptor: int, source: SourceFile) -> None:
-        self._descriptor = descriptor
+    def __init__(self, file: InputFile, source: SourceFile) -> None:
+        self._file = file
         self._source = source
         self._content = b""
         self.position = 0
@@ -179,7 +179,7 @@ class _LegacyPickles:
             if len(self._content) == limit:
                 raise UnreadableCheckpointError(f"`{path}` is truncated inside a pickle")
             size = min(max(1 << 20, 4 * len(self._content)), limit)
-            self._content = read_exactly(self._descriptor, size, 0, path)
+            self._content = read_exactly(self._file, size, 0)
         end, num_tuples = found
         tree, self.storages = _unpickle(self._content[self.position : end], num_tuples, path)
         self.position = end
@@ -230,14 +230,14 @@ def _with_deep_stack(load: Callable[[], Any], stack_bytes: int) -> Any:
 
 
 def _locate_legacy_storages(
-    keys: list[str], storages: dict[str, PickledStorage], position: int, descriptor: int, source: SourceFile
+    keys: list[str], storages: dict[str, PickledStorage], position: int, file: InputFile, source: SourceFile
 ) -> dict[str, tuple[int, int]]:
     located: dict[str, tuple[int, int]] = {}
     for key in keys:
         storage = storages.get(key)
         if storage is None or key in located:
             raise UnreadableCheckpointError(f"`{source.path}`: storage {key} is listed, but no tensor uses it once")
-        (count,) = struct.unpack("<q", read_exactly(descriptor, 8, position, source.path))
+        (count,) = struct.unpack("<q", read_exactly(file, 8, position))
         begin, end = position + 8, position + 8 + count * storage.dtype.itemsize
         if count < 0 or end > source.size:
             raise UnreadableCheckpointError(

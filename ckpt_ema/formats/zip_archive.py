@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 
-from ckpt_ema.byte_ranges import SourceFile, read_exactly
+from ckpt_ema.byte_ranges import InputFile, SourceFile, read_exactly
 from ckpt_ema.errors import UnreadableCheckpointError
 
 ZIP_MAGIC = b"PK\x03\x04"
@@ -29,12 +28,12 @@ _Record = tuple[int, int, int, int]
 class ZipArchive:
     """The central directory of a zip that is a file, or a part of one; read with pread alone."""
 
-    def __init__(self, descriptor: int, source: SourceFile, begin: int = 0, end: int | None = None) -> None:
+    def __init__(self, file: InputFile, source: SourceFile, begin: int = 0, end: int | None = None) -> None:
         """Raises UnreadableCheckpointError where `[begin, end)` of the file is no whole zip."""
         self._source = source
         self._begin, self._end = begin, source.size if end is None else end
         self.records: dict[str, _Record] = {}
-        self._read_directory(descriptor)
+        self._read_directory(file)
 
     def _refuse(self, what: str) -> UnreadableCheckpointError:
         return UnreadableCheckpointError(f"`{self._source.path}` {what}")
@@ -51,17 +50,21 @@ class ZipArchive:
             )
         return roots[0]
 
-    def read_small(self, descriptor: int, name: str) -> bytes:
+    def read_small(self, file: InputFile, name: str) -> bytes:
         """The content of a record that is no storage."""
-        ((begin, end),) = self.locate(descriptor, [name])
+        ((begin, end),) = self.locate(file, [name])
         if end - begin > MAX_SMALL_BYTES:
             raise self._refuse(f"has a `{name}` of {end - begin} bytes, above the limit of {MAX_SMALL_BYTES}")
-        return read_exactly(descriptor, end - begin, begin, self._source.path)
+        return read_exactly(file, end - begin, begin)
 
-    def locate(self, descriptor: int, names: Iterable[str]) -> Iterator[tuple[int, int]]:
+    def locate(self, file: InputFile, names: Collection[str]) -> Iterator[tuple[int, int]]:
         """The byte range of each record's content."""
-        pread, records, limits = os.pread, self.records, self._limits
+        pread, records, limits = file.pread, self.records, self._limits
         unpack, header_size = _LOCAL_HEADER.unpack, _LOCAL_HEADER.size
+        file.expect(
+            (self._begin + begin, self._begin + begin + header_size)
+            for begin, _, _, _ in map(records.__getitem__, names)
+        )
         for name in names:
             header_offset, stored_size, size, method = records[name]
             if method != 0 or stored_size != size:
@@ -71,7 +74,7 @@ class ZipArchive:
                 )
             # Asked of the record itself: its directory does not say where the content begins.
             try:
-                header = pread(descriptor, header_size, self._begin + header_offset)
+                header = pread(header_size, self._begin + header_offset)
             except OSError as error:
                 raise self._refuse(f"cannot be read at byte {header_offset}: {error.strerror}") from error
             if len(header) < header_size:
@@ -85,9 +88,9 @@ class ZipArchive:
                 raise self._refuse(f"has a record `{name}` that overlaps the next one")
             yield self._begin + begin, self._begin + end
 
-    def _read_directory(self, descriptor: int) -> None:
+    def _read_directory(self, file: InputFile) -> None:
         def read(size: int, offset: int) -> bytes:
-            return read_exactly(descriptor, size, self._begin + offset, self._source.path)
+            return read_exactly(file, size, self._begin + offset)
 
         size = self._end - self._begin
         # torch.save writes no comment behind the end record. The second try is for the longest one there can be; the

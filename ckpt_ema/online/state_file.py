@@ -6,7 +6,6 @@ A safetensors file: the tensors in the teacher's own dtype, all else in its meta
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -51,16 +50,16 @@ def read_state(path: Path) -> dict[str, Any]:
         raise UnreadableCheckpointError(
             f"`{path}` holds no state of a MeanTeacher", hint="pass a file that the callback wrote"
         ) from error
-    descriptor = open_input(path)
+    file = open_input(path)
     try:
         tensors = {}
         for name, item in stored.tensors.items():
-            content = bytearray(read_exactly(descriptor, item.end - item.begin, item.begin, path))
+            content = bytearray(read_exactly(file, item.end - item.begin, item.begin))
             dtype = torch_dtype(item.dtype)
             flat = torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype)
             tensors[name] = flat.view(item.shape)
     finally:
-        os.close(descriptor)
+        file.close()
     return _put_together(state, tensors)
 
 

@@ -1,0 +1,104 @@
+"""Where inputs lie: words of the user in, paths out; a URL is a path whose questions go to its store."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import stat
+from collections.abc import Generator, Hashable, Sequence
+from pathlib import Path, PosixPath
+
+from ckpt_ema.remote_store import URL, find_entry, list_folder, read_range
+
+LOCAL_SCHEMES = ("file", "local")
+
+
+class RemotePath(PosixPath):
+    """A URL as a path: `s3://bucket/run` has the parts `s3:`, `bucket` and `run`.
+
+    Only what readers of checkpoints ask of a path is answered by the store. All else finds nothing, since no local
+    file has such a name. Links there are none.
+    """
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        return super().__str__().replace(":/", "://", 1)
+
+    def exists(self, *, follow_symlinks: bool = True) -> bool:
+        """Whether there is a file or a folder."""
+        return find_entry(str(self)) is not None
+
+    def is_dir(self, *, follow_symlinks: bool = True) -> bool:
+        """Whether it is a folder."""
+        entry = find_entry(str(self))
+        return entry is not None and entry.is_folder
+
+    def is_file(self, *, follow_symlinks: bool = True) -> bool:
+        """Whether it is a file."""
+        entry = find_entry(str(self))
+        return entry is not None and not entry.is_folder
+
+    def is_symlink(self) -> bool:
+        """Never."""
+        return False
+
+    def resolve(self, strict: bool = False) -> RemotePath:
+        """Itself."""
+        return self
+
+    def absolute(self) -> RemotePath:
+        """Itself."""
+        return self
+
+    def stat(self, *, follow_symlinks: bool = True) -> os.stat_result:
+        """Kind and size; all else is 0. Raises FileNotFoundError."""
+        entry = find_entry(str(self))
+        if entry is None:
+            raise FileNotFoundError(2, os.strerror(2), str(self))
+        mode = stat.S_IFDIR if entry.is_folder else stat.S_IFREG
+        return os.stat_result((mode, 0, 0, 1, 0, 0, entry.size, 0, 0, 0))
+
+    def iterdir(self) -> Generator[RemotePath, None, None]:
+        """What lies in the folder."""
+        yield from [self / name for name in list_folder(str(self))]
+
+    def read_bytes(self) -> bytes:
+        """All of a small file."""
+        return read_range(str(self), 0, self.stat().st_size)
+
+
+def as_path(given: str | os.PathLike[str]) -> Path:
+    """The path that a user's word names; a RemotePath for a URL."""
+    text = os.fspath(given)
+    url = URL.match(text)
+    if url is None:
+        return Path(text)
+    return Path(text[url.end() :]) if url["scheme"] in LOCAL_SCHEMES else RemotePath(text)
+
+
+def identity_of(path: Path) -> Hashable:
+    """Equal for two names of one file; raises OSError where there is none."""
+    if isinstance(path, RemotePath):
+        return str(path)
+    status = path.stat()
+    return status.st_dev, status.st_ino
+
+
+def common_folder(paths: Sequence[Path]) -> Path:
+    """The deepest folder that all paths lie in; the first one's own where they share none."""
+    folders = [path.absolute().parent for path in paths]
+    if len({isinstance(folder, RemotePath) for folder in folders}) > 1:
+        return folders[0]
+    same = itertools.takewhile(
+        lambda parts: len(set(parts)) == 1, zip(*(folder.parts for folder in folders), strict=False)
+    )
+    shared = [parts[0] for parts in same]
+    return type(folders[0])(*shared) if shared else folders[0]
+
+
+def name_within(folder: Path, path: Path) -> str:
+    """What `path` is called seen from `folder`; its whole name where they lie on different machines."""
+    if isinstance(path, RemotePath) is not isinstance(folder, RemotePath):
+        return str(path)
+    return os.path.relpath(path.absolute(), folder)
