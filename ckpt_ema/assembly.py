@@ -15,6 +15,7 @@ from ckpt_ema.dtypes import DType
 
 # A grid of 100 times 100; more is no sharding, and finding overlaps among them would take for ever.
 MAX_BOXES = 10_000
+MAX_COMPARISONS = 1_000_000
 
 
 class AssemblyError(Exception):
@@ -103,6 +104,8 @@ def assemble_runs(
     """
     starts = [0]
     for number, part in enumerate(parts):
+        if part.dtype is not dtype:
+            raise AssemblyError(f"is {dtype}, and a piece of it {part.dtype}")
         if firsts is not None and firsts[number] != starts[-1]:
             what = "overlap" if firsts[number] < starts[-1] else "leave a hole"
             raise AssemblyError(f"of shape {list(shape)} has pieces that {what}")
@@ -125,11 +128,17 @@ def _is_run(sizes: Sequence[int], shape: Sequence[int]) -> bool:
 
 
 def _check_disjoint(boxes: Sequence[Box], shape: Sequence[int]) -> None:
-    """Raise AssemblyError where two boxes overlap; they are sorted by their first element."""
+    """Raise AssemblyError where two boxes overlap, or where there are too many side by side to tell."""
+    # Along the dimension with the most cuts, few boxes lie side by side.
+    d = max(range(len(shape)), key=lambda d: len({box.offsets[d] for box in boxes}))
     active: list[Box] = []
-    for box in boxes:
-        # Those that end before this one begins in the first dimension can meet none that follows.
-        active = [other for other in active if other.offsets[0] + other.sizes[0] > box.offsets[0]]
+    compared = 0
+    for box in sorted(boxes, key=lambda box: box.offsets[d]):
+        # Those that end before this one begins can meet none that follows.
+        active = [other for other in active if other.offsets[d] + other.sizes[d] > box.offsets[d]]
+        compared += len(active)
+        if compared > MAX_COMPARISONS:
+            raise AssemblyError(f"is stored in {len(boxes)} pieces, too many of them side by side")
         for other in active:
             if all(
                 a < b + size_b and b < a + size_a

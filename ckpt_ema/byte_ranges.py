@@ -169,7 +169,7 @@ def open_input(path: Path) -> InputFile:
         # O_NONBLOCK: opening a named pipe must not wait for a writer that never comes.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
-        raise UnreadableCheckpointError(f"cannot open `{path}`: {error.strerror}") from error
+        raise UnreadableCheckpointError(f"cannot open `{path}`: {error.strerror or error}") from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise UnreadableCheckpointError(f"`{path}` is not a regular file")
@@ -196,7 +196,9 @@ def read_exactly(file: InputFile, size: int, offset: int) -> bytes:
         try:
             part = file.pread(min(size, 1 << 30), offset)
         except OSError as error:
-            raise UnreadableCheckpointError(f"cannot read `{file.path}` at byte {offset}: {error.strerror}") from error
+            raise UnreadableCheckpointError(
+                f"cannot read `{file.path}` at byte {offset}: {error.strerror or error}"
+            ) from error
         if not part:
             raise UnreadableCheckpointError(f"`{file.path}` is truncated: it ends before byte {offset + size}")
         parts.append(part)

@@ -19,7 +19,7 @@ from typing import Any
 
 from ckpt_ema.blocks import BlockPlan, plan_of_rank
 from ckpt_ema.engine.contract import Engine, NonFinite, NonFiniteBlockError, Task, Teacher
-from ckpt_ema.engine.inputs import InputFiles
+from ckpt_ema.engine.inputs import InputFiles, allow_open_files
 from ckpt_ema.errors import CkptEmaError
 from ckpt_ema.formats import forget_tables
 from ckpt_ema.outputs import check_outputs
@@ -82,7 +82,8 @@ def fold(
     Raises CkptEmaError; then nothing was written and an existing teacher is untouched. Of several teachers each
     appears whole or not at all, one after the other when all are finished.
     """
-    return _carry_out(plan(run, output, **options), progress, announce, ranks or Ranks())
+    with ranks or Ranks() as place:  # a rank that cannot plan must tell the others
+        return _carry_out(plan(run, output, **options), progress, announce, place)
 
 
 def plan_reconstruction(run: PathLike | Sequence[PathLike], output: PathLike | None = None, **options: Any) -> FoldPlan:
@@ -109,17 +110,11 @@ def reconstruct(
     are folded in one pass. `plan.predictions` says how near the result is expected to come. Arguments are those of
     `fold`, with the fields of `ReconstructOptions`; so is what is raised.
     """
-    return _carry_out(plan_reconstruction(run, output, **options), progress, announce, ranks or Ranks())
+    with ranks or Ranks() as place:
+        return _carry_out(plan_reconstruction(run, output, **options), progress, announce, place)
 
 
 def _carry_out(
-    planned: FoldPlan, progress: Progress | None, announce: Callable[[FoldPlan], None] | None, ranks: Ranks
-) -> FoldReport:
-    with ranks:
-        return _carry_out_together(planned, progress, announce, ranks)
-
-
-def _carry_out_together(
     planned: FoldPlan, progress: Progress | None, announce: Callable[[FoldPlan], None] | None, ranks: Ranks
 ) -> FoldReport:
     outputs = [_output_files(planned, number) for number in range(len(planned.teachers))]
@@ -131,7 +126,7 @@ def _carry_out_together(
             announce(planned)
         else:
             for text in planned.warnings:
-                warnings.warn(text, stacklevel=4)
+                warnings.warn(text, stacklevel=3)
     # Here, not above: a plan must not wait for torch.
     from ckpt_ema.engine.choice import choose_engine  # noqa: PLC0415
 
@@ -177,6 +172,9 @@ def _open_teachers(
     stack: contextlib.ExitStack, planned: FoldPlan, outputs: Sequence[TeacherFiles], ranks: Ranks
 ) -> list[Teacher]:
     """The teachers' files: made by the first rank, opened by the others."""
+    allow_open_files(
+        len({file for layout in planned.layouts for file in layout.files}) + sum(len(each.parts) for each in outputs)
+    )
     if ranks.is_first:
         needed = sum(files.size for files in outputs)
         made = []
@@ -250,7 +248,7 @@ def _teacher_files(planned: FoldPlan, number: int, files: TeacherFiles, needed: 
     is_single = len(files.parts) == 1 and not files.closing
     with contextlib.ExitStack() as folders:
         # A single file is replaced where it lies, so that there is a teacher at every moment.
-        filled = folders.enter_context(folder_to_fill(target) if is_single else new_folder(target))
+        filled = folders.enter_context(folder_to_fill(target) if is_single else new_folder(target, overwrite=overwrite))
         commit_companions = None
         if is_model_folder(source):
             assert source is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 
 from ckpt_ema.errors import CkptEmaError, MisuseError
@@ -63,6 +64,8 @@ def resolve_outputs(
         raise MisuseError(
             f"`--output {text}` asks for {', '.join(stray)}, and these teachers are told apart by {placeholder}"
         )
+    if wanted.writes_folder:
+        return True, [Path(_fill(text, profile)) for profile in profiles]
     resolved = [_resolve(text, profile, has_folder) for profile in profiles]
     return resolved[0][0], [path for _, path in resolved]
 
@@ -92,7 +95,7 @@ def _resolve(pattern: str, profile: Profile, has_folder: bool) -> tuple[bool, Pa
 
 
 def _no_folder(text: str) -> MisuseError:
-    return MisuseError(f"`--output {text}` is no folder", hint=f"create it first: `mkdir -p {text}`")
+    return MisuseError(f"`--output {text}` is no folder", hint=f"create it first: `mkdir -p {shlex.quote(text)}`")
 
 
 def check_outputs(planned: FoldPlan) -> None:
@@ -104,7 +107,7 @@ def check_outputs(planned: FoldPlan) -> None:
 def _check_output(planned: FoldPlan, target: Path) -> None:
     parent = target.absolute().parent
     if not parent.is_dir():
-        raise CkptEmaError(f"`{parent}` is no folder", hint=f"create it first: `mkdir -p {parent}`")
+        raise CkptEmaError(f"`{parent}` is no folder", hint=f"create it first: `mkdir -p {shlex.quote(str(parent))}`")
     if not os.path.lexists(target):
         return
     if planned.is_folder and target.is_dir() and not any(target.iterdir()):
@@ -115,10 +118,23 @@ def _check_output(planned: FoldPlan, target: Path) -> None:
         if not target.is_dir():
             raise CkptEmaError(f"`{target}` is a file, the teacher a folder", hint="pass another `--output`")
         check_replaceable(target)
+        _check_no_input_inside(planned, target)
     elif target.is_dir():
         raise CkptEmaError(f"`{target}` is a folder, the teacher a file", hint="pass another `--output`")
     elif target.exists():
         _check_no_student(planned, target)
+
+
+def _check_no_input_inside(planned: FoldPlan, target: Path) -> None:
+    """Refuse to put a folder in the place of one that students lie in."""
+    inside = target.resolve()
+    for layout in planned.layouts:
+        for file in layout.files:
+            if planned.options.writes_folder and inside in file.path.resolve().parents:
+                raise CkptEmaError(
+                    f"`{file.path}` lies in `{target}`, which the teacher would take the place of",
+                    hint="pass another `--output`",
+                )
 
 
 def _check_no_student(planned: FoldPlan, target: Path) -> None:

@@ -7,6 +7,8 @@ blocks, and hears once a second whether another one failed.
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 import os
 import re
 import threading
@@ -71,7 +73,10 @@ class StoreRanks(Ranks):
     """One of many processes, which talk through a store of torch's at the first one's address."""
 
     def __init__(self, number: int, count: int, local: int, connect: Callable[[], Any]) -> None:
-        """`connect` gives a torch.distributed.Store; it is called when the fold begins."""
+        """`connect` gives a torch.distributed.Store; it is called when a fold begins, and must give each its own.
+
+        All ranks fold the same things in the same order.
+        """
         self.number, self.count, self.local = number, count, local
         self._connect = connect
         self._store: Any = None
@@ -80,9 +85,13 @@ class StoreRanks(Ranks):
         self._heard: dict[int, tuple[bytes, float]] = {}
 
     def __enter__(self) -> StoreRanks:
+        self._ended = threading.Event()
+        self._checked = 0.0
+        self._heard = {}
         with self._explained():
             self._store = self._connect()
-        threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
+        beat = functools.partial(self._beat, self._store, self._ended)
+        threading.Thread(target=beat, name="heartbeat", daemon=True).start()
         self.arrive("start")
         return self
 
@@ -130,11 +139,13 @@ class StoreRanks(Ranks):
             self._wait(lambda number=number: self._has(f"{name}/{number}"), [number])  # type: ignore[misc]
 
     def _wait(self, is_there: Callable[[], bool], needed: list[int]) -> None:
+        # Asked first: a failure that was told before must stop even what is there already.
+        self._raise_failure()
         while not is_there():
-            self._raise_failure()
             for number in needed:
                 self._check_alive(number)
             time.sleep(POLL_SECONDS)
+            self._raise_failure()
 
     def _has(self, name: str) -> bool:
         with self._explained():
@@ -160,13 +171,13 @@ class StoreRanks(Ranks):
             what = f"gave no sign for {SILENCE_SECONDS:.0f} s" if beat else f"did not start in {START_SECONDS:.0f} s"
             raise OtherRankFailedError(f"rank {number} of {self.count} {what}; nothing was written")
 
-    def _beat(self) -> None:
+    def _beat(self, store: Any, ended: threading.Event) -> None:
         count = 0
-        while not self._ended.is_set():
+        while not ended.is_set():
             with contextlib.suppress(Exception):  # told to the fold by its own calls
-                self._store.set(f"alive/{self.number}", str(count))
+                store.set(f"alive/{self.number}", str(count))
             count += 1
-            self._ended.wait(HEARTBEAT_SECONDS)
+            ended.wait(HEARTBEAT_SECONDS)
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
@@ -202,6 +213,8 @@ def ranks_of_environment(environment: Mapping[str, str] | None = None) -> Ranks:
         has_store, prefix = False, "0"
     else:
         return Ranks()
+    if not 0 < port < 1 << 16:
+        raise MisuseError(f"`MASTER_PORT` is {port} in the environment, and must be below 65536")
     if not 0 <= number < count:
         raise MisuseError(f"the environment says that this is rank {number} of {count}")
     if count == 1:
@@ -234,5 +247,13 @@ def _connect(host: str, port: int, prefix: str, *, keeps: bool) -> Any:
     from torch import distributed  # noqa: PLC0415
 
     limit = timedelta(seconds=START_SECONDS)
-    store = distributed.TCPStore(host, port, is_master=keeps, wait_for_workers=False, timeout=limit)  # type: ignore[attr-defined]
-    return distributed.PrefixStore(f"ckpt-ema/{prefix}", store)  # type: ignore[attr-defined]
+    store = _stores.get((host, port))
+    if store is None:
+        store = distributed.TCPStore(host, port, is_master=keeps, wait_for_workers=False, timeout=limit)  # type: ignore[attr-defined]
+        _stores[host, port] = store
+    # The store outlives a fold, under torchrun even this process: what was said in one must mean nothing in the next.
+    return distributed.PrefixStore(f"ckpt-ema/{prefix}/{next(_fold_numbers)}", store)  # type: ignore[attr-defined]
+
+
+_stores: dict[tuple[str, int], Any] = {}
+_fold_numbers = itertools.count()

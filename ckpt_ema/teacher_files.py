@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 from ckpt_ema.dtypes import DType
 from ckpt_ema.formats.contents import PROVENANCE_FILE
 from ckpt_ema.formats.dcp import METADATA_NAME
+from ckpt_ema.teacher_folder import PIECES_NAME
 from ckpt_ema.writer import FileParts, Run, encode_header
 
-PIECES_NAME = "__0_0.distcp"
 ALIGNMENT = 64
 """torch's own for what is stored in a zip."""
 

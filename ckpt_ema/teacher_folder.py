@@ -13,6 +13,8 @@ from pathlib import Path
 
 from ckpt_ema.errors import CkptEmaError, UnreadableCheckpointError
 from ckpt_ema.formats import ModelFolder, read_contents
+from ckpt_ema.formats.contents import PROVENANCE_FILE
+from ckpt_ema.formats.dcp import METADATA_NAME
 from ckpt_ema.formats.folder import MODEL_STEM, SHARD_NAME, WEIGHTS_SUFFIX
 from ckpt_ema.writer import sync_folder, temporary_name, write_small_file
 
@@ -24,6 +26,8 @@ NEVER_COMPANION = re.compile(
 )
 CONFIGURATIONS = ("config.json", "adapter_config.json", "model_index.json")
 MAX_COMPANION_BYTES = 512 << 20
+PIECES_NAME = "__0_0.distcp"
+"""The tensors of a teacher that torch.distributed.checkpoint loads."""
 
 
 def is_model_folder(folder: ModelFolder | None) -> bool:
@@ -61,13 +65,16 @@ def folder_to_fill(target: Path) -> Iterator[Path]:
     if target.is_dir():
         yield target
         return
-    with new_folder(target) as temporary:
+    with new_folder(target, overwrite=False) as temporary:
         yield temporary
 
 
 @contextlib.contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
-    """An empty folder that takes the place of `target` at the end; what was there before goes as a whole."""
+def new_folder(target: Path, *, overwrite: bool) -> Iterator[Path]:
+    """An empty folder that takes the place of `target` at the end.
+
+    With `overwrite` also that of an older teacher's folder; what else lies in there stays.
+    """
     temporary = temporary_name(target)
     try:
         os.mkdir(temporary)
@@ -77,7 +84,7 @@ def new_folder(target: Path) -> Iterator[Path]:
         yield temporary
         try:
             sync_folder(temporary)
-            _take_place(temporary, target)
+            _take_place(temporary, target, overwrite=overwrite)
         except OSError as error:
             raise CkptEmaError(f"cannot write `{target}`: {error.strerror}") from error
         sync_folder(target.parent)
@@ -86,14 +93,19 @@ def new_folder(target: Path) -> Iterator[Path]:
         raise
 
 
-def _take_place(folder: Path, target: Path) -> None:
+def _take_place(folder: Path, target: Path, *, overwrite: bool) -> None:
     try:
         os.rename(folder, target)  # where nothing or an empty folder is
         return
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
-    # Folders cannot replace each other in one step: for a moment the old one has the name of something to be removed.
+    if not overwrite:
+        raise CkptEmaError(
+            f"`{target}` appeared while the teacher was being folded", hint="pass `--overwrite` or another `--output`"
+        )
+    check_replaceable(target)
+    # Folders cannot replace each other in one step: for a moment the old one has a hidden name.
     old = temporary_name(target)
     os.rename(target, old)
     try:
@@ -101,7 +113,23 @@ def _take_place(folder: Path, target: Path) -> None:
     except OSError:
         os.rename(old, target)
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    # Never a whole tree: what is not of the older teacher is somebody's work, and goes along.
+    for path in old.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            os.rename(path, target / path.name)
+        elif (target / path.name).exists() or _is_of_a_teacher(path.name):
+            path.unlink()
+        else:
+            os.rename(path, target / path.name)
+    old.rmdir()
+
+
+def _is_of_a_teacher(name: str) -> bool:
+    """Whether this tool calls files so that hold a teacher in a folder, whatever the format."""
+    if name in (METADATA_NAME, PIECES_NAME, PROVENANCE_FILE):
+        return True
+    stem = name.removesuffix(".index.json").removesuffix(".safetensors")
+    return stem != name and bool(MODEL_STEM.match(stem) or SHARD_NAME.match(name))
 
 
 @contextlib.contextmanager

@@ -460,3 +460,81 @@ def test_outputs_that_make_no_sense_are_misuse(run: Path, options: dict[str, Any
     output = options.pop("output", "t")
     with pytest.raises(MisuseError, match=says):
         ckpt_ema.plan(run, output, momentum=MOMENTUM, **options)
+
+
+@pytest.mark.parametrize("options", [{"shard_size_bytes": 500}, {"output_format": "dcp"}])
+def test_a_folder_that_students_lie_in_is_never_replaced(run: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    """Also where a teacher of this tool lies among them; and what else lies in a teacher's folder stays there."""
+    quiet_fold(run, run / "model.safetensors", momentum=MOMENTUM)
+    before = contents(run)
+    with pytest.raises(CkptEmaError):
+        quiet_fold(run, run, momentum=MOMENTUM, overwrite=True, **options)
+    assert contents(run) == before
+    target = quiet_fold(run, tmp_path / "t", momentum=MOMENTUM, shard_size_bytes=100).output
+    (target / "evaluation").mkdir()
+    (target / "evaluation" / "scores.json").write_text("{}")
+    (target / "notes.txt").write_text("mine")
+    quiet_fold(run, target, momentum=0.5, overwrite=True, **options)
+    assert (target / "notes.txt").read_text() == "mine"
+    assert (target / "evaluation" / "scores.json").exists()
+    fresh = quiet_fold(run, tmp_path / "fresh", momentum=0.5, **options).output
+    assert contents(fresh).items() <= contents(target).items()
+    assert len(contents(target)) == len(contents(fresh)) + 2
+
+
+@pytest.mark.parametrize("options", [{"shard_size_bytes": 500}, {"output_format": "dcp"}])
+def test_a_folder_that_appears_meanwhile_is_left_alone(run: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    """Somebody else's result of the same name."""
+
+    def appear(plan: Any) -> None:
+        (tmp_path / "t").mkdir()
+        (tmp_path / "t" / "precious.txt").write_text("theirs")
+
+    with pytest.raises(CkptEmaError, match="appeared while"):
+        ckpt_ema.fold(run, tmp_path / "t", momentum=MOMENTUM, announce=appear, **options)
+    assert contents(tmp_path / "t") == {"precious.txt": b"theirs"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "t"]
+
+
+@pytest.mark.parametrize("options", [{"shard_size_bytes": 500}, {"output_format": "dcp"}])
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_folder_may_be_called_like_a_file_of_weights(
+    run: Path, tmp_path: Path, options: dict[str, Any], exists: bool
+) -> None:
+    """Lightning's sharded checkpoints are folders called `x.ckpt`."""
+    if exists:
+        (tmp_path / "teacher.ckpt").mkdir()
+    report = quiet_fold(run, tmp_path / "teacher.ckpt", momentum=MOMENTUM, **options)
+    assert set(ckpt_ema.inspect(report.output).tensors) == {tensor.name for tensor in report.plan.tensors}
+
+
+TWICE = """
+import sys, time, ckpt_ema
+for number in (1, 2):
+    ranks = ckpt_ema.ranks_of_environment()
+    if number == 2 and ranks.number == 1:
+        time.sleep(2)
+    output = f"{sys.argv[2]}/{number}.safetensors"
+    ckpt_ema.fold(sys.argv[1], output, momentum=0.3, announce=lambda plan: None, ranks=ranks)
+"""
+
+
+def test_a_second_fold_waits_for_all_ranks_again(large_run: Path, tmp_path: Path) -> None:
+    """What was said in the first means nothing: a slow rank's part is not missing from the second teacher."""
+    script = tmp_path / "twice.py"
+    script.write_text(TWICE)
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    code, _, stderr = end(_process([*command, str(large_run), str(tmp_path)]))
+    assert code == 0, stderr
+    assert (tmp_path / "1.safetensors").read_bytes() == (tmp_path / "2.safetensors").read_bytes()
+
+
+def test_a_rank_that_cannot_plan_tells_the_others(run: Path, tmp_path: Path) -> None:
+    """It does not leave them waiting for somebody who never comes."""
+    store = SilentStore()
+    with pytest.raises(MisuseError, match="does not exist"):
+        quiet_fold(tmp_path / "nowhere", tmp_path / "t.safetensors", ranks=StoreRanks(1, 2, 1, lambda: store))
+    assert b"does not exist" in store.values["failed"]
+    store.set("folded/1", "1")  # what is there already does not count any more
+    with pytest.raises(CkptEmaError, match="another rank failed"), StoreRanks(0, 2, 0, lambda: store) as ranks:
+        ranks.wait_for_all("folded")

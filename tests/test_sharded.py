@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import shutil
@@ -15,7 +16,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import metadata as dcp_metadata
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
@@ -320,7 +321,8 @@ def test_pieces_that_overlap_are_refused_even_if_their_sizes_add_up(tmp_path: Pa
         ("relative_path", 7, "names a file that is none"),
         ("offset", -1, "no byte range"),
         ("offset", 3, "has a damaged directory"),
-        ("offset", 1 << 70, "truncated"),
+        ("offset", 1 << 70, "no byte range"),
+        ("offset", 1 << 50, "truncated"),
         ("length", 100, "truncated"),
         ("length", "x", "no byte range"),
         ("transform_descriptors", ["zstd"], "were transformed"),
@@ -373,6 +375,37 @@ def test_values_of_a_dtype_other_than_the_table_says_are_refused(cut: Path) -> N
     table.state_dict_metadata["fc.weight"].properties.dtype = torch.float64
     write_table(cut, table)
     assert "is float64, and a piece of it float32" in refusal(cut)
+
+
+def test_ranks_may_have_written_several_safetensors_files(tmp_path: Path) -> None:
+    """Each tensor in the file that its name belongs to; a file that is missing is said, and no tensor is lost."""
+    folder = tmp_path / "step-1"
+    folder.mkdir()
+    halves = {"a": torch.arange(8.0).view(4, 2), "b": torch.arange(6.0).view(2, 3)}
+    for rank in (1, 2):
+        for index, (name, tensor) in enumerate(halves.items(), start=1):
+            rows = len(tensor) // 2
+            info = json.dumps({name: {"saved_offsets": [(rank - 1) * rows, 0]}})
+            part = {name: tensor[(rank - 1) * rows : rank * rows].clone()}
+            path = folder / f"shard-{rank:05d}-model-{index:05d}-of-00002.safetensors"
+            save_file(part, path, metadata={"DCP_SHARDING_INFO": info})
+    quiet_fold([folder], tmp_path / "t.safetensors")
+    assert_same_bits(load_file(tmp_path / "t.safetensors"), halves)
+    for path in folder.glob("*-model-00002-*"):
+        path.unlink()
+    assert "1 of the 2 files" in refusal(folder)
+
+
+def test_tables_that_hold_themselves_are_walked_once(tmp_path: Path) -> None:
+    """A file per rank whose tables are nested in one another under many names."""
+    folder = tmp_path / "iter_1.pth"
+    folder.mkdir()
+    table: dict[str, Any] = {"w.weight": torch.ones(3)}
+    for number in range(200):
+        table[f"t{number}"] = table
+    torch.save({"state_dict": table, "meta": {"iter": 1}}, folder / "rank0.pth")
+    quiet_fold([folder], tmp_path / "t.safetensors")
+    assert set(load_file(tmp_path / "t.safetensors")) == {"w.weight"}
 
 
 # --- DeepSpeed --------------------------------------------------------------------------------------------------------
@@ -465,6 +498,18 @@ def test_a_missing_rank_is_said(saved_by_deepspeed: Path, tmp_path: Path, stage:
     with pytest.raises(CkptEmaError) as caught:
         quiet_fold([folder], tmp_path / "t.safetensors")
     assert says in str(caught.value)
+
+
+def test_partitions_of_two_dtypes_are_refused(saved_by_deepspeed: Path, tmp_path: Path) -> None:
+    """Never one rank's numbers read as another type."""
+    folder = tmp_path / "global_step6"
+    shutil.copytree(saved_by_deepspeed / "zero-2" / "global_step6", folder)
+    [path] = folder.glob("*rank_1_*optim_states.pt")
+    state = torch.load(path, weights_only=False)
+    optimizer = state["optimizer_state_dict"]
+    optimizer["single_partition_of_fp32_groups"] = [t.half() for t in optimizer["single_partition_of_fp32_groups"]]
+    torch.save(state, path)
+    assert "a piece of it float16" in refusal(folder)
 
 
 def test_models_cut_across_ranks_say_what_converts_them(saved_by_deepspeed: Path, tmp_path: Path) -> None:

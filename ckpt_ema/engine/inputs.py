@@ -31,7 +31,7 @@ class InputFiles:
         self._opened: dict[SourceFile, InputFile] = {}
 
     def __enter__(self) -> InputFiles:
-        _allow_open_files(len(self._files))
+        allow_open_files(len(self._files))
         # What was listed for the plan may be old.
         forget_listings()
         try:
@@ -69,7 +69,7 @@ class InputFiles:
         self._opened.clear()
 
 
-def _allow_open_files(count: int) -> None:
+def allow_open_files(count: int) -> None:
     """50 checkpoints of 30 shards are more files than a shell allows by default; raise our own soft limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = count + 64
@@ -257,7 +257,7 @@ def _preadv_all(file: InputFile, buffers: list[memoryview], offset: int) -> None
                     hint="wait until the trainer has finished the checkpoint, then run the same command again",
                 )
     except OSError as error:
-        raise CkptEmaError(f"cannot read `{file.path}` at byte {offset}: {error.strerror}") from error
+        raise CkptEmaError(f"cannot read `{file.path}` at byte {offset}: {error.strerror or error}") from error
 
 
 def _skip(buffers: list[memoryview], num_bytes: int) -> list[memoryview]:

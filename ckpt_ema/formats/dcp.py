@@ -198,7 +198,7 @@ def _piece(value: Any) -> Piece:
         raise _NoTableError("says that its pieces were transformed (compressed or encrypted), which is not read")
     if not isinstance(name, str) or not _is_plain_name(name):
         raise _NoTableError(f"names a file that is none: {ascii(name)[:80]}")
-    if type(begin) is not int or type(length) is not int or begin < 0 or length < 0:
+    if type(begin) is not int or type(length) is not int or not (0 <= begin < 1 << 62 and 0 <= length < 1 << 62):
         raise _NoTableError("places a piece at something that is no byte range")
     return Piece(name, begin, length)
 

@@ -189,8 +189,10 @@ def _flats(partition: _Table, key: str) -> list[TensorRange]:
     """A rank's vectors of float32, one per group."""
     optimizer = partition.table.get("optimizer_state_dict")
     groups = optimizer.get(key) if isinstance(optimizer, dict) else None
-    if not isinstance(groups, (list, tuple)) or not all(
-        isinstance(group, PickledTensor) and len(group.shape) == 1 for group in groups
+    if (
+        not isinstance(groups, (list, tuple))
+        or not groups
+        or not all(isinstance(group, PickledTensor) and len(group.shape) == 1 for group in groups)
     ):
         raise partition.refuse(f"holds no `{key}`")
     located = partition.locate({str(number): group for number, group in enumerate(groups)})

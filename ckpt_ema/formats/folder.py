@@ -29,7 +29,7 @@ NEVER_STUDENTS = re.compile(
     r"|training_args|trainer_state|recipe_state|optim|opt(?=\d)|zero_pp_rank|bf16_zero_pp_rank|events\.out)([_.\-\d].*)?$"
 )
 # torch.distributed.checkpoint's safetensors: each rank's pieces of a model that is cut into files.
-DCP_SHARD_NAME = re.compile(r"^shard-(?P<rank>\d+)-model-\d+-of-\d+\.safetensors$")
+DCP_SHARD_NAME = re.compile(r"^shard-(?P<rank>\d+)-model-(?P<index>\d+)-of-(?P<count>\d{1,5})\.safetensors$")
 SHARDING_KEY = "DCP_SHARDING_INFO"
 
 
@@ -127,11 +127,16 @@ def _find_models(folder: Path, *, check: bool = True) -> dict[str, list[Path]]:
 
 
 def _find_shards_without_index(folder: Path, names: list[str], *, check: bool) -> dict[str, list[Path]]:
-    ranks = {int(match["rank"]): folder / name for name in names if (match := DCP_SHARD_NAME.match(name))}
-    if ranks:
-        if check and sorted(ranks) != list(range(1, len(ranks) + 1)):
+    pieces = [(match, folder / name) for name in names if (match := DCP_SHARD_NAME.match(name))]
+    if pieces:
+        ranks = {int(match["rank"]) for match, _ in pieces}
+        files = {int(match["index"]) for match, _ in pieces}
+        if check and ranks != set(range(1, len(ranks) + 1)):
             raise UnreadableCheckpointError(f"`{folder}` has the shards of {len(ranks)} of {max(ranks)} ranks")
-        return {"model": [ranks[rank] for rank in sorted(ranks)]}
+        count = max(int(match["count"]) for match, _ in pieces)
+        if check and files != set(range(1, count + 1)):
+            raise UnreadableCheckpointError(f"`{folder}` has {len(files)} of the {count} files that ranks wrote")
+        return {"model": [path for _, path in pieces]}
     shards: dict[tuple[str, int], list[tuple[int, Path]]] = defaultdict(list)
     for name in names:
         match = SHARD_NAME.match(name)

@@ -48,7 +48,7 @@ def read_rank_files(folder: Path) -> Contents:
         for (path, (offsets, _)), stored in zip(found.items(), located.values(), strict=True):
             if isinstance(stored, TensorRange):
                 boxes.setdefault(path[:-1], []).append((offsets, stored))
-    tree = _located(parts[0], parts[0].tree, 0)
+    tree = _located(parts[0], parts[0].tree, 0, {})
     for path, value in _sharded(parts[0].tree):
         if path[-1].endswith("_flat_param"):
             raise UnreadableCheckpointError(
@@ -63,14 +63,19 @@ def read_rank_files(folder: Path) -> Contents:
     return Contents(folder, f"torch.save files of {len(parts)} ranks", files, tree)
 
 
-def _sharded(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Inert]]:
+def _sharded(
+    tree: Any, path: tuple[str, ...] = (), seen: set[int] | None = None
+) -> Iterator[tuple[tuple[str, ...], Inert]]:
+    # Each table once: one that holds itself under a hundred names has more paths than can be walked.
+    seen = set() if seen is None else seen
+    seen.add(id(tree))
     for key, value in tree.items() if isinstance(tree, dict) else ():
         if not isinstance(key, str):
             continue
         if _is_sharded_tensor(value):
             yield (*path, key), value
-        elif len(path) < MAX_DEPTH:
-            yield from _sharded(value, (*path, key))
+        elif len(path) < MAX_DEPTH and id(value) not in seen:
+            yield from _sharded(value, (*path, key), seen)
 
 
 def _is_sharded_tensor(value: Any) -> bool:
@@ -81,12 +86,17 @@ def _is_sharded_tensor(value: Any) -> bool:
     return isinstance(kind, type) and issubclass(kind, Inert) and kind.qualified_name.endswith(".ShardedTensor")
 
 
-def _located(part: Contents, tree: Any, depth: int) -> Any:
+def _located(part: Contents, tree: Any, depth: int, known: dict[int, dict[Any, Any]]) -> Any:
     """A copy of a tree whose tensors are byte ranges, so that they may come from several files."""
     if not isinstance(tree, dict) or depth > MAX_DEPTH:
         return tree
+    if id(tree) in known:
+        return known[id(tree)]
+    copy = known[id(tree)] = {}
     found = part.locate({str(key): value for key, value in tree.items() if isinstance(value, PickledTensor)})
-    return {key: found.get(str(key)) or _located(part, value, depth + 1) for key, value in tree.items()}
+    for key, value in tree.items():
+        copy[key] = found.get(str(key)) or _located(part, value, depth + 1, known)
+    return copy
 
 
 def _local_shards(value: Inert) -> Iterator[Box]:

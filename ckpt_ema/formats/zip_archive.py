@@ -76,7 +76,7 @@ class ZipArchive:
             try:
                 header = pread(header_size, self._begin + header_offset)
             except OSError as error:
-                raise self._refuse(f"cannot be read at byte {header_offset}: {error.strerror}") from error
+                raise self._refuse(f"cannot be read at byte {header_offset}: {error.strerror or error}") from error
             if len(header) < header_size:
                 raise self._refuse(f"is truncated: record `{name}` begins behind its end")
             magic, name_length, extra_length = unpack(header)
@@ -113,7 +113,7 @@ class ZipArchive:
                 if zip64[:4] != b"PK\x06\x06":
                     raise self._refuse("lies about where its directory is")
                 count, directory_size, directory_offset = struct.unpack("<QQQ", zip64[32:56])
-        if directory_offset + directory_size > end_offset:
+        if directory_size > MAX_SMALL_BYTES or directory_offset + directory_size > end_offset:
             raise self._refuse("lies about where its directory is")
         known = directory_offset - (size - tail_size)
         directory = tail[known : known + directory_size] if known >= 0 else read(directory_size, directory_offset)
