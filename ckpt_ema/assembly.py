@@ -6,11 +6,10 @@ runs (DeepSpeed's partitions). Boxes of whole rows are runs as well, and are rea
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ckpt_ema.byte_ranges import TensorRange, count_elements
+from ckpt_ema.byte_ranges import TensorRange, contiguous_strides, count_elements
 from ckpt_ema.dtypes import DType
 
 # A grid of 100 times 100; more is no sharding, and finding overlaps among them would take for ever.
@@ -83,7 +82,7 @@ def assemble_boxes(
         return filled[0][1]._replace(shape=shape)
     if len(filled) > MAX_BOXES:
         raise AssemblyError(f"is stored in {len(filled)} pieces, above the limit of {MAX_BOXES}")
-    steps = _row_major_steps(shape)
+    steps = contiguous_strides(shape)
     firsts = [sum(map(int.__mul__, offsets, steps)) for offsets, _ in filled]
     order = sorted(range(len(filled)), key=firsts.__getitem__)
     filled = [filled[i] for i in order]
@@ -115,10 +114,6 @@ def assemble_runs(
     if len(parts) == 1:
         return parts[0]._replace(shape=shape)
     return AssembledTensor(dtype, shape, Runs(tuple(starts)), tuple(parts))
-
-
-def _row_major_steps(shape: Sequence[int]) -> list[int]:
-    return [math.prod(shape[d + 1 :]) for d in range(len(shape))]
 
 
 def _is_run(sizes: Sequence[int], shape: Sequence[int]) -> bool:

@@ -212,6 +212,11 @@ def count_elements(shape: tuple[int, ...]) -> int:
     return math.prod(shape)
 
 
+def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """Elements between neighbours per dimension, in row-major order without gaps."""
+    return tuple(math.prod(shape[d + 1 :]) for d in range(len(shape)))
+
+
 def is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     """Whether the elements lie in row-major order without gaps; strides of dimensions of size 1 do not matter."""
     expected = 1

@@ -172,9 +172,7 @@ def _open_teachers(
     stack: contextlib.ExitStack, planned: FoldPlan, outputs: Sequence[TeacherFiles], ranks: Ranks
 ) -> list[Teacher]:
     """The teachers' files: made by the first rank, opened by the others."""
-    allow_open_files(
-        len({file for layout in planned.layouts for file in layout.files}) + sum(len(each.parts) for each in outputs)
-    )
+    allow_open_files(len(planned.input_files) + sum(len(each.parts) for each in outputs))
     if ranks.is_first:
         needed = sum(files.size for files in outputs)
         made = []

@@ -118,7 +118,8 @@ def _check_output(planned: FoldPlan, target: Path) -> None:
         if not target.is_dir():
             raise CkptEmaError(f"`{target}` is a file, the teacher a folder", hint="pass another `--output`")
         check_replaceable(target)
-        _check_no_input_inside(planned, target)
+        if planned.options.writes_folder:  # which takes the place of what is there
+            _check_no_input_inside(planned, target)
     elif target.is_dir():
         raise CkptEmaError(f"`{target}` is a folder, the teacher a file", hint="pass another `--output`")
     elif target.exists():
@@ -128,18 +129,17 @@ def _check_output(planned: FoldPlan, target: Path) -> None:
 def _check_no_input_inside(planned: FoldPlan, target: Path) -> None:
     """Refuse to put a folder in the place of one that students lie in."""
     inside = target.resolve()
-    for layout in planned.layouts:
-        for file in layout.files:
-            if planned.options.writes_folder and inside in file.path.resolve().parents:
-                raise CkptEmaError(
-                    f"`{file.path}` lies in `{target}`, which the teacher would take the place of",
-                    hint="pass another `--output`",
-                )
+    for file in planned.input_files:
+        if inside in file.path.resolve().parents:
+            raise CkptEmaError(
+                f"`{file.path}` lies in `{target}`, which the teacher would take the place of",
+                hint="pass another `--output`",
+            )
 
 
 def _check_no_student(planned: FoldPlan, target: Path) -> None:
     """Refuse to replace a checkpoint: `--overwrite` is for teachers, and for files that hold nothing."""
-    inputs = {file.identity for layout in planned.layouts for file in layout.files}
+    inputs = {file.identity for file in planned.input_files}
     identity = identity_of(target)
     if planned.options.init is not None and identity_of(as_path(planned.options.init)) == identity:
         return  # going on from a teacher in its own place

@@ -92,7 +92,6 @@ class StoreRanks(Ranks):
             self._store = self._connect()
         beat = functools.partial(self._beat, self._store, self._ended)
         threading.Thread(target=beat, name="heartbeat", daemon=True).start()
-        self.arrive("start")
         return self
 
     def __exit__(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ckpt_ema.blocks import Accumulate, BlockPlan
+from ckpt_ema.byte_ranges import SourceFile
 from ckpt_ema.catalogue import TeacherTensor
 from ckpt_ema.errors import MisuseError
 from ckpt_ema.layouts import Layout
@@ -412,6 +413,11 @@ class FoldPlan:
     def inputs(self) -> tuple[FoldedCheckpoint, ...]:
         """All that is folded, in order."""
         return (*self.averages, *self.checkpoints)
+
+    @property
+    def input_files(self) -> tuple[SourceFile, ...]:
+        """Every file that is read, once."""
+        return tuple(dict.fromkeys(file for layout in self.layouts for file in layout.files))
 
     @property
     def output(self) -> Path:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import pickle
 import struct
 from collections import OrderedDict
@@ -15,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from ckpt_ema.byte_ranges import contiguous_strides, count_elements
 from ckpt_ema.dtypes import DType
 from ckpt_ema.formats.contents import PROVENANCE_FILE
 from ckpt_ema.formats.dcp import METADATA_NAME
@@ -139,12 +139,11 @@ def _tensor_pickle(dtype: DType, shape: tuple[int, ...]) -> bytes:
     storage = _StorageStub()
     # Younger dtypes have no storage class, and are named beside untyped bytes.
     typed = getattr(torch, dtype.storage or "", None)
-    num_stored = math.prod(shape) * (1 if typed else dtype.itemsize)
+    num_stored = count_elements(shape) * (1 if typed else dtype.itemsize)
 
     class Tensor:
         def __reduce__(self) -> Any:
-            strides = tuple(math.prod(shape[d + 1 :]) for d in range(len(shape)))
-            arguments: tuple[Any, ...] = (storage, 0, shape, strides, False, OrderedDict())
+            arguments: tuple[Any, ...] = (storage, 0, shape, contiguous_strides(shape), False, OrderedDict())
             if typed is None:
                 return torch._utils._rebuild_tensor_v3, (*arguments, getattr(torch, dtype.name))
             return torch._utils._rebuild_tensor_v2, arguments

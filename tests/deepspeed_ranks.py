@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import faulthandler
 import os
-import sys
 from pathlib import Path
 
 os.environ["DS_ACCELERATOR"] = "cpu"
@@ -12,6 +10,7 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 import deepspeed
 import torch
 import torch.distributed as dist
+from rank_process import run_as_rank
 from torch import nn
 
 STEPS = (2, 4, 6)
@@ -64,7 +63,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    faulthandler.enable()
-    main(Path(sys.argv[1]))
-    sys.stderr.flush()
-    os._exit(0)  # see online_ranks.py
+    run_as_rank(main)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import faulthandler
-import os
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from rank_process import run_as_rank
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -120,9 +118,4 @@ def check_all_ranks_skip_together(mesh: DeviceMesh) -> None:
 
 
 if __name__ == "__main__":
-    faulthandler.enable()
-    main(Path(sys.argv[1]))
-    sys.stderr.flush()
-    # Everything is checked. An orderly end would let torch's own threads race with the interpreter's, and abort
-    # ("terminate called without an active exception") one time in many.
-    os._exit(0)
+    run_as_rank(main)

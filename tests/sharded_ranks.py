@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import faulthandler
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from rank_process import run_as_rank
 from torch import nn
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
@@ -107,7 +105,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    faulthandler.enable()
-    main(Path(sys.argv[1]))
-    sys.stderr.flush()
-    os._exit(0)  # see online_ranks.py
+    run_as_rank(main)

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -22,7 +19,7 @@ from torch import nn
 
 import ckpt_ema
 from ckpt_ema import CkptEmaError, MeanTeacher, MisuseError
-from tests.conftest import Outcome, assert_same_bits, quiet_fold
+from tests.conftest import Outcome, assert_same_bits, quiet_fold, start_ranks
 
 MOMENTUM = 0.1
 
@@ -847,18 +844,7 @@ def test_half_life_is_the_steps_after_which_a_share_has_halved(student: Student)
 
 def test_sharded_replicated_and_bare_students_have_one_teacher(tmp_path: Path) -> None:
     """FSDP2 and DDP on two real ranks: same bits, each rank its own part, saved by torch.distributed.checkpoint."""
-    worker = Path(__file__).with_name("online_ranks.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*command, str(worker), str(tmp_path)],
-        cwd=Path(__file__).parent.parent,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    start_ranks("online_ranks.py", 2, tmp_path)
 
 
 # --- on a GPU ---------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import torch
 
 from ckpt_ema.assembly import Box, Runs
 from ckpt_ema.blocks import Block
+from ckpt_ema.byte_ranges import contiguous_strides
 from ckpt_ema.dtypes import DType
 from ckpt_ema.engine.buffers import Buffer
 from ckpt_ema.engine.inputs import InputFiles, LaneExtents, read_span, stored_dtype
@@ -52,7 +53,7 @@ def gather_block(
             out = whole
             for d, ((first, size), (begin, _)) in enumerate(zip(shared, region, strict=True)):
                 out = out.narrow(d, first - begin, size)
-            strides = box.strides or _contiguous_strides(box.sizes)
+            strides = box.strides or contiguous_strides(box.sizes)
             base = sum(
                 (first - begin) * stride for (first, _), begin, stride in zip(shared, box.offsets, strides, strict=True)
             )
@@ -71,10 +72,6 @@ def _shared(region: Region, box: Box) -> Region | None:
             return None
         shared.append((first, stop - first))
     return tuple(shared)
-
-
-def _contiguous_strides(sizes: Sequence[int]) -> list[int]:
-    return [math.prod(sizes[d + 1 :]) for d in range(len(sizes))]
 
 
 def _read_region(

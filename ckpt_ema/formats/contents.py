@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -114,3 +115,16 @@ def is_plain_name(name: object) -> bool:
         and name not in (".", "..")
         and not any(character in name for character in "/\\\0")
     )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON table beside weights; raises UnreadableCheckpointError for anything else."""
+    try:
+        if path.stat().st_size > 256 << 20:
+            raise UnreadableCheckpointError(f"`{path}` has {path.stat().st_size} bytes, too many for a table")
+        table = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UnreadableCheckpointError(f"`{path}` is not valid JSON: {error}") from error
+    if not isinstance(table, dict):
+        raise UnreadableCheckpointError(f"`{path}` is not a JSON table")
+    return table

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,8 +16,9 @@ from ckpt_ema.assembly import AssemblyError, StoredTensor, assemble_boxes
 from ckpt_ema.byte_ranges import InputFile, SourceFile, TensorRange, open_input, read_exactly
 from ckpt_ema.dtypes import DType
 from ckpt_ema.errors import UnreadableCheckpointError
-from ckpt_ema.formats.contents import PROVENANCE_FILE, Contents, is_plain_name, read_file
-from ckpt_ema.formats.pickles import Inert, PickledTensor
+from ckpt_ema.formats.contents import PROVENANCE_FILE, Contents, is_plain_name, read_file, read_json
+from ckpt_ema.formats.pickle_scan import MalformedPickleError
+from ckpt_ema.formats.pickles import Inert, PickledTensor, sizes_of
 from ckpt_ema.formats.torch_save import load_pickle, read_zip_within
 from ckpt_ema.formats.zip_archive import CHECKSUM_OFFSET, MAX_SMALL_BYTES, ZIP_MAGIC
 
@@ -105,12 +105,14 @@ def read_dcp(folder: Path) -> Contents:
 
 def _provenance(folder: Path) -> dict[str, str]:
     """What this tool wrote beside a teacher of its own."""
-    try:
-        with (folder / PROVENANCE_FILE).open("rb") as file:
-            table = json.loads(file.read(MAX_SMALL_BYTES))
-    except (OSError, ValueError, RecursionError):
+    path = folder / PROVENANCE_FILE
+    if not path.is_file():
         return {}
-    return {k: v for k, v in table.items() if isinstance(v, str)} if isinstance(table, dict) else {}
+    try:
+        table = read_json(path)
+    except UnreadableCheckpointError:
+        return {}
+    return {key: value for key, value in table.items() if isinstance(value, str)}
 
 
 class _NoTableError(Exception):
@@ -178,14 +180,10 @@ def _state_of(value: Any, class_name: str) -> Mapping[str, Any]:
 
 
 def _sizes(value: Any) -> tuple[int, ...]:
-    if isinstance(value, Inert) and value.qualified_name == "torch.Size" and len(value.arguments) == 1:
-        value = value.arguments[0]
-    if not isinstance(value, (list, tuple)) or len(value) > 64:
-        raise _NoTableError("has something else where a shape should be")
-    for size in value:  # three times as fast as `all` of a generator, and there are three shapes per piece
-        if type(size) is not int or not 0 <= size < 1 << 63:
-            raise _NoTableError("has a shape that is not made of sizes")
-    return tuple(value)
+    try:
+        return sizes_of(value)
+    except MalformedPickleError as error:
+        raise _NoTableError(f"has {error}") from None
 
 
 _is_plain_name = functools.lru_cache(maxsize=4096)(is_plain_name)  # a file has many pieces

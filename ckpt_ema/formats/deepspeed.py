@@ -19,7 +19,8 @@ from ckpt_ema.assembly import AssemblyError, StoredTensor, assemble_runs
 from ckpt_ema.byte_ranges import TensorRange, count_elements, expect_tables
 from ckpt_ema.errors import UnreadableCheckpointError
 from ckpt_ema.formats.contents import Contents, is_plain_name, read_file
-from ckpt_ema.formats.pickles import Inert, PickledTensor
+from ckpt_ema.formats.pickle_scan import MalformedPickleError
+from ckpt_ema.formats.pickles import Inert, PickledTensor, sizes_of
 
 LATEST_NAME = "latest"
 MODEL_FILE = re.compile(r"^(?:zero_pp_rank_(?P<rank>\d+)_)?mp_rank_(?P<part>\d+)_model_states\.pt$")
@@ -173,15 +174,12 @@ def _as_list(value: Any) -> Sequence[Any]:
 def _shapes(state: _Table, group: Any) -> dict[str, tuple[int, ...]]:
     shapes = {}
     for name, size in group.items() if isinstance(group, dict) else ():
-        sizes = size.arguments[0] if isinstance(size, Inert) and len(size.arguments) == 1 else size
-        if (
-            not isinstance(name, str)
-            or not isinstance(sizes, (list, tuple))
-            or len(sizes) > 64
-            or not all(type(n) is int and 0 <= n < 1 << 63 for n in sizes)
-        ):
-            raise state.refuse("gives a parameter a shape that is none")
-        shapes[name] = tuple(sizes)
+        if not isinstance(name, str):
+            raise state.refuse("gives a parameter a name that is no text")
+        try:
+            shapes[name] = sizes_of(size)
+        except MalformedPickleError:
+            raise state.refuse("gives a parameter a shape that is none") from None
     return shapes
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from ckpt_ema.assembly import AssemblyError, StoredTensor, assemble_boxes
 from ckpt_ema.byte_ranges import SourceFile, TensorRange, expect_tables
 from ckpt_ema.errors import UnreadableCheckpointError
-from ckpt_ema.formats.contents import Contents, ModelFolder, is_plain_name, read_file
+from ckpt_ema.formats.contents import Contents, ModelFolder, is_plain_name, read_file, read_json
 from ckpt_ema.formats.dcp import is_dcp_folder, read_dcp
 from ckpt_ema.formats.deepspeed import folder_of_latest, is_deepspeed_folder, read_deepspeed
 from ckpt_ema.formats.pickles import PickledTensor
@@ -179,7 +179,7 @@ def _read_model(files: list[Path]) -> Contents:
 
 
 def _read_index(path: Path) -> tuple[list[Path], dict[str, str]]:
-    index = _read_json(path)
+    index = read_json(path)
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UnreadableCheckpointError(f"`{path}` has no `weight_map`")
@@ -267,19 +267,7 @@ def _flat_tensors(contents: Contents) -> dict[str, TensorRange | PickledTensor]:
 
 def _read_trainer_state(folder: Path) -> dict[str, Any]:
     path = folder / "trainer_state.json"
-    return _read_json(path) if path.is_file() else {}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > 256 << 20:
-            raise UnreadableCheckpointError(f"`{path}` has {path.stat().st_size} bytes, too many for a table")
-        table = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise UnreadableCheckpointError(f"`{path}` is not valid JSON: {error}") from error
-    if not isinstance(table, dict):
-        raise UnreadableCheckpointError(f"`{path}` is not a JSON table")
-    return table
+    return read_json(path) if path.is_file() else {}
 
 
 def is_sharded(folder: Path) -> bool:

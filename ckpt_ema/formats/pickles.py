@@ -163,6 +163,17 @@ def _as_tuple(value: Any) -> tuple[Any, ...]:
     return tuple(value)
 
 
+def sizes_of(value: Any) -> tuple[int, ...]:
+    """A shape, or the first index per dimension of a part of a tensor; raises MalformedPickleError for what is none."""
+    sizes = _as_tuple(value)
+    if len(sizes) > MAX_DIMENSIONS:
+        raise MalformedPickleError("something else where a shape should be")
+    for size in sizes:  # three times as fast as `all` of a generator, and a sharded checkpoint has three per piece
+        if type(size) is not int or not 0 <= size < 1 << 63:
+            raise MalformedPickleError("a shape that is not made of sizes")
+    return sizes
+
+
 def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_rest: Any) -> PickledTensor:
     if type(storage) is not PickledStorage:
         raise MalformedPickleError("a tensor without a storage")

@@ -5,16 +5,18 @@ Each file holds the whole state, with `ShardedTensor` objects whose local shards
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 from ckpt_ema.assembly import AssemblyError, StoredTensor, assemble_boxes
 from ckpt_ema.byte_ranges import TensorRange
 from ckpt_ema.errors import UnreadableCheckpointError
 from ckpt_ema.formats.contents import Contents, read_file
-from ckpt_ema.formats.pickles import MAX_DIMENSIONS, Inert, PickledTensor
+from ckpt_ema.formats.pickle_scan import MalformedPickleError
+from ckpt_ema.formats.pickles import Inert, PickledTensor, sizes_of
 
 RANK_FILE = re.compile(r"^rank(?P<rank>\d{1,6})\.pth$")
 MAX_DEPTH = 4
@@ -103,21 +105,22 @@ def _local_shards(value: Inert) -> Iterator[Box]:
     shards = value.state[0] if isinstance(value.state, tuple) and value.state else ()
     for shard in shards if isinstance(shards, (list, tuple)) else ():
         state = _table(shard)
-        offsets = _table(state.get("metadata")).get("shard_offsets")
         piece = state.get("tensor")
-        if isinstance(piece, PickledTensor) and is_shape(offsets):
-            yield tuple(offsets), piece
+        if isinstance(piece, PickledTensor):
+            with contextlib.suppress(MalformedPickleError):
+                yield sizes_of(_table(state.get("metadata")).get("shard_offsets")), piece
 
 
 def _assembled(folder: Path, name: str, value: Inert, boxes: list[tuple[tuple[int, ...], TensorRange]]) -> StoredTensor:
     metadata = value.state[1] if isinstance(value.state, tuple) and len(value.state) > 1 else None
-    size = _table(metadata).get("size")
-    if isinstance(size, Inert) and len(size.arguments) == 1:
-        size = size.arguments[0]
-    if not is_shape(size) or not boxes:
+    try:
+        shape = sizes_of(_table(metadata).get("size"))
+    except MalformedPickleError:
+        shape = None
+    if shape is None or not boxes:
         raise UnreadableCheckpointError(f"`{folder}`: tensor `{name}` is cut into pieces that are not described")
     try:
-        return assemble_boxes(boxes[0][1].dtype, tuple(size), boxes)
+        return assemble_boxes(boxes[0][1].dtype, shape, boxes)
     except AssemblyError as error:
         raise UnreadableCheckpointError(f"`{folder}`: tensor `{name}` {error}") from None
 
@@ -127,12 +130,3 @@ def _table(value: Any) -> dict[Any, Any]:
     if isinstance(state, tuple) and len(state) == 2:  # of a class with slots: (no dict, slots)
         state = state[1]
     return state if isinstance(state, dict) else {}
-
-
-def is_shape(value: Any) -> TypeGuard[Sequence[int]]:
-    """Whether a stranger's value may be a shape, or the first indices of a box."""
-    return (
-        isinstance(value, (list, tuple))
-        and len(value) <= MAX_DIMENSIONS
-        and all(type(size) is int and 0 <= size < 1 << 63 for size in value)
-    )
