@@ -11,6 +11,7 @@ import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from typing import Literal
 
 from ckpt_ema.byte_ranges import count_elements
@@ -108,6 +109,11 @@ class Block:
     def position(self) -> int:
         """First byte in the teacher's data section."""
         return self.lane.begin + self.begin * self.lane.dtype.itemsize
+
+    @property
+    def end_position(self) -> int:
+        """Behind its last byte there."""
+        return self.lane.begin + self.end * self.lane.dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,6 +252,32 @@ def plan_of_rank(plan: BlockPlan, number: int, count: int) -> BlockPlan:
         if begin < end:
             lanes.append(replace(lane, span=(begin, end)))
         before += lane.num_elements * cost
+    return _with_lanes(plan, lanes)
+
+
+def without(plan: BlockPlan, finished: Sequence[tuple[int, int]]) -> BlockPlan:
+    """What of a plan is left where byte ranges of the teacher's data section, in order and disjoint, are finished."""
+    if not finished:
+        return plan
+    lanes = []
+    for lane in plan.lanes:
+        first, stop = (lane.begin + element * lane.dtype.itemsize for element in lane.span)
+        for begin, end in finished[bisect.bisect_left(finished, first, key=itemgetter(1)) :]:
+            if begin >= stop:
+                break
+            lanes.append(_between(lane, first, min(begin, stop)))
+            first = max(first, end)
+        lanes.append(_between(lane, first, stop))
+    return _with_lanes(plan, [lane for lane in lanes if lane.span[0] < lane.span[1]])
+
+
+def _between(lane: Lane, begin: int, end: int) -> Lane:
+    """The lane's elements in bytes `[begin, end)` of the data section; where these cut one, all of it."""
+    size = lane.dtype.itemsize
+    return replace(lane, span=((begin - lane.begin) // size, -(-(end - lane.begin) // size)))
+
+
+def _with_lanes(plan: BlockPlan, lanes: Sequence[Lane]) -> BlockPlan:
     to_read = sum((lane.span[1] - lane.span[0]) * sum(d.itemsize for d in lane.input_dtypes) for lane in lanes)
     return replace(plan, lanes=tuple(lanes), bytes_to_read=to_read)
 

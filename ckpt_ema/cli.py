@@ -385,6 +385,11 @@ def _with_options(command: Command, changed: dict[str, Command | None]) -> Comma
             help="Budget for buffers.",
         ),
         "overwrite": click.option("--overwrite", is_flag=True, help="Replace an existing teacher."),
+        "resume": click.option(
+            "--resume",
+            is_flag=True,
+            help="Go on with a fold that was stopped, where there is one; and keep what this one does, should it stop.",
+        ),
         "json": click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout."),
         "quiet": click.option("-q", "--quiet", is_flag=True, help="No progress, no summary; warnings and errors only."),
         "verbose": click.option("-v", "--verbose", is_flag=True, help="List every tensor and every difference."),
@@ -509,12 +514,15 @@ def _carry_out(
     Under torchrun or srun the first rank alone says something, and whoever fails.
     """
     from ckpt_ema import report  # noqa: PLC0415
+    from ckpt_ema.journal import done_share  # noqa: PLC0415
     from ckpt_ema.ranks import OtherRankFailedError  # noqa: PLC0415
 
     ranks = ckpt_ema.ranks_of_environment()
     quiet = quiet or not ranks.is_first
+    begun: list[FoldPlan] = []
 
     def announce(planned: FoldPlan) -> None:
+        begun.append(planned)
         if planned.predictions and not quiet:
             click.echo(report.predictions_text(planned), err=True)
         if verbose and not quiet:
@@ -533,6 +541,9 @@ def _carry_out(
             if ranks.is_first:
                 raise
             sys.exit(1)  # the rank that failed says why, and the first one that nothing was written
+        finally:
+            if begun and (share := done_share(begun[0].output)) is not None:
+                click.echo(f"{share:.0%} is done: the same command with `--resume` goes on from there", err=True)
     if not ranks.is_first:
         return
     if not quiet:

@@ -9,14 +9,18 @@ class CkptEmaError(Exception):
     """Something failed in a way the user can mend.
 
     `message` says what, where and both values; `details` are lines below it (all of them; whoever prints
-    decides how many to show); `hint` says what to type.
+    decides how many to show); `hint` says what to type. `may_pass`: the same may succeed later, as where a disk was
+    full or a server did not answer.
     """
 
-    def __init__(self, message: str, *, details: Sequence[str] = (), hint: str | None = None) -> None:
+    def __init__(
+        self, message: str, *, details: Sequence[str] = (), hint: str | None = None, may_pass: bool = False
+    ) -> None:
         super().__init__(message)
         self.message = message
         self.details = tuple(details)
         self.hint = hint
+        self.may_pass = may_pass
 
     def __str__(self) -> str:
         lines = [self.message, *(f"  {line}" for line in self.details)]

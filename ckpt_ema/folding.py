@@ -17,12 +17,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ckpt_ema.blocks import BlockPlan, plan_of_rank
+from ckpt_ema.blocks import Block, BlockPlan, plan_of_rank, without
 from ckpt_ema.engine.contract import Engine, NonFinite, NonFiniteBlockError, Task, Teacher
 from ckpt_ema.engine.inputs import InputFiles, allow_open_files
 from ckpt_ema.errors import CkptEmaError
+from ckpt_ema.fingerprints import fingerprint
 from ckpt_ema.formats import forget_tables
-from ckpt_ema.outputs import check_outputs
+from ckpt_ema.journal import Blocks, Journal, Range, open_blocks
+from ckpt_ema.outputs import check_outputs, check_parents
 from ckpt_ema.planning import plan_fold
 from ckpt_ema.provenance import teacher_metadata
 from ckpt_ema.ranks import Ranks
@@ -30,7 +32,7 @@ from ckpt_ema.records import FoldOptions, FoldPlan, FoldReport, PathLike, Recons
 from ckpt_ema.teacher_files import Entry, TeacherFiles, dcp_files, one_file, shard_files
 from ckpt_ema.teacher_folder import folder_to_fill, is_model_folder, new_folder, staged_companions
 from ckpt_ema.timings import Timings
-from ckpt_ema.writer import SharedFile, SpreadFiles, TeacherFile, write_small_file
+from ckpt_ema.writer import Draft, SharedFile, SpreadFiles, TeacherFile, write_small_file
 
 Progress = Callable[[int, int], None]
 """Told (bytes read so far, bytes to read in all)."""
@@ -80,7 +82,8 @@ def fold(
     the place of this one (`ranks_of_environment()`); all of them return when the teacher is there.
 
     Raises CkptEmaError; then nothing was written and an existing teacher is untouched. Of several teachers each
-    appears whole or not at all, one after the other when all are finished.
+    appears whole or not at all, one after the other when all are finished. What a fold had done when it was killed,
+    or failed after ten seconds or more, stays under hidden names beside its output; `resume=True` goes on with it.
     """
     with ranks or Ranks() as place:  # a rank that cannot plan must tell the others
         return _carry_out(plan(run, output, **options), progress, announce, place)
@@ -120,40 +123,81 @@ def _carry_out(
     outputs = [_output_files(planned, number) for number in range(len(planned.teachers))]
     _check_same_plan(planned, ranks)
     if ranks.is_first:
-        with _reading_tables():
-            check_outputs(planned)
-        if announce is not None:
-            announce(planned)
-        else:
-            for text in planned.warnings:
-                warnings.warn(text, stacklevel=3)
-    # Here, not above: a plan must not wait for torch.
-    from ckpt_ema.engine.choice import choose_engine  # noqa: PLC0415
-
-    updates = [teacher.updates for teacher in planned.teachers]
-    part = plan_of_rank(planned.blocks, ranks.number, ranks.count)
-    choice = choose_engine(
-        planned.options.device, part, planned.layouts, updates, planned.options.memory_budget_bytes, ranks.local
-    )
-    started = time.perf_counter()
-    read_so_far = 0
-
-    def count(num_bytes: int) -> None:
-        nonlocal read_so_far
-        read_so_far += num_bytes
-        if progress is not None:
-            progress(read_so_far, part.bytes_to_read)
-        ranks.check()
-
-    with contextlib.ExitStack() as stack:
-        teachers = _open_teachers(stack, planned, outputs, ranks)
-        timings = _fold_into(teachers, planned, part, choice.engine, count)
+        check_parents(planned)
+    with _journal_of(planned, outputs, ranks) as journal:
         if ranks.is_first:
-            ranks.wait_for_all("folded")
+            if not (journal is not None and journal.draft.was_committing):  # what it was writing may be there
+                with _reading_tables():
+                    check_outputs(planned)
+            if announce is not None:
+                announce(planned)
+            else:
+                for text in planned.warnings:
+                    warnings.warn(text, stacklevel=3)
+        token, finished = _share_finished(journal, ranks)
+        part = plan_of_rank(planned.blocks, ranks.number, ranks.count)
+        remaining = without(part, finished)
+        # Here, not above: a plan must not wait for torch.
+        from ckpt_ema.engine.choice import choose_engine  # noqa: PLC0415
+
+        updates = [teacher.updates for teacher in planned.teachers]
+        budget = planned.options.memory_budget_bytes
+        choice = choose_engine(planned.options.device, remaining, planned.layouts, updates, budget, ranks.local)
+        started = time.perf_counter()
+        read_so_far = part.bytes_to_read - remaining.bytes_to_read
+
+        def count(num_bytes: int) -> None:
+            nonlocal read_so_far
+            read_so_far += num_bytes
+            if progress is not None:
+                progress(read_so_far, part.bytes_to_read)
+            ranks.check()
+
+        with contextlib.ExitStack() as stack:
+            teachers = _open_teachers(stack, planned, outputs, ranks, journal)
+            blocks = journal.blocks if journal is not None else stack.enter_context(_blocks_of(planned, token, ranks))
+            blocks.begin(teachers)
+            try:
+                timings = _fold_into(teachers, planned, remaining, choice.engine, count, blocks)
+                if journal is not None:
+                    ranks.wait_for_all("folded")
+                    journal.begin_commit()
+            except BaseException as error:
+                if journal is not None:
+                    journal.settle(error)
+                raise
+        if not ranks.is_first:
+            ranks.arrive("folded")
+        ranks.share("committed", "yes" if ranks.is_first else None)
+    resumed = planned.bytes_to_read - without(planned.blocks, finished).bytes_to_read
+    return FoldReport(planned, choice.device, choice.reason, time.perf_counter() - started, timings, resumed)
+
+
+def _journal_of(
+    planned: FoldPlan, outputs: Sequence[TeacherFiles], ranks: Ranks
+) -> contextlib.AbstractContextManager[Journal | None]:
+    """The journal, which the first rank has; None for the others."""
     if not ranks.is_first:
-        ranks.arrive("folded")
-    ranks.share("committed", "yes" if ranks.is_first else None)
-    return FoldReport(planned, choice.device, choice.reason, time.perf_counter() - started, timings)
+        return contextlib.nullcontext()
+    options = planned.options
+    return Journal(fingerprint(planned, outputs), resume=options.resume, overwrite=options.overwrite)
+
+
+def _share_finished(journal: Journal | None, ranks: Ranks) -> tuple[str, list[Range]]:
+    """The first rank's word: what the fold's hidden files are called after, and which blocks are finished."""
+    own = None if journal is None else json.dumps([journal.draft.token, journal.finished])
+    token, ranges = json.loads(ranks.share("finished", own))
+    return token, [Range(*each) for each in ranges]
+
+
+@contextlib.contextmanager
+def _blocks_of(planned: FoldPlan, token: str, ranks: Ranks) -> Iterator[Blocks]:
+    """The record of a rank other than the first."""
+    blocks = open_blocks(planned.output.absolute().parent, token, ranks.number)
+    try:
+        yield blocks
+    finally:
+        blocks.close()
 
 
 def _check_same_plan(planned: FoldPlan, ranks: Ranks) -> None:
@@ -169,15 +213,19 @@ def _check_same_plan(planned: FoldPlan, ranks: Ranks) -> None:
 
 
 def _open_teachers(
-    stack: contextlib.ExitStack, planned: FoldPlan, outputs: Sequence[TeacherFiles], ranks: Ranks
-) -> list[Teacher]:
-    """The teachers' files: made by the first rank, opened by the others."""
+    stack: contextlib.ExitStack,
+    planned: FoldPlan,
+    outputs: Sequence[TeacherFiles],
+    ranks: Ranks,
+    journal: Journal | None,
+) -> list[SpreadFiles]:
+    """The teachers' files: made by the first rank, which has the journal, and opened by the others."""
     allow_open_files(len(planned.input_files) + sum(len(each.parts) for each in outputs))
-    if ranks.is_first:
+    if journal is not None:
         needed = sum(files.size for files in outputs)
         made = []
         for number, files in enumerate(outputs):
-            made.append(stack.enter_context(_teacher_files(planned, number, files, needed)))
+            made.append(stack.enter_context(_teacher_files(planned, number, files, needed, journal.draft)))
             needed -= files.size
         ranks.share("files", json.dumps([[str(file.temporary.absolute()) for file in each] for each in made]))
         return [_spread(files, each) for files, each in zip(outputs, made, strict=True)]
@@ -200,12 +248,21 @@ def _spread(files: TeacherFiles, opened: Sequence[TeacherFile | SharedFile]) -> 
 
 
 def _fold_into(
-    teachers: Sequence[Teacher], planned: FoldPlan, part: BlockPlan, engine: Engine, count: Callable[[int], None]
+    teachers: Sequence[Teacher],
+    planned: FoldPlan,
+    part: BlockPlan,
+    engine: Engine,
+    count: Callable[[int], None],
+    blocks: Blocks,
 ) -> Timings:
     updates = [teacher.updates for teacher in planned.teachers]
+
+    def record(block: Block) -> None:
+        blocks.add(block.position, block.end_position)
+
     with InputFiles(planned.layouts) as files:
         try:
-            timings = engine(Task(part, planned.layouts, updates, files), teachers, count)
+            timings = engine(Task(part, planned.layouts, updates, files, record), teachers, count)
         except NonFiniteBlockError as error:
             files.check_unchanged()
             raise _non_finite(planned, error.origin) from error
@@ -234,33 +291,38 @@ def _output_files(planned: FoldPlan, number: int) -> TeacherFiles:
 
 
 @contextlib.contextmanager
-def _teacher_files(planned: FoldPlan, number: int, files: TeacherFiles, needed: int) -> Iterator[list[TeacherFile]]:
+def _teacher_files(
+    planned: FoldPlan, number: int, files: TeacherFiles, needed: int, draft: Draft
+) -> Iterator[list[TeacherFile]]:
     """One teacher's files; they appear when the block is left without an error, all at once where there are several."""
     target, overwrite = planned.teachers[number].output, planned.options.overwrite
     if not planned.is_folder:
         [(_, parts)] = files.parts
-        with TeacherFile(target, parts, overwrite=overwrite, needed_bytes=needed) as file:
+        with TeacherFile(target, parts, overwrite=overwrite, needed_bytes=needed, draft=draft) as file:
             yield [file]
         return
     source = planned.newest.model_folder if planned.options.output_format == "safetensors" else None
     is_single = len(files.parts) == 1 and not files.closing
     with contextlib.ExitStack() as folders:
         # A single file is replaced where it lies, so that there is a teacher at every moment.
-        filled = folders.enter_context(folder_to_fill(target) if is_single else new_folder(target, overwrite=overwrite))
+        filled = folders.enter_context(
+            folder_to_fill(target, draft) if is_single else new_folder(target, overwrite=overwrite, draft=draft)
+        )
         commit_companions = None
         if is_model_folder(source):
             assert source is not None
             written = [name for name, _ in (*files.parts, *files.closing)]
-            commit_companions = folders.enter_context(staged_companions(source, filled, planned.options.dtype, written))
+            dtype = planned.options.dtype
+            commit_companions = folders.enter_context(staged_companions(source, filled, dtype, written, draft))
         with contextlib.ExitStack() as stack:
             made = []
             for name, parts in files.parts:
-                file = TeacherFile(filled / name, parts, overwrite=overwrite, needed_bytes=needed)
+                file = TeacherFile(filled / name, parts, overwrite=overwrite, needed_bytes=needed, draft=draft)
                 made.append(stack.enter_context(file))
                 needed -= parts.size
             yield made
         for name, content in files.closing:
-            write_small_file(filled / name, content)
+            write_small_file(filled / name, content, draft)
         if commit_companions is not None:
             commit_companions()
 

@@ -98,6 +98,16 @@ def _no_folder(text: str) -> MisuseError:
     return MisuseError(f"`--output {text}` is no folder", hint=f"create it first: `mkdir -p {shlex.quote(text)}`")
 
 
+def check_parents(planned: FoldPlan) -> None:
+    """Raise CkptEmaError where the folder that a teacher goes to is not there."""
+    for teacher in planned.teachers:
+        parent = teacher.output.absolute().parent
+        if not parent.is_dir():
+            raise CkptEmaError(
+                f"`{parent}` is no folder", hint=f"create it first: `mkdir -p {shlex.quote(str(parent))}`"
+            )
+
+
 def check_outputs(planned: FoldPlan) -> None:
     """Refuse what must not be replaced, before a tensor is read."""
     for teacher in planned.teachers:
@@ -105,9 +115,6 @@ def check_outputs(planned: FoldPlan) -> None:
 
 
 def _check_output(planned: FoldPlan, target: Path) -> None:
-    parent = target.absolute().parent
-    if not parent.is_dir():
-        raise CkptEmaError(f"`{parent}` is no folder", hint=f"create it first: `mkdir -p {shlex.quote(str(parent))}`")
     if not os.path.lexists(target):
         return
     if planned.is_folder and target.is_dir() and not any(target.iterdir()):

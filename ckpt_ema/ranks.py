@@ -32,6 +32,9 @@ START_SECONDS = 600.0
 class OtherRankFailedError(CkptEmaError):
     """The fold was given up because of another rank, which says itself why."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(message, may_pass=True)  # as far as this rank can tell
+
 
 class Ranks:
     """The one process of a fold that is not shared."""

@@ -125,7 +125,10 @@ class FoldOptions:
     """Reading and folding threads; as many as there are processors, at most 16, otherwise."""
 
     overwrite: bool = False
-    """Replace an existing teacher."""
+    """Replace an existing teacher, or an unfinished one."""
+
+    resume: bool = False
+    """Go on with an unfinished fold where there is one; and if this one fails, keep what it has done."""
 
     def __post_init__(self) -> None:
         for name in ("include", "exclude", "buffers"):
@@ -486,12 +489,20 @@ class FoldReport:
     timings: Timings
     """Where these seconds went."""
 
+    resumed_bytes: int = 0
+    """Tensor bytes that an earlier process had read, with `resume`."""
+
     @property
     def output(self) -> Path:
         """The only teacher, or the first of several: a file, or a folder for `from_pretrained`."""
         return self.plan.output
 
     @property
+    def bytes_read(self) -> int:
+        """Tensor bytes that were read, by all ranks."""
+        return self.plan.bytes_to_read - self.resumed_bytes
+
+    @property
     def gigabytes_per_second(self) -> float:
         """Tensor bytes read per second, in 1e9."""
-        return self.plan.bytes_to_read / max(self.seconds, 1e-9) / 1e9
+        return self.bytes_read / max(self.seconds, 1e-9) / 1e9

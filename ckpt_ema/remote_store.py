@@ -280,7 +280,7 @@ def _open_filesystem(url: str) -> Any:
             hint=f"pip install '{package}'" if package else None,
         ) from error
     except Exception as error:
-        raise CkptEmaError(f"cannot reach `{url}`: {_reason(error)}") from error
+        raise CkptEmaError(f"cannot reach `{url}`: {_reason(error)}", may_pass=True) from error
     # fsspec keeps filesystems and their listings for as long as the process lives.
     filesystem.invalidate_cache()
     return filesystem
@@ -302,7 +302,7 @@ def _ask(request: Callable[[], Result], what_fails: str) -> Result:
             is_final = isinstance(error, (PermissionError, NotImplementedError, ValueError, TypeError))
             is_final = is_final or time.monotonic() - started > PATIENCE_SECONDS
             if is_final or attempt == MAX_TRIES - 1:
-                raise CkptEmaError(f"{what_fails}: {_reason(error)}") from error
+                raise CkptEmaError(f"{what_fails}: {_reason(error)}", may_pass=True) from error
             time.sleep(FIRST_PAUSE_SECONDS * 2**attempt)
     raise AssertionError
 

@@ -143,10 +143,12 @@ def summary_text(report: FoldReport, *, verbose: bool = False) -> str:
     lines = [
         f"folded {_inputs(plan)} into {', '.join(plan.output_names)}",
         f"  {_count(plan.num_averaged, 'tensor')} averaged, {plan.num_copied} copied from {plan.checkpoints[-1].name}",
-        f"  {format_size(plan.bytes_to_read)} in {report.seconds:.2f} s on {_device(report, verbose)},"
+        f"  {format_size(report.bytes_read)} in {report.seconds:.2f} s on {_device(report, verbose)},"
         f" {report.gigabytes_per_second:.2f} GB/s",
         f"  {', '.join(f'{name} {share:.0%}' for name, share in report.timings.shares().items())}",
     ]
+    if report.resumed_bytes:
+        lines.append(f"  {format_size(report.resumed_bytes)} more had been read when it was stopped before")
     newest = plan.checkpoints[-1]
     for teacher, share in zip(plan.teachers, newest.coefficients, strict=True):
         if len(teacher.updates) > 1 and not plan.predictions:
@@ -211,6 +213,7 @@ def report_record(report: FoldReport) -> dict[str, Any]:
         **plan_record(report.plan),
         "device": report.device,
         "device_reason": report.device_reason,
+        "resumed_bytes": report.resumed_bytes,
         "seconds": round(report.seconds, 6),
         "gigabytes_per_second": round(report.gigabytes_per_second, 3),
         "timings": {name: round(share * report.seconds, 6) for name, share in report.timings.shares().items()},

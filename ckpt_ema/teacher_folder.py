@@ -16,7 +16,7 @@ from ckpt_ema.formats import ModelFolder, read_contents
 from ckpt_ema.formats.contents import PROVENANCE_FILE
 from ckpt_ema.formats.dcp import METADATA_NAME
 from ckpt_ema.formats.folder import MODEL_STEM, SHARD_NAME, WEIGHTS_SUFFIX
-from ckpt_ema.writer import sync_folder, temporary_name, write_small_file
+from ckpt_ema.writer import BEGIN_ANEW, Draft, sync_folder, write_small_file
 
 # What from_pretrained reads beside weights: configuration, tokenizer, processor, chat template, custom model code.
 COMPANION = re.compile(r".*\.(json|txt|model|jinja|tiktoken|py|vocab|bpe)$", re.IGNORECASE)
@@ -60,40 +60,52 @@ def check_replaceable(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def folder_to_fill(target: Path) -> Iterator[Path]:
+def folder_to_fill(target: Path, draft: Draft | None = None) -> Iterator[Path]:
     """A folder to write the teacher into: `target` where it exists, else one that becomes `target` at the end."""
-    if target.is_dir():
+    draft = draft or Draft()
+    if target.is_dir() and not draft.name(target).is_dir():
         yield target
         return
-    with new_folder(target, overwrite=False) as temporary:
+    with new_folder(target, overwrite=False, draft=draft) as temporary:
         yield temporary
 
 
 @contextlib.contextmanager
-def new_folder(target: Path, *, overwrite: bool) -> Iterator[Path]:
-    """An empty folder that takes the place of `target` at the end.
+def new_folder(target: Path, *, overwrite: bool, draft: Draft) -> Iterator[Path]:
+    """An empty folder that takes the place of `target` at the end, or the one that `draft` goes on with.
 
     With `overwrite` also that of an older teacher's folder; what else lies in there stays.
     """
-    temporary = temporary_name(target)
+    temporary = draft.name(target)
     try:
-        os.mkdir(temporary)
+        if not draft.resumes:
+            os.mkdir(temporary)
+        elif draft.was_committing and not temporary.is_dir() and target.is_dir():
+            temporary = target  # it took its place before the other process was stopped
+        elif not temporary.is_dir():
+            raise CkptEmaError(f"the unfinished `{temporary}` is gone", hint=BEGIN_ANEW)
     except OSError as error:
         raise CkptEmaError(f"cannot write `{target}`: {error.strerror}") from error
     try:
         yield temporary
         try:
             sync_folder(temporary)
-            _take_place(temporary, target, overwrite=overwrite)
+            old = draft.name(target, "old")
+            if temporary != target:
+                _take_place(temporary, target, old, overwrite=overwrite)
+            if old.is_dir():
+                move_rest(old, target)
         except OSError as error:
             raise CkptEmaError(f"cannot write `{target}`: {error.strerror}") from error
         sync_folder(target.parent)
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if temporary != target and not draft.is_kept:
+            shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
-def _take_place(folder: Path, target: Path, *, overwrite: bool) -> None:
+def _take_place(folder: Path, target: Path, old: Path, *, overwrite: bool) -> None:
+    """Rename `folder` to `target`, and what was there to `old`."""
     try:
         os.rename(folder, target)  # where nothing or an empty folder is
         return
@@ -106,14 +118,16 @@ def _take_place(folder: Path, target: Path, *, overwrite: bool) -> None:
         )
     check_replaceable(target)
     # Folders cannot replace each other in one step: for a moment the old one has a hidden name.
-    old = temporary_name(target)
     os.rename(target, old)
     try:
         os.rename(folder, target)
     except OSError:
         os.rename(old, target)
         raise
-    # Never a whole tree: what is not of the older teacher is somebody's work, and goes along.
+
+
+def move_rest(old: Path, target: Path) -> None:
+    """Remove an older teacher's folder. Never a whole tree: what else is in it is somebody's work, and goes along."""
     for path in old.iterdir():
         if path.is_dir() and not path.is_symlink():
             os.rename(path, target / path.name)
@@ -134,7 +148,7 @@ def _is_of_a_teacher(name: str) -> bool:
 
 @contextlib.contextmanager
 def staged_companions(
-    source: ModelFolder, target: Path, dtype: str, written: Collection[str]
+    source: ModelFolder, target: Path, dtype: str, written: Collection[str], draft: Draft
 ) -> Iterator[Callable[[], None]]:
     """Copy what belongs to the model under temporary names; calling what is yielded renames them into place.
 
@@ -157,9 +171,9 @@ def staged_companions(
             content = path.read_bytes()
             if path.name == "config.json" and dtype != "student":
                 content = _with_dtype(content, dtype)
-            temporary = temporary_name(target / path.name)
+            temporary = draft.name(target / path.name)
             staged.append((temporary, target / path.name))
-            write_small_file(temporary, content)
+            write_small_file(temporary, content, draft)
         yield commit
     except OSError as error:
         raise CkptEmaError(f"cannot write `{target}`: {error.strerror}") from error

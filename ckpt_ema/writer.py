@@ -10,7 +10,7 @@ import os
 import secrets
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
@@ -20,6 +20,8 @@ from ckpt_ema.errors import CkptEmaError
 
 HEADER_MULTIPLE = 4096
 """Bytes; the data then starts on a page."""
+
+BEGIN_ANEW = "pass `--overwrite` without `--resume` to begin anew"
 
 TRIAL_BYTES = 8 << 20
 TRIAL_SECONDS = 0.001
@@ -54,6 +56,40 @@ class FileParts:
         """A header and behind it bytes `[begin, end)` of the data section: a safetensors file."""
         return cls(len(header) + end - begin, ((0, header),), (Run(begin, end, len(header)),))
 
+    def are_in(self, path: Path) -> bool:
+        """Whether `path` is a file of that size with these literals."""
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError:
+            return False
+        try:
+            if os.fstat(descriptor).st_size != self.size:
+                return False
+            return all(os.pread(descriptor, len(content), offset) == content for offset, content in self.literals)
+        finally:
+            os.close(descriptor)
+
+
+@dataclass(slots=True)
+class Draft:
+    """What the unfinished files of one teacher have in common: their names, and what becomes of them."""
+
+    token: str = field(default_factory=lambda: secrets.token_hex(4))
+    """Tells them from those of other folds."""
+
+    resumes: bool = False
+    """Whether an earlier process has begun them."""
+
+    was_committing: bool = False
+    """Whether it had written all, so that some may have their final names."""
+
+    is_kept: bool = False
+    """Whether they stay where the fold fails, for another one to go on with."""
+
+    def name(self, target: Path, suffix: str = "tmp") -> Path:
+        """A hidden name beside `target` that no reader of checkpoints looks at."""
+        return target.with_name(f".{target.name}.{self.token}.{suffix}")
+
 
 class TeacherFile:
     """A file that appears under its name only when the `with` block ends without an exception.
@@ -62,44 +98,74 @@ class TeacherFile:
     before the first tensor is read. Raises CkptEmaError for whatever the file system refuses.
     """
 
-    def __init__(self, target: Path, parts: FileParts, *, overwrite: bool, needed_bytes: int = 0) -> None:
+    def __init__(
+        self, target: Path, parts: FileParts, *, overwrite: bool, needed_bytes: int = 0, draft: Draft | None = None
+    ) -> None:
         """There must be room for `needed_bytes`: of this file and of those that are going to be written beside it."""
         self._target = target
+        self._draft = draft or Draft()
         self._parts = parts
         self._begins = [run.begin for run in parts.runs]
         self._overwrite = overwrite
         self._needed = max(parts.size, needed_bytes)
         self._and_more = f" and {self._needed - parts.size} bytes more" if self._needed > parts.size else ""
         self._descriptor = -1
-        self.temporary = temporary_name(target)
+        self._was_committed = False
+        self.temporary = self._draft.name(target)
         """Where it is until then."""
 
     def __enter__(self) -> TeacherFile:
         try:
-            with _explained(f"cannot write `{self._target}` of {self._parts.size} bytes{self._and_more}"):
-                # 0o666 without the umask's bits, as any program's output; O_EXCL: never somebody else's file.
-                self._descriptor = os.open(self.temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666)
-                _reserve(self._descriptor, self._parts.size, self._needed)
+            with explained(f"cannot write `{self._target}` of {self._parts.size} bytes{self._and_more}"):
+                if self._is_committed():
+                    self._was_committed = True
+                    self.temporary = self._target
+                    return self
+                if self._draft.resumes:
+                    self._reopen()
+                else:
+                    # 0o666 without the umask's bits, as any program's output; O_EXCL: never somebody else's file.
+                    flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC
+                    self._descriptor = os.open(self.temporary, flags, 0o666)
+                    _reserve(self._descriptor, self._parts.size, self._needed)
                 for offset, content in self._parts.literals:
-                    _write_all(self._descriptor, memoryview(content), offset)
+                    write_all(self._descriptor, memoryview(content), offset)
         except BaseException:
             self._discard()
             raise
         return self
 
+    def _is_committed(self) -> bool:
+        """Whether the other process came so far that the file has its name; `write` is not called then."""
+        return self._draft.was_committing and not os.path.lexists(self.temporary) and self._parts.are_in(self._target)
+
+    def _reopen(self) -> None:
+        try:
+            self._descriptor = os.open(self.temporary, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise CkptEmaError(f"the unfinished `{self.temporary}` is gone", hint=BEGIN_ANEW) from None
+        size = os.fstat(self._descriptor).st_size
+        if size != self._parts.size:
+            raise CkptEmaError(
+                f"the unfinished `{self.temporary}` has {size} bytes, and the teacher {self._parts.size}",
+                hint=BEGIN_ANEW,
+            )
+
     def write(self, block: memoryview, position: int) -> None:
         """Put what of `block`, at `position` of the data section, belongs here; threads may write at once."""
-        with _explained(f"cannot write `{self._target}`"):
+        with explained(f"cannot write `{self._target}`"):
             _write_runs(self._descriptor, self._parts.runs, self._begins, block, position)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if self._was_committed:
+            return
         if kind is not None:
             self._discard()
             return
         try:
-            with _explained(f"cannot write `{self._target}`"):
+            with explained(f"cannot write `{self._target}`"):
                 os.fsync(self._descriptor)
                 os.close(self._descriptor)
                 self._descriptor = -1
@@ -110,10 +176,17 @@ class TeacherFile:
             self._discard()
             raise
 
+    def sync(self) -> None:
+        """Make what was written so far survive a power failure."""
+        with explained(f"cannot write `{self._target}`"):
+            _sync_content(self._descriptor)
+
     def _discard(self) -> None:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+        if self._draft.is_kept:
+            return
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             os.unlink(self.temporary)
 
@@ -128,21 +201,26 @@ class SharedFile:
         self._descriptor = -1
 
     def __enter__(self) -> SharedFile:
-        with _explained(f"cannot open `{self._path}`, which another rank made: is it on a shared file system?"):
+        with explained(f"cannot open `{self._path}`, which another rank made: is it on a shared file system?"):
             self._descriptor = os.open(self._path, os.O_WRONLY | os.O_CLOEXEC)
         return self
 
     def write(self, block: memoryview, position: int) -> None:
         """As `TeacherFile.write`."""
-        with _explained(f"cannot write `{self._path}`"):
+        with explained(f"cannot write `{self._path}`"):
             _write_runs(self._descriptor, self._parts.runs, self._begins, block, position)
+
+    def sync(self) -> None:
+        """As `TeacherFile.sync`."""
+        with explained(f"cannot write `{self._path}`"):
+            _sync_content(self._descriptor)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         try:
             if kind is None:
-                with _explained(f"cannot write `{self._path}`"):
+                with explained(f"cannot write `{self._path}`"):
                     os.fsync(self._descriptor)
         finally:
             os.close(self._descriptor)
@@ -163,6 +241,11 @@ class SpreadFiles:
         for file in self._files[first : max(stop, first + 1)]:
             file.write(block, position)
 
+    def sync(self) -> None:
+        """Make what was written so far survive a power failure."""
+        for file in self._files:
+            file.sync()
+
 
 def encode_header(entries: Iterable[tuple[str, DType, Sequence[int], int, int]], metadata: Mapping[str, str]) -> bytes:
     """A safetensors header with its length before it, from (name, dtype, shape, begin, end) in the data's order."""
@@ -177,17 +260,16 @@ def encode_header(entries: Iterable[tuple[str, DType, Sequence[int], int, int]],
     return len(text).to_bytes(8, "little") + text
 
 
-def temporary_name(target: Path) -> Path:
-    """A hidden name beside `target` that no reader of checkpoints looks at."""
-    return target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-
-
-def write_small_file(path: Path, content: bytes) -> None:
-    """Create `path` with `content`, synced."""
-    with _explained(f"cannot write `{path}`"):
-        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666)
+def write_small_file(path: Path, content: bytes, draft: Draft) -> None:
+    """Create `path` with `content`, synced; where `draft` resumes, it may be there already, or half of it."""
+    with contextlib.suppress(OSError):
+        if draft.resumes and path.read_bytes() == content:
+            return
+    with explained(f"cannot write `{path}`"):
+        flags = os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW
+        descriptor = os.open(path, flags | (os.O_TRUNC if draft.resumes else os.O_EXCL), 0o666)
         try:
-            _write_all(descriptor, memoryview(content), 0)
+            write_all(descriptor, memoryview(content), 0)
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
@@ -216,6 +298,9 @@ def _commit(temporary: Path, target: Path, *, overwrite: bool) -> None:
         # A link fails where the name is taken; a rename would replace what appeared there in the meantime.
         os.link(temporary, target)
     except FileExistsError as error:
+        if os.path.samefile(temporary, target):  # linked by a process that was stopped then
+            os.unlink(temporary)
+            return
         raise CkptEmaError(
             f"`{target}` appeared while the teacher was being folded", hint="pass `--overwrite` or another `--output`"
         ) from error
@@ -248,6 +333,11 @@ def _reserve(descriptor: int, size: int, needed: int) -> None:
             raise
 
 
+def _sync_content(descriptor: int) -> None:
+    if descriptor >= 0:  # not committed before
+        getattr(os, "fdatasync", os.fsync)(descriptor)
+
+
 def _write_runs(descriptor: int, runs: Sequence[Run], begins: Sequence[int], block: memoryview, position: int) -> None:
     end = position + len(block)
     for number in range(max(0, bisect.bisect_right(begins, position) - 1), len(runs)):
@@ -256,10 +346,11 @@ def _write_runs(descriptor: int, runs: Sequence[Run], begins: Sequence[int], blo
             break
         first, stop = max(position, run.begin), min(end, run.end)
         if first < stop:
-            _write_all(descriptor, block[first - position : stop - position], run.offset + first - run.begin)
+            write_all(descriptor, block[first - position : stop - position], run.offset + first - run.begin)
 
 
-def _write_all(descriptor: int, content: memoryview, position: int) -> None:
+def write_all(descriptor: int, content: memoryview, position: int) -> None:
+    """Write all of `content` at `position`, in as many calls as it takes."""
     while content:
         written = os.pwrite(descriptor, content, position)
         content = content[written:]
@@ -267,7 +358,8 @@ def _write_all(descriptor: int, content: memoryview, position: int) -> None:
 
 
 @contextlib.contextmanager
-def _explained(what: str) -> Iterator[None]:
+def explained(what: str) -> Iterator[None]:
+    """What the file system refuses inside becomes a CkptEmaError: `what` failed, and what helps."""
     try:
         yield
     except OSError as error:
@@ -278,4 +370,4 @@ def _explained(what: str) -> Iterator[None]:
             errno.EROFS: "pass an `--output` in a folder you may write to",
             errno.ENOENT: "create the folder first, or pass another `--output`",
         }
-        raise CkptEmaError(f"{what}: {error.strerror}", hint=hints.get(error.errno or 0)) from error
+        raise CkptEmaError(f"{what}: {error.strerror}", hint=hints.get(error.errno or 0), may_pass=True) from error

@@ -953,7 +953,16 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("blocks",),
     ("engine", "records", "inspection", "engine.buffers", "engine.arithmetic", "provenance", "teacher_folder"),
     ("coefficients", "outputs", "teacher_files", "online", "online.tracking", "online.rule"),
-    ("planning", "online.teacher_file", "online.pairs", "online.swap", "online.increments", "online.snapshots"),
+    ("fingerprints",),
+    (
+        "planning",
+        "journal",
+        "online.teacher_file",
+        "online.pairs",
+        "online.swap",
+        "online.increments",
+        "online.snapshots",
+    ),
     ("reconstruction", "online.settings", "online.mean_teacher", "online.state_file"),
     ("integrations", "integrations.mmengine", "integrations.lightning", "integrations.transformers"),
 )

@@ -187,6 +187,32 @@ def test_a_rank_that_is_killed_fails_the_command(large_run: Path, tmp_path: Path
     assert not (tmp_path / "t.safetensors").exists()
 
 
+def test_what_killed_ranks_have_done_is_gone_on_with_by_any_number(tmp_path: Path) -> None:
+    """Every rank's finished blocks count, also for another number of ranks; the bytes are those of one undisturbed."""
+    run = tmp_path / "run"
+    run.mkdir()
+    for seed in (1, 2):
+        generator = torch.Generator().manual_seed(seed)
+        save_file({"w": torch.randn(40_000_000, generator=generator)}, run / f"step_{seed}.safetensors")
+    arguments = ("fold", run, "--momentum", "0.3", "--memory", "1MiB", "--resume", "-o")
+    process = start(2, *arguments, tmp_path / "t.safetensors")
+    records: list[Path] = []
+    while not (records and records[0].stat().st_size > 24 * 30):
+        assert process.poll() is None, process.communicate()
+        records = [path for path in tmp_path.iterdir() if path.name.endswith(".rank1")]
+        time.sleep(0.01)
+    for victim in ranks_below(process.pid):
+        os.kill(victim, signal.SIGKILL)
+    assert end(process)[0] != 0
+    code, stdout, stderr = end(start(3, *arguments, tmp_path / "t.safetensors", "--json"))
+    assert code == 0, stderr
+    assert json.loads(stdout)["resumed_bytes"] > 0
+    code, _, stderr = end(alone(*arguments, tmp_path / "whole.safetensors"))
+    assert code == 0, stderr
+    assert (tmp_path / "t.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+    assert sorted(os.listdir(tmp_path)) == ["run", "t.safetensors", "whole.safetensors"]
+
+
 def ranks_below(parent: int) -> Iterator[int]:
     """Processes that torchrun started."""
     children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()

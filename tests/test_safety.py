@@ -16,7 +16,7 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -355,22 +355,6 @@ def test_a_folder_is_never_replaced_by_a_file(run: Path) -> None:
     with contextlib.suppress(CkptEmaError):
         ckpt_ema.fold(run, run / "teacher.safetensors", overwrite=True, announce=lambda plan: None)
     assert (run / "teacher.safetensors" / "precious.txt").read_text() == "x"
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True, check=False
-    )
-    if done.returncode:
-        pytest.skip(f"a tmpfs cannot be mounted here: {done.stderr.decode().strip()}")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
 
 
 def test_a_full_disk_is_an_error_before_anything_is_read(tmp_path: Path, cli: Cli, small_disk: Path) -> None:

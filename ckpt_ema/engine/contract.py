@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from ckpt_ema.blocks import Alias, BlockPlan
+from ckpt_ema.blocks import Alias, Block, BlockPlan
 from ckpt_ema.engine.inputs import InputFiles
 from ckpt_ema.layouts import Layout
 from ckpt_ema.profiles import Update
@@ -37,6 +37,10 @@ def write_block(teacher: Teacher, aliases: Sequence[Alias], content: memoryview,
             teacher.write(content[begin - position : end - position], begin - alias.original + alias.begin)
 
 
+def _forget(block: Block) -> None:
+    """Take no note of a finished block."""
+
+
 @dataclass(frozen=True, slots=True)
 class Task:
     """What is folded: every block of a plan, over its inputs."""
@@ -49,6 +53,8 @@ class Task:
     """`updates[t][i]`: how layout i enters teacher t. The first copies."""
 
     files: InputFiles
+    on_finished: Callable[[Block], None] = _forget
+    """Called from any thread, once per block, when every teacher has it."""
 
 
 class Engine(Protocol):

@@ -40,6 +40,7 @@ def fold_blocks(task: Task, teachers: Sequence[Teacher], progress: Callable[[int
             folder = _BlockFolder(task, teachers, extents)
             while (block := blocks.take()) is not None:
                 folder.fold(block)
+                task.on_finished(block)
                 with lock:
                     progress((block.end - block.begin) * sum(dtype.itemsize for dtype in block.lane.input_dtypes))
             with lock:

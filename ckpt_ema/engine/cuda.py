@@ -259,6 +259,8 @@ class _Pipeline:
         started = time.perf_counter()
         content = slot.buffer.bytes[: (block.end - block.begin) * block.lane.dtype.itemsize]
         write_block(teacher, self._plan.aliases, content, block.position)
+        if teacher is self._teachers[-1]:  # a single thread writes, one teacher after the other
+            self._task.on_finished(block)
         self._timings.writing += time.perf_counter() - started
 
     def _elements(self, stage: _Stage, lane: Lane, count: int) -> torch.Tensor:

@@ -257,7 +257,9 @@ def _preadv_all(file: InputFile, buffers: list[memoryview], offset: int) -> None
                     hint="wait until the trainer has finished the checkpoint, then run the same command again",
                 )
     except OSError as error:
-        raise CkptEmaError(f"cannot read `{file.path}` at byte {offset}: {error.strerror or error}") from error
+        raise CkptEmaError(
+            f"cannot read `{file.path}` at byte {offset}: {error.strerror or error}", may_pass=True
+        ) from error
 
 
 def _skip(buffers: list[memoryview], num_bytes: int) -> list[memoryview]:

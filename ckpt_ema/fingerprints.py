@@ -1,0 +1,147 @@
+"""What a fold is of: a plan in, a table that JSON can hold out; two of these in, every difference out.
+
+All that decides a bit of the teacher is in it. What decides only how it is made (memory, threads, the device, how the
+checkpoints were chosen) is not, so that a fold may go on elsewhere.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
+from hashlib import sha256
+from typing import Any
+
+from ckpt_ema._version import __version__
+from ckpt_ema.layouts import Layout, Schema
+from ckpt_ema.records import FoldPlan
+from ckpt_ema.teacher_files import TeacherFiles
+
+_DECIDES_NO_BIT = frozenset(
+    (
+        *("memory_budget_bytes", "num_threads", "device", "overwrite", "resume"),
+        # What they select is compared itself: `--until` keeps checkpoints out that were saved meanwhile.
+        *("include", "exclude", "from_step", "until_step", "last"),
+    )
+)
+
+
+def fingerprint(planned: FoldPlan, outputs: Sequence[TeacherFiles]) -> dict[str, Any]:
+    """The version of this tool, the options, every input as it is now, and the files to be written."""
+    tables: dict[int, bytes] = {}
+    table = {
+        "version": __version__,
+        "options": {
+            item.name: getattr(planned.options, item.name)
+            for item in fields(planned.options)
+            if item.name not in _DECIDES_NO_BIT
+        },
+        "inputs": [
+            {
+                "name": item.name,
+                "files": [[str(file.path.absolute()), file.size, file.version] for file in layout.files],
+                "table": _digest_of_table(layout, tables),
+            }
+            for item, layout in zip(planned.inputs, planned.layouts, strict=True)
+        ],
+        "updates": [teacher.updates for teacher in planned.teachers],
+        "targets": [str(teacher.output.absolute()) for teacher in planned.teachers],
+        "files": _digest_of_files(outputs),
+        "bytes": planned.blocks.data_bytes,
+    }
+    # As it is when it was read again: no tuples, and texts for paths.
+    as_text: dict[str, Any] = json.loads(json.dumps(table, default=_as_text))
+    return as_text
+
+
+def _as_text(value: Any) -> Any:
+    return dict(value) if isinstance(value, Mapping) else os.fspath(value)
+
+
+def _digest_of_table(layout: Layout, known: dict[int, bytes]) -> str:
+    """Of all that a checkpoint's header says: names, dtypes, shapes, and where the bytes lie."""
+    schema = layout.schema
+    if id(schema) not in known:
+        known[id(schema)] = _digest_of_schema(schema)
+    digest = sha256(known[id(schema)])
+    digest.update(layout.file_indices.tobytes())
+    digest.update(layout.begins.tobytes())
+    return digest.hexdigest()
+
+
+def _digest_of_schema(schema: Schema) -> bytes:
+    content = (schema.names, [dtype.name for dtype in schema.dtypes], schema.shapes, schema.geometries)
+    return sha256(repr((*content, list(schema.firsts))).encode("utf-8", "surrogateescape")).digest()
+
+
+def _digest_of_files(outputs: Sequence[TeacherFiles]) -> str:
+    digest = sha256()
+    for files in outputs:
+        for name, parts in files.parts:
+            digest.update(f"{name} {parts.size}\n".encode("utf-8", "surrogateescape"))
+            for offset, content in parts.literals:
+                digest.update(offset.to_bytes(8, "little"))
+                digest.update(content)
+    return digest.hexdigest()
+
+
+def differences_between(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """A line for everything in which two fingerprints differ; none where they are equal."""
+    told = False
+    for line in _told_differences(before, now):
+        told = True
+        yield line
+    if not told and any(before.get(key) != value for key, value in now.items()):
+        yield "the plan is another one"
+
+
+def _told_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    if before.get("version") != now["version"]:
+        yield f"ckpt-ema {before.get('version')} became {now['version']}"
+    options = _table(before.get("options"))
+    for name, value in now["options"].items():
+        if options.get(name) != value:
+            yield f"{name.replace('_', '-')}: {_shown(options.get(name))} became {_shown(value)}"
+    if before.get("targets") != now["targets"]:
+        yield f"the output: {_shown(before.get('targets'))} became {_shown(now['targets'])}"
+    given = before.get("inputs")
+    old = (
+        {item["name"]: item for item in given if isinstance(item, dict) and isinstance(item.get("name"), str)}
+        if (isinstance(given, list))
+        else {}
+    )
+    new = {item["name"]: item for item in now["inputs"]}
+    for name, item in new.items():
+        if name not in old:
+            yield f"{name}: is new"
+        elif old[name].get("files") != item["files"]:
+            yield f"{name}: {_change_of_files(old[name].get('files'), item['files'])}"
+        elif old[name].get("table") != item["table"]:
+            yield f"{name}: its header became another one"
+    yield from (f"{name}: takes no part any more" for name in old if name not in new)
+
+
+def _change_of_files(before: Any, now: Sequence[Sequence[Any]]) -> str:
+    old = (
+        {file[0]: file for file in before if isinstance(file, list) and len(file) == 3}
+        if (isinstance(before, list))
+        else {}
+    )
+    for path, size, version in now:
+        if path not in old:
+            return f"lies at `{path}` now"
+        if old[path][1] != size:
+            return f"size {old[path][1]} became {size}"
+        if old[path][2] != version:
+            return "was written again"
+    return "has fewer files"
+
+
+def _table(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."

@@ -1,0 +1,364 @@
+"""What of a fold is done: finished blocks in, a file beside the teacher out that a later process goes on from.
+
+A line of JSON says what is folded, into which files; behind it lies a record per finished block. Blocks are recorded
+once they are written, and now and then all is synced: after a power failure, or on another machine, only what lies
+before such a moment counts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import re
+import secrets
+import shutil
+import socket
+import struct
+import threading
+import time
+import zlib
+from collections.abc import Mapping, Sequence
+from hashlib import sha256
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+from ckpt_ema.errors import CkptEmaError
+from ckpt_ema.fingerprints import differences_between
+from ckpt_ema.teacher_folder import move_rest
+from ckpt_ema.writer import BEGIN_ANEW, Draft, SpreadFiles, explained, write_all
+
+KEEP_SECONDS = 10.0
+"""A fold that failed sooner is begun anew as fast as it is resumed, and leaves nothing behind."""
+
+SYNC_SECONDS = 15.0
+
+_RECORD = struct.Struct("<QQII")
+"""Two numbers, the kind, and a checksum: the end of the file may be torn."""
+
+_FINISHED, _SESSION, _SYNCED, _COMMITTING = range(4)
+MAX_HEADER_BYTES = 64 << 20
+
+
+class Range(NamedTuple):
+    """Bytes `[begin, end)` of the teacher's data section."""
+
+    begin: int
+    end: int
+
+
+class Blocks:
+    """The record of the blocks that one process has finished."""
+
+    def __init__(self, descriptor: int, path: Path) -> None:
+        self._descriptor = descriptor
+        self._path = path
+        self._syncing = threading.Lock()
+        self._synced = time.monotonic()
+        self._teachers: Sequence[SpreadFiles] = ()
+        self.any_finished = False
+
+    def begin(self, teachers: Sequence[SpreadFiles]) -> None:
+        """A process begins to write to `teachers`."""
+        self._teachers = teachers
+        self._append(_SESSION, _machine(), 0)
+
+    def add(self, begin: int, end: int) -> None:
+        """Bytes `[begin, end)` of the data section are written, in every teacher; threads may call at once."""
+        self._append(_FINISHED, begin, end)
+        self.any_finished = True
+        if time.monotonic() - self._synced >= SYNC_SECONDS and self._syncing.acquire(blocking=False):
+            try:
+                self.sync()
+            finally:
+                self._syncing.release()
+
+    def sync(self) -> None:
+        """What was added so far counts from now on, whatever happens to this machine."""
+        self._synced = time.monotonic()
+        position = os.lseek(self._descriptor, 0, os.SEEK_END)
+        for teacher in self._teachers:
+            teacher.sync()
+        self._append(_SYNCED, position, 0)
+        with explained(f"cannot write `{self._path}`"):
+            os.fsync(self._descriptor)
+
+    def begin_commit(self) -> None:
+        """All is written and synced; files are about to get their names."""
+        self.sync()
+        self._append(_COMMITTING, 0, 0)
+        with explained(f"cannot write `{self._path}`"):
+            os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        """Let go of the file, and of the lock on it."""
+        os.close(self._descriptor)
+
+    def _append(self, kind: int, first: int, second: int) -> None:
+        with explained(f"cannot write `{self._path}`"):
+            os.write(self._descriptor, _encode(kind, first, second))
+
+
+def _encode(kind: int, first: int, second: int) -> bytes:
+    content = struct.pack("<QQI", first, second, kind)
+    return content + struct.pack("<I", zlib.crc32(content))
+
+
+def _read_records(content: bytes, offset: int) -> tuple[list[Range], bool]:
+    """The finished ranges that count, and whether files were being given their names. `offset` is where they begin."""
+    here = _machine()
+    counted: list[Range] = []
+    pending: list[tuple[int, Range]] = []
+    is_here = was_committing = False
+    for position in range(offset, len(content) - _RECORD.size + 1, _RECORD.size):
+        first, second, kind, checksum = _RECORD.unpack_from(content, position)
+        if checksum != zlib.crc32(content[position : position + 20]):
+            break
+        if kind == _SESSION:
+            pending = []
+            is_here = first == here
+        elif kind == _FINISHED:
+            if is_here:
+                counted.append(Range(first, second))
+            else:
+                pending.append((position, Range(first, second)))
+        elif kind == _SYNCED:
+            counted += [finished for where, finished in pending if where < first]
+            pending = [(where, finished) for where, finished in pending if where >= first]
+        elif kind == _COMMITTING:
+            was_committing = True
+    return counted, was_committing
+
+
+def _merge(ranges: Sequence[Range]) -> list[Range]:
+    merged: list[Range] = []
+    for begin, end in sorted(ranges):
+        if merged and begin <= merged[-1].end:
+            merged[-1] = Range(merged[-1].begin, max(end, merged[-1].end))
+        else:
+            merged.append(Range(begin, end))
+    return merged
+
+
+def _machine() -> int:
+    """A number of this machine since it was started: what a process wrote is seen by the next one until it ends."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text() + socket.gethostname()
+    except OSError:
+        boot = secrets.token_hex()
+    return int.from_bytes(sha256(boot.encode()).digest()[:8], "little")
+
+
+class Journal:
+    """The journal of one fold, locked; the first process of several has it, and removes it when all is committed.
+
+    Raises CkptEmaError where another fold has it, where an unfinished one would be lost, and where one is to be gone
+    on with that was of something else.
+    """
+
+    def __init__(self, fingerprint: Mapping[str, Any], *, resume: bool, overwrite: bool) -> None:
+        """`fingerprint` says what is folded, and where to; `resume` goes on, `overwrite` begins anew."""
+        self._fingerprint = fingerprint
+        self._targets = [Path(target) for target in fingerprint["targets"]]
+        self._resume, self._overwrite = resume, overwrite
+        self.path = journal_path(self._targets[0])
+        self.draft = Draft()
+        self.finished: list[Range] = []
+        """What an earlier process has done."""
+
+        self._started = time.monotonic()
+
+    def __enter__(self) -> Journal:
+        self._descriptor = self._open_locked()
+        try:
+            self._take_up()
+        except BaseException:
+            if not os.fstat(self._descriptor).st_size:
+                self.path.unlink(missing_ok=True)
+            os.close(self._descriptor)
+            raise
+        self.blocks = Blocks(self._descriptor, self.path)
+        self.draft.is_kept = self.draft.resumes  # what another process has done is never lost again
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if kind is None or not self.draft.is_kept:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.path)
+            for path in self._records_of_ranks():
+                path.unlink(missing_ok=True)
+        self.blocks.close()
+
+    def begin_commit(self) -> None:
+        """All blocks of all processes are written: what fails from now on fails for want of a name."""
+        self.blocks.begin_commit()
+        self.draft.is_kept = self.draft.is_kept or self._is_worth_keeping()
+
+    def settle(self, error: BaseException) -> None:
+        """The fold failed: its files stay where going on later may succeed, and saves time."""
+        may_pass = not isinstance(error, CkptEmaError) or error.may_pass
+        if not self.draft.is_kept and may_pass and self.blocks.any_finished and self._is_worth_keeping():
+            self.draft.is_kept = True
+        if self.draft.is_kept:
+            with contextlib.suppress(CkptEmaError):  # a full disk
+                self.blocks.sync()
+
+    def _is_worth_keeping(self) -> bool:
+        return self._resume or time.monotonic() - self._started >= KEEP_SECONDS
+
+    def _open_locked(self) -> int:
+        with explained(f"cannot write `{self.path}`"):
+            while True:
+                flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+                descriptor = os.open(self.path, flags, 0o666)
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError as error:
+                    if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                        header = _read_header(descriptor) or {}
+                        os.close(descriptor)
+                        raise CkptEmaError(
+                            f"another fold is writing `{self._targets[0]}`{_who(header)}",
+                            hint="wait for it, or pass another `--output`",
+                        ) from None
+                    if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                        os.close(descriptor)
+                        raise
+                # The one that had it may have removed it while it was being opened.
+                with contextlib.suppress(FileNotFoundError):
+                    if os.path.samestat(os.stat(self.path), os.fstat(descriptor)):
+                        return descriptor
+                os.close(descriptor)
+
+    def _take_up(self) -> None:
+        """Go on with what the journal tells of, or begin anew."""
+        header = _read_header(self._descriptor)
+        if header is not None:
+            self.draft.token = header["token"]
+            ranges, was_committing = self._read_finished(header)
+            done = sum(end - begin for begin, end in ranges)
+            if self._resume and (ranges or was_committing):
+                self._check_same(header)
+                self.finished = ranges
+                self.draft.resumes = True
+                self.draft.was_committing = was_committing
+                return
+            seconds = os.fstat(self._descriptor).st_mtime - header["started"]
+            if done and seconds >= KEEP_SECONDS and not (self._resume or self._overwrite):
+                raise CkptEmaError(
+                    f"an unfinished fold into `{self._targets[0]}` is there, {done / max(1, header['bytes']):.0%} done",
+                    hint="pass `--resume` to go on with it, or `--overwrite` to begin anew",
+                )
+            self._discard(header)
+            self.draft.token = secrets.token_hex(4)
+        process = {"process": os.getpid(), "host": socket.gethostname()}
+        header = {"token": self.draft.token, "started": time.time(), **process}
+        content = json.dumps({**header, **self._fingerprint}).encode("utf-8", "surrogateescape") + b"\n"
+        with explained(f"cannot write `{self.path}`"):
+            os.ftruncate(self._descriptor, 0)
+            write_all(self._descriptor, memoryview(content), 0)
+
+    def _read_finished(self, header: Mapping[str, Any]) -> tuple[list[Range], bool]:
+        with explained(f"cannot read `{self.path}`"):
+            content = os.pread(self._descriptor, os.fstat(self._descriptor).st_size, 0)
+            ranges, was_committing = _read_records(content, header["size"])
+            for path in self._records_of_ranks():
+                ranges += _read_records(path.read_bytes(), 0)[0]
+        return _merge(ranges), was_committing
+
+    def _records_of_ranks(self) -> list[Path]:
+        prefix = f".{self.draft.token}.rank"
+        return [path for path in self.path.parent.iterdir() if path.name.startswith(prefix)]
+
+    def _check_same(self, header: Mapping[str, Any]) -> None:
+        differences = list(differences_between(header, self._fingerprint))
+        if differences:
+            raise CkptEmaError(
+                f"the unfinished fold into `{self._targets[0]}` was of something else",
+                details=differences,
+                hint=f"give the same inputs and options again, or {BEGIN_ANEW}",
+            )
+
+    def _discard(self, header: Mapping[str, Any]) -> None:
+        """Remove what an earlier fold left; a folder that it was replacing gets its name back."""
+        token = header["token"]
+        for path in self._records_of_ranks():
+            path.unlink(missing_ok=True)
+        draft = Draft(token)
+        for target in map(Path, header["targets"]):
+            if target.parent != self.path.parent and target not in self._targets:
+                continue  # somebody may have written the journal for us to find
+            old = draft.name(target, "old")
+            if old.is_dir() and not target.exists():
+                os.rename(old, target)
+            elif old.is_dir():
+                move_rest(old, target)
+            unfinished = draft.name(target)
+            if unfinished.is_dir() and not unfinished.is_symlink():
+                shutil.rmtree(unfinished, ignore_errors=True)
+            else:
+                unfinished.unlink(missing_ok=True)
+            if target.is_dir():
+                for path in target.glob(f".*.{token}.tmp"):
+                    path.unlink(missing_ok=True)
+
+
+def open_blocks(directory: Path, token: str, number: int) -> Blocks:
+    """The record of rank `number`, beside the journal that the first rank has."""
+    path = directory / f".{token}.rank{number}"
+    with explained(f"cannot write `{path}`"):
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+        return Blocks(os.open(path, flags, 0o666), path)
+
+
+def journal_path(target: Path) -> Path:
+    """Where the journal of a fold into `target` lies; of several teachers, the first."""
+    return target.absolute().with_name(f".{target.name}.journal")
+
+
+def done_share(target: Path) -> float | None:
+    """How much of the fold into `target` was done when it stopped, from 0 to 1; None where nothing was kept."""
+    path = journal_path(target)
+    try:
+        content = path.read_bytes()
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        header = _read_header(descriptor)
+    finally:
+        os.close(descriptor)
+    if header is None:
+        return None
+    ranges = _merge(_read_records(content, header["size"])[0])
+    done: int = sum(end - begin for begin, end in ranges)
+    return done / max(1, int(header["bytes"]))
+
+
+def _read_header(descriptor: int) -> dict[str, Any] | None:
+    """The first line, with its size in bytes; None where it is not whole."""
+    size = min(os.fstat(descriptor).st_size, MAX_HEADER_BYTES)
+    line, newline, _ = os.pread(descriptor, size, 0).partition(b"\n")
+    if not newline:
+        return None
+    try:
+        header = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    needed: dict[str, Any] = {"token": str, "started": (int, float), "bytes": int, "targets": list}
+    if not isinstance(header, dict) or not all(isinstance(header.get(key), kind) for key, kind in needed.items()):
+        return None
+    if not re.fullmatch("[0-9a-f]{8}", header["token"]):
+        return None
+    if not all(isinstance(target, str) for target in header["targets"]):
+        return None
+    return {**header, "size": len(line) + 1}
+
+
+def _who(header: Mapping[str, Any]) -> str:
+    return f" (process {header['process']} on {header['host']})" if "process" in header and "host" in header else ""
