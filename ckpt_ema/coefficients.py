@@ -6,12 +6,12 @@ import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ckpt_ema.continuing import Beginning
 from ckpt_ema.errors import CkptEmaError, MisuseError
-from ckpt_ema.formats import read_contents
 from ckpt_ema.locations import as_path
 from ckpt_ema.profiles import (
     Profile,
@@ -22,8 +22,7 @@ from ckpt_ema.profiles import (
     step_updates,
     updates_of,
 )
-from ckpt_ema.provenance import read_provenance
-from ckpt_ema.records import MAX_COUNT, FoldOptions, Prediction, ReconstructOptions
+from ckpt_ema.records import FoldOptions, PastCheckpoint, Prediction, ReconstructOptions
 from ckpt_ema.runs import Checkpoint
 
 SMALLEST_COEFFICIENT = 1e-12
@@ -57,29 +56,40 @@ class Weighed:
     warnings: tuple[str, ...] = ()
     predictions: tuple[Prediction, ...] = ()
     span: tuple[int, int] | None = None
+    past: tuple[PastCheckpoint, ...] = ()
+    """The checkpoints in the teacher that is gone on from."""
 
 
-def weigh(checkpoints: Sequence[Checkpoint], options: FoldOptions) -> Weighed:
+def weigh(checkpoints: Sequence[Checkpoint], options: FoldOptions, beginning: Beginning | None = None) -> Weighed:
     """The updates of every teacher that `options` asks for, and the checkpoints that have a share in one.
 
-    Raises CkptEmaError where steps are needed and not known.
+    `beginning` is the teacher to start from; the checkpoints that are in it already are left out. Raises CkptEmaError
+    where steps are needed and not known.
     """
     if options.coefficients is not None:
         if options.interval > 1:
             raise MisuseError("`--interval` has no meaning for coefficients given by hand", hint="leave it away")
         return _by_hand(checkpoints, options.coefficients)
+    if beginning is None:
+        return _per_step(checkpoints, options) if options.per_step else _per_checkpoint(checkpoints, options)
+    newer, anchor, left_out, warnings = beginning.newer_of(checkpoints)
     if options.per_step:
-        return _per_step(checkpoints, options)
+        weighed = _per_step(newer, options, beginning, anchor)
+    else:
+        weighed = _per_checkpoint(newer, options)
+    return replace(
+        weighed,
+        averages=(Average(beginning.path, beginning.label, None),),
+        left_out=(*left_out, *weighed.left_out),
+        warnings=(*warnings, *weighed.warnings),
+        past=() if warnings or beginning.record.get("initial_teacher") is not None else beginning.past,
+    )
+
+
+def _per_checkpoint(checkpoints: Sequence[Checkpoint], options: FoldOptions) -> Weighed:
     kept, left_out = _every(checkpoints, options)
     updates = [_checkpoint_updates(profile, len(kept), options) for profile in options.profiles]
-    return Weighed(_initial(options), tuple(kept), tuple(map(tuple, updates)), tuple(left_out))
-
-
-def _initial(options: FoldOptions) -> tuple[Average, ...]:
-    if options.init is None:
-        return ()
-    path = as_path(options.init)
-    return (Average(path, path.name, None),)
+    return Weighed((), tuple(kept), tuple(map(tuple, updates)), tuple(left_out))
 
 
 def _checkpoint_updates(profile: Profile, count: int, options: FoldOptions) -> list[Update]:
@@ -103,11 +113,17 @@ def _every(checkpoints: Sequence[Checkpoint], options: FoldOptions) -> tuple[lis
     return kept, left_out
 
 
-def _per_step(checkpoints: Sequence[Checkpoint], options: FoldOptions) -> Weighed:
+def _per_step(
+    checkpoints: Sequence[Checkpoint],
+    options: FoldOptions,
+    beginning: Beginning | None = None,
+    anchor: Checkpoint | None = None,
+) -> Weighed:
+    """Of a run, or of what is newer than `beginning`, with the student that is of its step where that is there."""
     steps, notes = training_steps(checkpoints, options)
-    has_initial = options.init is not None
-    if options.init is not None:
-        start = _initial_step(as_path(options.init), options)
+    origin = None
+    if beginning is not None:
+        start = beginning.training_step(options)
         if start >= steps[0]:
             raise CkptEmaError(
                 f"the initial teacher is of step {start}, and the first checkpoint `{checkpoints[0].label}` of step"
@@ -115,14 +131,24 @@ def _per_step(checkpoints: Sequence[Checkpoint], options: FoldOptions) -> Weighe
                 hint=f"fold the newer ones: `--from {start // (options.steps_per_epoch or 1) + 1}`",
             )
         steps.insert(0, start)
+        origin = beginning.first_step(options)
+    kept = list(checkpoints) if anchor is None else [anchor, *checkpoints]
     updates = [
         step_updates(
-            profile, steps, interval=options.interval, between=options.between or "linear", has_copy_first=has_initial
+            profile,
+            steps,
+            interval=options.interval,
+            between=options.between or "linear",
+            has_copy_first=beginning is not None,
+            knows_first_student=anchor is not None,
+            origin=origin if options.interval > 1 else None,
         )
         for profile in options.profiles
     ]
-    kept, updates, left_out = _without_idle(checkpoints, updates, num_leading=int(has_initial))
-    return Weighed(_initial(options), tuple(kept), tuple(map(tuple, updates)), tuple(left_out), tuple(notes))
+    kept, updates, left_out = _without_idle(kept, updates, num_leading=int(beginning is not None))
+    # The teacher's own newest student is left out already, as one that is in it.
+    left_out = [item for item in left_out if anchor is None or item[0] != anchor.label]
+    return Weighed((), tuple(kept), tuple(map(tuple, updates)), tuple(left_out), tuple(notes))
 
 
 def _without_idle(
@@ -180,25 +206,6 @@ def training_steps(checkpoints: Sequence[Checkpoint], options: FoldOptions) -> t
     if unit == "number":
         return numbers, [f"the numbers in the names ({numbers[0]} to {numbers[-1]}) are taken for training steps"]
     return numbers, []
-
-
-def _initial_step(path: Path, options: FoldOptions) -> int:
-    if not path.exists():
-        raise MisuseError(f"`{path}` does not exist", hint="pass a teacher that an earlier fold wrote with `--init`")
-    record = read_provenance(read_contents(path).metadata) or {}
-    items: Any = record.get("checkpoints")
-    newest = items[-1] if isinstance(items, list) and items and isinstance(items[-1], dict) else {}
-    # Of a reconstruction or an online teacher the record itself has a step.
-    per_epoch = options.steps_per_epoch
-    found = ((record, "step", 1), (newest, "step", 1), (newest, "number", per_epoch or 1), (newest, "epoch", per_epoch))
-    for table, key, factor in found:
-        number = table.get(key)
-        if type(number) is int and 0 <= number < MAX_COUNT and factor:
-            return number * factor
-    raise MisuseError(
-        f"`{path}` does not say of which step it is, so the gap to the first checkpoint is unknown",
-        hint="count checkpoints instead: `--momentum M` without `--per step` and `--half-life`",
-    )
 
 
 def _by_hand(checkpoints: Sequence[Checkpoint], given: Any) -> Weighed:

@@ -8,15 +8,16 @@ from __future__ import annotations
 import glob
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from ckpt_ema.blocks import plan_blocks
+from ckpt_ema.blocks import accumulate_dtype, plan_blocks
 from ckpt_ema.byte_ranges import TensorRange
 from ckpt_ema.catalogue import TeacherTensor, Treatment, build_catalogue
 from ckpt_ema.coefficients import Weighed, weigh
+from ckpt_ema.continuing import read_beginning
 from ckpt_ema.errors import CkptEmaError, MisuseError
 from ckpt_ema.formats import read_contents
-from ckpt_ema.formats.folder import has_weights, is_sharded
 from ckpt_ema.layouts import Layout, SchemaPool, compact_layout
 from ckpt_ema.locations import as_path
 from ckpt_ema.model_buffers import read_model_buffers
@@ -30,8 +31,14 @@ from ckpt_ema.students import choose_student, is_flat
 
 def plan_fold(run: PathLike | Sequence[PathLike], output: PathLike | None, wanted: FoldOptions) -> FoldPlan:
     """Plan the fold of a run, or of checkpoints in the order given; raises CkptEmaError where it cannot be."""
+    beginning = read_beginning(wanted)
     found = find_run(run, wanted)
-    return plan_weighed(found, weigh(found.checkpoints, wanted), output, wanted)
+    if beginning is None:
+        return plan_weighed(found, weigh(found.checkpoints, wanted), output, wanted)
+    wanted, notes, warnings = beginning.options_for(wanted)
+    weighed = weigh(found.checkpoints, wanted, beginning)
+    weighed = replace(weighed, notes=(*weighed.notes, *notes), warnings=(*weighed.warnings, *warnings))
+    return plan_weighed(found, weighed, output, wanted)
 
 
 def _as_paths(run: PathLike | Sequence[PathLike]) -> list[Path]:
@@ -128,13 +135,19 @@ def plan_weighed(
             FoldedCheckpoint(item.label, item.step, item.unit, shares, item.size, item.state_key, item.format)
             for item, shares in zip(checkpoints, by_input[num_averages:], strict=True)
         ),
+        past=weighed.past,
         predictions=weighed.predictions,
         span=weighed.span,
         tensors=tuple(tensors),
         left_out=(*found.left_out, *weighed.left_out),
         left_out_tensors=tuple(newest.left_out.items()),
         notes=(*_notes(newest), *weighed.notes),
-        warnings=(*found.warnings, *weighed.warnings, *_warnings(checkpoints, teachers, wanted, tensors)),
+        warnings=(
+            *found.warnings,
+            *weighed.warnings,
+            *_rounded(weighed, layouts, tensors, wanted),
+            *_warnings(checkpoints, teachers, wanted, tensors),
+        ),
         mended_options=_mended_options(checkpoints, teachers, wanted),
         blocks=blocks,
         layouts=tuple(layouts),
@@ -150,10 +163,6 @@ def _unfollowed(newest: Checkpoint, followed: frozenset[str]) -> frozenset[str]:
 
 def _average_layout(path: Path, tensors: Sequence[TeacherTensor], pool: SchemaPool, hint: str | None) -> Layout:
     """The tensors of an average that takes part, an initial teacher or a snapshot, under the students' indices."""
-    if not path.exists():
-        raise MisuseError(f"`{path}` does not exist", hint="pass a teacher that an earlier fold wrote with `--init`")
-    if path.is_dir() and not has_weights(path) and not is_sharded(path):
-        raise MisuseError(f"`{path}` is no teacher", hint="pass the file or the folder that an earlier fold wrote")
     contents = read_contents(path)
     # A teacher may be one of ours, or a state dict by itself, whose names look like an average's.
     teacher = choose_student(contents, state="" if is_flat(contents) else None)
@@ -230,6 +239,27 @@ def _warnings(
     else:
         mended = f"`--momentum {momentum_for_first_share(len(worst.updates) - 1, 0.1):g}` would leave it 10 %"
     yield f"{keeps}: {works} once per checkpoint here, not once per training step; {mended}"
+
+
+def _rounded(
+    weighed: Weighed, layouts: Sequence[Layout], tensors: Sequence[TeacherTensor], options: FoldOptions
+) -> Iterator[str]:
+    """What a teacher that is gone on with has lost since it was folded."""
+    if not weighed.past:
+        return
+    narrow = [
+        (tensor, stored)
+        for tensor in tensors
+        if tensor.action == "average"
+        and (stored := layouts[0].schema.dtypes[tensor.index]).itemsize
+        < accumulate_dtype(tensor.student_dtype, options.accumulate).itemsize
+    ]
+    if narrow:
+        dtypes = " and ".join(sorted({stored.name for _, stored in narrow}))
+        yield (
+            f"`{weighed.averages[0].label}` was rounded to {dtypes} when it was written ({len(narrow)} tensors), and"
+            " what goes on from it is near the fold of all at once, not equal; `--dtype float32` keeps all digits"
+        )
 
 
 def _dominated(teachers: Sequence[PlannedTeacher], options: FoldOptions) -> list[PlannedTeacher]:

@@ -151,12 +151,15 @@ def step_updates(
     interval: int = 1,
     between: Between = "linear",
     has_copy_first: bool = False,
+    knows_first_student: bool = False,
+    origin: int | None = None,
 ) -> list[Update]:
     """The updates of a profile that counts training steps, for students saved after `steps` (strictly ascending).
 
     Between two checkpoints the student is taken to have moved in a straight line, or, with `hold`, to have jumped at
-    the newer one. An `ema` works once every `interval` steps, the first after steps[0]. With `has_copy_first` the
-    first input is a teacher rather than a student, and the student is held at the next checkpoint from there.
+    the newer one. An `ema` works once every `interval` steps, counted from step `origin`, steps[0] by default. With
+    `has_copy_first` the first input is a teacher rather than a student, and the student is held at the next checkpoint
+    from there; unless `knows_first_student`, the one of steps[0], which is the second input then.
     Where the checkpoints lie `interval` apart, or with `hold`, these are the recurrence's own; else those of the
     collapsed coefficients.
     """
@@ -165,10 +168,12 @@ def step_updates(
     if profile.kind != "ema":
         return updates_of(step_coefficients(profile.response(steps[0], steps[-1]), steps, between))
     momentum = profile.momentum_over(interval)
-    gaps = [_gap_shares(momentum, interval, steps[0], a, b) for a, b in itertools.pairwise(steps)]
+    start = steps[0] if origin is None else origin
+    gaps = [_gap_shares(momentum, interval, start, a, b) for a, b in itertools.pairwise(steps)]
     if between == "hold" or all(gap.older == 0 for gap in gaps):
-        return [COPY] + [Update(gap.keep, gap.older + gap.newer) for gap in gaps]
-    if has_copy_first:
+        first = [COPY, Update(1.0, 0.0)] if knows_first_student else [COPY]
+        return first + [Update(gap.keep, gap.older + gap.newer) for gap in gaps]
+    if has_copy_first and not knows_first_student:
         gaps[0] = gaps[0]._replace(older=0.0, newer=gaps[0].older + gaps[0].newer)
     shares = [0.0] * len(steps)
     kept = 1.0
@@ -176,6 +181,8 @@ def step_updates(
         shares[i + 1] += gaps[i].newer * kept
         shares[i] += gaps[i].older * kept
         kept *= gaps[i].keep
+    if knows_first_student:
+        return updates_of([kept, *shares])
     shares[0] += kept
     return updates_of(shares)
 

@@ -24,23 +24,15 @@ def teacher_metadata(plan: FoldPlan, number: int) -> dict[str, str]:
         **profile_record(teacher.profile),
         **counting_record(options),
         "skip_buffers": options.skip_buffers,
-        "initial_teacher": None if plan.initial_teacher is None else _printable(plan.initial_teacher),
+        "initial_teacher": None if plan.initial_teacher is None or plan.past else printable(plan.initial_teacher),
         **made_record(plan, number),
         "state": plan.newest.state_key,
         "stripped": list(plan.newest.stripped),
         "averages": [
-            {"name": _printable(item.name), "step": item.step, "coefficient": item.coefficients[number]}
-            for item in plan.averages
+            {"name": printable(item.name), "step": item.step, "coefficient": item.coefficients[number]}
+            for item in (() if plan.past else plan.averages)
         ],
-        "checkpoints": [
-            {
-                "name": _printable(item.name),
-                item.unit: item.step,
-                "coefficient": item.coefficients[number],
-                "bytes": item.size,
-            }
-            for item in plan.checkpoints
-        ],
+        "checkpoints": _checkpoints_record(plan, number),
         "averaged": {"tensors": plan.num_averaged},
         "copied": {
             "tensors": plan.num_copied,
@@ -55,17 +47,33 @@ def teacher_metadata(plan: FoldPlan, number: int) -> dict[str, str]:
     return {"format": "pt", PROVENANCE_KEY: json.dumps(record, ensure_ascii=False)}
 
 
+def _checkpoints_record(plan: FoldPlan, number: int) -> list[dict[str, Any]]:
+    """The checkpoints of a teacher, those of the one that it goes on from among them."""
+    share_of_past = plan.averages[0].coefficients[number] if plan.past else 0.0
+    shares = {(item.name, item.unit, item.step): [item.coefficient * share_of_past, item.size] for item in plan.past}
+    for item in plan.checkpoints:
+        share = shares.setdefault((printable(item.name), item.unit, item.step), [0.0, item.size])
+        share[0] += item.coefficients[number]
+    return [
+        {"name": name, unit: step, "coefficient": share, "bytes": size}
+        for (name, unit, step), (share, size) in shares.items()
+    ]
+
+
 def made_record(plan: FoldPlan, number: int) -> dict[str, Any]:
     """Whether a teacher was folded or reconstructed, and what is to be known of that."""
     if not plan.predictions or plan.span is None:
-        return {"made": "fold", "first_share": plan.teachers[number].first_share}
+        first_share = plan.teachers[number].first_share
+        if plan.past:
+            first_share = _checkpoints_record(plan, number)[0]["coefficient"]
+        return {"made": "fold", "first_share": first_share}
     prediction = plan.predictions[number]
     return {
         "made": "reconstruct",
         "start": plan.span[0],
         "step": plan.span[1],
         "predicted_error": prediction.error,
-        "nearest": _printable(prediction.nearest),
+        "nearest": printable(prediction.nearest),
     }
 
 
@@ -85,8 +93,8 @@ def counting_record(options: FoldOptions) -> dict[str, Any]:
     return {"per": "step", "interval": options.interval, "between": options.between or "linear", **epochs}
 
 
-def _printable(name: str) -> str:
-    """A file name may be bytes that are no text; a safetensors header may not."""
+def printable(name: str) -> str:
+    """A name as a record has it: a file name may be bytes that are no text; a safetensors header may not."""
     return os.fsencode(name).decode("utf-8", "replace")
 
 

@@ -334,6 +334,18 @@ class FoldedCheckpoint:
 
 
 @dataclass(frozen=True, slots=True)
+class PastCheckpoint:
+    """One student's part in the teacher that a fold goes on from."""
+
+    name: str
+    step: int | None
+    unit: str
+    coefficient: float
+    size: int
+    """Bytes on disk, when it was folded."""
+
+
+@dataclass(frozen=True, slots=True)
 class PlannedTeacher:
     """One of the teachers that a pass over the checkpoints makes."""
 
@@ -381,6 +393,9 @@ class FoldPlan:
     directory: Path
     checkpoints: tuple[FoldedCheckpoint, ...]
     """Those that take part, oldest first; in a reconstruction the one that buffers come from is last."""
+
+    past: tuple[PastCheckpoint, ...]
+    """Those that the initial teacher was folded from, where this fold goes on with the same run."""
 
     averages: tuple[FoldedCheckpoint, ...]
     """Averages that enter before them: the initial teacher, or the snapshots of a reconstruction."""

@@ -952,6 +952,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("catalogue", "profiles", "runs", "model_buffers", "writer", "solver", "response_records"),
     ("blocks",),
     ("engine", "records", "inspection", "engine.buffers", "engine.arithmetic", "provenance", "teacher_folder"),
+    ("continuing",),
     ("coefficients", "outputs", "teacher_files", "online", "online.tracking", "online.rule"),
     ("fingerprints",),
     (

@@ -1,0 +1,167 @@
+"""Going on from a teacher: its file in, what it was made of and what a run has beyond that out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ckpt_ema.errors import CkptEmaError, MisuseError
+from ckpt_ema.formats import read_contents
+from ckpt_ema.formats.folder import has_weights, is_sharded
+from ckpt_ema.locations import as_path
+from ckpt_ema.provenance import printable, read_provenance
+from ckpt_ema.records import MAX_COUNT, FoldOptions, PastCheckpoint
+from ckpt_ema.runs import Checkpoint
+
+UNITS = ("step", "epoch", "number")
+
+
+@dataclass(frozen=True, slots=True)
+class Beginning:
+    """The teacher that a fold starts from."""
+
+    path: Path
+    record: Mapping[str, Any]
+    """Its provenance; empty where it says nothing of itself."""
+
+    past: tuple[PastCheckpoint, ...]
+    """The checkpoints in it, oldest first, where it was folded or reconstructed."""
+
+    @property
+    def label(self) -> str:
+        """Its name, for people."""
+        return self.path.name
+
+    def training_step(self, options: FoldOptions) -> int:
+        """The training step it is of; raises MisuseError where it does not say."""
+        step = self.record.get("step")  # of a reconstruction or an online teacher
+        if type(step) is int and 0 <= step < MAX_COUNT:
+            return step
+        if self.past:
+            last, per_epoch = self.past[-1], options.steps_per_epoch
+            factor = {"step": 1, "number": per_epoch or 1, "epoch": per_epoch}[last.unit]
+            if last.step is not None and factor:
+                return last.step * factor
+        raise MisuseError(
+            f"`{self.path}` does not say of which step it is, so the gap to the first checkpoint is unknown",
+            hint="count checkpoints instead: `--momentum M` without `--per step` and `--half-life`",
+        )
+
+    def first_step(self, options: FoldOptions) -> int | None:
+        """The training step of its first checkpoint, from which an interval counts; None where it is not known."""
+        if not self.past or self.past[0].step is None:
+            return None
+        return self.past[0].step * (1 if self.past[0].unit == "step" else options.steps_per_epoch or 1)
+
+    def options_for(self, options: FoldOptions) -> tuple[FoldOptions, list[str], list[str]]:
+        """`options`, with how the teacher was made where they say nothing of it; notes; warnings."""
+        if self.record.get("made") != "fold" or self.record.get("profile") != "ema":
+            return options, [], []
+        names = [name for name in ("momentum", "half_life") if self.record.get(name) is not None]
+        made: dict[str, Any] = {name: self.record.get(name) for name in names}
+        warnings = []
+        if self.record.get("skip_buffers") is not options.skip_buffers:
+            flag = "--no-skip-buffers" if options.skip_buffers else "--skip-buffers"
+            warnings.append(f"`{self.label}` was folded with `{flag}`, and goes on without")
+        is_asked = options.per is not None or options.momentum is not None or options.half_life is not None
+        counting: dict[str, Any] = {"per": self.record.get("per"), "interval": self.record.get("interval", 1)}
+        if counting["per"] == "step":
+            counting |= {"between": self.record.get("between"), "steps_per_epoch": self.record.get("steps_per_epoch")}
+        if is_asked:
+            asked = {name: getattr(options, name) for name in ("momentum", "half_life")}
+            if any(asked[name] not in (None, value) for name, value in made.items()) or (
+                options.per_step != (counting["per"] == "step")
+            ):
+                warnings.append(
+                    f"`{self.label}` was folded with {_told(made, counting)}, and goes on with another rule"
+                )
+            return options, [], warnings
+        for name, default in (("interval", 1), ("between", None), ("steps_per_epoch", None)):
+            if getattr(options, name) != default:
+                counting[name] = getattr(options, name)
+        try:
+            inherited = replace(options, **made, **counting)
+        except MisuseError as error:
+            raise CkptEmaError(f"`{self.path}` says of itself what cannot be: {error.message}") from None
+        return inherited, [f"goes on as `{self.label}` was made: {_told(made, counting)}"], warnings
+
+    def newer_of(
+        self, checkpoints: Sequence[Checkpoint]
+    ) -> tuple[list[Checkpoint], Checkpoint | None, list[tuple[str, str]], list[str]]:
+        """(those to fold, the newest one of the teacher itself where it is there, what is left out and why, warnings).
+
+        Raises CkptEmaError where nothing is left.
+        """
+        known = {(past.name, past.unit, past.step) for past in self.past}
+        inside = {id(item) for item in checkpoints if (printable(item.label), item.unit, item.step) in known}
+        last = self.past[-1] if self.past else None
+        steps = [item.step for item in checkpoints]
+        if last is None or last.step is None or None in steps or any(item.unit != last.unit for item in checkpoints):
+            left_out = [(item.label, f"`{self.label}` has it") for item in checkpoints if id(item) in inside]
+            return self._some([item for item in checkpoints if id(item) not in inside]), None, left_out, []
+        beyond = [item for item in checkpoints if item.step is not None and item.step > last.step]
+        if not inside and len(beyond) < len(checkpoints):
+            text = f"no checkpoint is in `{self.label}`, which is of {last.unit} {last.step}: it is of another run"
+            return list(checkpoints), None, [], [text]
+        newer = {id(item) for item in beyond}
+        left_out = [
+            (item.label, f"`{self.label}` has it" if id(item) in inside else f"older than `{self.label}`")
+            for item in checkpoints
+            if id(item) not in newer
+        ]
+        anchor = next((item for item in checkpoints if item.step == last.step and id(item) in inside), None)
+        return self._some(beyond), anchor, left_out, []
+
+    def _some(self, checkpoints: list[Checkpoint]) -> list[Checkpoint]:
+        if checkpoints:
+            return checkpoints
+        last = self.past[-1]
+        known = "" if last.step is None else f", up to {last.unit} {last.step}"
+        raise CkptEmaError(
+            f"nothing is newer than `{self.label}`: it has every checkpoint{known}", hint="train on, then fold again"
+        )
+
+
+def read_beginning(options: FoldOptions) -> Beginning | None:
+    """The teacher that `options` start from, if any; raises MisuseError where it is not there."""
+    if options.init is None:
+        return None
+    path = as_path(options.init)
+    if not path.exists():
+        raise MisuseError(f"`{path}` does not exist", hint="pass a teacher that an earlier fold wrote with `--init`")
+    if path.is_dir() and not has_weights(path) and not is_sharded(path):
+        raise MisuseError(f"`{path}` is no teacher", hint="pass the file or the folder that an earlier fold wrote")
+    record = read_provenance(read_contents(path).metadata) or {}
+    return Beginning(path, record, _past_of(record))
+
+
+def _past_of(record: Mapping[str, Any]) -> tuple[PastCheckpoint, ...]:
+    """The checkpoints that a record lists; none where one of them is not what this tool writes."""
+    items = record.get("checkpoints")
+    past = []
+    for item in items if isinstance(items, list) else ():
+        if not isinstance(item, dict):
+            return ()
+        unit = next((unit for unit in UNITS if unit in item), None)
+        name, share, size = item.get("name"), item.get("coefficient"), item.get("bytes")
+        step = item[unit] if unit is not None else None
+        if (
+            unit is None
+            or not (step is None or (type(step) is int and 0 <= step < MAX_COUNT))
+            or not isinstance(name, str)
+            or not isinstance(share, float)
+            or not math.isfinite(share)
+            or type(size) is not int
+        ):
+            return ()
+        past.append(PastCheckpoint(name, step, unit, share, size))
+    return tuple(past)
+
+
+def _told(made: Mapping[str, Any], counting: Mapping[str, Any]) -> str:
+    told = ", ".join(f"{name.replace('_', '-')} {value:g}" for name, value in made.items() if isinstance(value, float))
+    interval = counting.get("interval")
+    return f"{told} per {counting.get('per')}{f', interval {interval}' if interval not in (None, 1) else ''}"

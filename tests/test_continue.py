@@ -1,0 +1,175 @@
+"""Going on from a teacher: only what is newer is folded, and the result is the fold of all at once."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import ckpt_ema
+from ckpt_ema.errors import CkptEmaError, MisuseError
+from tests.conftest import Outcome, assert_same_bits, hook_teacher, make_student, quiet_fold, save_students
+
+Cli = Callable[..., Outcome]
+BUFFERS = ("bn.running_mean",)
+
+
+def record_of(path: Path) -> dict[str, Any]:
+    with safe_open(path, "pt") as file:
+        record: dict[str, Any] = json.loads(file.metadata()["ckpt_ema"])
+    return record
+
+
+def test_only_what_is_newer_is_folded_by_the_teachers_own_rule(tmp_path: Path, cli: Cli) -> None:
+    """`fold RUN --init TEACHER`, nothing else: the newer checkpoints by the momentum that made it, bit for bit."""
+    run = tmp_path / "run"
+    save_students(run, 3)
+    assert cli("fold", run, "--momentum", 0.25, "-o", "t.safetensors").code == 0
+    students = save_students(run, 6)
+    done = cli("fold", run, "--init", "t.safetensors", "-o", "t.safetensors", "--overwrite", "--json")
+    assert done.code == 0, done.stderr
+    assert [item["name"] for item in json.loads(done.stdout)["checkpoints"]] == [
+        f"step_{step}.safetensors" for step in (400, 500, 600)
+    ]
+    assert_same_bits(load_file(tmp_path / "t.safetensors"), hook_teacher(students, 0.25, BUFFERS))
+    shown = cli("plan", run, "--init", "t.safetensors", "-o", "u.safetensors")
+    assert shown.code == 1
+    assert "nothing is newer than `t.safetensors`: it has every checkpoint, up to step 600" in shown.stderr
+
+
+@pytest.mark.parametrize("cuts", [(1, 7), (3, 4, 7), tuple(range(1, 8))])
+@pytest.mark.parametrize("options", [{}, {"interval": 2}, {"per": "step", "between": "hold"}, {"half_life": 150.0}])
+def test_a_fold_in_parts_has_the_record_of_one_at_once(
+    tmp_path: Path, cuts: tuple[int, ...], options: dict[str, Any]
+) -> None:
+    """However it is cut: the same tensors, and a record with the same checkpoints and shares."""
+    run, output = tmp_path / "run", tmp_path / "t.safetensors"
+    for count in cuts:
+        save_students(run, count)
+        if not output.exists():
+            quiet_fold(run, output, **({} if "half_life" in options else {"momentum": 0.02}), **options)
+        else:
+            try:
+                quiet_fold(run, output, init=output, overwrite=True)
+            except CkptEmaError as error:
+                assert "interval" in options, error  # one more, and the next one counts
+    at_once = quiet_fold(
+        run, tmp_path / "all.safetensors", **({} if "half_life" in options else {"momentum": 0.02}), **options
+    )
+    mine, whole = record_of(output), record_of(at_once.output)
+    for one, other in itertools.zip_longest(mine.pop("checkpoints"), whole.pop("checkpoints")):
+        assert one.pop("coefficient") == pytest.approx(other.pop("coefficient"), rel=1e-9)
+        assert one == other
+    assert mine.pop("first_share") == pytest.approx(whole.pop("first_share"))
+    assert mine == whole
+    exact = "half_life" not in options  # straight lines cross the cut: the same sum, in another order
+    for name, tensor in load_file(at_once.output).items():
+        ours = load_file(output)[name]
+        assert torch.equal(ours, tensor) if exact else torch.allclose(ours, tensor, rtol=1e-5, atol=1e-6), name
+
+
+def test_the_line_from_the_last_student_is_drawn_where_it_is_still_there(tmp_path: Path) -> None:
+    """Per step in straight lines, the teacher's newest student enters once more; without it the next one is held."""
+    run = tmp_path / "run"
+    save_students(run, 2)
+    quiet_fold(run, tmp_path / "t.safetensors", half_life=100)
+    save_students(run, 3)
+    planned = ckpt_ema.plan(run, tmp_path / "u.safetensors", init=tmp_path / "t.safetensors")
+    assert [item.step for item in planned.checkpoints] == [200, 300]
+    for step in (100, 200):
+        (run / f"step_{step}.safetensors").unlink()
+    planned = ckpt_ema.plan(run, tmp_path / "u.safetensors", init=tmp_path / "t.safetensors")
+    assert [item.step for item in planned.checkpoints] == [300]
+    assert planned.first_share == pytest.approx(0.5)
+
+
+def test_rotated_checkpoints_are_not_missed(tmp_path: Path) -> None:
+    """The trainer removed what was folded: the rest goes on, though none of the teacher's checkpoints is there."""
+    run = tmp_path / "run"
+    students = save_students(run, 5)
+    for step in (400, 500):
+        (run / f"step_{step}.safetensors").rename(tmp_path / f"step_{step}.safetensors")
+    quiet_fold(run, tmp_path / "t.safetensors", momentum=0.1)
+    for path in run.iterdir():
+        path.unlink()
+    for step in (400, 500):
+        (tmp_path / f"step_{step}.safetensors").rename(run / f"step_{step}.safetensors")
+    quiet_fold(run, tmp_path / "u.safetensors", init=tmp_path / "t.safetensors")
+    assert_same_bits(load_file(tmp_path / "u.safetensors"), hook_teacher(students, 0.1, BUFFERS))
+
+
+def test_a_kept_best_checkpoint_is_not_folded_late(tmp_path: Path) -> None:
+    """What the teacher passed over and is older than its newest is left out, with the reason."""
+    run = tmp_path / "run"
+    save_students(run, 4)
+    quiet_fold(run, tmp_path / "t.safetensors", momentum=0.1, exclude=["step_200*"], until_step=300)
+    planned = ckpt_ema.plan(run, tmp_path / "u.safetensors", init=tmp_path / "t.safetensors")
+    assert [item.step for item in planned.checkpoints] == [400]
+    assert ("step_200.safetensors", "older than `t.safetensors`") in planned.left_out
+
+
+def test_a_teacher_of_another_run_starts_this_one(tmp_path: Path) -> None:
+    """A second stage counts its steps from 0 again: all of it is folded, and that is said."""
+    save_students(tmp_path / "one", 5)
+    quiet_fold(tmp_path / "one", tmp_path / "t.safetensors", momentum=0.1)
+    second = tmp_path / "two"
+    second.mkdir()
+    for step in (1, 2, 3):
+        save_file(make_student(step + 50), second / f"step_{step}.safetensors")
+    planned = ckpt_ema.plan(second, tmp_path / "u.safetensors", init=tmp_path / "t.safetensors", momentum=0.1)
+    assert [item.step for item in planned.checkpoints] == [1, 2, 3]
+    assert any("it is of another run" in text for text in planned.warnings)
+
+
+def test_what_was_rounded_is_said(tmp_path: Path) -> None:
+    """A bfloat16 teacher has lost digits that a fold of all at once has; a float32 one has not, and equals it."""
+    run = tmp_path / "run"
+    run.mkdir()
+    for step in (1, 2, 3, 4):
+        save_file(
+            {"w": torch.randn(500, generator=torch.Generator().manual_seed(step)).bfloat16()},
+            run / f"step_{step}.safetensors",
+        )
+    for dtype in ("student", "float32"):
+        quiet_fold(run, tmp_path / f"{dtype}.safetensors", momentum=0.3, until_step=2, dtype=dtype)
+        options = {"init": tmp_path / f"{dtype}.safetensors", "dtype": dtype}
+        done = quiet_fold(run, tmp_path / f"{dtype}-on.safetensors", **options)
+        at_once = quiet_fold(run, tmp_path / f"{dtype}-all.safetensors", momentum=0.3, dtype=dtype)
+        told = [text for text in done.plan.warnings if "was rounded to bfloat16" in text]
+        assert len(told) == (dtype == "student")
+        if dtype == "float32":
+            assert_same_bits(load_file(done.output), load_file(at_once.output))
+
+
+def test_another_rule_is_said(tmp_path: Path) -> None:
+    """A momentum that is not the one that made the teacher, or buffers treated otherwise, are warned of."""
+    run = tmp_path / "run"
+    save_students(run, 3)
+    quiet_fold(run, tmp_path / "t.safetensors", momentum=0.1)
+    save_students(run, 4)
+    planned = ckpt_ema.plan(run, tmp_path / "u.safetensors", init=tmp_path / "t.safetensors", momentum=0.2)
+    assert any("momentum 0.1 per checkpoint, and goes on with another rule" in text for text in planned.warnings)
+    planned = ckpt_ema.plan(run, tmp_path / "u.safetensors", init=tmp_path / "t.safetensors", skip_buffers=False)
+    assert any("was folded with `--skip-buffers`, and goes on without" in text for text in planned.warnings)
+
+
+@pytest.mark.parametrize("changed", [{"momentum": 7.0}, {"momentum": "x"}, {"checkpoints": [{"name": 3}]}, {"per": 9}])
+def test_a_record_that_lies_is_no_traceback(tmp_path: Path, changed: dict[str, Any]) -> None:
+    """Provenance is what a stranger wrote: it is used, refused, or not believed."""
+    run = tmp_path / "run"
+    save_students(run, 2)
+    quiet_fold(run, tmp_path / "t.safetensors", momentum=0.1)
+    record = {**record_of(tmp_path / "t.safetensors"), **changed}
+    tensors = load_file(tmp_path / "t.safetensors")
+    save_file(tensors, tmp_path / "t.safetensors", metadata={"format": "pt", "ckpt_ema": json.dumps(record)})
+    save_students(run, 3)
+    with contextlib.suppress(CkptEmaError):
+        ckpt_ema.plan(run, tmp_path / "u.safetensors", init=tmp_path / "t.safetensors")
