@@ -10,6 +10,7 @@ from ckpt_ema._version import __version__
 if TYPE_CHECKING:
     from ckpt_ema.errors import CkptEmaError, MisuseError
     from ckpt_ema.folding import fold, plan, plan_reconstruction, reconstruct
+    from ckpt_ema.following import FollowReport, follow
     from ckpt_ema.inspection import Inspection, inspect
     from ckpt_ema.online.mean_teacher import MeanTeacher
     from ckpt_ema.online.snapshots import Snapshots
@@ -30,6 +31,7 @@ __all__ = [
     "FoldPlan",
     "FoldReport",
     "FoldedCheckpoint",
+    "FollowReport",
     "Inspection",
     "MeanTeacher",
     "MisuseError",
@@ -40,6 +42,7 @@ __all__ = [
     "Snapshots",
     "__version__",
     "fold",
+    "follow",
     "inspect",
     "plan",
     "plan_reconstruction",
@@ -53,6 +56,7 @@ _HOMES = {
     "FoldPlan": "records",
     "FoldReport": "records",
     "FoldedCheckpoint": "records",
+    "FollowReport": "following",
     "Inspection": "inspection",
     "MeanTeacher": "online.mean_teacher",
     "MisuseError": "errors",
@@ -62,6 +66,7 @@ _HOMES = {
     "ReconstructOptions": "records",
     "Snapshots": "online.snapshots",
     "fold": "folding",
+    "follow": "following",
     "inspect": "inspection",
     "plan": "folding",
     "plan_reconstruction": "folding",

@@ -20,7 +20,7 @@ import click
 import ckpt_ema
 from ckpt_ema._version import __version__
 from ckpt_ema.errors import CkptEmaError, MisuseError
-from ckpt_ema.sizes import DEFAULT_MEMORY_BUDGET_BYTES, SizeError, format_size, parse_size
+from ckpt_ema.sizes import DEFAULT_MEMORY_BUDGET_BYTES, SizeError, format_size, parse_duration, parse_size
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -38,6 +38,16 @@ class _Size(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         try:
             return parse_size(str(value))
+        except SizeError as error:
+            self.fail(str(error), param, ctx)
+
+
+class _Duration(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+    name = "TIME"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        try:
+            return parse_duration(str(value))
         except SizeError as error:
             self.fail(str(error), param, ctx)
 
@@ -231,6 +241,58 @@ def _reconstruct_options(command: Command) -> Command:
     return _with_options(command, changed)
 
 
+def _follow_options(command: Command) -> Command:
+    """Those of `follow`, which takes what comes, and goes on from its own teacher."""
+    without = ("profile", "sigma-rel", "coefficients", "init", "last", "output-format", "shard-size")
+    changed: dict[str, Command | None] = dict.fromkeys((*without, "interval", "overwrite", "resume", "json", "verbose"))
+    changed |= {
+        "run": click.argument("run", type=_Path()),
+        "output": click.option(
+            "-o",
+            "--output",
+            type=_Path(),
+            help="The teacher.  [default: RUN/teacher.safetensors; RUN/teacher for Hugging Face folders]",
+        ),
+        "momentum": click.option(
+            "--momentum",
+            type=float,
+            metavar="M",
+            help="Share that the student brings at each update, 0 < M < 1.  [default: the teacher's own, else 0.001]",
+        ),
+        "half-life": click.option(
+            "--half-life",
+            type=float,
+            metavar="STEPS",
+            help="The momentum in other words: training steps after which a share has halved; implies --per step.",
+        ),
+        "interval": click.option(
+            "--interval",
+            type=int,
+            default=1,
+            show_default=True,
+            metavar="N",
+            help="The hook's: per step, update every N steps.",
+        ),
+        "until": click.option(
+            "--until", "until_step", type=int, metavar="STEP", help="Last step to fold; end when it is there."
+        ),
+        "idle": click.option(
+            "--idle",
+            "idle_seconds",
+            type=_Duration(),
+            metavar="TIME",
+            help="End when nothing new came for so long (90s, 10m, 2h).  [default: never]",
+        ),
+        "dtype": click.option(
+            "--dtype",
+            type=click.Choice(["student", "float32", "bfloat16", "float16"]),
+            default="student",
+            help="Dtype of the teacher.  [default: the student's, float32 where that has 16 bits]",
+        ),
+    }
+    return _with_options(command, changed)
+
+
 def _with_options(command: Command, changed: dict[str, Command | None]) -> Command:
     """Add a fold's options by name; `changed` ones in their place, or left away, or behind them."""
     options: dict[str, Command | None] = {
@@ -409,6 +471,7 @@ def main() -> None:
     \b
     ckpt-ema plan runs/                      what would be folded, and with which share
     ckpt-ema fold runs/ --momentum 0.1       write runs/teacher.safetensors
+    ckpt-ema follow runs/ --momentum 0.1     the same while training goes on, checkpoint by checkpoint
     ckpt-ema inspect runs/epoch_12.pth       what a checkpoint holds
     """
 
@@ -473,6 +536,55 @@ def reconstruct(
         _show(ckpt_ema.plan_reconstruction, run, output, as_json=as_json, quiet=quiet, verbose=verbose, **options)
     else:
         _carry_out(ckpt_ema.reconstruct, run, output, as_json=as_json, quiet=quiet, verbose=verbose, **options)
+
+
+@main.command()
+@_follow_options
+@_errors_become_exits
+def follow(run: str, output: str | None, quiet: bool, **options: Any) -> None:
+    """Fold each checkpoint of a run that is still training, as soon as it is finished.
+
+    The trainer may delete it afterwards. The teacher is whole at every moment; a restart goes on where this one ended.
+    Ctrl-C or SIGTERM ends it after a last look, a second one at once.
+
+    \b
+    ckpt-ema follow runs/ --momentum 0.1
+    ckpt-ema follow runs/ --half-life 5000 --idle 2h -o teacher.safetensors
+    """
+    from datetime import datetime  # noqa: PLC0415
+
+    def tell(text: str) -> None:
+        if not quiet or text.startswith(("Warning", "missed")):
+            click.echo(f"{datetime.now():%H:%M:%S} {text}", err=True)
+
+    with contextlib.redirect_stdout(sys.stderr), _first_signal_sets() as stop:
+        done = ckpt_ema.follow(run, output, stop=stop, tell=tell, **options)
+    if not quiet:
+        missed = f", missed {len(done.missed)}: {', '.join(done.missed)}" if done.missed else ""
+        click.echo(f"folded {done.num_folded} checkpoints{missed}", err=True)
+    click.echo(str(done.output))
+
+
+@contextlib.contextmanager
+def _first_signal_sets() -> Iterator[threading.Event]:
+    """An event that the first signal sets; the second one stops at once, as elsewhere."""
+    stop = threading.Event()
+
+    def set_it(number: int, frame: FrameType | None) -> None:
+        if stop.is_set():
+            _stop(number, frame)
+        stop.set()
+
+    before = {}
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is _stop:
+            before[number] = signal.signal(number, set_it)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            if signal.getsignal(number) is set_it:
+                signal.signal(number, handler)
 
 
 @main.command()

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ckpt_ema.errors import CkptEmaError, MisuseError
+from ckpt_ema.errors import CkptEmaError, MisuseError, NoCheckpointError
 from ckpt_ema.formats import read_contents
 from ckpt_ema.formats.folder import has_weights, is_sharded
 from ckpt_ema.locations import as_path
@@ -120,7 +120,7 @@ class Beginning:
             return checkpoints
         last = self.past[-1]
         known = "" if last.step is None else f", up to {last.unit} {last.step}"
-        raise CkptEmaError(
+        raise NoCheckpointError(
             f"nothing is newer than `{self.label}`: it has every checkpoint{known}", hint="train on, then fold again"
         )
 

@@ -33,5 +33,9 @@ class UnreadableCheckpointError(CkptEmaError):
     """A checkpoint is truncated, lies about itself, or is in no format this tool reads."""
 
 
+class NoCheckpointError(CkptEmaError):
+    """A run holds nothing to fold: not yet, or not by what was selected."""
+
+
 class MisuseError(CkptEmaError):
     """What was asked for makes no sense: wrong options rather than wrong files."""

@@ -54,8 +54,14 @@ def _check_device(device: str) -> None:
         raise MisuseError(f"`--device` is {device!r}, and must be auto, cpu or cuda[:i]")
 
 
-def find_run(run: PathLike | Sequence[PathLike], wanted: FoldOptions, averages: Sequence[str] | None = None) -> Run:
-    """The checkpoints that `wanted` selects; raises CkptEmaError where there are none.
+def find_run(
+    run: PathLike | Sequence[PathLike],
+    wanted: FoldOptions,
+    averages: Sequence[str] | None = None,
+    *,
+    is_live: bool = False,
+) -> Run:
+    """The checkpoints that `wanted` selects; raises CkptEmaError where there are none, but of a run that is live.
 
     For a reconstruction `averages` are the names of what holds averages; teachers of this tool are found then, too.
     """
@@ -70,6 +76,7 @@ def find_run(run: PathLike | Sequence[PathLike], wanted: FoldOptions, averages: 
         prefix=wanted.prefix,
         takes_teachers=averages is not None,
         averages=tuple(averages or ()),
+        is_live=is_live,
     )
     return find_checkpoints(_as_paths(run), selection)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ckpt_ema.byte_ranges import expect_tables
-from ckpt_ema.errors import CkptEmaError, MisuseError, UnreadableCheckpointError
+from ckpt_ema.errors import CkptEmaError, MisuseError, NoCheckpointError, UnreadableCheckpointError
 from ckpt_ema.formats import Contents, ModelFolder, is_weights_file_name, read_contents
 from ckpt_ema.formats.deepspeed import folder_of_latest
 from ckpt_ema.formats.folder import MODEL_STEM, NEVER_STUDENTS, has_weights, is_sharded
@@ -112,6 +112,9 @@ class Run:
     averages: tuple[Checkpoint, ...] = ()
     """What was said to be an average, by step."""
 
+    unfinished: tuple[tuple[Path, str], ...] = ()
+    """Of a run that is being written: what cannot be read yet, and why."""
+
 
 @dataclass(frozen=True, slots=True)
 class Selection:
@@ -129,6 +132,9 @@ class Selection:
 
     averages: tuple[str, ...] = ()
     """Names of what are averages rather than checkpoints."""
+
+    is_live: bool = False
+    """Whether the run is still being written: what cannot be read is told rather than raised."""
 
 
 @dataclass(slots=True)
@@ -169,7 +175,8 @@ def find_checkpoints(paths: Sequence[Path], selection: Selection) -> Run:
     else:
         directory, listing = _read_list(paths, selection)
         root = directory if len({path.absolute().parent for path in paths}) == 1 else None
-    kept = _select(directory, listing, selection) if listing.checkpoints or not listing.declared else []
+    selects = bool(listing.checkpoints) or not (listing.declared or selection.is_live)
+    kept = _select(directory, listing, selection) if selects else []
     return Run(
         directory,
         root,
@@ -178,6 +185,7 @@ def find_checkpoints(paths: Sequence[Path], selection: Selection) -> Run:
         tuple(listing.warnings),
         tuple(listing.teachers),
         tuple(sorted(listing.declared, key=lambda average: (average.step or 0, average.label))),
+        tuple((path, error.message) for path, error in listing.unreadable) if selection.is_live else (),
     )
 
 
@@ -314,6 +322,8 @@ def _numbered_below(folder: Path) -> bool:
 def _children(folder: Path) -> list[Path]:
     try:
         return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    except FileNotFoundError:  # removed since it was seen
+        return []
     except OSError as error:
         raise CkptEmaError(f"cannot list `{folder}`: {error.strerror}") from error
 
@@ -393,7 +403,7 @@ def _descend(run: Path) -> tuple[Path, list[Path], list[tuple[str, str]]]:
         level = _folders_below(level)
     if snapshots:
         return *snapshots[0], passed_over
-    raise CkptEmaError(
+    raise NoCheckpointError(
         f"`{run}` holds no checkpoints",
         hint="pass the folder they lie in, or the checkpoints themselves in the order they are to be folded",
     )
@@ -465,14 +475,16 @@ def _read_run_directory(run: Path, selection: Selection) -> tuple[Path, _Listing
     if selection.takes_teachers:
         _find_snapshots(listing, run, directory, selection)
     if listing.checkpoints or listing.unreadable or not listing.declared:
-        _sort_by_step(listing, directory)
+        _sort_by_step(listing, directory, is_live=selection.is_live)
     return directory, listing
 
 
-def _sort_by_step(listing: _Listing, directory: Path) -> None:
+def _sort_by_step(listing: _Listing, directory: Path, *, is_live: bool) -> None:
+    if is_live and not listing.checkpoints:
+        return
     if not listing.checkpoints:
         _forgive_newest(listing, None)
-        raise CkptEmaError(
+        raise NoCheckpointError(
             f"no checkpoint of `{directory}` is left to fold",
             details=[f"{name}: {reason}" for name, reason in listing.left_out],
             hint="snapshots need a student beside them: what is not averaged comes from it"
@@ -491,9 +503,11 @@ def _sort_by_step(listing: _Listing, directory: Path) -> None:
                 details=[f"{name}: no {common[1]}" for name in unknown],
                 hint="list the checkpoints in the order they are to be folded, oldest first",
             )
-        _forgive_newest(listing, None)
+        if not is_live:
+            _forgive_newest(listing, None)
         return
-    _forgive_newest(listing, origin)
+    if not is_live:
+        _forgive_newest(listing, origin)
     _check_epochs_ascend(listing, origin, directory)
     by_step: dict[int, list[Checkpoint]] = defaultdict(list)
     for checkpoint, numbers in listing.checkpoints:
@@ -634,10 +648,10 @@ def _select(directory: Path, listing: _Listing, selection: Selection) -> list[Ch
     if selection.last is not None:
         listing.left_out += [(item.label, f"not among the last {selection.last}") for item in kept[: -selection.last]]
         kept = kept[-selection.last :]
-    if not kept:
+    if not kept and not selection.is_live:
         steps = [checkpoint.step for checkpoint, _ in listing.checkpoints if checkpoint.step is not None]
         known = f": it has {listing.checkpoints[0][0].unit}s {min(steps)} to {max(steps)}" if steps else ""
-        raise CkptEmaError(
+        raise NoCheckpointError(
             f"no checkpoint of `{directory}` is left to fold{known}",
             details=[f"{name}: {reason}" for name, reason in listing.left_out],
         )

@@ -47,3 +47,14 @@ def format_size(num_bytes: float) -> str:
         units.pop(0)
     text = f"{num_bytes:.0f}" if num_bytes >= 100 or num_bytes == int(num_bytes) else f"{num_bytes:.2f}"
     return f"{text}{units[0]}"
+
+
+DURATIONS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+def parse_duration(text: str) -> float:
+    """Seconds in `90`, `90s`, `10m`, `1.5h` or `2d`; raises SizeError for anything else."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower())
+    if match is None or match[2] not in DURATIONS:
+        raise SizeError(f"{text!r} is no time; pass for example 10m, 90s or 2h")
+    return float(match[1]) * DURATIONS[match[2]]

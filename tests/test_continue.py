@@ -57,10 +57,9 @@ def test_a_fold_in_parts_has_the_record_of_one_at_once(
         if not output.exists():
             quiet_fold(run, output, **({} if "half_life" in options else {"momentum": 0.02}), **options)
         else:
-            try:
+            # Where every second one counts, one more may be none.
+            with contextlib.suppress(MisuseError if "interval" in options else ()):
                 quiet_fold(run, output, init=output, overwrite=True)
-            except CkptEmaError as error:
-                assert "interval" in options, error  # one more, and the next one counts
     at_once = quiet_fold(
         run, tmp_path / "all.safetensors", **({} if "half_life" in options else {"momentum": 0.02}), **options
     )

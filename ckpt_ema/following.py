@@ -1,0 +1,312 @@
+"""A run that is still training in, its teacher out: every checkpoint is folded as soon as it is finished.
+
+listing -> what is new and finished -> a fold that goes on from the teacher's own file -> listing ...
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ckpt_ema.continuing import Beginning, read_beginning
+from ckpt_ema.errors import CkptEmaError, MisuseError, NoCheckpointError
+from ckpt_ema.folding import fold
+from ckpt_ema.locations import RemotePath, as_path
+from ckpt_ema.outputs import resolve_outputs
+from ckpt_ema.planning import find_run
+from ckpt_ema.records import FoldOptions, FoldReport, PathLike
+from ckpt_ema.runs import Checkpoint, Run
+from ckpt_ema.steps import steps_in_name
+
+POLL_SECONDS = 1.0
+"""Between two looks at the run; a checkpoint is folded when it was the same in both."""
+
+PATIENCE_SECONDS = 60.0
+"""An unreadable checkpoint that nobody has written to for so long holds up newer ones no longer."""
+
+Signature = tuple[tuple[str, int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class FollowReport:
+    """What came of a run that was followed."""
+
+    output: Path
+    num_folded: int
+    """Checkpoints that were folded, this time."""
+
+    missed: tuple[str, ...]
+    """Names of checkpoints that were seen, and vanished or stayed unreadable."""
+
+    last: FoldReport | None
+    """Of the last fold; None where nothing was new."""
+
+
+@dataclass(slots=True)
+class _Waiting:
+    """A checkpoint that is not folded yet."""
+
+    signature: Signature
+    since: float
+    """Since when it has been the same, in seconds of a clock that only goes forward."""
+
+
+def follow(
+    run: PathLike,
+    output: PathLike | None = None,
+    *,
+    idle_seconds: float | None = None,
+    poll_seconds: float = POLL_SECONDS,
+    patience_seconds: float = PATIENCE_SECONDS,
+    stop: threading.Event | None = None,
+    tell: Callable[[str], None] | None = None,
+    **options: Any,
+) -> FollowReport:
+    """Fold each checkpoint of a run that is still training as soon as it is finished; the trainer may delete it then.
+
+    `output` as in `fold`, of which `options` are, for one exponential moving average. The teacher there is whole at
+    every moment, and is gone on with where it exists: a restart goes on where the last one ended. Written in the
+    students' dtype, or float32 where that has fewer bits, so that nothing is rounded on the way; with `dtype` in that.
+
+    Ends when `stop` is set, after a last look; once `until_step` is folded, or passed by the run; after `idle_seconds`
+    without a new checkpoint; else never. A checkpoint counts as finished when it can be read and was the same in two
+    looks, `poll_seconds` apart. Of older ones that cannot be read the newer ones wait for `patience_seconds` after the
+    last write to them. `tell` gets a line for whatever happens.
+
+    Raises CkptEmaError as `fold` does; the teacher is that of the last fold then.
+    """
+    wanted = FoldOptions(**options)
+    if len(wanted.profiles) > 1 or wanted.profile != "ema" or wanted.coefficients is not None:
+        raise MisuseError("a run is followed by one exponential moving average", hint="pass one `--momentum`")
+    for name in ("init", "last", "shard_size_bytes"):
+        if getattr(wanted, name) is not None:
+            raise MisuseError(f"`--{name.replace('_bytes', '').replace('_', '-')}` has no meaning while following")
+    if wanted.interval > 1 and not wanted.per_step:
+        raise MisuseError("`--interval` counts checkpoints, of which some may be missed", hint="pass `--per step` too")
+    if wanted.output_format != "safetensors":
+        raise MisuseError(f"`--output-format {wanted.output_format}` is not replaced in one step", hint="leave it away")
+    path = as_path(run)
+    if not path.is_dir():
+        raise MisuseError(f"`{path}` is no folder", hint="pass the run directory that the trainer writes to")
+    follower = _Follower(path, output, wanted, poll_seconds, patience_seconds, tell or (lambda text: None))
+    return follower.run(stop or threading.Event(), idle_seconds)
+
+
+@dataclass(slots=True)
+class _Follower:
+    """What is known of a run between two looks at it."""
+
+    path: Path
+    wanted_output: PathLike | None
+    options: FoldOptions
+    poll_seconds: float
+    patience_seconds: float
+    tell: Callable[[str], None]
+    target: Path | None = None
+    """Where the teacher goes; known once there is a checkpoint."""
+
+    done: dict[Path, Signature] = field(default_factory=dict)
+    """What is not to be read again, unless it is written again."""
+
+    waiting: dict[Path, _Waiting] = field(default_factory=dict)
+    missed: list[str] = field(default_factory=list)
+    num_folded: int = 0
+    last: FoldReport | None = None
+    last_step: int | None = None
+    last_path: Path | None = None
+    """Of the newest checkpoint in the teacher: straight lines begin there."""
+
+    has_passed: bool = False
+    """Whether the run has come beyond `until_step`."""
+
+    def run(self, stop: threading.Event, idle_seconds: float | None) -> FollowReport:
+        since = time.monotonic()
+        while True:
+            stopping = stop.is_set()
+            is_idle = idle_seconds is not None and time.monotonic() - since >= idle_seconds
+            if self.look(is_last=stopping or is_idle):
+                since = time.monotonic()
+                continue
+            if stopping or is_idle or self._is_complete():
+                break
+            # Not beyond the time that it may be idle.
+            rest = self.poll_seconds if idle_seconds is None else min(self.poll_seconds, idle_seconds)
+            stop.wait(rest)
+        for path in self.waiting:
+            self._miss(path, "was not finished when following ended")
+        if self.target is None or not self.target.exists():
+            raise NoCheckpointError(f"`{self.path}` had no finished checkpoint", hint="is it the trainer's folder?")
+        return FollowReport(self.target, self.num_folded, tuple(self.missed), self.last)
+
+    def look(self, *, is_last: bool) -> bool:
+        """Fold what is new and finished; whether there was anything."""
+        found = self._list()
+        ready = self._ready(found, is_last=is_last) if found is not None else []
+        if not ready:
+            return False
+        assert found is not None
+        if self.target is None:
+            self._choose_target(found, ready[-1])
+            ready = [item for item in ready if item.path not in self.done]
+        return bool(ready) and self._fold(ready)
+
+    def _list(self) -> Run | None:
+        # A trainer may write every checkpoint under the same name.
+        self.done = {path: before for path, before in self.done.items() if _signature_below(path) == before}
+        excluded = (*self.options.exclude, *(glob.escape(path.name) for path in self.done))
+        try:
+            found = find_run(self.path, replace(self.options, exclude=excluded), is_live=True)
+        except NoCheckpointError:
+            found = None
+        now = time.monotonic()
+        seen: dict[Path, Signature] = {}
+        if found is not None:
+            seen = {item.path: _signature_of(item) for item in found.checkpoints}
+            seen |= {path: _signature_below(path) for path, _ in found.unfinished}
+            self.has_passed = self.has_passed or any(reason.startswith("after ") for _, reason in found.left_out)
+        for path in [path for path in self.waiting if path not in seen]:
+            if not path.exists():
+                self._miss(path, "vanished before it was folded")
+            del self.waiting[path]
+        for path, signature in seen.items():
+            known = self.waiting.get(path)
+            if known is None or known.signature != signature:
+                self.waiting[path] = _Waiting(signature, now)
+        return found
+
+    def _ready(self, found: Run, *, is_last: bool) -> list[Checkpoint]:
+        """The checkpoints that are finished, oldest first, up to the first that an older one may still come before."""
+        now = time.monotonic()
+        held_up = None
+        for path, reason in found.unfinished:
+            if now - self.waiting[path].since >= self.patience_seconds and found.checkpoints:
+                self._give_up(path, f"cannot be read: {reason}")
+                continue
+            numbers = steps_in_name(path.name).values()
+            held_up = min([*numbers, *([] if held_up is None else [held_up])], default=held_up)
+        ready = []
+        for item in found.checkpoints:
+            is_settled = now - self.waiting[item.path].since >= self.poll_seconds
+            may_be_preceded = held_up is not None and item.step is not None and item.step > held_up
+            if not is_last and (not is_settled or may_be_preceded):
+                break
+            if self.last_step is not None and item.step is not None and item.step <= self.last_step:
+                self._forget(item.path)
+                continue
+            ready.append(item)
+        return ready
+
+    def _choose_target(self, found: Run, newest: Checkpoint) -> None:
+        """Where the teacher goes, and which checkpoints it has already where it is there."""
+        _, [self.target] = resolve_outputs(self.wanted_output, found, newest, self.options)
+        if isinstance(self.path, RemotePath) and self.wanted_output is None:
+            raise MisuseError(f"`{self.path}` is remote, so `--output` is needed")
+        narrow = [dtype for dtype in newest.layout.schema.dtypes if dtype.is_floating_point and dtype.itemsize < 4]
+        if self.options.dtype == "student" and narrow:
+            self.options = replace(self.options, dtype="float32")
+        beginning = self._beginning()
+        if beginning is None:
+            return
+        options, notes, warnings = beginning.options_for(self.options)
+        foreign: list[str] = []
+        with contextlib.suppress(NoCheckpointError):  # nothing is newer, yet
+            _, _, _, foreign = beginning.newer_of(found.checkpoints)
+        if not beginning.past or warnings or foreign:
+            raise CkptEmaError(
+                (*warnings, *foreign, f"`{self.target}` does not say what it was folded from")[0],
+                hint="pass another `--output`, or the options that it was made with",
+            )
+        self.options = options
+        for text in notes:
+            self.tell(text)
+        self.last_step = beginning.past[-1].step
+        for item in found.checkpoints:
+            if item.step is None or self.last_step is None or item.step <= self.last_step:
+                self._forget(item.path)
+                if item.step == self.last_step:
+                    self.last_path = item.path
+
+    def _beginning(self) -> Beginning | None:
+        assert self.target is not None
+        if not self.target.exists() or (self.target.is_dir() and not any(self.target.iterdir())):
+            return None
+        return read_beginning(replace(self.options, init=self.target))
+
+    def _fold(self, ready: Sequence[Checkpoint]) -> bool:
+        """Fold `ready` onto the teacher; False where one of them changed or vanished, and the next look tells more."""
+        assert self.target is not None
+        paths = [item.path for item in ready]
+        if self.options.per_step and self.options.between != "hold" and self.last_step is not None:
+            if self.last_path is not None and self.last_path in self.done and self.last_path.exists():
+                paths.insert(0, self.last_path)
+            else:
+                self.tell(f"the checkpoint of step {self.last_step} is gone: no straight line can begin there")
+        before = {path: _signature_below(path) for path in paths}
+        init = self.target if self._beginning() is not None else None
+        given = {name: getattr(self.options, name) for name in FoldOptions.__dataclass_fields__}
+        # A teacher that is not there cannot be overwritten; an unfinished fold into it may.
+        given |= {"init": init, "overwrite": init is not None or not self.target.exists()}
+        given |= {"from_step": None, "until_step": None, "include": (), "exclude": ()}
+        try:
+            report = fold(paths, self.target, announce=lambda plan: None, **given)
+        except CkptEmaError:
+            if all(_signature_below(path) == signature for path, signature in before.items()):
+                raise
+            return False
+        if self.last is None:
+            for text in report.plan.warnings:
+                if "was rounded" in text:
+                    self.tell(f"Warning: {text}")
+        self.last = report
+        self.num_folded += len(ready)
+        self.last_step, self.last_path = ready[-1].step, ready[-1].path
+        for item in ready:
+            self.done[item.path] = before[item.path]
+            self.waiting.pop(item.path, None)
+        inside = {(past.name, past.step) for past in report.plan.past}
+        count = len(inside | {(item.name, item.step) for item in report.plan.checkpoints})
+        names = ready[0].label if len(ready) == 1 else f"{ready[0].label} to {ready[-1].label}"
+        self.tell(f"{names} folded in {report.seconds:.1f} s: {count} checkpoints in {self.target}")
+        return True
+
+    def _give_up(self, path: Path, why: str) -> None:
+        self._miss(path, why)
+        self._forget(path)
+
+    def _miss(self, path: Path, why: str) -> None:
+        if path.name not in self.missed:
+            self.missed.append(path.name)
+        self.tell(f"missed {path.name}: it {why}")
+
+    def _forget(self, path: Path) -> None:
+        self.done[path] = _signature_below(path)
+        self.waiting.pop(path, None)
+
+    def _is_complete(self) -> bool:
+        until = self.options.until_step
+        if until is None:
+            return False
+        return (self.last_step is not None and self.last_step >= until) or (self.has_passed and not self.waiting)
+
+
+def _signature_of(item: Checkpoint) -> Signature:
+    return tuple((str(file.path), file.size, hash(file.version)) for file in item.layout.files)
+
+
+def _signature_below(path: Path) -> Signature:
+    """Names, sizes and times of what an unreadable checkpoint consists of so far."""
+    found = []
+    try:
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            status = os.stat(file)
+            found.append((str(file), status.st_size, status.st_mtime_ns))
+    except OSError:  # it is being written, or removed
+        found.append(("", 0, time.monotonic_ns()))
+    return tuple(found)

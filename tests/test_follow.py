@@ -1,0 +1,404 @@
+"""A run that is followed while it trains: every finished checkpoint is in the teacher, whatever becomes of it later."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import ckpt_ema
+from ckpt_ema.errors import CkptEmaError, MisuseError, NoCheckpointError
+from ckpt_ema.sizes import SizeError, parse_duration
+from tests.conftest import StateDict, assert_same_bits, hook_teacher, make_student, quiet_fold, save_students
+
+BUFFERS = ("bn.running_mean",)
+
+
+class Following:
+    """`follow` in a thread of this process; its lines, its end."""
+
+    def __init__(self, run: Path, output: Path | None = None, **options: Any) -> None:
+        self.lines: list[str] = []
+        self.stop = threading.Event()
+        self.report: ckpt_ema.FollowReport | None = None
+        self.error: BaseException | None = None
+        self._arguments = (run, output)
+        self._options = {"poll_seconds": 0.05, "momentum": 0.1, **options}
+        self._thread = threading.Thread(target=self._follow)
+
+    def _follow(self) -> None:
+        try:
+            self.report = ckpt_ema.follow(*self._arguments, stop=self.stop, tell=self.lines.append, **self._options)
+        except BaseException as error:
+            self.error = error
+
+    def __enter__(self) -> Following:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop.set()
+        self._thread.join(60)
+
+    def wait(self, word: str, count: int = 1) -> None:
+        """Until `count` lines have the word."""
+        deadline = time.monotonic() + 30
+        while sum(word in line for line in self.lines) < count:
+            assert self.error is None, self.error
+            assert time.monotonic() < deadline, self.lines
+            time.sleep(0.01)
+
+    def end(self) -> ckpt_ema.FollowReport:
+        self.stop.set()
+        self._thread.join(60)
+        if self.error is not None:
+            raise self.error
+        assert self.report is not None
+        return self.report
+
+
+def save(run: Path, number: int) -> StateDict:
+    """The checkpoint of step `number` * 100, whole from the first moment."""
+    student = make_student(number)
+    run.mkdir(exist_ok=True)
+    save_file(student, run.parent / "being-written")
+    (run.parent / "being-written").rename(run / f"step_{number}00.safetensors")
+    return student
+
+
+def test_every_checkpoint_is_folded_before_the_trainer_removes_it(tmp_path: Path) -> None:
+    """One checkpoint is kept at a time; the teacher is whole after each of them, and right bit for bit."""
+    run = tmp_path / "run"
+    run.mkdir()
+    students = []
+    with Following(run) as following:
+        for number in range(1, 7):
+            students.append(save(run, number))
+            following.wait("folded in", number)
+            (run / f"step_{number}00.safetensors").unlink()
+            assert_same_bits(load_file(run / "teacher.safetensors"), hook_teacher(students, 0.1, BUFFERS))
+        report = following.end()
+    assert (report.num_folded, report.missed) == (6, ())
+    assert following.lines[-1].endswith(f"6 checkpoints in {run / 'teacher.safetensors'}")
+
+
+def test_a_restart_goes_on_where_it_was_left(tmp_path: Path) -> None:
+    """By the rule that the teacher records, without folding anything twice, with what came meanwhile in one pass."""
+    run = tmp_path / "run"
+    students = [save(run, 1), save(run, 2)]
+    with Following(run) as following:
+        following.wait("folded in")
+        following.end()
+    students += [save(run, 3), save(run, 4)]
+    with Following(run, momentum=None) as following:
+        following.wait("step_300.safetensors to step_400.safetensors folded")
+        assert following.end().num_folded == 2
+    assert_same_bits(load_file(run / "teacher.safetensors"), hook_teacher(students, 0.1, BUFFERS))
+    with pytest.raises(CkptEmaError, match="with another rule"):
+        ckpt_ema.follow(run, momentum=0.2, idle_seconds=0.1, poll_seconds=0.01)
+
+
+def test_a_teacher_that_a_fold_wrote_is_gone_on_with(tmp_path: Path) -> None:
+    """Folded so far, followed from here."""
+    run = tmp_path / "run"
+    students = [save(run, 1), save(run, 2)]
+    quiet_fold(run, None, momentum=0.1)
+    with Following(run, momentum=None) as following:
+        students.append(save(run, 3))
+        following.wait("folded in")
+        following.end()
+    assert_same_bits(load_file(run / "teacher.safetensors"), hook_teacher(students, 0.1, BUFFERS))
+
+
+def test_a_half_written_checkpoint_is_waited_for(tmp_path: Path) -> None:
+    """Written in pieces, with pauses, a newer one finished before it: folded whole, and in step order."""
+    run = tmp_path / "run"
+    students = [save(run, 1)]
+    with Following(run) as following:
+        following.wait("folded in")
+        save_file(make_student(2), tmp_path / "whole")
+        content = (tmp_path / "whole").read_bytes()
+        with (run / "step_200.safetensors").open("wb", buffering=0) as file:
+            for begin in range(0, len(content), len(content) // 4 + 1):
+                file.write(content[begin : begin + len(content) // 4 + 1])
+                if not begin:
+                    students += [make_student(2), save(run, 3)]
+                time.sleep(0.2)
+        following.wait("step_300.safetensors folded")
+        following.end()
+    assert_same_bits(load_file(run / "teacher.safetensors"), hook_teacher(students, 0.1, BUFFERS))
+
+
+def test_a_checkpoint_that_is_never_finished_is_told_and_passed_over(tmp_path: Path) -> None:
+    """Half a file that nobody writes to any more holds up the next ones for a while, not for ever."""
+    run = tmp_path / "run"
+    students = [save(run, 1)]
+    with Following(run, patience_seconds=0.5) as following:
+        following.wait("folded in")
+        (run / "step_200.safetensors").write_bytes(b"x" * 50)
+        students.append(save(run, 3))
+        following.wait("missed step_200.safetensors: it cannot be read")
+        following.wait("step_300.safetensors folded")
+        assert following.end().missed == ("step_200.safetensors",)
+    assert_same_bits(load_file(run / "teacher.safetensors"), hook_teacher(students, 0.1, BUFFERS))
+
+
+def test_a_checkpoint_that_vanishes_is_told(tmp_path: Path) -> None:
+    """Seen, and removed before it was finished: said, and no reason to stop."""
+    run = tmp_path / "run"
+    students = [save(run, 1)]
+    with Following(run) as following:
+        following.wait("folded in")
+        (run / "step_200.safetensors").write_bytes(b"x" * 50)
+        time.sleep(0.3)
+        (run / "step_200.safetensors").unlink()
+        following.wait("missed step_200.safetensors: it vanished")
+        students.append(save(run, 3))
+        following.wait("step_300.safetensors folded")
+        following.end()
+    assert_same_bits(load_file(run / "teacher.safetensors"), hook_teacher(students, 0.1, BUFFERS))
+
+
+def test_a_trainer_that_writes_one_name_again_and_again_is_followed(tmp_path: Path) -> None:
+    """`last.pt`, replaced each time: its step inside tells that it is another one."""
+    run = tmp_path / "run"
+    run.mkdir()
+    students = []
+    with Following(run) as following:
+        for number in (1, 2, 3):
+            students.append(make_student(number))
+            torch.save({"state_dict": students[-1], "global_step": number * 100}, tmp_path / "new.pt")
+            (tmp_path / "new.pt").rename(run / "last.pt")
+            following.wait("folded in", number)
+        following.end()
+    assert_same_bits(load_file(run / "teacher.safetensors"), hook_teacher(students, 0.1, BUFFERS))
+
+
+def test_it_ends_at_a_step_or_when_nothing_comes(tmp_path: Path) -> None:
+    """`until`: that step is the last one in the teacher, though there are newer ones; `idle`: so long without any."""
+    run = tmp_path / "run"
+    students = save_students(run, 4)
+    with Following(run, until_step=300) as following:
+        following._thread.join(30)
+        assert following.end().num_folded == 3
+    assert_same_bits(load_file(run / "teacher.safetensors"), hook_teacher(students[:3], 0.1, BUFFERS))
+    started = time.monotonic()
+    with Following(run, idle_seconds=0.5) as following:
+        following._thread.join(30)
+        assert following.end().num_folded == 1
+    assert 0.5 <= time.monotonic() - started < 10
+
+
+def test_sixteen_bits_are_followed_in_float32(tmp_path: Path) -> None:
+    """So that nothing is rounded between two checkpoints: the bits of one fold of all, written in float32."""
+    run = tmp_path / "run"
+    run.mkdir()
+    with Following(run) as following:
+        for step in (1, 2, 3):
+            student = {"w": torch.randn(300, generator=torch.Generator().manual_seed(step)).bfloat16()}
+            save_file(student, run / f"step_{step}.safetensors")
+            following.wait("folded in", step)
+        following.end()
+    whole = quiet_fold(run, tmp_path / "whole.safetensors", momentum=0.1, dtype="float32")
+    assert_same_bits(load_file(run / "teacher.safetensors"), load_file(whole.output))
+
+
+def test_per_step_the_last_student_is_used_while_it_is_there(tmp_path: Path) -> None:
+    """A half-life in steps: as the fold of all at once, up to rounding, where the trainer keeps two checkpoints."""
+    run = tmp_path / "run"
+    run.mkdir()
+    with Following(run, momentum=None, half_life=150.0) as following:
+        for number in (1, 2, 3, 4):
+            save(run, number)
+            following.wait("folded in", number)
+            if number > 2:
+                (run / f"step_{number - 2}00.safetensors").rename(tmp_path / f"step_{number - 2}00.safetensors")
+        following.end()
+    for path in tmp_path.glob("step_*"):
+        path.rename(run / path.name)
+    whole = load_file(quiet_fold(run, tmp_path / "whole.safetensors", half_life=150.0).output)
+    for name, tensor in load_file(run / "teacher.safetensors").items():
+        assert torch.allclose(tensor, whole[name], rtol=1e-5, atol=1e-6), name
+    assert not any("is gone" in line for line in following.lines)
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({"momentum": [0.1, 0.2]}, "one exponential moving average"),
+        ({"momentum": None, "profile": "uniform"}, "one exponential moving average"),
+        ({"init": "t.safetensors"}, "`--init` has no meaning"),
+        ({"shard_size_bytes": 1000}, "`--shard-size` has no meaning"),
+        ({"output_format": "dcp"}, "not replaced in one step"),
+        ({"interval": 2}, "counts checkpoints"),
+    ],
+)
+def test_what_cannot_be_followed_is_misuse(tmp_path: Path, options: dict[str, Any], word: str) -> None:
+    """Said at once, rather than when the first checkpoint comes."""
+    with pytest.raises(MisuseError, match=word):
+        ckpt_ema.follow(tmp_path, **{"momentum": 0.1, **options})
+
+
+def test_a_run_that_is_not_there_or_stays_empty_is_an_error(tmp_path: Path) -> None:
+    """A typing error must not wait for ever beside a run that loses its checkpoints."""
+    with pytest.raises(MisuseError, match="is no folder"):
+        ckpt_ema.follow(tmp_path / "nowhere", momentum=0.1)
+    with pytest.raises(NoCheckpointError, match="had no finished checkpoint"):
+        ckpt_ema.follow(tmp_path, momentum=0.1, idle_seconds=0.1, poll_seconds=0.05)
+
+
+def test_somebodys_file_in_the_teachers_place_is_not_replaced(tmp_path: Path) -> None:
+    """What this tool did not write stays."""
+    run = tmp_path / "run"
+    save(run, 1)
+    save_file({"w": torch.zeros(3)}, tmp_path / "precious.safetensors")
+    before = (tmp_path / "precious.safetensors").read_bytes()
+    with pytest.raises(CkptEmaError, match="does not say what it was folded from"):
+        ckpt_ema.follow(run, tmp_path / "precious.safetensors", momentum=0.1, poll_seconds=0.05)
+    assert (tmp_path / "precious.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("90", 90), ("1.5h", 5400), ("10m", 600), ("2 d", 172800)])
+def test_times_are_read_as_people_write_them(text: str, seconds: float) -> None:
+    """Seconds, minutes, hours and days."""
+    assert parse_duration(text) == seconds
+    with pytest.raises(SizeError):
+        parse_duration(text + "x")
+
+
+# --- processes --------------------------------------------------------------------------------------------------------
+
+
+def start(run: Path, *arguments: object) -> subprocess.Popen[str]:
+    """`ckpt-ema follow` as a process of its own, that heeds signals."""
+
+    def heed() -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+
+    return subprocess.Popen(
+        [sys.executable, "-m", "ckpt_ema", "follow", str(run), *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=heed,  # noqa: PLW1509  (no other thread of this process is in the middle of anything)
+    )
+
+
+@pytest.fixture
+def follower(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Starts followers, and ends what is left of them."""
+    started: list[subprocess.Popen[str]] = []
+
+    def begin(*arguments: Any) -> subprocess.Popen[str]:
+        started.append(start(*arguments))
+        return started[-1]
+
+    yield begin
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_after_a_last_look(
+    tmp_path: Path, number: signal.Signals, follower: Callable[..., subprocess.Popen[str]]
+) -> None:
+    """What was saved a moment before is in the teacher; the exit code is 0, and stdout has the teacher's path."""
+    run = tmp_path / "run"
+    students = [save(run, 1)]
+    process = follower(run, "--momentum", 0.1)
+    assert process.stderr is not None
+    assert "step_100.safetensors folded" in process.stderr.readline()
+    students.append(save(run, 2))
+    process.send_signal(number)
+    stdout, stderr = process.communicate(timeout=30)
+    assert process.returncode == 0, stderr
+    assert stdout == f"{run / 'teacher.safetensors'}\n"
+    assert "step_200.safetensors folded" in stderr
+    assert "folded 2 checkpoints" in stderr
+    assert_same_bits(load_file(run / "teacher.safetensors"), hook_teacher(students, 0.1, BUFFERS))
+
+
+def test_a_follower_that_is_killed_loses_nothing(
+    tmp_path: Path, follower: Callable[..., subprocess.Popen[str]]
+) -> None:
+    """SIGKILL at any moment: the teacher is that of some checkpoint, and the next follower goes on to the same bits."""
+    run = tmp_path / "run"
+    run.mkdir()
+    students = []
+    for number in range(1, 4):
+        process = follower(run, "--momentum", 0.1)
+        students.append(save(run, number))
+        time.sleep(2 + 0.3 * number)
+        process.kill()
+        process.wait()
+    process = follower(run, "--momentum", 0.1, "--idle", "3s")
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 0, stderr
+    assert_same_bits(load_file(run / "teacher.safetensors"), hook_teacher(students, 0.1, BUFFERS))
+    assert [name for name in os.listdir(run) if name.startswith(".")] == []
+
+
+def test_beside_a_real_trainer_that_keeps_one_checkpoint(
+    tmp_path: Path, follower: Callable[..., subprocess.Popen[str]]
+) -> None:
+    """Transformers' Trainer with `save_total_limit=1`: the teacher is the hook's over every checkpoint it ever wrote,
+    a folder that `from_pretrained` loads, and nothing was missed."""
+    transformers = pytest.importorskip("transformers")
+    run = tmp_path / "run"
+    run.mkdir()
+    process = follower(run, "--momentum", 0.3, "-o", tmp_path / "teacher")
+    trained = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("trainer_process.py")), str(run), str(tmp_path / "kept")],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert trained.returncode == 0, trained.stderr[-3000:]
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 0, stderr
+    kept = sorted((tmp_path / "kept").iterdir(), key=lambda path: int(path.stem))
+    assert len(kept) == 6
+    assert len(list(run.glob("checkpoint-*"))) == 1
+    assert "missed" not in stderr, stderr
+    students = [load_file(path) for path in kept]
+    expected = hook_teacher(students, 0.3)
+    assert_same_bits(load_file(tmp_path / "teacher" / "model.safetensors"), expected)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "teacher")
+    for name, tensor in model.state_dict().items():
+        if name in expected:
+            assert torch.equal(tensor, expected[name]), name
+
+
+def test_a_teacher_is_readable_at_every_moment(tmp_path: Path) -> None:
+    """A reader that opens it again and again while it is replaced meets whole teachers only, none older than before."""
+    run = tmp_path / "run"
+    save(run, 1)
+    with Following(run) as following:
+        following.wait("folded in")
+        counts = []
+        for number in range(2, 8):
+            save(run, number)
+            for _ in range(40):
+                counts.append(int(load_file(run / "teacher.safetensors")["bn.num_batches_tracked"]))
+                time.sleep(0.005)
+        following.end()
+    assert counts == sorted(counts)
+    assert set(counts) <= {number * 10 for number in range(1, 8)}
+    shutil.rmtree(run)
