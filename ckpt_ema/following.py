@@ -95,6 +95,9 @@ def follow(
     path = as_path(run)
     if not path.is_dir():
         raise MisuseError(f"`{path}` is no folder", hint="pass the run directory that the trainer writes to")
+    # torch takes a second or more to import, in which a trainer may remove a checkpoint that is ready to be folded.
+    import ckpt_ema.engine.choice  # noqa: F401, PLC0415
+
     follower = _Follower(path, output, wanted, poll_seconds, patience_seconds, tell or (lambda text: None))
     return follower.run(stop or threading.Event(), idle_seconds)
 
