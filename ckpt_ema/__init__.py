@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ckpt_ema._version import __version__
 
 if TYPE_CHECKING:
+    from ckpt_ema.comparison import Comparison, TensorDifference, compare
     from ckpt_ema.errors import CkptEmaError, MisuseError
     from ckpt_ema.folding import fold, plan, plan_reconstruction, reconstruct
     from ckpt_ema.following import FollowReport, follow
@@ -24,9 +25,12 @@ if TYPE_CHECKING:
         Prediction,
         ReconstructOptions,
     )
+    from ckpt_ema.verification import Check, Verification, verify
 
 __all__ = [
+    "Check",
     "CkptEmaError",
+    "Comparison",
     "FoldOptions",
     "FoldPlan",
     "FoldReport",
@@ -40,7 +44,10 @@ __all__ = [
     "Ranks",
     "ReconstructOptions",
     "Snapshots",
+    "TensorDifference",
+    "Verification",
     "__version__",
+    "compare",
     "fold",
     "follow",
     "inspect",
@@ -48,10 +55,13 @@ __all__ = [
     "plan_reconstruction",
     "ranks_of_environment",
     "reconstruct",
+    "verify",
 ]
 
 _HOMES = {
+    "Check": "verification",
     "CkptEmaError": "errors",
+    "Comparison": "comparison",
     "FoldOptions": "records",
     "FoldPlan": "records",
     "FoldReport": "records",
@@ -65,6 +75,9 @@ _HOMES = {
     "Ranks": "ranks",
     "ReconstructOptions": "records",
     "Snapshots": "online.snapshots",
+    "TensorDifference": "comparison",
+    "Verification": "verification",
+    "compare": "comparison",
     "fold": "folding",
     "follow": "following",
     "inspect": "inspection",
@@ -72,6 +85,7 @@ _HOMES = {
     "plan_reconstruction": "folding",
     "ranks_of_environment": "ranks",
     "reconstruct": "folding",
+    "verify": "verification",
 }
 
 

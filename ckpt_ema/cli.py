@@ -473,6 +473,8 @@ def main() -> None:
     ckpt-ema fold runs/ --momentum 0.1       write runs/teacher.safetensors
     ckpt-ema follow runs/ --momentum 0.1     the same while training goes on, checkpoint by checkpoint
     ckpt-ema inspect runs/epoch_12.pth       what a checkpoint holds
+    ckpt-ema verify teacher.safetensors runs/  whether a teacher is what it says
+    ckpt-ema compare a.safetensors b.safetensors  how far two are apart
     """
 
 
@@ -609,6 +611,79 @@ def inspect(path: str, state: str | None, prefix: str | None, as_json: bool, ver
         click.echo(json.dumps(report.inspection_record(found), indent=2))
     else:
         _print(report.inspection_text(found, verbose=verbose))
+
+
+_MEMORY = click.option(
+    "--memory",
+    "memory_budget_bytes",
+    type=_Size(),
+    default=format_size(DEFAULT_MEMORY_BUDGET_BYTES),
+    show_default=True,
+    help="Budget for buffers.",
+)
+
+
+@main.command()
+@click.argument("a", type=_Path())
+@click.argument("b", type=_Path())
+@click.option("--state", metavar="KEY", help="State dict of both, as `inspect` lists them.")
+@click.option("--prefix", help="Sub-model of both, stripped from the names.")
+@_MEMORY
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("-v", "--verbose", is_flag=True, help="List every tensor that differs.")
+@_errors_become_exits
+def compare(a: str, b: str, as_json: bool, verbose: bool, **options: Any) -> None:
+    """Show how far the tensors of two checkpoints or teachers are apart, largest first.
+
+    Relative distance: ||a - b|| / ||b||. Any formats and dtypes.
+
+    \b
+    ckpt-ema compare teacher.safetensors runs/epoch_12.pth
+    ckpt-ema compare mine.safetensors theirs.safetensors --json
+    """
+    from ckpt_ema import report  # noqa: PLC0415
+
+    found = ckpt_ema.compare(a, b, **options)
+    if as_json:
+        click.echo(json.dumps(report.comparison_record(found), indent=2))
+    else:
+        _print(report.comparison_text(found, verbose=verbose))
+
+
+@main.command()
+@click.argument("teacher", type=_Path())
+@click.argument("run", type=_Path(), required=False)
+@click.option(
+    "--share",
+    type=float,
+    default=0.05,
+    show_default=True,
+    help="Part of the blocks that is folded again, from RUN; 1 for all of them.",
+)
+@click.option("--seed", type=int, metavar="N", help="Choose the same blocks again.")
+@_MEMORY
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("-q", "--quiet", is_flag=True, help="Print what failed only.")
+@_errors_become_exits
+def verify(teacher: str, run: str | None, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Check a teacher: its structure, its numbers, what it says of itself.
+
+    With RUN, the folder of its checkpoints, a random part is folded again and compared bit for bit. Exit 1 where a
+    check failed.
+
+    \b
+    ckpt-ema verify teacher.safetensors
+    ckpt-ema verify teacher.safetensors runs/ --share 1
+    """
+    from ckpt_ema import report  # noqa: PLC0415
+
+    found = ckpt_ema.verify(teacher, run, **options)
+    if as_json:
+        click.echo(json.dumps(report.verification_record(found), indent=2))
+    elif text := report.verification_text(found, quiet=quiet):
+        _print(text)
+    if not found.is_ok:
+        sys.exit(1)
 
 
 def _carry_out(

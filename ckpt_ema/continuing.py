@@ -135,10 +135,10 @@ def read_beginning(options: FoldOptions) -> Beginning | None:
     if path.is_dir() and not has_weights(path) and not is_sharded(path):
         raise MisuseError(f"`{path}` is no teacher", hint="pass the file or the folder that an earlier fold wrote")
     record = read_provenance(read_contents(path).metadata) or {}
-    return Beginning(path, record, _past_of(record))
+    return Beginning(path, record, past_of(record))
 
 
-def _past_of(record: Mapping[str, Any]) -> tuple[PastCheckpoint, ...]:
+def past_of(record: Mapping[str, Any]) -> tuple[PastCheckpoint, ...]:
     """The checkpoints that a record lists; none where one of them is not what this tool writes."""
     items = record.get("checkpoints")
     past = []

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ckpt_ema.byte_ranges import count_elements
 from ckpt_ema.catalogue import TeacherTensor
@@ -12,6 +13,10 @@ from ckpt_ema.inspection import Inspection
 from ckpt_ema.provenance import counting_record, made_record, profile_record
 from ckpt_ema.records import FoldPlan, FoldReport
 from ckpt_ema.sizes import format_size
+
+if TYPE_CHECKING:  # these import torch, for which a plan must not wait
+    from ckpt_ema.comparison import Comparison
+    from ckpt_ema.verification import Verification
 
 BAR_WIDTH = 30
 MAX_ROWS = 60
@@ -294,6 +299,87 @@ def _provenance_profile(record: dict[str, Any]) -> str:
         if record.get(name) is not None:
             return f"{words:<10} {record[name]}"
     return f"profile    {record.get('profile')}"
+
+
+def comparison_text(found: Comparison, *, verbose: bool = False) -> str:
+    """A verdict, a table of the tensors that differ, and what only one of the two has."""
+    return "\n".join(_comparison_lines(found, verbose))
+
+
+def _comparison_lines(found: Comparison, verbose: bool) -> Iterator[str]:
+    different = [tensor for tensor in found.tensors if tensor.num_different]
+    if found.is_identical:
+        yield f"identical: {_count(len(found.tensors), 'tensor')}, value for value"
+    else:
+        yield (
+            f"{len(different)} of {_count(len(found.tensors), 'tensor')} differ; relative distance in all"
+            f" {found.relative:.3g}"
+        )
+    shown = different if verbose else different[:MAX_SHOWN]
+    if shown:
+        width = max(len("tensor"), *(len(tensor.name) for tensor in shown))
+        yield ""
+        yield f"{'tensor':<{width}}  relative  largest   elements            dtype and shape"
+        for tensor in shown:
+            total = count_elements(tensor.shape)
+            dtype = " / ".join(dict.fromkeys(tensor.dtypes))
+            elements = f"{tensor.num_different} of {total}"
+            yield (
+                f"{tensor.name:<{width}}  {tensor.relative:<8.2e}  {tensor.largest:<8.2e}  {elements:<18}  {dtype}"
+                f" {list(tensor.shape)}"
+            )
+        if len(different) > len(shown):
+            yield f"... and {len(different) - len(shown)} more (`-v` shows all)"
+    for where, names in ((found.a, found.only_in_a), (found.b, found.only_in_b)):
+        if names:
+            yield f"only in {where}: {_some(names, verbose)}"
+    for name, one, other in found.reshaped:
+        yield f"another shape: {name} is {list(one)} and {list(other)}"
+
+
+def comparison_record(found: Comparison) -> dict[str, Any]:
+    """A comparison as a table that JSON can hold; what is no number there is a text."""
+    return {
+        "a": str(found.a),
+        "b": str(found.b),
+        "identical": found.is_identical,
+        "relative": _json_number(found.relative),
+        "tensors": [
+            {
+                "name": tensor.name,
+                "shape": list(tensor.shape),
+                "dtypes": list(tensor.dtypes),
+                "relative": _json_number(tensor.relative),
+                "largest": _json_number(tensor.largest),
+                "different_elements": tensor.num_different,
+            }
+            for tensor in found.tensors
+        ],
+        "only_in_a": list(found.only_in_a),
+        "only_in_b": list(found.only_in_b),
+        "other_shapes": [{"name": name, "a": list(one), "b": list(other)} for name, one, other in found.reshaped],
+    }
+
+
+def _json_number(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)
+
+
+def verification_text(found: Verification, *, quiet: bool = False) -> str:
+    """A line per check, with what helps below those that failed; `quiet`: of these alone."""
+    lines = []
+    for check in found.checks:
+        if not check.is_ok or not quiet:
+            lines.append(f"{'ok' if check.is_ok else 'failed':<8}  {check.name}: {check.text}")
+        if check.hint and not check.is_ok:
+            lines.append(f"          hint: {check.hint}")
+    return "\n".join(lines)
+
+
+def verification_record(found: Verification) -> dict[str, Any]:
+    """The checks as a table that JSON can hold."""
+    checks = [{"name": item.name, "ok": item.is_ok, "text": item.text} for item in found.checks]
+    return {"teacher": str(found.teacher), "ok": found.is_ok, "checks": checks}
 
 
 def _grouped(pairs: Sequence[tuple[str, str]]) -> dict[str, list[str]]:

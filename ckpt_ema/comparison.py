@@ -1,0 +1,161 @@
+"""Two checkpoints or teachers side by side: their paths in, how far each tensor of one is from the other's out."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ckpt_ema.engine.arithmetic import comparable
+from ckpt_ema.engine.streams import Streams
+from ckpt_ema.errors import CkptEmaError
+from ckpt_ema.inspection import inspect
+from ckpt_ema.layouts import SchemaPool, compact_layout
+from ckpt_ema.sizes import DEFAULT_MEMORY_BUDGET_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class TensorDifference:
+    """One tensor of two checkpoints."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtypes: tuple[str, str]
+    relative: float
+    """||a - b|| / ||b||: 0 where all values are the same, inf where b alone is zero, NaN where a NaN meets a number."""
+
+    largest: float
+    """The largest |a - b| of an element."""
+
+    num_different: int
+    """Elements that differ; two NaNs do not."""
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What two checkpoints have in common, and what not."""
+
+    a: Path
+    b: Path
+    tensors: tuple[TensorDifference, ...]
+    """Of those that both have in one shape, the most different first."""
+
+    relative: float
+    """||a - b|| / ||b|| over all floating-point tensors of these."""
+
+    only_in_a: tuple[str, ...]
+    only_in_b: tuple[str, ...]
+    reshaped: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
+    """Names with the shape in each."""
+
+    @property
+    def is_identical(self) -> bool:
+        """Whether both hold the same tensors with the same values."""
+        apart = self.only_in_a or self.only_in_b or self.reshaped
+        return not apart and not any(tensor.num_different for tensor in self.tensors)
+
+
+def compare(
+    a: str | os.PathLike[str],
+    b: str | os.PathLike[str],
+    *,
+    state: str | None = None,
+    prefix: str | None = None,
+    memory_budget_bytes: int = DEFAULT_MEMORY_BUDGET_BYTES,
+) -> Comparison:
+    """Compare the tensors of two checkpoints or teachers, of any format; dtypes may differ.
+
+    `state` and `prefix` choose among the state dicts of both, as in `inspect`. Values are compared in float64 (what is
+    computed in complex128 for complex ones), a portion at a time within the budget. Raises CkptEmaError where one
+    cannot be read.
+    """
+    found = [inspect(path, state=state, prefix=prefix) for path in (a, b)]
+    for each in found:
+        if each.refusal:
+            raise CkptEmaError(each.refusal, hint=f"`ckpt-ema inspect {each.path}` shows what it holds; pass `--state`")
+    one, other = (each.tensors for each in found)
+    shared = sorted(name for name in one if name in other and one[name].shape == other[name].shape)
+    differences = []
+    if shared:
+        pool = SchemaPool()
+        layouts = [compact_layout({name: tensors[name] for name in shared}, pool) for tensors in (one, other)]
+        with Streams(layouts, memory_budget_bytes) as streams:
+            for index, name in enumerate(shared):
+                sums = _Sums()
+                for _, (first, second) in streams.portions(index):
+                    sums.add(first, second)
+                dtypes = one[name].dtype, other[name].dtype
+                difference = TensorDifference(
+                    name,
+                    one[name].shape,
+                    (dtypes[0].name, dtypes[1].name),
+                    sums.relative,
+                    math.sqrt(sums.largest_squared),
+                    sums.num_different,
+                )
+                differences.append((difference, sums, all(dtype.kind != "integer" for dtype in dtypes)))
+    whole = _Sums()
+    for _, sums, is_float in differences:
+        if is_float:
+            whole.distance += sums.distance
+            whole.norm += sums.norm
+            whole.num_different += sums.num_different
+    tensors = sorted((difference for difference, _, _ in differences), key=_most_different_first)
+    return Comparison(
+        a=found[0].path,
+        b=found[1].path,
+        tensors=tuple(tensors),
+        relative=whole.relative,
+        only_in_a=tuple(sorted(name for name in one if name not in other)),
+        only_in_b=tuple(sorted(name for name in other if name not in one)),
+        reshaped=tuple(
+            (name, one[name].shape, other[name].shape)
+            for name in sorted(one)
+            if name in other and one[name].shape != other[name].shape
+        ),
+    )
+
+
+def _most_different_first(item: TensorDifference) -> tuple[bool, float, bool, str]:
+    return not math.isnan(item.relative), -item.relative, not item.num_different, item.name
+
+
+class _Sums:
+    """What is summed up of one tensor, or of all."""
+
+    def __init__(self) -> None:
+        self.distance = self.norm = self.largest_squared = 0.0
+        """||a - b||^2, ||b||^2, and the largest |a - b|^2."""
+        self.num_different = 0
+
+    @property
+    def relative(self) -> float:
+        if not self.num_different:
+            return 0.0
+        if math.isnan(self.distance) or math.isnan(self.norm):
+            return math.nan
+        if math.isinf(self.distance):
+            return math.inf
+        return math.sqrt(self.distance / self.norm) if self.norm else math.inf
+
+    def add(self, a: torch.Tensor, b: torch.Tensor) -> None:
+        """Add a portion of both, shape [n] each."""
+        wide = torch.complex128 if a.is_complex() or b.is_complex() else torch.float64
+        if not (a.is_floating_point() or a.is_complex() or b.is_floating_point() or b.is_complex()):
+            differs = a != b if a.dtype is b.dtype else a.long() != b.long()
+            a, b = a.to(wide), b.to(wide)
+        else:
+            a, b = comparable(a).to(wide), comparable(b).to(wide)
+            differs = (a != b) & ~(a.isnan() & b.isnan())
+        squared = torch.where(differs, a - b, 0).abs().square_()
+        norm = float(b.abs().square_().sum())
+        self.norm += norm
+        self.num_different += int(differs.sum())
+        self.distance += float(squared.sum())
+        if squared.numel():
+            largest = float(squared.max())
+            if math.isnan(largest) or largest > self.largest_squared:
+                self.largest_squared = largest

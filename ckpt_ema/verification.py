@@ -1,0 +1,328 @@
+"""Whether a teacher is what it says: its file in, and the run it was folded from; one check after the other out."""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import itertools
+import math
+import random
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ckpt_ema.blocks import BlockPlan
+from ckpt_ema.byte_ranges import TensorRange, count_elements, open_input, read_exactly
+from ckpt_ema.continuing import past_of
+from ckpt_ema.dtypes import DType
+from ckpt_ema.engine import cpu
+from ckpt_ema.engine.arithmetic import comparable
+from ckpt_ema.engine.buffers import torch_dtype
+from ckpt_ema.engine.contract import NonFiniteBlockError, Task
+from ckpt_ema.engine.inputs import InputFiles
+from ckpt_ema.engine.streams import Streams
+from ckpt_ema.errors import CkptEmaError, MisuseError, UnreadableCheckpointError
+from ckpt_ema.inspection import Inspection, inspect
+from ckpt_ema.layouts import SchemaPool, compact_layout
+from ckpt_ema.locations import as_path
+from ckpt_ema.planning import find_run, plan_fold
+from ckpt_ema.records import FoldOptions, FoldPlan, PastCheckpoint, PathLike
+from ckpt_ema.sizes import DEFAULT_MEMORY_BUDGET_BYTES, format_size
+
+MIN_BLOCKS = 16
+SUM_TOLERANCE = 1e-6
+SHARE_TOLERANCE = 1e-9
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing that was looked at."""
+
+    name: str
+    is_ok: bool
+    text: str
+    """What was found."""
+
+    hint: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What was found of a teacher."""
+
+    teacher: Path
+    checks: tuple[Check, ...]
+
+    @property
+    def is_ok(self) -> bool:
+        """Whether nothing is wrong with it, as far as was looked."""
+        return all(check.is_ok for check in self.checks)
+
+
+def verify(
+    teacher: PathLike,
+    run: PathLike | None = None,
+    *,
+    share: float = 0.05,
+    seed: int | None = None,
+    memory_budget_bytes: int = DEFAULT_MEMORY_BUDGET_BYTES,
+) -> Verification:
+    """Check a teacher's structure, that its numbers are finite, and what it says of itself.
+
+    With `run`, the folder of the checkpoints it was folded from, a random `share` of its blocks (0 < share <= 1, at
+    least 16 of them, chosen by `seed`) is folded again and compared bit for bit. Raises MisuseError for what is not
+    there; all else is found, not raised.
+    """
+    if not 0 < share <= 1:
+        raise MisuseError(f"`--share` is {share}, and must be above 0 and at most 1")
+    path = as_path(teacher)
+    try:
+        found = inspect(path)
+    except UnreadableCheckpointError as error:
+        return Verification(path, (Check("structure", False, error.message, error.hint),))
+    if found.refusal or not found.tensors:
+        return Verification(path, (Check("structure", False, found.refusal or "it holds no tensors"),))
+    checks = [Check("structure", True, f"{len(found.tensors)} tensors, {format_size(_num_bytes(found))}")]
+    record = found.provenance or {}
+    copied = _copied_names(record)
+    checks.append(_check_finite(found, copied, memory_budget_bytes))
+    checks.append(_check_provenance(found, record, copied))
+    if run is not None:
+        checks.append(_check_against(found, record, copied, as_path(run), share, seed, memory_budget_bytes))
+    return Verification(path, tuple(checks))
+
+
+def _num_bytes(found: Inspection) -> int:
+    return sum(count_elements(tensor.shape) * tensor.dtype.itemsize for tensor in found.tensors.values())
+
+
+def _copied_names(record: Mapping[str, Any]) -> frozenset[str]:
+    copied = record.get("copied")
+    names = copied.get("names") if isinstance(copied, dict) else None
+    groups = names.values() if isinstance(names, dict) else ()
+    return frozenset(name for group in groups if isinstance(group, list) for name in group if isinstance(name, str))
+
+
+def _check_finite(found: Inspection, copied: frozenset[str], memory_budget_bytes: int) -> Check:
+    layout = compact_layout(found.tensors, SchemaPool())
+    with Streams([layout], memory_budget_bytes) as streams:
+        for index, name in enumerate(layout.schema.names):
+            if layout.schema.dtypes[index].kind == "integer":
+                continue
+            for begin, (elements,) in streams.portions(index):
+                values = comparable(elements)
+                bad = values.isnan() if name in copied else ~values.isfinite()
+                if bool(bad.any()):
+                    element = int(bad.to(torch.uint8).argmax())
+                    return Check(
+                        "finite", False, f"`{name}` holds {float(values[element].real)} at element {begin + element}"
+                    )
+    infinities = " (copied ones may be infinite)" if copied else ""
+    return Check("finite", True, f"every number of every tensor{infinities}")
+
+
+def _check_provenance(found: Inspection, record: Mapping[str, Any], copied: frozenset[str]) -> Check:
+    if not record:
+        return Check("provenance", True, "none: ckpt-ema did not write it, and nothing else can be checked")
+    if record.get("made") not in ("fold", "reconstruct"):
+        return Check("provenance", True, "written by an online teacher")
+    shares = [past.coefficient for past in past_of(record)]
+    averages = record.get("averages")
+    for item in averages if isinstance(averages, list) else ():
+        if isinstance(item, dict) and isinstance(item.get("coefficient"), (int, float)):
+            shares.append(float(item["coefficient"]))
+    if not shares or not abs(math.fsum(shares) - 1) <= SUM_TOLERANCE:
+        return Check("provenance", False, f"its {len(shares)} coefficients sum to {math.fsum(shares):g}, not to 1")
+    averaged = record.get("averaged")
+    num_averaged = averaged.get("tensors") if isinstance(averaged, dict) else None
+    if num_averaged != len(found.tensors) - len(copied) or not copied <= found.tensors.keys():
+        return Check(
+            "provenance",
+            False,
+            f"it tells of {num_averaged} averaged and {len(copied)} copied tensors, and the file has"
+            f" {len(found.tensors)}",
+        )
+    made = "folded" if record["made"] == "fold" else "reconstructed"
+    return Check("provenance", True, f"{made} by {record.get('tool')} {record.get('version')} from {len(shares)} files")
+
+
+def _check_against(
+    found: Inspection,
+    record: Mapping[str, Any],
+    copied: frozenset[str],
+    run: Path,
+    share: float,
+    seed: int | None,
+    memory_budget_bytes: int,
+) -> Check:
+    past = past_of(record)
+    if record.get("made") != "fold" or not past or record.get("initial_teacher") is not None:
+        why = {"reconstruct": "it was reconstructed, from snapshots as well"}.get(str(record.get("made")), "")
+        if record.get("initial_teacher") is not None:
+            why = f"it goes on from `{record['initial_teacher']}`"
+        return Check("recomputed", False, f"cannot be done from a run alone: {why or 'it does not say from what'}")
+    try:
+        planned = _plan_again(found, record, past, copied, run, memory_budget_bytes)
+        return _recompute(found, planned, share, seed)
+    except CkptEmaError as error:
+        return Check("recomputed", False, "; ".join([error.message, *error.details[:5]]), error.hint)
+
+
+def _plan_again(
+    found: Inspection,
+    record: Mapping[str, Any],
+    past: Sequence[PastCheckpoint],
+    copied: frozenset[str],
+    run: Path,
+    memory_budget_bytes: int,
+) -> FoldPlan:
+    """The plan of the fold that made the teacher; raises CkptEmaError where it cannot be found."""
+    if not run.is_dir():
+        raise MisuseError(f"`{run}` is no folder", hint="pass the run directory that the teacher was folded from")
+    paths = _locate(past, run)
+    recorded = record.get("dtypes")
+    dtypes: dict[str, Any] = recorded if isinstance(recorded, dict) else {}
+    per_step = record.get("per") == "step"
+    options: dict[str, Any] = {
+        "momentum": record.get("momentum"),
+        "half_life": record.get("half_life"),
+        "sigma_rel": record.get("sigma_rel"),
+        "profile": record.get("profile"),
+        "skip_buffers": record.get("skip_buffers"),
+        "state": record.get("state") or None,
+        "accumulate": dtypes.get("accumulate"),
+        "buffers": tuple(glob.escape(name) for name in sorted(copied)),
+        "memory_budget_bytes": memory_budget_bytes,
+        # The record lists what an interval per checkpoint selected.
+        **({"interval": record.get("interval", 1), "between": record.get("between")} if per_step else {}),
+        **({"per": "step", "steps_per_epoch": record.get("steps_per_epoch")} if per_step else {}),
+    }
+    if record.get("profile") == "given":
+        options |= {"profile": "ema", "coefficients": {item.name: item.coefficient for item in past}}
+    prefixes = [None, *_texts(record.get("stripped"))]
+    held = {name: (tensor.dtype, tensor.shape) for name, tensor in found.tensors.items()}
+    written = [name for name in _texts(dtypes.get("teacher")) if name in ("float32", "bfloat16", "float16")]
+    planned: FoldPlan | None = None
+    failure: CkptEmaError | None = None
+    for prefix, dtype in itertools.product(prefixes, ("student", *written)):
+        try:
+            options |= {"prefix": prefix, "dtype": dtype}
+            planned = plan_fold(paths, "teacher.safetensors", FoldOptions(**options))
+        except CkptEmaError as error:
+            failure = failure or error
+            continue
+        if {tensor.name: (tensor.dtype, tensor.shape) for tensor in planned.tensors} == held:
+            break
+    else:
+        raise failure or CkptEmaError("the checkpoints of the run have other tensors than the teacher")
+    again = {tensor.name for tensor in planned.tensors if tensor.action == "copy"}
+    if again != copied:
+        raise CkptEmaError(
+            f"{len(again)} tensors would be copied, and {len(copied)} were", details=sorted(again ^ copied)
+        )
+    if len(planned.checkpoints) != len(past):
+        raise CkptEmaError(f"{len(planned.checkpoints)} checkpoints would take part, and {len(past)} did")
+    for before, now in zip(past, planned.checkpoints, strict=True):
+        if before.size != now.size:
+            raise CkptEmaError(f"`{now.name}` has {now.size} bytes, and had {before.size} when it was folded")
+        if not math.isclose(before.coefficient, now.coefficient, rel_tol=SHARE_TOLERANCE):
+            raise CkptEmaError(f"`{now.name}` would have {now.coefficient:.9f} of it, and has {before.coefficient:.9f}")
+    return planned
+
+
+def _texts(value: Any) -> list[str]:
+    return [text for text in value if isinstance(text, str)] if isinstance(value, list) else []
+
+
+def _locate(past: Sequence[PastCheckpoint], run: Path) -> list[Path]:
+    """The checkpoints that a teacher was folded from; raises CkptEmaError naming those that are gone."""
+    folders = [run]
+    with contextlib.suppress(CkptEmaError):  # it is asked for nothing but where the checkpoints lie
+        folders.append(find_run(run, FoldOptions(), is_live=True).directory)
+    paths, missing = [], []
+    for item in past:
+        # A record is what a stranger wrote: its names lead nowhere else.
+        is_inside = ".." not in Path(item.name).parts and not Path(item.name).is_absolute()
+        found = next((folder / item.name for folder in folders if is_inside and (folder / item.name).exists()), None)
+        if found is None:
+            missing.append(item.name)
+        else:
+            paths.append(found)
+    if missing:
+        raise CkptEmaError(f"{len(missing)} of {len(past)} checkpoints are not in `{run}`", details=missing)
+    return paths
+
+
+def _recompute(found: Inspection, planned: FoldPlan, share: float, seed: int | None) -> Check:
+    """Fold a sample of the blocks again, and compare."""
+    blocks = list(planned.blocks.blocks())
+    chosen = random.Random(seed).sample(blocks, min(len(blocks), max(MIN_BLOCKS, math.ceil(share * len(blocks)))))
+    chosen.sort(key=lambda block: block.position)
+    lanes = tuple(replace(block.lane, span=(block.begin, block.end)) for block in chosen)
+    judge = _Judge(found, planned.blocks)
+    with InputFiles(planned.layouts) as files:
+        task = Task(replace(planned.blocks, lanes=lanes), planned.layouts, [planned.teachers[0].updates], files)
+        try:
+            cpu.fold_blocks(task, [judge], lambda num_bytes: None)
+        except _DifferentError as difference:
+            return Check("recomputed", False, str(difference))
+        except NonFiniteBlockError as error:
+            name = next(tensor.name for tensor in planned.tensors if tensor.index == error.origin.tensor)
+            return Check("recomputed", False, f"`{name}` of the run is not finite")
+        finally:
+            judge.close()
+        files.check_unchanged()
+    part = sum(block.end_position - block.position for block in chosen) / max(1, planned.blocks.data_bytes)
+    what = "all of it" if len(chosen) == len(blocks) else f"{len(chosen)} of {len(blocks)} blocks ({part:.1%})"
+    return Check("recomputed", True, f"{what} from {len(planned.checkpoints)} checkpoints, bit for bit")
+
+
+class _DifferentError(Exception):
+    """The teacher's file holds something else."""
+
+
+class _Judge:
+    """A Teacher that compares what it is given with what the file holds."""
+
+    def __init__(self, found: Inspection, plan: BlockPlan) -> None:
+        self._ranges: list[tuple[int, int, str, TensorRange]] = []
+        for name, (begin, end) in plan.offsets.items():
+            stored = found.tensors[name]
+            if not isinstance(stored, TensorRange) or stored.strides is not None:
+                raise CkptEmaError(f"`{name}` is stored in pieces, which no teacher of ckpt-ema is")
+            if begin < end:
+                self._ranges.append((begin, end, name, stored))
+        self._ranges.sort(key=lambda item: item[0])
+        files = dict.fromkeys(stored.file for _, _, _, stored in self._ranges)
+        self._files = {file: open_input(file.path) for file in files}
+        self._lock = threading.Lock()
+
+    def close(self) -> None:
+        """Let go of the teacher's files."""
+        for file in self._files.values():
+            file.close()
+
+    def write(self, block: memoryview, position: int) -> None:
+        """Compare `block` with the bytes at `position` of the data section; raises _DifferentError."""
+        stop = position + len(block)
+        for begin, end, name, stored in self._ranges:
+            first, last = max(begin, position), min(end, stop)
+            if first >= last:
+                continue
+            held = read_exactly(self._files[stored.file], last - first, stored.begin + first - begin)
+            made = bytes(block[first - position : last - position])
+            if held != made:
+                raise _DifferentError(_first_difference(name, stored.dtype, first - begin, held, made))
+
+
+def _first_difference(name: str, dtype: DType, offset: int, held: bytes, made: bytes) -> str:
+    at = next(i for i, (one, other) in enumerate(zip(held, made, strict=True)) if one != other) // dtype.itemsize
+    values = []
+    for content in (held, made):
+        element = bytearray(content[at * dtype.itemsize : (at + 1) * dtype.itemsize])
+        values.append(str(comparable(torch.frombuffer(element, dtype=torch_dtype(dtype))).tolist()[0]))
+    return f"`{name}` holds {values[0]} at element {offset // dtype.itemsize + at}, and the fold makes {values[1]}"

@@ -1,0 +1,126 @@
+"""Two checkpoints side by side: every figure as torch computes it on whole tensors."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import ckpt_ema
+from tests.conftest import Outcome, make_student, quiet_fold, save_students
+
+Cli = Callable[..., Outcome]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.complex64]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("other", [None, torch.float32])
+def test_figures_are_torchs_own(tmp_path: Path, dtype: torch.dtype, other: torch.dtype | None) -> None:
+    """Relative distance, largest difference and number of elements, whatever the dtypes, beyond one portion."""
+    generator = torch.Generator().manual_seed(1)
+    a = torch.randn(300, 1100, generator=generator).to(dtype)
+    b = torch.randn(300, 1100, generator=generator).to(dtype)
+    b[:100] = a[:100]
+    if other is not None and not dtype.is_complex:
+        b = b.to(other)
+    torch.save({"w": a}, tmp_path / "a.pt")
+    torch.save({"w": b}, tmp_path / "b.pt")
+    found = ckpt_ema.compare(tmp_path / "a.pt", tmp_path / "b.pt", memory_budget_bytes=1 << 20)
+    wide = torch.complex128 if dtype.is_complex else torch.float64
+    left, right = (x.float().to(wide) if x.itemsize == 1 else x.to(wide) for x in (a, b))
+    (tensor,) = found.tensors
+    assert tensor.relative == pytest.approx(float((left - right).norm() / right.norm()), rel=1e-12)
+    assert tensor.largest == pytest.approx(float((left - right).abs().max()), rel=1e-12)
+    assert tensor.num_different == int((left != right).sum())
+    assert found.relative == pytest.approx(tensor.relative)
+    assert not found.is_identical
+
+
+def test_any_two_formats_are_compared(tmp_path: Path) -> None:
+    """A file, shards, a folder for torch, a transposed tensor in a torch.save file: the same values are identical."""
+    save_students(tmp_path / "run", 3)
+    for name, options in (("f.safetensors", {}), ("s", {"shard_size_bytes": 500}), ("d", {"output_format": "dcp"})):
+        quiet_fold(tmp_path / "run", tmp_path / name, momentum=0.2, **options)
+    assert ckpt_ema.compare(tmp_path / "f.safetensors", tmp_path / "s").is_identical
+    assert ckpt_ema.compare(tmp_path / "d", tmp_path / "f.safetensors").is_identical
+    student = make_student(1)
+    save_file(student, tmp_path / "plain.safetensors")
+    student["fc.weight"] = student["fc.weight"].T.contiguous().T
+    torch.save({"state_dict": student}, tmp_path / "strided.pt")
+    assert ckpt_ema.compare(tmp_path / "strided.pt", tmp_path / "plain.safetensors").is_identical
+
+
+def test_what_only_one_has_is_told(tmp_path: Path, cli: Cli) -> None:
+    """Names, shapes, integers; the most different tensor comes first."""
+    a = {
+        "x": torch.ones(4),
+        "y": torch.ones(4),
+        "n": torch.tensor([1, 2, 3]),
+        "s": torch.ones(2, 3),
+        "only": torch.ones(1),
+    }
+    b = {
+        "x": torch.ones(4) * 2,
+        "y": torch.ones(4) * 4,
+        "n": torch.tensor([1, 2, 4]),
+        "s": torch.ones(3, 2),
+        "z": torch.ones(1),
+    }
+    save_file(a, tmp_path / "a.safetensors")
+    save_file(b, tmp_path / "b.safetensors")
+    done = cli("compare", "a.safetensors", "b.safetensors")
+    assert done.code == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("3 of 3 tensors differ")
+    assert [line.split()[0] for line in lines[3:6]] == ["y", "x", "n"]
+    assert "only in a.safetensors: only" in lines
+    assert "only in b.safetensors: z" in lines
+    assert "another shape: s is [2, 3] and [3, 2]" in lines
+    table = json.loads(cli("compare", "a.safetensors", "b.safetensors", "--json").stdout)
+    assert table["tensors"][0] == {
+        "name": "y",
+        "shape": [4],
+        "dtypes": ["float32", "float32"],
+        "relative": 0.75,
+        "largest": 3.0,
+        "different_elements": 4,
+    }
+    assert table["relative"] == pytest.approx(math.sqrt(4 * 9 + 4 * 1) / math.sqrt(4 * 16 + 4 * 4))
+    assert cli("compare", "a.safetensors", "a.safetensors").stdout == "identical: 5 tensors, value for value\n"
+
+
+def test_a_nan_is_seen(tmp_path: Path) -> None:
+    """A NaN where the other has a number comes first; two NaNs, and two infinities, are the same."""
+    a = {
+        "w": torch.tensor([1.0, float("nan")]),
+        "same": torch.tensor([float("nan"), float("inf")]),
+        "v": torch.zeros(2),
+    }
+    b = {"w": torch.tensor([1.0, 2.0]), "same": torch.tensor([float("nan"), float("inf")]), "v": torch.ones(2)}
+    save_file(a, tmp_path / "a.safetensors")
+    save_file(b, tmp_path / "b.safetensors")
+    found = ckpt_ema.compare(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    assert [tensor.name for tensor in found.tensors] == ["w", "v", "same"]
+    assert math.isnan(found.tensors[0].relative)
+    assert found.tensors[1].relative == 1
+    assert found.tensors[2].relative == found.tensors[2].num_different == 0
+    back = ckpt_ema.compare(tmp_path / "b.safetensors", tmp_path / "a.safetensors")
+    assert next(tensor for tensor in back.tensors if tensor.name == "v").relative == math.inf
+
+
+def test_what_cannot_be_compared_is_an_error(tmp_path: Path, cli: Cli) -> None:
+    """A path that is not there is misuse; a file that holds an average and no student says how to choose."""
+    save_students(tmp_path / "run", 1)
+    done = cli("compare", "run/step_100.safetensors", "nowhere")
+    assert done.code == 2
+    assert "`nowhere` does not exist" in done.stderr
+    torch.save({"ema_state_dict": make_student(1)}, tmp_path / "average.pt")
+    done = cli("compare", "run/step_100.safetensors", "average.pt")
+    assert done.code == 1
+    assert "--state" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,197 @@
+"""A teacher that is checked: what is wrong with it is found, and what is right is recomputed from its run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import ckpt_ema
+from tests.conftest import Outcome, make_student, quiet_fold, save_students
+
+Cli = Callable[..., Outcome]
+
+
+def failed(found: ckpt_ema.Verification) -> list[str]:
+    return [f"{check.name}: {check.text}" for check in found.checks if not check.is_ok]
+
+
+def many_blocks(run: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Three checkpoints of a model that takes some fifty blocks of a small budget."""
+    run.mkdir()
+    for step in (100, 200, 300):
+        generator = torch.Generator().manual_seed(step)
+        student = {f"l{i}.weight": torch.randn(60, 500, generator=generator).to(dtype) for i in range(4)}
+        student |= {"bn.running_mean": torch.randn(9, generator=generator), "n": torch.tensor(step)}
+        save_file(student, run / f"step_{step}.safetensors")
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {"momentum": 0.3},
+    {"momentum": 0.3, "interval": 2},
+    {"momentum": 0.004, "per": "step"},
+    {"momentum": 0.004, "per": "step", "interval": 10, "between": "hold"},
+    {"half_life": 120.0},
+    {"profile": "uniform"},
+    {"profile": "minus-sqrt"},
+    {"profile": "power", "sigma_rel": 0.1},
+    {"coefficients": {"step_100.safetensors": 0.25, "step_300.safetensors": 0.75}},
+    {"momentum": 0.3, "skip_buffers": False},
+    {"momentum": 0.3, "buffers": ["l1*"]},
+    {"momentum": 0.3, "dtype": "bfloat16"},
+    {"momentum": 0.3, "accumulate": "float64"},
+    {"momentum": 0.3, "last": 2},
+    {"momentum": 0.3, "shard_size_bytes": 200_000},
+    {"momentum": 0.3, "output_format": "dcp"},
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(map(str, options)))
+def test_a_teacher_is_recomputed_from_what_it_says(tmp_path: Path, options: dict[str, Any], dtype: torch.dtype) -> None:
+    """However it was folded, the record and the run are enough to make every bit again."""
+    many_blocks(tmp_path / "run", dtype)
+    is_folder = "shard_size_bytes" in options or "output_format" in options
+    output = tmp_path / ("t" if is_folder else "t.safetensors")
+    quiet_fold(tmp_path / "run", output, **options)
+    found = ckpt_ema.verify(output, tmp_path / "run", share=1, memory_budget_bytes=1 << 20)
+    assert failed(found) == []
+    assert "all of it from" in found.checks[-1].text
+
+
+def test_one_flipped_bit_is_found(tmp_path: Path, cli: Cli) -> None:
+    """In a tensor's last byte or its first: the tensor, the element, both values, exit 1."""
+    many_blocks(tmp_path / "run")
+    assert cli("fold", "run", "--momentum", 0.3, "-o", "t.safetensors").code == 0
+    good = cli("verify", "t.safetensors", "run", "--share", 1)
+    assert good.code == 0, good.stdout
+    assert good.stdout.count("ok ") == 4
+    path = tmp_path / "t.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-40] ^= 1
+    path.write_bytes(content)
+    bad = cli("verify", "t.safetensors", "run", "--share", 1, "-q")
+    assert bad.code == 1
+    assert bad.stdout.startswith("failed    recomputed: `")
+    assert " at element " in bad.stdout
+    assert "and the fold makes" in bad.stdout
+    table = json.loads(cli("verify", "t.safetensors", "run", "--share", 1, "--json").stdout)
+    assert table["ok"] is False
+    assert [check["ok"] for check in table["checks"]] == [True, True, True, False]
+
+
+def test_a_sample_says_how_much_it_looked_at(tmp_path: Path) -> None:
+    """At least 16 blocks, chosen by the seed; a fault outside of them is not seen, in all of them it is."""
+    many_blocks(tmp_path / "run")
+    quiet_fold(tmp_path / "run", tmp_path / "t.safetensors", momentum=0.3)
+    one, other = (
+        ckpt_ema.verify(tmp_path / "t.safetensors", tmp_path / "run", seed=seed, memory_budget_bytes=1 << 15)
+        for seed in (3, 3)
+    )
+    assert one == other
+    assert "16 of " in one.checks[-1].text
+    assert "%" in one.checks[-1].text
+
+
+def test_numbers_that_are_not_finite_are_found(tmp_path: Path) -> None:
+    """A NaN or an infinity in an averaged tensor fails; an infinity in a copied one is a mask."""
+    save_students(tmp_path / "run", 2)
+    quiet_fold(tmp_path / "run", tmp_path / "t.safetensors", momentum=0.3)
+    with safe_open(tmp_path / "t.safetensors", "pt") as file:
+        metadata = file.metadata()
+    for name, value, is_ok in (
+        ("fc.weight", float("nan"), False),
+        ("fc.weight", float("inf"), False),
+        ("bn.running_mean", float("inf"), True),
+        ("bn.running_mean", float("nan"), False),
+    ):
+        tensors = load_file(tmp_path / "t.safetensors")
+        tensors[name].view(-1)[3] = value
+        save_file(tensors, tmp_path / "u.safetensors", metadata=metadata)
+        found = ckpt_ema.verify(tmp_path / "u.safetensors")
+        assert found.is_ok is is_ok, found
+        if not is_ok:
+            assert failed(found) == [f"finite: `{name}` holds {value} at element 3"]
+
+
+def test_a_file_that_is_damaged_fails_its_structure(tmp_path: Path, cli: Cli) -> None:
+    """Cut short: one line that says so, exit 1, no traceback."""
+    save_students(tmp_path / "run", 2)
+    quiet_fold(tmp_path / "run", tmp_path / "t.safetensors", momentum=0.3)
+    content = (tmp_path / "t.safetensors").read_bytes()
+    (tmp_path / "t.safetensors").write_bytes(content[:-10])
+    done = cli("verify", "t.safetensors")
+    assert done.code == 1
+    assert done.stdout.startswith("failed    structure: ")
+    assert "Traceback" not in done.stderr
+
+
+def test_a_file_of_somebody_else_says_what_was_not_checked(tmp_path: Path) -> None:
+    """No provenance: structure and numbers are checked, and that there is nothing else is said."""
+    save_file(make_student(1), tmp_path / "model.safetensors")
+    found = ckpt_ema.verify(tmp_path / "model.safetensors")
+    assert found.is_ok
+    assert "ckpt-ema did not write it" in found.checks[-1].text
+
+
+def test_a_run_that_has_changed_is_told(tmp_path: Path) -> None:
+    """Checkpoints that are gone or were written again are named; nothing is called verified that was not."""
+    save_students(tmp_path / "run", 3)
+    quiet_fold(tmp_path / "run", tmp_path / "t.safetensors", momentum=0.3)
+    shutil.copytree(tmp_path / "run", tmp_path / "gone")
+    (tmp_path / "gone" / "step_200.safetensors").unlink()
+    (message,) = failed(ckpt_ema.verify(tmp_path / "t.safetensors", tmp_path / "gone"))
+    assert "1 of 3 checkpoints are not in" in message
+    assert "step_200.safetensors" in message
+    shutil.copytree(tmp_path / "run", tmp_path / "other")
+    save_file(make_student(9), tmp_path / "other" / "step_200.safetensors")
+    (message,) = failed(ckpt_ema.verify(tmp_path / "t.safetensors", tmp_path / "other", share=1))
+    assert "and the fold makes" in message
+
+
+def test_what_cannot_be_recomputed_is_a_failure_that_says_why(tmp_path: Path) -> None:
+    """A teacher that began with another one: its run alone does not tell."""
+    save_students(tmp_path / "run", 3)
+    save_file(make_student(7), tmp_path / "start.safetensors")
+    quiet_fold(tmp_path / "run", tmp_path / "t.safetensors", momentum=0.3, init=tmp_path / "start.safetensors")
+    assert ckpt_ema.verify(tmp_path / "t.safetensors").is_ok
+    (message,) = failed(ckpt_ema.verify(tmp_path / "t.safetensors", tmp_path / "run"))
+    assert "cannot be done from a run alone: it goes on from `start.safetensors`" in message
+
+
+def test_a_teacher_in_parts_is_recomputed_as_one(tmp_path: Path) -> None:
+    """Folded, then gone on with: its record has all checkpoints, and they make its bits."""
+    save_students(tmp_path / "run", 2)
+    quiet_fold(tmp_path / "run", tmp_path / "t.safetensors", momentum=0.3)
+    save_students(tmp_path / "run", 5)
+    quiet_fold(tmp_path / "run", tmp_path / "t.safetensors", init=tmp_path / "t.safetensors", overwrite=True)
+    assert failed(ckpt_ema.verify(tmp_path / "t.safetensors", tmp_path / "run", share=1)) == []
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"checkpoints": [{"name": "../../etc/passwd", "step": 1, "coefficient": 1.0, "bytes": 3}]},
+        {"stripped": 3, "dtypes": {"teacher": 3}},
+        {"momentum": "x"},
+        {"copied": {"names": {"a": [1]}}},
+        {"averaged": None},
+    ],
+)
+def test_a_record_that_lies_fails_and_nothing_more(tmp_path: Path, changed: dict[str, Any]) -> None:
+    """Provenance is what a stranger wrote: no traceback, no path outside of the run."""
+    save_students(tmp_path / "run", 2)
+    quiet_fold(tmp_path / "run", tmp_path / "t.safetensors", momentum=0.3)
+    with safe_open(tmp_path / "t.safetensors", "pt") as file:
+        record = json.loads(file.metadata()["ckpt_ema"])
+    tensors = load_file(tmp_path / "t.safetensors")
+    lying = {"format": "pt", "ckpt_ema": json.dumps({**record, **changed})}
+    save_file(tensors, tmp_path / "u.safetensors", metadata=lying)
+    assert not ckpt_ema.verify(tmp_path / "u.safetensors", tmp_path / "run").is_ok
