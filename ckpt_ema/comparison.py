@@ -7,9 +7,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from ckpt_ema.engine.arithmetic import comparable
+from ckpt_ema.engine.distance import Distance
 from ckpt_ema.engine.streams import Streams
 from ckpt_ema.errors import CkptEmaError
 from ckpt_ema.inspection import inspect
@@ -84,7 +82,7 @@ def compare(
         layouts = [compact_layout({name: tensors[name] for name in shared}, pool) for tensors in (one, other)]
         with Streams(layouts, memory_budget_bytes) as streams:
             for index, name in enumerate(shared):
-                sums = _Sums()
+                sums = Distance()
                 for _, (first, second) in streams.portions(index):
                     sums.add(first, second)
                 dtypes = one[name].dtype, other[name].dtype
@@ -97,7 +95,7 @@ def compare(
                     sums.num_different,
                 )
                 differences.append((difference, sums, all(dtype.kind != "integer" for dtype in dtypes)))
-    whole = _Sums()
+    whole = Distance()
     for _, sums, is_float in differences:
         if is_float:
             whole.distance += sums.distance
@@ -121,41 +119,3 @@ def compare(
 
 def _most_different_first(item: TensorDifference) -> tuple[bool, float, bool, str]:
     return not math.isnan(item.relative), -item.relative, not item.num_different, item.name
-
-
-class _Sums:
-    """What is summed up of one tensor, or of all."""
-
-    def __init__(self) -> None:
-        self.distance = self.norm = self.largest_squared = 0.0
-        """||a - b||^2, ||b||^2, and the largest |a - b|^2."""
-        self.num_different = 0
-
-    @property
-    def relative(self) -> float:
-        if not self.num_different:
-            return 0.0
-        if math.isnan(self.distance) or math.isnan(self.norm):
-            return math.nan
-        if math.isinf(self.distance):
-            return math.inf
-        return math.sqrt(self.distance / self.norm) if self.norm else math.inf
-
-    def add(self, a: torch.Tensor, b: torch.Tensor) -> None:
-        """Add a portion of both, shape [n] each."""
-        wide = torch.complex128 if a.is_complex() or b.is_complex() else torch.float64
-        if not (a.is_floating_point() or a.is_complex() or b.is_floating_point() or b.is_complex()):
-            differs = a != b if a.dtype is b.dtype else a.long() != b.long()
-            a, b = a.to(wide), b.to(wide)
-        else:
-            a, b = comparable(a).to(wide), comparable(b).to(wide)
-            differs = (a != b) & ~(a.isnan() & b.isnan())
-        squared = torch.where(differs, a - b, 0).abs().square_()
-        norm = float(b.abs().square_().sum())
-        self.norm += norm
-        self.num_different += int(differs.sum())
-        self.distance += float(squared.sum())
-        if squared.numel():
-            largest = float(squared.max())
-            if math.isnan(largest) or largest > self.largest_squared:
-                self.largest_squared = largest

@@ -13,16 +13,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ckpt_ema.blocks import BlockPlan
 from ckpt_ema.byte_ranges import TensorRange, count_elements, open_input, read_exactly
 from ckpt_ema.continuing import past_of
 from ckpt_ema.dtypes import DType
 from ckpt_ema.engine import cpu
-from ckpt_ema.engine.arithmetic import comparable
-from ckpt_ema.engine.buffers import torch_dtype
 from ckpt_ema.engine.contract import NonFiniteBlockError, Task
+from ckpt_ema.engine.distance import first_not_finite, shown_element
 from ckpt_ema.engine.inputs import InputFiles
 from ckpt_ema.engine.streams import Streams
 from ckpt_ema.errors import CkptEmaError, MisuseError, UnreadableCheckpointError
@@ -114,13 +111,9 @@ def _check_finite(found: Inspection, copied: frozenset[str], memory_budget_bytes
             if layout.schema.dtypes[index].kind == "integer":
                 continue
             for begin, (elements,) in streams.portions(index):
-                values = comparable(elements)
-                bad = values.isnan() if name in copied else ~values.isfinite()
-                if bool(bad.any()):
-                    element = int(bad.to(torch.uint8).argmax())
-                    return Check(
-                        "finite", False, f"`{name}` holds {float(values[element].real)} at element {begin + element}"
-                    )
+                if (bad := first_not_finite(elements, may_be_infinite=name in copied)) is not None:
+                    element, value = bad
+                    return Check("finite", False, f"`{name}` holds {value} at element {begin + element}")
     infinities = " (copied ones may be infinite)" if copied else ""
     return Check("finite", True, f"every number of every tensor{infinities}")
 
@@ -321,8 +314,7 @@ class _Judge:
 
 def _first_difference(name: str, dtype: DType, offset: int, held: bytes, made: bytes) -> str:
     at = next(i for i, (one, other) in enumerate(zip(held, made, strict=True)) if one != other) // dtype.itemsize
-    values = []
-    for content in (held, made):
-        element = bytearray(content[at * dtype.itemsize : (at + 1) * dtype.itemsize])
-        values.append(str(comparable(torch.frombuffer(element, dtype=torch_dtype(dtype))).tolist()[0]))
-    return f"`{name}` holds {values[0]} at element {offset // dtype.itemsize + at}, and the fold makes {values[1]}"
+    one, other = (
+        shown_element(content[at * dtype.itemsize : (at + 1) * dtype.itemsize], dtype) for content in (held, made)
+    )
+    return f"`{name}` holds {one} at element {offset // dtype.itemsize + at}, and the fold makes {other}"
