@@ -60,6 +60,8 @@ class Blocks:
         self._synced = time.monotonic()
         self._teachers: Sequence[SpreadFiles] = ()
         self.any_finished = False
+        self._is_torn = False
+        """Whether a record could not be written whole; what would stand behind it could not be read."""
 
     def begin(self, teachers: Sequence[SpreadFiles]) -> None:
         """A process begins to write to `teachers`."""
@@ -98,8 +100,14 @@ class Blocks:
         os.close(self._descriptor)
 
     def _append(self, kind: int, first: int, second: int) -> None:
-        with explained(f"cannot write `{self._path}`"):
-            os.write(self._descriptor, _encode(kind, first, second))
+        # On a full disk, where the teacher has its space already, a fold must not fail for want of its journal: it can
+        # only not be gone on with from here.
+        if self._is_torn:
+            return
+        try:
+            self._is_torn = os.write(self._descriptor, _encode(kind, first, second)) < _RECORD.size
+        except OSError:
+            self._is_torn = True
 
 
 def _encode(kind: int, first: int, second: int) -> bytes:

@@ -48,10 +48,12 @@ OPTIONS = [
     "--device",
     "--memory",
     "--overwrite",
+    "--resume",
     "--json",
     "--verbose",
     "--quiet",
 ]
+COMMANDS = ("fold", "plan", "reconstruct", "follow", "inspect", "verify", "compare")
 README = Path(__file__).parent.parent / "README.md"
 
 
@@ -205,7 +207,7 @@ def test_help_names_every_option_in_words(cli: Cli, command: str) -> None:
 
 def test_every_option_of_the_issue_is_there_and_readme_knows_no_other(cli: Cli) -> None:
     """The README's options exist, and an option that exists is not spelled differently there."""
-    known = set(re.findall(r"--[a-z][a-z-]+", "".join(cli(c, "--help").stdout for c in ("fold", "plan", "inspect"))))
+    known = set(re.findall(r"--[a-z][a-z-]+", "".join(cli(c, "--help").stdout for c in COMMANDS)))
     for option in OPTIONS:
         assert option in known
     used = set()

@@ -317,6 +317,32 @@ def test_a_full_disk_loses_nothing(tmp_path: Path, small_disk: Path, monkeypatch
     assert os.listdir(small_disk) == ["t.safetensors"]
 
 
+def test_a_journal_that_cannot_be_written_does_not_stop_the_fold(
+    long_students: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk with space for the teacher and not for its journal: the fold ends well all the same."""
+    whole = quiet_fold(long_students, tmp_path / "whole.safetensors").output.read_bytes()
+    real, count = os.write, 0
+
+    def full(descriptor: int, content: bytes) -> int:
+        nonlocal count
+        count += len(content) == 24
+        if count == 6:
+            return real(descriptor, content[:7])
+        if count > 6:
+            raise OSError(28, "No space left on device")
+        return real(descriptor, content)
+
+    monkeypatch.setattr(os, "write", full)
+    stop_fold(long_students, tmp_path / "t.safetensors")
+    count = 0
+    quiet_fold(long_students, tmp_path / "u.safetensors", memory_budget_bytes=1 << 15)
+    monkeypatch.setattr(os, "write", real)
+    done = quiet_fold(long_students, tmp_path / "t.safetensors", resume=True)
+    assert 0 < done.resumed_bytes < 0.4 * done.plan.bytes_to_read
+    assert (tmp_path / "t.safetensors").read_bytes() == (tmp_path / "u.safetensors").read_bytes() == whole
+
+
 def test_two_folds_into_one_output_at_once(long_students: Path, tmp_path: Path) -> None:
     """The second says who has it, and the first is not disturbed."""
     refused: list[str] = []
