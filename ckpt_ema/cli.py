@@ -626,8 +626,8 @@ _MEMORY = click.option(
 @main.command()
 @click.argument("a", type=_Path())
 @click.argument("b", type=_Path())
-@click.option("--state", metavar="KEY", help="State dict of both, as `inspect` lists them.")
-@click.option("--prefix", help="Sub-model of both, stripped from the names.")
+@click.option("--state", metavar="KEY", help="State dict of both, as `inspect` lists them; a teacher has one.")
+@click.option("--prefix", help="Sub-model of both, stripped from the names, as it is from a teacher's.")
 @_MEMORY
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("-v", "--verbose", is_flag=True, help="List every tensor that differs.")

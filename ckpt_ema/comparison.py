@@ -10,7 +10,7 @@ from pathlib import Path
 from ckpt_ema.engine.distance import Distance
 from ckpt_ema.engine.streams import Streams
 from ckpt_ema.errors import CkptEmaError
-from ckpt_ema.inspection import inspect
+from ckpt_ema.inspection import Inspection, inspect
 from ckpt_ema.layouts import SchemaPool, compact_layout
 from ckpt_ema.sizes import DEFAULT_MEMORY_BUDGET_BYTES
 
@@ -66,41 +66,44 @@ def compare(
 ) -> Comparison:
     """Compare the tensors of two checkpoints or teachers, of any format; dtypes may differ.
 
-    `state` and `prefix` choose among the state dicts of both, as in `inspect`. Values are compared in float64 (what is
-    computed in complex128 for complex ones), a portion at a time within the budget. Raises CkptEmaError where one
-    cannot be read.
+    `state` and `prefix` choose among the state dicts of both, as in `inspect`, but not in a teacher of this tool, whose
+    names are those that a fold gave them. Values are compared in float64 (complex ones in complex128), a portion at a
+    time within the budget. Raises CkptEmaError where one cannot be read, or where they have no tensor in common.
     """
-    found = [inspect(path, state=state, prefix=prefix) for path in (a, b)]
+    found = [_look_at(path, state, prefix) for path in (a, b)]
     for each in found:
         if each.refusal:
             raise CkptEmaError(each.refusal, hint=f"`ckpt-ema inspect {each.path}` shows what it holds; pass `--state`")
     one, other = (each.tensors for each in found)
     shared = sorted(name for name in one if name in other and one[name].shape == other[name].shape)
+    if not shared:
+        raise CkptEmaError(
+            f"`{found[0].path}` and `{found[1].path}` have no tensor of one name and shape in common",
+            details=[f"{each.path}: {', '.join(sorted(each.tensors)[:3])}, ..." for each in found],
+            hint="`--prefix` takes off what stands before the names of a sub-model; `ckpt-ema inspect` shows them",
+        )
     differences = []
-    if shared:
-        pool = SchemaPool()
-        layouts = [compact_layout({name: tensors[name] for name in shared}, pool) for tensors in (one, other)]
-        with Streams(layouts, memory_budget_bytes) as streams:
-            for index, name in enumerate(shared):
-                sums = Distance()
-                for _, (first, second) in streams.portions(index):
-                    sums.add(first, second)
-                dtypes = one[name].dtype, other[name].dtype
-                difference = TensorDifference(
-                    name,
-                    one[name].shape,
-                    (dtypes[0].name, dtypes[1].name),
-                    sums.relative,
-                    math.sqrt(sums.largest_squared),
-                    sums.num_different,
-                )
-                differences.append((difference, sums, all(dtype.kind != "integer" for dtype in dtypes)))
+    pool = SchemaPool()
+    layouts = [compact_layout({name: tensors[name] for name in shared}, pool) for tensors in (one, other)]
+    with Streams(layouts, memory_budget_bytes) as streams:
+        for index, name in enumerate(shared):
+            sums = Distance()
+            for _, (first, second) in streams.portions(index):
+                sums.add(first, second)
+            dtypes = one[name].dtype, other[name].dtype
+            difference = TensorDifference(
+                name,
+                one[name].shape,
+                (dtypes[0].name, dtypes[1].name),
+                sums.relative,
+                sums.largest,
+                sums.num_different,
+            )
+            differences.append((difference, sums, all(dtype.kind != "integer" for dtype in dtypes)))
     whole = Distance()
     for _, sums, is_float in differences:
         if is_float:
-            whole.distance += sums.distance
-            whole.norm += sums.norm
-            whole.num_different += sums.num_different
+            whole.add_all(sums)
     tensors = sorted((difference for difference, _, _ in differences), key=_most_different_first)
     return Comparison(
         a=found[0].path,
@@ -115,6 +118,12 @@ def compare(
             if name in other and one[name].shape != other[name].shape
         ),
     )
+
+
+def _look_at(path: str | os.PathLike[str], state: str | None, prefix: str | None) -> Inspection:
+    found = inspect(path)
+    is_own = found.provenance is not None
+    return found if is_own or not (state is not None or prefix) else inspect(path, state=state, prefix=prefix)
 
 
 def _most_different_first(item: TensorDifference) -> tuple[bool, float, bool, str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ckpt_ema.assembly import StoredTensor
 from ckpt_ema.errors import CkptEmaError, MisuseError, UnreadableCheckpointError
-from ckpt_ema.formats import forget_tables, read_contents
+from ckpt_ema.formats import Contents, forget_tables, read_contents
 from ckpt_ema.locations import as_path
 from ckpt_ema.provenance import read_provenance
 from ckpt_ema.steps import ORIGINS, steps_in_name, steps_inside
@@ -63,7 +63,7 @@ def inspect(path: str | os.PathLike[str], *, state: str | None = None, prefix: s
     tensors: dict[str, StoredTensor] = {}
     try:
         if contents.is_own_teacher:
-            state = state or ""
+            state = state or _own_key(contents)
         student = choose_student(contents, state=state, prefix=prefix)
         chosen, tensors = student.key, student.tensors
     except UnreadableCheckpointError:
@@ -84,3 +84,9 @@ def inspect(path: str | os.PathLike[str], *, state: str | None = None, prefix: s
         tensors=tensors,
         provenance=read_provenance(contents.metadata),
     )
+
+
+def _own_key(contents: Contents) -> str:
+    """Where a teacher of this tool lies in its own file: one for torch.distributed.checkpoint may be under a key."""
+    items = list(contents.tree.items()) if isinstance(contents.tree, dict) else []
+    return str(items[0][0]) if len(items) == 1 and isinstance(items[0][1], dict) else ""

@@ -309,7 +309,9 @@ def comparison_text(found: Comparison, *, verbose: bool = False) -> str:
 def _comparison_lines(found: Comparison, verbose: bool) -> Iterator[str]:
     different = [tensor for tensor in found.tensors if tensor.num_different]
     if found.is_identical:
-        yield f"identical: {_count(len(found.tensors), 'tensor')}, value for value"
+        recast = sum(tensor.dtypes[0] != tensor.dtypes[1] for tensor in found.tensors)
+        dtypes = f"; {recast} of them in another dtype" if recast else ""
+        yield f"identical: {_count(len(found.tensors), 'tensor')}, value for value{dtypes}"
     else:
         yield (
             f"{len(different)} of {_count(len(found.tensors), 'tensor')} differ; relative distance in all"

@@ -124,3 +124,83 @@ def test_what_cannot_be_compared_is_an_error(tmp_path: Path, cli: Cli) -> None:
     assert done.code == 1
     assert "--state" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+NAN, INF = math.nan, math.inf
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "relative", "largest"),
+    [
+        ([INF, 3.0], [INF, 4.0], 0.25, 1),
+        ([-INF, 3.0], [INF, 3.0], INF, INF),
+        ([1.0, 3.0], [INF, 3.0], INF, INF),
+        ([NAN, 3.0], [NAN, 4.0], NAN, 1),
+        ([INF, NAN], [1.0, 1.0], NAN, NAN),
+        ([3e-200, 0.0], [4e-200, 0.0], 0.25, 1e-200),
+        ([3e200, 0.0], [4e200, 0.0], 0.25, 1e200),
+        ([0.0, 0.0], [0.0, 0.0], 0, 0),
+        ([1.0, 0.0], [0.0, 0.0], INF, 1),
+    ],
+)
+def test_no_number_hides_a_difference(
+    tmp_path: Path, a: list[float], b: list[float], relative: float, largest: float
+) -> None:
+    """An infinity that both hold, as masks do, is in no norm; no square is lost or overflows; a NaN shows."""
+    for name, values in (("a", a), ("b", b)):
+        tensors = {"x": torch.tensor(values, dtype=torch.float64), "mask": torch.full((3,), -INF)}
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+    found = ckpt_ema.compare(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    tensor = next(tensor for tensor in found.tensors if tensor.name == "x")
+    assert (tensor.relative, tensor.largest) == pytest.approx((relative, largest), nan_ok=True, abs=0)
+    assert found.relative == pytest.approx(relative, nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "values", "num_different"),
+    [
+        ((torch.uint8, torch.int64), ([1, 255], [1, 255]), 0),
+        ((torch.int8, torch.uint8), ([-1, 7], [255, 7]), 1),
+        ((torch.uint64, torch.int64), ([2**64 - 1, 7], [-1, 7]), 1),
+    ],
+)
+def test_integers_of_two_dtypes_are_compared_by_value(
+    tmp_path: Path, dtypes: tuple[torch.dtype, torch.dtype], values: tuple[list[int], list[int]], num_different: int
+) -> None:
+    """An int8 -1 is no uint8 255, and a uint64 above all int64 none of them."""
+    for name, dtype, numbers in zip(("a", "b"), dtypes, values, strict=True):
+        save_file({"x": torch.tensor(numbers, dtype=dtype)}, tmp_path / f"{name}.safetensors")
+    [tensor] = ckpt_ema.compare(tmp_path / "a.safetensors", tmp_path / "b.safetensors").tensors
+    assert tensor.num_different == num_different
+
+
+def test_the_words_of_the_fold_choose_in_a_checkpoint_and_leave_the_teacher_alone(tmp_path: Path, cli: Cli) -> None:
+    """A teacher folded with `--state` and `--prefix` is compared with its student by the same words."""
+    (tmp_path / "run").mkdir()
+    for step in (1, 2):
+        student = {f"student.{name}": tensor for name, tensor in make_student(step).items()}
+        torch.save({"ema": student, "state_dict": make_student(9)}, tmp_path / "run" / f"step_{step}.pt")
+    words = ("--state", "ema", "--prefix", "student.")
+    assert cli("fold", "run", "--momentum", 0.25, *words, "-o", "t.safetensors").code == 0
+    done = cli("compare", "t.safetensors", "run/step_2.pt", *words)
+    assert done.code == 0, done.stderr
+    assert done.stdout.startswith("3 of 5 tensors differ; ")
+
+
+def test_nothing_in_common_is_an_error(tmp_path: Path, cli: Cli) -> None:
+    """Two models of other names are not compared: the names are shown, and the option that may help."""
+    save_file({"x": torch.ones(2)}, tmp_path / "a.safetensors")
+    save_file({"model.x": torch.ones(2)}, tmp_path / "b.safetensors")
+    done = cli("compare", "a.safetensors", "b.safetensors")
+    assert done.code == 1
+    assert "no tensor of one name and shape in common" in done.stderr
+    assert "--prefix" in done.stderr
+
+
+def test_another_dtype_is_said_of_equal_values(tmp_path: Path, cli: Cli) -> None:
+    """What bfloat16 holds exactly is the same value in float32; that the dtypes differ is in the verdict."""
+    weight = make_student(1)["fc.weight"].bfloat16()
+    save_file({"x": weight, "y": weight * 2}, tmp_path / "a.safetensors")
+    save_file({"x": weight.float(), "y": weight * 2}, tmp_path / "b.safetensors")
+    done = cli("compare", "a.safetensors", "b.safetensors")
+    assert done.stdout == "identical: 2 tensors, value for value; 1 of them in another dtype\n"

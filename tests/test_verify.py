@@ -195,3 +195,16 @@ def test_a_record_that_lies_fails_and_nothing_more(tmp_path: Path, changed: dict
     lying = {"format": "pt", "ckpt_ema": json.dumps({**record, **changed})}
     save_file(tensors, tmp_path / "u.safetensors", metadata=lying)
     assert not ckpt_ema.verify(tmp_path / "u.safetensors", tmp_path / "run").is_ok
+
+
+def test_a_teacher_under_a_key_is_read_by_every_command(tmp_path: Path) -> None:
+    """One for torch.distributed.checkpoint lies under its students' key: inspected, compared, verified."""
+    import torch.distributed.checkpoint as dcp
+
+    for step in (1, 2, 3):
+        dcp.save({"model": make_student(step)}, checkpoint_id=tmp_path / "run" / f"step_{step}", no_dist=True)
+    for name, options in (("t", {"output_format": "dcp"}), ("t.safetensors", {})):
+        quiet_fold(tmp_path / "run", tmp_path / name, momentum=0.3, **options)
+    assert set(ckpt_ema.inspect(tmp_path / "t").tensors) == set(make_student(1))
+    assert ckpt_ema.compare(tmp_path / "t", tmp_path / "t.safetensors").is_identical
+    assert failed(ckpt_ema.verify(tmp_path / "t", tmp_path / "run", share=1)) == []

@@ -9,7 +9,7 @@ from __future__ import annotations
 import cmath
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 
@@ -23,10 +23,12 @@ from ckpt_ema.layouts import Layout
 from ckpt_ema.timings import Timings
 
 
-def fold_blocks(task: Task, teachers: Sequence[Teacher], progress: Callable[[int], None]) -> Timings:
-    """The CPU's Engine; see there for the contract."""
+def fold_blocks(
+    task: Task, teachers: Sequence[Teacher], progress: Callable[[int], None], chosen: Iterable[Block] | None = None
+) -> Timings:
+    """The CPU's Engine; see there for the contract. Folds only `chosen` blocks of the plan where these are given."""
     plan = task.plan
-    blocks = _Queue(plan.blocks())
+    blocks = _Queue(iter(plan.blocks() if chosen is None else chosen))
     extents = ExtentTable(task.files)
     failures: list[BaseException] = []
     timings = Timings()
