@@ -942,6 +942,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("locations",),
     ("byte_ranges",),
     ("assembly", "formats.pickle_scan", "formats.pickles", "formats.zip_archive"),
+    ("formats.pickle_trial",),
     ("formats.safetensors", "formats.torch_save"),
     ("formats.contents",),
     ("formats.dcp", "formats.deepspeed", "formats.rank_files"),
