@@ -6,8 +6,8 @@ The unpickler is C code that believes the stream: a memo index of four billion m
 So can what a load may cost at most, and where that is too much, it is tried first in a process of its own
 (`pickle_trial`). Time explodes in three ways, all by hashing keys, which is one call into C that nothing interrupts:
 tuples that hold one another twice, through the memo, unfold to 2**depth parts; tuples and large integers can be made to
-have equal hashes, so that n of them take n**2 / 2 comparisons; and whatever is fetched from the memo can be copied at
-every fetch. Real pickles fetch names and classes, and their tuples become the arguments of a constructor at once.
+have equal hashes, so that n of them take n**2 / 2 comparisons, and numbers to be looked for in the same n places of a
+table; and whatever is fetched from the memo, long texts as well, can be copied or compared at every fetch. Real pickles fetch names and classes, and their tuples become the arguments of a constructor at once.
 Memory explodes because one byte makes an object of up to a hundred.
 """
 
@@ -47,7 +47,7 @@ class PickleScan(NamedTuple):
 # 20000 tensors take 80000; each may be nested in the one before it, and needs stack then (see torch_save.py).
 MAX_TUPLES = 1_000_000
 # Strings, names of classes and loose numbers are passed over one by one: half a microsecond each.
-MAX_SLOW_OPERATIONS = 3_000_000
+MAX_SLOW_OPERATIONS = 1_500_000
 # Of what tensors fetch: one for each dtype, device and key of an optimizer's state.
 MAX_WAYS = 100_000
 # Of a number written as text, which takes the square of its length to read.
@@ -64,8 +64,13 @@ MAX_MEMORY_BYTES = 600 << 20
 BYTES_PER_LOOSE_BYTE = 100
 BYTES_PER_TEXT_BYTE = 5
 BYTES_PER_TENSOR_BYTE = 28
+BYTES_PER_SET = 220
 # Comparisons and hashes of single values, at a few nanoseconds each.
 MAX_HASH_STEPS = 1_000_000_000
+# A number's hash is the number, so that n of them can be made to be looked for in n places each: n**2 / 6 steps.
+MAX_NUMBERS = 100_000
+# Comparing a longer text at each fetch takes more than passing over the fetch.
+MAX_NAME_BYTES = 1000
 
 _PREFIXED = -1
 _LINES = -2
@@ -109,6 +114,9 @@ for _count, _opcodes in _LINE_COUNTS.items():
     for _opcode in _opcodes:
         _ACTIONS[_opcode] = _LINES
         _NUM_LINES[_opcode] = _count
+# What makes a number, or calls something that may (a numpy scalar).
+_NUMBERS = b"KMJGRo"
+_SETS = b"\x8f\x91"
 _INDEX_SIZES = {ord("q"): 1, ord("r"): 4, ord("h"): 1, ord("j"): 4}
 _TUPLES = b"t\x85\x86\x87\x91"
 for _opcodes, _action in (
@@ -230,6 +238,9 @@ class _Scan:
         self.num_tuples = 0
         self.num_loose = 0
         """Tuples that may become keys, and large integers."""
+        self.num_numbers = 0
+        """Numbers outside of tensors, at most."""
+        self.num_sets = 0
         self.loose_bytes = 0
         self.text_bytes = 0
         self.tensor_bytes = 0
@@ -272,6 +283,8 @@ class _Scan:
                 opcodes = run.group()
                 # Operands are counted along: a little too many, never too few.
                 self.num_tuples += len(opcodes) - len(opcodes.translate(None, _TUPLES))
+                self.num_numbers += len(opcodes) - len(opcodes.translate(None, _NUMBERS))
+                self.num_sets += len(opcodes) - len(opcodes.translate(None, _SETS))
                 if self.memoizes:
                     self.num_memoized += opcodes.count(b"\x94")
                 if position == size:
@@ -281,6 +294,7 @@ class _Scan:
             position += 1
             if action >= 0:  # an opcode whose operand is cut off, or has a MEMOIZE in it
                 position += action
+                self.num_numbers += 1
             elif action == _PREFIXED:
                 prefix = _LENGTHS[opcode]
                 begin = position + prefix.size
@@ -289,7 +303,7 @@ class _Scan:
                 length = prefix.unpack_from(content, position)[0]
                 text_bytes += length
                 position = begin + length
-                if opcode in _NAMES:
+                if length <= MAX_NAME_BYTES and opcode in _NAMES:
                     position = self._remember_name(position)
             elif action == _STOP:
                 self.tensor_bytes, self.text_bytes = tensor_bytes, text_bytes
@@ -333,6 +347,7 @@ class _Scan:
         if action == _TUPLE:
             self.num_tuples += 1
             self.num_loose += 1
+            self.num_sets += opcode in _SETS
             return position
         if action == _MEMOIZE:
             self.is_odd |= not self.memoizes
@@ -342,6 +357,7 @@ class _Scan:
             if position >= len(content):
                 raise IncompletePickleError
             self.num_loose += content[position] > 8
+            self.num_numbers += 1
             return position + 1 + content[position]
         end = position
         for _ in range(_NUM_LINES[opcode]):
@@ -352,7 +368,8 @@ class _Scan:
             if end - position > MAX_LINE_DIGITS:
                 raise MalformedPickleError(f"a number of {end - position} digits")
             self.num_loose += end - position > 18
-        return self._remember_name(end) if opcode in _NAMES else end
+        self.num_numbers += opcode in b"ILFi"
+        return self._remember_name(end) if opcode in _NAMES and end - position <= MAX_NAME_BYTES else end
 
     def _remember_name(self, position: int) -> int:
         """Behind what stores the text or class before `position` in the memo, where that follows."""
@@ -385,6 +402,7 @@ class _Scan:
             self.loose_bytes * BYTES_PER_LOOSE_BYTE
             + self.text_bytes * BYTES_PER_TEXT_BYTE
             + self.tensor_bytes * BYTES_PER_TENSOR_BYTE
+            + self.num_sets * BYTES_PER_SET
         )
         if memory > MAX_MEMORY_BYTES:
             return True
@@ -396,15 +414,16 @@ class _Scan:
         filled_once = self._filled_once(fetched)
         # Everything is unfolded at most this often: each way to a part takes some of the fetches of each thing.
         doublings = 0.0
-        num_loose = self.num_loose + 1
+        num_loose, num_numbers = self.num_loose + 1, self.num_numbers
         for index, count in fetched.items():
             if index in filled_once and index in self.names:
                 continue
             num_loose += count
+            num_numbers += count
             doublings += math.log2(1 + count) if index in filled_once else count
         # A comparison takes as many steps as there are values in a key, at most those of all keys together.
         steps = num_loose * (self.loose_bytes + self.tensor_bytes + self.text_bytes // 16)
-        return doublings > 40 or steps * 2**doublings > MAX_HASH_STEPS
+        return num_numbers > MAX_NUMBERS or doublings > 40 or steps * 2**doublings > MAX_HASH_STEPS
 
     def _filled_once(self, indices: Collection[int]) -> Collection[int]:
         """Those of some memo indices of which one thing alone can have been fetched."""

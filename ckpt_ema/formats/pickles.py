@@ -133,6 +133,10 @@ class PickledStorage(NamedTuple):
     view_offset: int = 0
     """Elements of the root storage to skip; only the oldest files have views."""
 
+    def __hash__(self) -> int:
+        """Never: as keys of a table, many can be made to have the same hash."""
+        raise MalformedPickleError("a storage as a key")
+
 
 class PickledTensor(NamedTuple):
     """A tensor as the pickle describes it; not yet checked against the storage's bytes."""
@@ -144,6 +148,10 @@ class PickledTensor(NamedTuple):
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
+
+    def __hash__(self) -> int:
+        """Never; see PickledStorage."""
+        raise MalformedPickleError("a tensor as a key")
 
 
 class _StorageType(_Sealed):
