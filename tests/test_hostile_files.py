@@ -941,7 +941,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("dtypes", "responses", "ranks", "remote_store"),
     ("locations",),
     ("byte_ranges",),
-    ("assembly", "formats.pickle_scan", "formats.pickles", "formats.zip_archive"),
+    ("assembly", "formats.json_tables", "formats.pickle_scan", "formats.pickles", "formats.zip_archive"),
     ("formats.pickle_trial",),
     ("formats.safetensors", "formats.torch_save"),
     ("formats.contents",),

@@ -7,8 +7,9 @@ So can what a load may cost at most, and where that is too much, it is tried fir
 (`pickle_trial`). Time explodes in three ways, all by hashing keys, which is one call into C that nothing interrupts:
 tuples that hold one another twice, through the memo, unfold to 2**depth parts; tuples and large integers can be made to
 have equal hashes, so that n of them take n**2 / 2 comparisons, and numbers to be looked for in the same n places of a
-table; and whatever is fetched from the memo, long texts as well, can be copied or compared at every fetch. Real pickles fetch names and classes, and their tuples become the arguments of a constructor at once.
-Memory explodes because one byte makes an object of up to a hundred.
+table; and whatever is fetched from the memo, long texts as well, can be copied or compared at every fetch. Real pickles
+fetch names and classes, and their tuples become the arguments of a constructor at once. Memory explodes because one
+byte makes an object of up to two hundred.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ MAX_CHANGED_BYTES = 64 << 10
 # What may be loaded at once. Bytes per byte of the pickle: `}` makes 80 and a place on the stack, a text of which one
 # letter is rare takes four per letter, and a tensor of 60 bytes takes 700 with its places in the memo.
 MAX_MEMORY_BYTES = 600 << 20
+MAX_LOOSE_BYTES = 128 << 20
 BYTES_PER_LOOSE_BYTE = 100
 BYTES_PER_TEXT_BYTE = 5
 BYTES_PER_TENSOR_BYTE = 28
@@ -309,6 +311,8 @@ class _Scan:
                 self.tensor_bytes, self.text_bytes = tensor_bytes, text_bytes
                 self.num_tuples += 4 * num_tensors
                 self.loose_bytes = position - self.begin - tensor_bytes - text_bytes
+                if self.loose_bytes > MAX_LOOSE_BYTES:
+                    raise MalformedPickleError(f"{self.loose_bytes} bytes beside tensors and texts")
                 if self.num_tuples > MAX_TUPLES:
                     raise MalformedPickleError(f"{self.num_tuples} tuples are more than any table of tensors has")
                 return PickleScan(position, self.num_tuples, self._is_costly())

@@ -17,8 +17,8 @@ import ckpt_ema
 from ckpt_ema.formats.pickle_scan import MalformedPickleError
 from ckpt_ema.formats.pickles import MetadataUnpickler
 
-# Half of what is promised (10 s, 1 GB): scanning it before and loading it afterwards take their time as well.
-MAX_SECONDS = 4
+# A third and a half of what is promised (10 s, 1 GB): scanning it before and loading it afterwards cost as well.
+MAX_SECONDS = 3
 MAX_BYTES = 512 << 20
 # Where the machine is so busy that a process gets hardly any of it.
 MAX_WALL_SECONDS = 60

@@ -255,7 +255,7 @@ def _numpy_scalar(dtype: Any = None, content: Any = None, *_rest: Any) -> Any:
 
 
 def _encode(text: Any = "", *_rest: Any) -> str:
-    """`_codecs.encode(text, "latin1")`, how protocol 2 writes bytes; left a text, since a copy can be asked for often."""
+    """`_codecs.encode(text, "latin1")`, how protocol 2 writes bytes; left a text, as a copy can be asked for often."""
     return text if isinstance(text, str) else ""
 
 
