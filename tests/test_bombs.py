@@ -23,7 +23,7 @@ READER = """
 import resource, sys, time
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
-from ckpt_ema.errors import UnreadableCheckpointError
+from ckpt_ema.errors import CkptEmaError
 import ckpt_ema.inspection
 def peak():
     return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
@@ -32,7 +32,7 @@ begin = time.monotonic()
 try:
     ckpt_ema.inspection.inspect(Path(sys.argv[2]))
     end = "read"
-except UnreadableCheckpointError as error:
+except CkptEmaError as error:
     end = "refused: " + error.message[-150:]
 seconds = time.monotonic() - begin
 # What a trial took was held beside what had been scanned.
@@ -197,8 +197,8 @@ READ_APART = (
 def directory_of(count: int) -> bytes:
     """A zip of nothing but a directory."""
     entries = b"".join(
-        b"PK\x01\x02" + struct.pack("<HHHHHHIIIHHHHHII", 20, 20, 0, 0, 0, 0, 0, 0, 0, 4, 0, 0, 0, 0, 0, number)
-        + struct.pack("<I", number)
+        b"PK\x01\x02" + struct.pack("<HHHHHHIIIHHHHHII", 20, 20, 0, 0, 0, 0, 0, 0, 0, 7, 0, 0, 0, 0, 0, number)
+        + b"%07d" % number
         for number in range(count)
     )  # fmt: skip
     end64 = b"PK\x06\x06" + struct.pack("<QHHIIQQQQ", 44, 45, 45, 0, 0, count, count, len(entries), count + 64)
@@ -221,7 +221,7 @@ def write_bomb(folder: Path, name: str) -> Path:
         return write_safetensors(path, b'{"a":"' + b"a" * 90_000_000 + "\U0001f600".encode() + b'"}')
     if name == "lists in an index":
         folder.joinpath("model").mkdir()
-        folder.joinpath("model/model.safetensors.index.json").write_bytes(lists)
+        folder.joinpath("model/model.safetensors.index.json").write_bytes(lists[:60_000_000] + b"[]]}")
         return folder / "model"
     path = folder / "step_1.pt"
     path.write_bytes(directory_of(1_200_000 if name == "records" else 4_000_000))
