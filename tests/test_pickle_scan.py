@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from ckpt_ema.formats.pickle_scan import (
     IncompletePickleError,
     MalformedPickleError,
-    find_pickle_end,
+    PickleScan,
     forget_last_scan,
+    scan_pickle,
 )
 
 TUPLES = {"TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"}
@@ -47,10 +48,10 @@ def pickled(step: int, *, epoch_first: bool = False) -> bytes:
 CONTENT = pickled(7)
 
 
-def outcome(content: bytes) -> tuple[int, int] | str:
+def outcome(content: bytes) -> PickleScan | str:
     """What a scan finds, or what it raises."""
     try:
-        return find_pickle_end(content)
+        return scan_pickle(content)
     except (IncompletePickleError, MalformedPickleError) as error:
         return f"{type(error).__name__}: {error}"
 
@@ -60,9 +61,10 @@ def test_the_end_is_where_pickletools_finds_it(behind: bytes) -> None:
     """And no fewer tuples than it finds, nor many more: a stack is made for them."""
     operations = list(pickletools.genops(CONTENT))
     tuples = sum(opcode.name in TUPLES for opcode, _, _ in operations)
-    end, found = find_pickle_end(CONTENT + behind)
+    end, found, is_costly = scan_pickle(CONTENT + behind)
     assert end == operations[-1][2] + 1 == len(CONTENT)
     assert tuples <= found <= 2 * tuples
+    assert not is_costly
 
 
 @pytest.mark.parametrize("epoch_first", [False, True])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ from ckpt_ema.assembly import StoredTensor
 from ckpt_ema.byte_ranges import SourceFile, open_input, read_exactly
 from ckpt_ema.errors import UnreadableCheckpointError
 from ckpt_ema.formats import safetensors, torch_save
+from ckpt_ema.formats.json_tables import parse_json
 from ckpt_ema.formats.zip_archive import ZIP_MAGIC
 
 PROVENANCE_KEY = "ckpt_ema"
@@ -19,6 +19,10 @@ PROVENANCE_KEY = "ckpt_ema"
 
 PROVENANCE_FILE = "ckpt_ema.json"
 """Beside a teacher in a format that has no `__metadata__`: the same table."""
+
+
+# The index of a thousand billion parameters has 10 MB, the log of a long run as much.
+MAX_JSON_BYTES = 64 << 20
 
 
 class Locator(Protocol):
@@ -120,9 +124,9 @@ def is_plain_name(name: object) -> bool:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON table beside weights; raises UnreadableCheckpointError for anything else."""
     try:
-        if path.stat().st_size > 256 << 20:
+        if path.stat().st_size > MAX_JSON_BYTES:
             raise UnreadableCheckpointError(f"`{path}` has {path.stat().st_size} bytes, too many for a table")
-        table = json.loads(path.read_bytes())
+        table = parse_json(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise UnreadableCheckpointError(f"`{path}` is not valid JSON: {error}") from error
     if not isinstance(table, dict):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ from ckpt_ema.errors import UnreadableCheckpointError
 from ckpt_ema.formats.contents import Contents, ModelFolder, is_plain_name, read_file, read_json
 from ckpt_ema.formats.dcp import is_dcp_folder, read_dcp
 from ckpt_ema.formats.deepspeed import folder_of_latest, is_deepspeed_folder, read_deepspeed
+from ckpt_ema.formats.json_tables import parse_json
 from ckpt_ema.formats.pickles import PickledTensor
 from ckpt_ema.formats.rank_files import is_rank_folder, read_rank_files
 
@@ -234,7 +234,7 @@ def _read_pieces(folder: Path, files: list[Path]) -> Contents:
         contents = read_file(path)
         sources += contents.files
         try:
-            begins = json.loads(contents.metadata.get(SHARDING_KEY, "null"))
+            begins = parse_json(contents.metadata.get(SHARDING_KEY, "null"))
         except (ValueError, RecursionError):
             begins = None
         for name, tensor in _flat_tensors(contents).items():

@@ -8,7 +8,6 @@ lies on its stack.
 
 from __future__ import annotations
 
-import functools
 import io
 import pickle
 import struct
@@ -19,6 +18,11 @@ from ckpt_ema.dtypes import BY_NAME, BY_STORAGE, DType
 from ckpt_ema.formats.pickle_scan import MalformedPickleError
 
 MAX_MODULES = 100_000
+# Each costs 20 microseconds and a kilobyte, however short its name. Real files name a few dozen.
+MAX_CLASSES = 10_000
+MAX_NAME_LENGTH = 1000
+# What an object is made of is copied, each time, from a tuple that is in the pickle once.
+MAX_ARGUMENTS = 1000
 MAX_DIMENSIONS = 64
 
 _new_tuple = tuple.__new__  # of a NamedTuple, without the call of its own __new__: there is one per tensor
@@ -67,6 +71,8 @@ class Inert(_Sealed):
     """What the pickle appended."""
 
     def __new__(cls, *arguments: Any, **keywords: Any) -> Inert:
+        if len(arguments) > MAX_ARGUMENTS or len(keywords) > MAX_ARGUMENTS:
+            raise MalformedPickleError(f"an object made of {len(arguments) + len(keywords)} arguments")
         self = object.__new__(cls)
         _fill(self, arguments=arguments, state=keywords or None, entries={}, items=[])
         return self
@@ -103,6 +109,15 @@ class PickledDict(dict[Any, Any], metaclass=_SealedType):
 
     __slots__ = ()
 
+    def __init__(self, pairs: Any = None, *_rest: Any) -> None:
+        # Python 2 writes an OrderedDict as a list of pairs made for it. Emptied, since a list that stands in the pickle
+        # once might be given to a million tables.
+        if pairs:
+            if type(pairs) is not list:
+                raise MalformedPickleError(f"a table made of a {type(pairs).__name__}")
+            self.update(pairs)
+            pairs.clear()
+
     def __setstate__(self, state: Any) -> None:
         pass
 
@@ -118,6 +133,10 @@ class PickledStorage(NamedTuple):
     view_offset: int = 0
     """Elements of the root storage to skip; only the oldest files have views."""
 
+    def __hash__(self) -> int:
+        """Never: as keys of a table, many can be made to have the same hash."""
+        raise MalformedPickleError("a storage as a key")
+
 
 class PickledTensor(NamedTuple):
     """A tensor as the pickle describes it; not yet checked against the storage's bytes."""
@@ -129,6 +148,10 @@ class PickledTensor(NamedTuple):
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
+
+    def __hash__(self) -> int:
+        """Never; see PickledStorage."""
+        raise MalformedPickleError("a tensor as a key")
 
 
 class _StorageType(_Sealed):
@@ -203,7 +226,9 @@ def _rebuild_tensor_v3(
 
 
 def _rebuild_parameter(tensor: Any, *_rest: Any) -> Any:
-    return tensor
+    if isinstance(tensor, (PickledTensor, Inert)):
+        return tensor
+    raise MalformedPickleError("a parameter without a tensor")
 
 
 def _rebuild_from_type(function: Any, _type: Any, arguments: Any, _state: Any = None) -> Any:
@@ -215,23 +240,6 @@ def _rebuild_from_type(function: Any, _type: Any, arguments: Any, _state: Any = 
     raise MalformedPickleError("a tensor subclass without its constructor")
 
 
-@functools.lru_cache(maxsize=1024)
-def _nested_class(qualified_name: str) -> type[Inert]:
-    return _name_inert(qualified_name)
-
-
-def _attribute(owner: Any = None, name: Any = None, *_rest: Any) -> Any:
-    """`getattr(Outer, "Inner")`, how protocol 2 names a class inside a class; nothing is looked up."""
-    if isinstance(owner, _SealedType) and issubclass(owner, Inert) and isinstance(name, str) and len(name) < 256:
-        return _nested_class(f"{owner.qualified_name}.{name}")
-    return Inert(owner, name)
-
-
-def _collect(items: Any = (), *_rest: Any) -> tuple[Any, ...]:
-    # A set becomes a tuple: hashing what a stranger nested can take for ever.
-    return tuple(items) if isinstance(items, (list, tuple)) else ()
-
-
 _NUMPY_FORMATS = {"i8": "q", "i4": "i", "i2": "h", "i1": "b", "u8": "Q", "u4": "I", "f8": "d", "f4": "f", "b1": "?"}
 
 
@@ -239,26 +247,21 @@ def _numpy_scalar(dtype: Any = None, content: Any = None, *_rest: Any) -> Any:
     """The number in a numpy scalar; scripts store steps and metrics as such."""
     code = dtype.arguments[0] if isinstance(dtype, Inert) and dtype.arguments else None
     layout = _NUMPY_FORMATS.get(code) if isinstance(code, str) else None
-    if isinstance(content, str):
+    if isinstance(content, str) and len(content) <= 8:
         content = content.encode("latin-1", "replace")  # protocol 2 of Python 3 stores bytes as text
     if layout is None or not isinstance(content, bytes) or struct.calcsize("<" + layout) != len(content):
         return None
     return struct.unpack("<" + layout, content)[0]
 
 
-def _encode(text: Any = "", *_rest: Any) -> Any:
-    """`_codecs.encode(text, "latin1")`, how protocol 2 writes bytes."""
-    return text.encode("latin-1", "replace") if isinstance(text, str) else b""
+def _encode(text: Any = "", *_rest: Any) -> str:
+    """`_codecs.encode(text, "latin1")`, how protocol 2 writes bytes; left a text, as a copy can be asked for often."""
+    return text if isinstance(text, str) else ""
 
 
 _CONSTRUCTORS: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): PickledDict,
     ("builtins", "dict"): PickledDict,
-    ("builtins", "set"): _wrapped(_collect),
-    ("builtins", "frozenset"): _wrapped(_collect),
-    ("builtins", "list"): _wrapped(_collect),
-    ("builtins", "tuple"): _wrapped(_collect),
-    ("builtins", "getattr"): _wrapped(_attribute),
     ("_codecs", "encode"): _wrapped(_encode),
     ("numpy._core.multiarray", "scalar"): _wrapped(_numpy_scalar),
     ("numpy.core.multiarray", "scalar"): _wrapped(_numpy_scalar),
@@ -298,16 +301,31 @@ class MetadataUnpickler(pickle.Unpickler):
         self.storages: dict[str, PickledStorage] = {}
         """Every storage the pickle refers to, by its key; a legacy file says their sizes nowhere else."""
         self._inert_classes: dict[tuple[str, str], type[Inert]] = {}
+        self._attribute: _Constructor | None = None
 
     def find_class(self, module: str, name: str, /) -> Any:
         """Our stand-in for `module.name`; imports nothing."""
         known = _CONSTRUCTORS.get((module, name))
         if known is not None:
             return known
-        inert = self._inert_classes.get((module, name))
+        if name == "getattr" and module in ("builtins", "__builtin__"):
+            if self._attribute is None:
+                self._attribute = _wrapped(self._find_attribute)
+            return self._attribute
+        return self._inert_class(module, name)
+
+    def _find_attribute(self, owner: Any = None, name: Any = None, *_rest: Any) -> Any:
+        """`getattr(Outer, "Inner")`, how protocol 2 names a class inside a class; nothing is looked up."""
+        if isinstance(owner, _SealedType) and issubclass(owner, Inert) and isinstance(name, str):
+            return self._inert_class(owner.qualified_name, name)
+        return Inert(owner, name)
+
+    def _inert_class(self, owner: str, name: str) -> type[Inert]:
+        inert = self._inert_classes.get((owner, name))
         if inert is None:
-            inert = _name_inert(f"{module}.{name}")
-            self._inert_classes[module, name] = inert
+            if len(owner) + len(name) > MAX_NAME_LENGTH or len(self._inert_classes) >= MAX_CLASSES:
+                raise MalformedPickleError("names of classes that are too long, or too many of them")
+            inert = self._inert_classes[owner, name] = _name_inert(f"{owner}.{name}")
         return inert
 
     def persistent_load(self, reference: Any, /) -> PickledStorage:
@@ -347,7 +365,10 @@ def module_state(value: Any) -> tuple[dict[str, Any], set[str]] | None:
             raise MalformedPickleError("modules nested too deep, or too many of them")
         state = module.state
         recorded = state.get("_non_persistent_buffers_set")
-        volatile = recorded if isinstance(recorded, (tuple, set)) else ()
+        # A set that no opcode makes (before protocol 4) is one of a list.
+        if isinstance(recorded, Inert) and recorded.arguments:
+            recorded = recorded.arguments[0]
+        volatile = recorded if isinstance(recorded, (list, set)) else ()
         buffer_table = state.get("_buffers")
         for name, tensor in state["_parameters"].items():
             if tensor is not None and isinstance(name, str):

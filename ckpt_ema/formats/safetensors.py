@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import json
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any, TypeGuard
 from ckpt_ema.byte_ranges import SourceFile, TensorRange, count_elements, open_input, read_exactly
 from ckpt_ema.dtypes import BY_CODE, DType
 from ckpt_ema.errors import UnreadableCheckpointError
+from ckpt_ema.formats.json_tables import parse_json
 
 # The format's own limit; a larger length is a lie or a different format.
 MAX_HEADER_BYTES = 100_000_000
@@ -140,7 +140,7 @@ def _parse_header(text: bytes, path: Path) -> dict[str, Any]:
         return table
 
     try:
-        header = json.loads(text, object_pairs_hook=refuse_duplicates)
+        header = parse_json(text, object_pairs_hook=refuse_duplicates)
     except (ValueError, RecursionError) as error:
         raise UnreadableCheckpointError(f"`{path}`: the safetensors header is not valid JSON: {error}") from error
     if not isinstance(header, dict):

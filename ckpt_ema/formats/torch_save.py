@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +18,10 @@ from ckpt_ema.byte_ranges import (
     span_elements,
 )
 from ckpt_ema.errors import UnreadableCheckpointError
-from ckpt_ema.formats.pickle_scan import IncompletePickleError, MalformedPickleError, find_pickle_end
+from ckpt_ema.formats.pickle_scan import IncompletePickleError, MalformedPickleError, PickleScan, scan_pickle
+from ckpt_ema.formats.pickle_trial import load_with_stack, try_pickle
 from ckpt_ema.formats.pickles import MetadataUnpickler, PickledStorage, PickledTensor
 from ckpt_ema.formats.zip_archive import MAX_SMALL_BYTES, ZipArchive
-
-# Hashing nested tuples recurses in C. Any thread's stack holds this many; for more, a stack is made that does.
-SHALLOW_TUPLES = 5000
-STACK_BYTES_PER_TUPLE = 512
 
 LEGACY_MAGIC_NUMBER = 0x1950A86A20F9469CFC6C
 
@@ -127,10 +123,10 @@ def read_zip_within(
 
 def load_pickle(content: bytes, path: Path) -> Any:
     """The root of a pickle, with PickledTensor leaves; raises UnreadableCheckpointError where it is malformed."""
-    found = _find_end(content, 0, path)
-    if found is None:
+    scan = _scan(content, 0, path)
+    if scan is None:
         raise UnreadableCheckpointError(f"`{path}`: its pickle does not end")
-    return _unpickle(content, found[1], path)[0]
+    return _unpickle(content, scan, path)[0]
 
 
 def read_torch_legacy(path: Path) -> TorchSaveFile:
@@ -175,58 +171,35 @@ class _LegacyPickles:
         """The root of the next pickle."""
         path = self._source.path
         limit = min(self._source.size, MAX_SMALL_BYTES)
-        while (found := _find_end(self._content, self.position, path)) is None:
+        while (scan := _scan(self._content, self.position, path)) is None:
             if len(self._content) == limit:
                 raise UnreadableCheckpointError(f"`{path}` is truncated inside a pickle")
             size = min(max(1 << 20, 4 * len(self._content)), limit)
             self._content = read_exactly(self._file, size, 0)
-        end, num_tuples = found
-        tree, self.storages = _unpickle(self._content[self.position : end], num_tuples, path)
-        self.position = end
+        tree, self.storages = _unpickle(self._content[self.position : scan.end], scan, path)
+        self.position = scan.end
         return tree
 
 
-def _find_end(content: bytes, begin: int, path: Path) -> tuple[int, int] | None:
+def _scan(content: bytes, begin: int, path: Path) -> PickleScan | None:
+    """What is known of the pickle that starts at `begin`; None where `content` ends first."""
     try:
-        return find_pickle_end(content, begin)
+        return scan_pickle(content, begin)
     except IncompletePickleError:
         return None
     except MalformedPickleError as error:
         raise UnreadableCheckpointError(f"`{path}` cannot be unpickled: {error}") from error
 
 
-def _unpickle(content: bytes, num_tuples: int, path: Path) -> tuple[Any, dict[str, PickledStorage]]:
+def _unpickle(content: bytes, scan: PickleScan, path: Path) -> tuple[Any, dict[str, PickledStorage]]:
     """The root of one scanned pickle, and the storages it refers to."""
     unpickler = MetadataUnpickler(content)
     try:
-        if num_tuples < SHALLOW_TUPLES:
-            return unpickler.load(), unpickler.storages
-        return _with_deep_stack(unpickler.load, num_tuples * STACK_BYTES_PER_TUPLE), unpickler.storages
+        if scan.is_costly:
+            try_pickle(content, scan.num_tuples)
+        return load_with_stack(unpickler, scan.num_tuples), unpickler.storages
     except MalformedPickleError as error:
         raise UnreadableCheckpointError(f"`{path}` cannot be unpickled: {error}") from error
-
-
-def _with_deep_stack(load: Callable[[], Any], stack_bytes: int) -> Any:
-    outcome: list[Any] = []
-
-    def work() -> None:
-        try:
-            outcome.append(load())
-        except BaseException as error:
-            outcome.append(error)
-
-    before = threading.stack_size((4 << 20) + stack_bytes // 4096 * 4096)
-    thread = threading.Thread(target=work, name="unpickle", daemon=True)
-    try:
-        thread.start()
-    except RuntimeError as error:  # a limit on address space
-        raise MalformedPickleError(f"a stack of {stack_bytes >> 20} MiB for its nested tuples cannot be had") from error
-    finally:
-        threading.stack_size(before)
-    thread.join()
-    if isinstance(outcome[0], BaseException):
-        raise outcome[0]
-    return outcome[0]
 
 
 def _locate_legacy_storages(

@@ -11,6 +11,8 @@ from ckpt_ema.errors import UnreadableCheckpointError
 ZIP_MAGIC = b"PK\x03\x04"
 # Real pickles take a few MB; the largest seen hold histories of metrics. What is larger is no table of tensors.
 MAX_SMALL_BYTES = 256 << 20
+# A directory takes 80 bytes per tensor, and ten times as much once it is read.
+MAX_DIRECTORY_BYTES = 64 << 20
 TAIL_BYTES = 1024
 CHECKSUM_OFFSET = 14
 """In a local header, of the record's CRC-32."""
@@ -113,8 +115,10 @@ class ZipArchive:
                 if zip64[:4] != b"PK\x06\x06":
                     raise self._refuse("lies about where its directory is")
                 count, directory_size, directory_offset = struct.unpack("<QQQ", zip64[32:56])
-        if directory_size > MAX_SMALL_BYTES or directory_offset + directory_size > end_offset:
+        if directory_offset + directory_size > end_offset:
             raise self._refuse("lies about where its directory is")
+        if directory_size > MAX_DIRECTORY_BYTES:
+            raise self._refuse(f"has {count} records, too many for a table of tensors")
         known = directory_offset - (size - tail_size)
         directory = tail[known : known + directory_size] if known >= 0 else read(directory_size, directory_offset)
         self._read_entries(directory, count)
