@@ -201,7 +201,8 @@ class ExtentTable:
 
     def of(self, layout: Layout, lane: Lane) -> LaneExtents:
         """Those of one lane in one checkpoint."""
-        key = (id(layout), id(lane))
+        # Parts of a lane, as what is left of it or a sample, have its tensors in common, and its extents.
+        key = (id(layout), id(lane.tensors))
         extents = self._table.get(key)
         if extents is None:
             with self._lock:
