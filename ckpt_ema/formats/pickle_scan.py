@@ -85,9 +85,10 @@ _GET = -8
 _LINE_GET = -9
 _MEMOIZE = -10
 _LONG = -11
+_CLASS = -12
 
 _FIXED_SIZES = {
-    0: b"(010NQR]})ab\x81\x88\x89\x90\x92\x93deluos" + b"\x8f",
+    0: b"(010NQR]})ab\x81\x88\x89\x90\x92deluos" + b"\x8f",
     1: b"K\x80",
     2: b"M",
     4: b"J",
@@ -129,6 +130,7 @@ for _opcodes, _action in (
     (b"\x94", _MEMOIZE),
     (_TUPLES, _TUPLE),
     (b"\x8a", _LONG),
+    (b"\x93", _CLASS),
     (b".", _STOP),
 ):
     for _opcode in _opcodes:
@@ -160,10 +162,12 @@ def _run_pattern(put: bytes) -> re.Pattern[bytes]:
                 _one_of(_FIXED_SIZES[0]),
                 put,
                 _NUMBER,
-                b"\x80" + _ANY,
-                _one_of(_FIXED_SIZES[8], _ANY * 8),
-                # A tuple that is an argument or a state at once is never hashed.
-                _one_of(_TUPLES) + b"(?:" + put + b")?[RQb\x81]",
+                # Neither ends like a REDUCE: what one made is told by the byte before its MEMOIZE.
+                b"\x80[^R\x94]",
+                b"\x95" + _ANY * 7 + b"[^R\x94]",
+                b"G" + _ANY * 8,
+                # A tuple that is an argument or a state at once, or a part of one, is never hashed.
+                b"(?:[t\x85\x86\x87](?:" + put + b")?){1,3}[RQb\x81]",
                 _KEY,
             )
         )
@@ -249,6 +253,8 @@ class _Scan:
         self.num_memoized = 0
         self.names: set[int] = set()
         """Memo indices of texts and classes."""
+        self.made: set[int] = set()
+        """Memo indices of what constructors made: no tuples, though it may be a number."""
         self.first_puts: set[int] = set()
         """Memo indices below 256 that were filled."""
         self.fetched: Counter[int] = Counter()
@@ -260,7 +266,9 @@ class _Scan:
         """Scan to the STOP."""
         content, size, actions = self.content, len(self.content), _ACTIONS
         match_run, match_tensor = _RUNS[self.memoizes].match, _TENSORS[self.memoizes].match
-        fetches = self.tensor_fetches
+        fetches, memoizes = self.tensor_fetches, self.memoizes
+        short_fetches = [0] * 256
+        runs: list[bytes] = []
         remember = self.positions.append
         position, text_bytes, tensor_bytes, num_tensors = self.begin, 0, 0, 0
         while position < size:
@@ -280,14 +288,20 @@ class _Scan:
                         self.num_memoized += content.count(b"\x94", position, end)
                     position = end
                     continue
+                if opcode == 0x68 and position + 1 < size:
+                    short_fetches[content[position + 1]] += 1
+                    position += 2
+                    continue
             elif run := match_run(content, position):
                 position = run.end()
                 opcodes = run.group()
-                # Operands are counted along: a little too many, never too few.
-                self.num_tuples += len(opcodes) - len(opcodes.translate(None, _TUPLES))
-                self.num_numbers += len(opcodes) - len(opcodes.translate(None, _NUMBERS))
-                self.num_sets += len(opcodes) - len(opcodes.translate(None, _SETS))
-                if self.memoizes:
+                runs.append(opcodes)
+                if len(runs) == 1000:
+                    self._count_operations(b"".join(runs))
+                    runs.clear()
+                if memoizes:
+                    if b"R\x94" in opcodes:
+                        self._note_made(opcodes)
                     self.num_memoized += opcodes.count(b"\x94")
                 if position == size:
                     break
@@ -308,6 +322,8 @@ class _Scan:
                 if length <= MAX_NAME_BYTES and opcode in _NAMES:
                     position = self._remember_name(position)
             elif action == _STOP:
+                self._count_operations(b"".join(runs))
+                self.fetched.update({index: count for index, count in enumerate(short_fetches) if count})
                 self.tensor_bytes, self.text_bytes = tensor_bytes, text_bytes
                 self.num_tuples += 4 * num_tensors
                 self.loose_bytes = position - self.begin - tensor_bytes - text_bytes
@@ -323,6 +339,22 @@ class _Scan:
             if len(self.positions) > MAX_SLOW_OPERATIONS:
                 raise MalformedPickleError(f"more than {MAX_SLOW_OPERATIONS} texts and names are no table of tensors")
         raise IncompletePickleError
+
+    def _count_operations(self, opcodes: bytes) -> None:
+        # Operands are counted along: a little too many, never too few.
+        self.num_tuples += len(opcodes) - len(opcodes.translate(None, _TUPLES))
+        self.num_numbers += len(opcodes) - len(opcodes.translate(None, _NUMBERS))
+        self.num_sets += len(opcodes) - len(opcodes.translate(None, _SETS))
+
+    def _note_made(self, opcodes: bytes) -> None:
+        """Remember which memo indices hold what a constructor made: never a tuple, and hashed by its address."""
+        index, behind = self.num_memoized, 0
+        at = opcodes.find(b"R\x94")
+        while at >= 0:
+            index += opcodes.count(b"\x94", behind, at + 1)
+            behind = at + 1
+            self.made.add(index)
+            at = opcodes.find(b"R\x94", behind)
 
     def _pass_rare(self, opcode: int, action: int, position: int) -> int:
         """Behind the operand of one opcode."""
@@ -357,6 +389,8 @@ class _Scan:
             self.is_odd |= not self.memoizes
             self.num_memoized += 1
             return position
+        if action == _CLASS:
+            return self._remember_name(position)
         if action == _LONG:
             if position >= len(content):
                 raise IncompletePickleError
@@ -401,6 +435,11 @@ class _Scan:
         if index < 256:
             self.first_puts.add(index)
 
+    @property
+    def _makes_numbers(self) -> bool:
+        """Whether a constructor may make a number, which is called `scalar`; escapes may hide the name."""
+        return b"scalar" in self.content or b"\\u" in self.content or b"\\U" in self.content
+
     def _is_costly(self) -> bool:
         memory = (
             self.loose_bytes * BYTES_PER_LOOSE_BYTE
@@ -422,11 +461,15 @@ class _Scan:
         for index, count in fetched.items():
             if index in filled_once and index in self.names:
                 continue
+            if self._makes_numbers or index not in self.made:
+                num_numbers += count
+            if index in filled_once and index in self.made:
+                continue
             num_loose += count
-            num_numbers += count
             doublings += math.log2(1 + count) if index in filled_once else count
-        # A comparison takes as many steps as there are values in a key, at most those of all keys together.
-        steps = num_loose * (self.loose_bytes + self.tensor_bytes + self.text_bytes // 16)
+        # A comparison takes as many steps as there are values in the shorter key: all pairs of n keys take at most
+        # n / 2 times the values of all.
+        steps = num_loose * (self.loose_bytes + self.tensor_bytes + self.text_bytes // 16) / 2
         return num_numbers > MAX_NUMBERS or doublings > 40 or steps * 2**doublings > MAX_HASH_STEPS
 
     def _filled_once(self, indices: Collection[int]) -> Collection[int]:
@@ -504,6 +547,8 @@ def _skip_operation(content: bytes, position: int) -> int:
     if action == _PREFIXED:
         prefix = _LENGTHS[opcode]
         return position + prefix.size + int(prefix.unpack_from(content, position)[0])
+    if action == _CLASS:
+        return position
     if action == _LONG:
         return position + 1 + content[position]
     if opcode in _INDEX_SIZES:
