@@ -102,7 +102,7 @@ def same_places(count: int) -> bytes:
     taken = set(slots)
     found: list[int] = []
     number = size * 17 + slots[0]
-    while len(found) < 2000:
+    while len(found) < 100:
         number += size
         at, perturb = number % size, number
         for _ in range(8):
@@ -114,7 +114,7 @@ def same_places(count: int) -> bytes:
             found.append(number)
     ints = b"".join(b"J" + struct.pack("<i", value) + b"N" for value in slots)
     again = b"".join(b"J" + struct.pack("<i", value & 0x7FFFFFFF) + b"N" for value in found)
-    return b"}(" + ints + again * (count // 2000) + b"u"
+    return b"}(" + ints + again * (count // 200) + b"u"
 
 
 def keys_of(code: bytes) -> dict[str, bytes]:
