@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import glob
+import bisect
 import itertools
 import math
+import operator
 import random
-import threading
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ckpt_ema.blocks import BlockPlan
 from ckpt_ema.byte_ranges import TensorRange, count_elements, open_input, read_exactly
+from ckpt_ema.coefficients import MAX_COEFFICIENT
 from ckpt_ema.continuing import past_of
 from ckpt_ema.dtypes import DType
 from ckpt_ema.engine import cpu
@@ -26,13 +26,12 @@ from ckpt_ema.errors import CkptEmaError, MisuseError, UnreadableCheckpointError
 from ckpt_ema.inspection import Inspection, inspect
 from ckpt_ema.layouts import SchemaPool, compact_layout
 from ckpt_ema.locations import as_path
-from ckpt_ema.planning import find_run, plan_fold
-from ckpt_ema.records import FoldOptions, FoldPlan, PastCheckpoint, PathLike
+from ckpt_ema.records import FoldPlan, PathLike
+from ckpt_ema.replanning import averages_of, plan_again
 from ckpt_ema.sizes import DEFAULT_MEMORY_BUDGET_BYTES, format_size
 
 MIN_BLOCKS = 16
 SUM_TOLERANCE = 1e-6
-SHARE_TOLERANCE = 1e-9
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +76,8 @@ def verify(
     if not 0 < share <= 1:
         raise MisuseError(f"`--share` is {share}, and must be above 0 and at most 1")
     path = as_path(teacher)
+    if run is not None and not as_path(run).is_dir():
+        raise MisuseError(f"`{run}` is no folder", hint="pass the run directory that the teacher was folded from")
     try:
         found = inspect(path)
     except UnreadableCheckpointError as error:
@@ -123,13 +124,14 @@ def _check_provenance(found: Inspection, record: Mapping[str, Any], copied: froz
         return Check("provenance", True, "none: ckpt-ema did not write it, and nothing else can be checked")
     if record.get("made") not in ("fold", "reconstruct"):
         return Check("provenance", True, "written by an online teacher")
-    shares = [past.coefficient for past in past_of(record)]
-    averages = record.get("averages")
-    for item in averages if isinstance(averages, list) else ():
-        if isinstance(item, dict) and isinstance(item.get("coefficient"), (int, float)):
-            shares.append(float(item["coefficient"]))
-    if not shares or not abs(math.fsum(shares) - 1) <= SUM_TOLERANCE:
-        return Check("provenance", False, f"its {len(shares)} coefficients sum to {math.fsum(shares):g}, not to 1")
+    averages, listed = averages_of(record), record.get("averages", [])
+    if not isinstance(listed, list) or len(averages) != len(listed):
+        return Check("provenance", False, "its list of averages cannot be read")
+    shares = [past.coefficient for past in (*averages, *past_of(record))]
+    # The sum of numbers beyond all bounds raises.
+    total = math.fsum(shares) if all(abs(share) < MAX_COEFFICIENT for share in shares) else math.inf
+    if not abs(total - 1) <= SUM_TOLERANCE:
+        return Check("provenance", False, f"its {len(shares)} coefficients sum to {total:g}, not to 1")
     averaged = record.get("averaged")
     num_averaged = averaged.get("tensors") if isinstance(averaged, dict) else None
     if num_averaged != len(found.tensors) - len(copied) or not copied <= found.tensors.keys():
@@ -153,116 +155,31 @@ def _check_against(
     memory_budget_bytes: int,
 ) -> Check:
     past = past_of(record)
-    if record.get("made") != "fold" or not past or record.get("initial_teacher") is not None:
-        why = {"reconstruct": "it was reconstructed, from snapshots as well"}.get(str(record.get("made")), "")
+    if record.get("made") not in ("fold", "reconstruct") or not past or record.get("initial_teacher") is not None:
+        why = "it does not say from what"
         if record.get("initial_teacher") is not None:
             why = f"it goes on from `{record['initial_teacher']}`"
-        return Check("recomputed", False, f"cannot be done from a run alone: {why or 'it does not say from what'}")
+        return Check("recomputed", False, f"cannot be done from a run alone: {why}")
     try:
-        planned = _plan_again(found, record, past, copied, run, memory_budget_bytes)
+        planned = plan_again(found, record, past, copied, run, memory_budget_bytes)
         return _recompute(found, planned, share, seed)
     except CkptEmaError as error:
         return Check("recomputed", False, "; ".join([error.message, *error.details[:5]]), error.hint)
 
 
-def _plan_again(
-    found: Inspection,
-    record: Mapping[str, Any],
-    past: Sequence[PastCheckpoint],
-    copied: frozenset[str],
-    run: Path,
-    memory_budget_bytes: int,
-) -> FoldPlan:
-    """The plan of the fold that made the teacher; raises CkptEmaError where it cannot be found."""
-    if not run.is_dir():
-        raise MisuseError(f"`{run}` is no folder", hint="pass the run directory that the teacher was folded from")
-    paths = _locate(past, run)
-    recorded = record.get("dtypes")
-    dtypes: dict[str, Any] = recorded if isinstance(recorded, dict) else {}
-    per_step = record.get("per") == "step"
-    options: dict[str, Any] = {
-        "momentum": record.get("momentum"),
-        "half_life": record.get("half_life"),
-        "sigma_rel": record.get("sigma_rel"),
-        "profile": record.get("profile"),
-        "skip_buffers": record.get("skip_buffers"),
-        "state": record.get("state") or None,
-        "accumulate": dtypes.get("accumulate"),
-        "buffers": tuple(glob.escape(name) for name in sorted(copied)),
-        "memory_budget_bytes": memory_budget_bytes,
-        # The record lists what an interval per checkpoint selected.
-        **({"interval": record.get("interval", 1), "between": record.get("between")} if per_step else {}),
-        **({"per": "step", "steps_per_epoch": record.get("steps_per_epoch")} if per_step else {}),
-    }
-    if record.get("profile") == "given":
-        options |= {"profile": "ema", "coefficients": {item.name: item.coefficient for item in past}}
-    prefixes = [None, *_texts(record.get("stripped"))]
-    held = {name: (tensor.dtype, tensor.shape) for name, tensor in found.tensors.items()}
-    written = [name for name in _texts(dtypes.get("teacher")) if name in ("float32", "bfloat16", "float16")]
-    planned: FoldPlan | None = None
-    failure: CkptEmaError | None = None
-    for prefix, dtype in itertools.product(prefixes, ("student", *written)):
-        try:
-            options |= {"prefix": prefix, "dtype": dtype}
-            planned = plan_fold(paths, "teacher.safetensors", FoldOptions(**options))
-        except CkptEmaError as error:
-            failure = failure or error
-            continue
-        if {tensor.name: (tensor.dtype, tensor.shape) for tensor in planned.tensors} == held:
-            break
-    else:
-        raise failure or CkptEmaError("the checkpoints of the run have other tensors than the teacher")
-    again = {tensor.name for tensor in planned.tensors if tensor.action == "copy"}
-    if again != copied:
-        raise CkptEmaError(
-            f"{len(again)} tensors would be copied, and {len(copied)} were", details=sorted(again ^ copied)
-        )
-    if len(planned.checkpoints) != len(past):
-        raise CkptEmaError(f"{len(planned.checkpoints)} checkpoints would take part, and {len(past)} did")
-    for before, now in zip(past, planned.checkpoints, strict=True):
-        if before.size != now.size:
-            raise CkptEmaError(f"`{now.name}` has {now.size} bytes, and had {before.size} when it was folded")
-        if not math.isclose(before.coefficient, now.coefficient, rel_tol=SHARE_TOLERANCE):
-            raise CkptEmaError(f"`{now.name}` would have {now.coefficient:.9f} of it, and has {before.coefficient:.9f}")
-    return planned
-
-
-def _texts(value: Any) -> list[str]:
-    return [text for text in value if isinstance(text, str)] if isinstance(value, list) else []
-
-
-def _locate(past: Sequence[PastCheckpoint], run: Path) -> list[Path]:
-    """The checkpoints that a teacher was folded from; raises CkptEmaError naming those that are gone."""
-    folders = [run]
-    with contextlib.suppress(CkptEmaError):  # it is asked for nothing but where the checkpoints lie
-        folders.append(find_run(run, FoldOptions(), is_live=True).directory)
-    paths, missing = [], []
-    for item in past:
-        # A record is what a stranger wrote: its names lead nowhere else.
-        is_inside = ".." not in Path(item.name).parts and not Path(item.name).is_absolute()
-        found = next((folder / item.name for folder in folders if is_inside and (folder / item.name).exists()), None)
-        if found is None:
-            missing.append(item.name)
-        else:
-            paths.append(found)
-    if missing:
-        raise CkptEmaError(f"{len(missing)} of {len(past)} checkpoints are not in `{run}`", details=missing)
-    return paths
-
-
 def _recompute(found: Inspection, planned: FoldPlan, share: float, seed: int | None) -> Check:
     """Fold a sample of the blocks again, and compare."""
     blocks = list(planned.blocks.blocks())
+    seed = random.randrange(1 << 32) if seed is None else seed
     chosen = random.Random(seed).sample(blocks, min(len(blocks), max(MIN_BLOCKS, math.ceil(share * len(blocks)))))
     chosen.sort(key=lambda block: block.position)
-    lanes = tuple(replace(block.lane, span=(block.begin, block.end)) for block in chosen)
     judge = _Judge(found, planned.blocks)
     with InputFiles(planned.layouts) as files:
-        task = Task(replace(planned.blocks, lanes=lanes), planned.layouts, [planned.teachers[0].updates], files)
+        task = Task(planned.blocks, planned.layouts, [planned.teachers[0].updates], files)
         try:
-            cpu.fold_blocks(task, [judge], lambda num_bytes: None)
+            cpu.fold_blocks(task, [judge], lambda num_bytes: None, chosen)
         except _DifferentError as difference:
-            return Check("recomputed", False, str(difference))
+            return Check("recomputed", False, str(difference), _hint_of_rounding(planned))
         except NonFiniteBlockError as error:
             name = next(tensor.name for tensor in planned.tensors if tensor.index == error.origin.tensor)
             return Check("recomputed", False, f"`{name}` of the run is not finite")
@@ -270,8 +187,23 @@ def _recompute(found: Inspection, planned: FoldPlan, share: float, seed: int | N
             judge.close()
         files.check_unchanged()
     part = sum(block.end_position - block.position for block in chosen) / max(1, planned.blocks.data_bytes)
-    what = "all of it" if len(chosen) == len(blocks) else f"{len(chosen)} of {len(blocks)} blocks ({part:.1%})"
-    return Check("recomputed", True, f"{what} from {len(planned.checkpoints)} checkpoints, bit for bit")
+    what = f"{len(chosen)} of {len(blocks)} blocks ({part:.1%}, `--seed {seed}`)"
+    if len(chosen) == len(blocks):
+        what = "all of it"
+    return Check("recomputed", True, f"{what} from {len(planned.inputs)} files, bit for bit")
+
+
+def _hint_of_rounding(planned: FoldPlan) -> str | None:
+    """What to do where a teacher may be right and yet differ: the record of one in parts is that of one at once."""
+    if not any(
+        lane.action == "average" and lane.dtype.itemsize < lane.accumulate_dtype.itemsize
+        for lane in planned.blocks.lanes
+    ):
+        return None
+    return (
+        "a teacher that was gone on with (`--init`, `follow`) was rounded each time, and is only near the fold of all"
+        " at once: fold again, and `ckpt-ema compare` the two"
+    )
 
 
 class _DifferentError(Exception):
@@ -289,10 +221,9 @@ class _Judge:
                 raise CkptEmaError(f"`{name}` is stored in pieces, which no teacher of ckpt-ema is")
             if begin < end:
                 self._ranges.append((begin, end, name, stored))
-        self._ranges.sort(key=lambda item: item[0])
+        self._ranges.sort(key=operator.itemgetter(0))
         files = dict.fromkeys(stored.file for _, _, _, stored in self._ranges)
         self._files = {file: open_input(file.path) for file in files}
-        self._lock = threading.Lock()
 
     def close(self) -> None:
         """Let go of the teacher's files."""
@@ -302,10 +233,11 @@ class _Judge:
     def write(self, block: memoryview, position: int) -> None:
         """Compare `block` with the bytes at `position` of the data section; raises _DifferentError."""
         stop = position + len(block)
-        for begin, end, name, stored in self._ranges:
+        place = bisect.bisect_right(self._ranges, position, key=operator.itemgetter(0)) - 1
+        for begin, end, name, stored in itertools.islice(self._ranges, max(0, place), None):
             first, last = max(begin, position), min(end, stop)
             if first >= last:
-                continue
+                break
             held = read_exactly(self._files[stored.file], last - first, stored.begin + first - begin)
             made = bytes(block[first - position : last - position])
             if held != made:

@@ -965,7 +965,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "online.increments",
         "online.snapshots",
     ),
-    ("reconstruction", "online.settings", "online.mean_teacher", "online.state_file"),
+    ("reconstruction", "replanning", "online.settings", "online.mean_teacher", "online.state_file"),
     ("integrations", "integrations.mmengine", "integrations.lightning", "integrations.transformers"),
 )
 

@@ -1,0 +1,197 @@
+"""A teacher's record and the run it was folded from in, the plan that made it out, or why it cannot be made again."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+from ckpt_ema.coefficients import Average, Weighed, weigh
+from ckpt_ema.continuing import past_of
+from ckpt_ema.errors import CkptEmaError
+from ckpt_ema.inspection import Inspection
+from ckpt_ema.planning import find_run, plan_weighed
+from ckpt_ema.profiles import Update, coefficients_of, updates_of
+from ckpt_ema.provenance import printable
+from ckpt_ema.records import FoldOptions, FoldPlan, PastCheckpoint
+from ckpt_ema.runs import Checkpoint, Run
+from ckpt_ema.steps import Unit
+
+SHARE_TOLERANCE = 1e-9
+
+
+def plan_again(
+    found: Inspection,
+    record: Mapping[str, Any],
+    past: Sequence[PastCheckpoint],
+    copied: frozenset[str],
+    run: Path,
+    memory_budget_bytes: int,
+) -> FoldPlan:
+    """The plan of the fold that made the teacher; raises CkptEmaError where it cannot be found."""
+    averages = averages_of(record)
+    paths = _locate((*averages, *past), run)
+    recorded = record.get("dtypes")
+    dtypes: dict[str, Any] = recorded if isinstance(recorded, dict) else {}
+    options = _options_of(record, past) | {
+        "accumulate": dtypes.get("accumulate"),
+        "memory_budget_bytes": memory_budget_bytes,
+    }
+    prefixes = [None, *_texts(record.get("stripped"))]
+    held = {name: (tensor.dtype, tensor.shape) for name, tensor in found.tensors.items()}
+    written = [name for name in _texts(dtypes.get("teacher")) if name in ("float32", "bfloat16", "float16")]
+    planned: FoldPlan | None = None
+    failure: CkptEmaError | None = None
+    for prefix, dtype in itertools.product(prefixes, ("student", *written)):
+        wanted = FoldOptions(**options | {"prefix": prefix, "dtype": dtype})
+        try:
+            students = _read_students(paths[len(averages) :], wanted, past)
+            weighed = Weighed(
+                tuple(Average(path, item.name, item.step) for item, path in zip(averages, paths, strict=False)),
+                _with_buffers(students.checkpoints, copied),
+                (_updates(students.checkpoints, wanted, record, averages, past, run),),
+            )
+            planned = plan_weighed(students, weighed, "teacher.safetensors", wanted)
+        except CkptEmaError as error:
+            failure = failure or error
+            continue
+        if {tensor.name: (tensor.dtype, tensor.shape) for tensor in planned.tensors} == held:
+            break
+    else:
+        raise failure or CkptEmaError("the checkpoints of the run have other tensors than the teacher")
+    again = {tensor.name for tensor in planned.tensors if tensor.action == "copy"}
+    if again != copied:
+        raise CkptEmaError(
+            f"{len(again)} tensors would be copied, and {len(copied)} were", details=sorted(again ^ copied)
+        )
+    return planned
+
+
+def _options_of(record: Mapping[str, Any], past: Sequence[PastCheckpoint]) -> dict[str, Any]:
+    """How a teacher was folded, as far as that decides how its checkpoints enter it."""
+    state = {"state": record.get("state") or None}
+    if record.get("made") == "reconstruct":
+        return state
+    if record.get("profile") == "given":
+        return state | {"coefficients": {item.name: item.coefficient for item in past}}
+    names = ["momentum", "half_life", "sigma_rel", "profile"]
+    if record.get("per") == "step":  # per checkpoint, the record lists what an interval selected
+        names += ["per", "interval", "between", "steps_per_epoch"]
+    options = {name: record[name] for name in names if name in record}
+    for name in ("momentum", "half_life", "sigma_rel"):
+        if not isinstance(options.get(name), (float, type(None))):
+            raise CkptEmaError(f"its provenance has {options[name]!r} for `{name}`")
+    return state | options
+
+
+def _read_students(paths: Sequence[Path], wanted: FoldOptions, past: Sequence[PastCheckpoint]) -> Run:
+    """The checkpoints that the record lists, in its order; raises CkptEmaError where one is another by now."""
+    # As for a reconstruction, where averages of other tools take part.
+    found = find_run(paths, wanted, averages=())
+    by_name = {printable(item.label): item for item in (*found.checkpoints, *found.averages)}
+    if len(by_name) != len(past):
+        raise CkptEmaError(f"{len(by_name)} checkpoints would take part, and {len(past)} did")
+    # Listed alone, files of several folders may have shorter names; their order is the record's all the same.
+    is_named = all(item.name in by_name for item in past)
+    checkpoints = [by_name[item.name] for item in past] if is_named else list(found.checkpoints)
+    for before, now in zip(past, checkpoints, strict=True):
+        if before.size != now.size:
+            raise CkptEmaError(f"`{now.label}` has {now.size} bytes, and had {before.size} when it was folded")
+        if before.unit == now.unit and before.step != now.step:
+            raise CkptEmaError(f"`{now.label}` is of {now.unit} {now.step}, and was of {before.step}")
+    # Which of its numbers counted was decided among all checkpoints of the run.
+    counted = (
+        replace(now, step=before.step, unit=cast(Unit, before.unit))
+        for before, now in zip(past, checkpoints, strict=True)
+    )
+    return replace(found, checkpoints=tuple(counted))
+
+
+def _with_buffers(checkpoints: Sequence[Checkpoint], copied: frozenset[str]) -> tuple[Checkpoint, ...]:
+    """The checkpoints, of which the newest says that what was copied is a buffer, and nothing else."""
+    return (*checkpoints[:-1], replace(checkpoints[-1], known_buffers=copied))
+
+
+def _updates(
+    checkpoints: Sequence[Checkpoint],
+    wanted: FoldOptions,
+    record: Mapping[str, Any],
+    averages: Sequence[PastCheckpoint],
+    past: Sequence[PastCheckpoint],
+    run: Path,
+) -> tuple[Update, ...]:
+    """How the checkpoints entered the teacher; raises CkptEmaError where that cannot be told to the last bit."""
+    shares = [item.coefficient for item in (*averages, *past)]
+    if record["made"] == "fold":
+        weighed = weigh(checkpoints, wanted)
+        if _are_near(coefficients_of(weighed.updates[0]), shares):
+            return weighed.updates[0]
+        if not wanted.per_step:
+            raise CkptEmaError("its coefficients are not those of its rule")
+        # Those of a share next to nothing are not in the record, and one of them was the first.
+        with contextlib.suppress(CkptEmaError):
+            last = past[-1].step
+            everything = find_run(run, replace(wanted, until_step=last))
+            weighed = weigh(everything.checkpoints, wanted)
+            names = [printable(item.label) for item in weighed.checkpoints]
+            if names == [item.name for item in past] and _are_near(coefficients_of(weighed.updates[0]), shares):
+                return weighed.updates[0]
+    updates = tuple(updates_of(shares))
+    # A running mean is divided anew, which moves its numbers by some 1e-16: nothing to float32.
+    is_wide = wanted.accumulate == "float64" or any(
+        dtype.name in ("float64", "complex128") for dtype in checkpoints[-1].layout.schema.dtypes
+    )
+    if is_wide and min(shares) >= 0:
+        raise CkptEmaError(
+            "it was folded in float64 from coefficients that its record does not hold to the last bit",
+            hint="`ckpt-ema compare` shows how far it is from one that is made again",
+        )
+    return updates
+
+
+def _are_near(shares: Sequence[float], recorded: Sequence[float]) -> bool:
+    return len(shares) == len(recorded) and all(
+        math.isclose(share, before, rel_tol=SHARE_TOLERANCE) for share, before in zip(shares, recorded, strict=True)
+    )
+
+
+def _texts(value: Any) -> list[str]:
+    return [text for text in value if isinstance(text, str)] if isinstance(value, list) else []
+
+
+def averages_of(record: Mapping[str, Any]) -> tuple[PastCheckpoint, ...]:
+    """The snapshots that a record lists; none where one of them is not what this tool writes."""
+    items = record.get("averages")
+    whole = [{**item, "bytes": 0} for item in items if isinstance(item, dict)] if isinstance(items, list) else []
+    return past_of({"checkpoints": whole})
+
+
+def _locate(items: Sequence[PastCheckpoint], run: Path) -> list[Path]:
+    """What a teacher was made from; raises CkptEmaError naming those that are gone."""
+    folders = [run]
+    with contextlib.suppress(CkptEmaError):  # it is asked for nothing but where the checkpoints lie
+        folders.append(find_run(run, FoldOptions(), is_live=True).directory)
+    paths, missing = [], []
+    for item in items:
+        # A record is what a stranger wrote: its names lead nowhere else. Snapshots may lie beside the checkpoints.
+        parts = list(itertools.dropwhile(lambda part: part == "..", Path(item.name).parts))
+        is_inside = bool(parts) and ".." not in parts and not Path(item.name).is_absolute()
+        found = next((path for folder in folders if is_inside and _exists(path := folder.joinpath(*parts))), None)
+        if found is None:
+            missing.append(item.name)
+        else:
+            paths.append(found)
+    if missing:
+        raise CkptEmaError(f"{len(missing)} of {len(items)} checkpoints are not in `{run}`", details=missing)
+    return paths
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
