@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import ckpt_ema
-from tests.conftest import Outcome, StateDict, assert_same_bits, hook_teacher, make_student, save_students
+from tests.conftest import Outcome, StateDict, assert_same_bits, hook_teacher, make_student, quiet_fold, save_students
 
 MOMENTUM = 0.2
 BUFFERS = ("bn.running_mean",)
@@ -1316,3 +1316,24 @@ def test_a_prefix_that_no_name_has_lists_those_there_are(run: Path) -> None:
     error = refusal_of(run, prefix="studnet.")
     assert "`studnet.`" in error.message
     assert "bn., fc." in error.details[0]
+
+
+class Carried(torch.nn.Module):
+    """A module whose class old files carry the source of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = torch.nn.Linear(3, 4)
+        self.bn = torch.nn.BatchNorm1d(4)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_whole_pickled_module_is_folded_in_both_formats(tmp_path: Path, legacy: bool) -> None:
+    """`torch.save(model)`: its parameters are averaged, its buffers known exactly, none of its code is run."""
+    modules = [Carried(), Carried()]
+    for number, module in enumerate(modules):
+        torch.save(module, tmp_path / f"step_{number}.pt", _use_new_zipfile_serialization=not legacy)
+    report = quiet_fold(tmp_path, tmp_path / "t.safetensors", momentum=0.25)
+    students = [{name: tensor.detach() for name, tensor in module.state_dict().items()} for module in modules]
+    expected = hook_teacher(students, 0.25, ("bn.running_mean", "bn.running_var"))
+    assert_same_bits(load_file(report.output), expected)

@@ -328,8 +328,16 @@ class MetadataUnpickler(pickle.Unpickler):
             inert = self._inert_classes[owner, name] = _name_inert(f"{owner}.{name}")
         return inert
 
-    def persistent_load(self, reference: Any, /) -> PickledStorage:
-        """The storage behind torch's `('storage', type, key, location, count[, view])`."""
+    def persistent_load(self, reference: Any, /) -> Any:
+        """The storage behind torch's `('storage', type, key, location, count[, view])`.
+
+        Legacy files have `('module', class, file, source)` as well, for a class whose source they carry along; the
+        class alone counts, and stays inert.
+        """
+        if type(reference) is tuple and len(reference) == 4 and reference[0] == "module":
+            if isinstance(reference[1], _SealedType) and issubclass(reference[1], Inert):
+                return reference[1]
+            raise MalformedPickleError("a module's source without its class")
         if type(reference) is not tuple or len(reference) not in (5, 6) or reference[0] != "storage":
             raise MalformedPickleError("a persistent reference that is no storage")
         kind, key, count = reference[1], reference[2], reference[4]
