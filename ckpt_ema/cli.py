@@ -113,9 +113,22 @@ def _errors_become_exits(command: Command) -> Command:
     def wrapped(*arguments: Any, **options: Any) -> None:
         _prepare_streams()
         with _signals_raise():
-            _run(command, arguments, options)
+            try:
+                _run(command, arguments, options)
+            except SystemExit as end:
+                _leave_if_among_ranks(end.code)
+                raise
 
     return wrapped
+
+
+def _leave_if_among_ranks(code: Any) -> None:
+    """End a rank at once that failed: all is said, and torch's store may abort a process that ends in order."""
+    ranks = sys.modules.get("ckpt_ema.ranks")
+    if ranks is not None and ranks.has_met_others():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else 1)
 
 
 def _run(command: Command, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:

@@ -86,6 +86,7 @@ class StoreRanks(Ranks):
         self._ended = threading.Event()
         self._checked = 0.0
         self._heard: dict[int, tuple[bytes, float]] = {}
+        self._heart = threading.Thread()
 
     def __enter__(self) -> StoreRanks:
         self._ended = threading.Event()
@@ -94,7 +95,8 @@ class StoreRanks(Ranks):
         with self._explained():
             self._store = self._connect()
         beat = functools.partial(self._beat, self._store, self._ended)
-        threading.Thread(target=beat, name="heartbeat", daemon=True).start()
+        self._heart = threading.Thread(target=beat, name="heartbeat", daemon=True)
+        self._heart.start()
         return self
 
     def __exit__(
@@ -111,6 +113,8 @@ class StoreRanks(Ranks):
             with contextlib.suppress(CkptEmaError):
                 self.arrive("end")
         self._ended.set()
+        # A thread that is inside of the store when the interpreter ends aborts the process.
+        self._heart.join(HEARTBEAT_SECONDS)
 
     def share(self, name: str, content: str | None) -> str:
         """As above; through the store."""
@@ -259,3 +263,8 @@ def _connect(host: str, port: int, prefix: str, *, keeps: bool) -> Any:
 
 _stores: dict[tuple[str, int], Any] = {}
 _fold_numbers = itertools.count()
+
+
+def has_met_others() -> bool:
+    """Whether this process has talked to other ranks."""
+    return bool(_stores)
