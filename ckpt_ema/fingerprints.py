@@ -32,11 +32,7 @@ def fingerprint(planned: FoldPlan, outputs: Sequence[TeacherFiles]) -> dict[str,
     tables: dict[int, bytes] = {}
     table = {
         "version": __version__,
-        "options": {
-            item.name: getattr(planned.options, item.name)
-            for item in fields(planned.options)
-            if item.name not in _DECIDES_NO_BIT
-        },
+        "options": _options(planned),
         "inputs": [
             {
                 "name": item.name,
@@ -50,7 +46,21 @@ def fingerprint(planned: FoldPlan, outputs: Sequence[TeacherFiles]) -> dict[str,
         "files": _digest_of_files(outputs),
         "bytes": planned.blocks.data_bytes,
     }
-    # As it is when it was read again: no tuples, and texts for paths.
+    return _as_read_again(table)
+
+
+def made_of(planned: FoldPlan, outputs: Sequence[TeacherFiles]) -> dict[str, Any]:
+    """What is the same on all machines that fold together: the options, and the files to be written."""
+    return _as_read_again({"version": __version__, **_options(planned), "files": _digest_of_files(outputs)})
+
+
+def _options(planned: FoldPlan) -> dict[str, Any]:
+    options = planned.options
+    return {item.name: getattr(options, item.name) for item in fields(options) if item.name not in _DECIDES_NO_BIT}
+
+
+def _as_read_again(table: Mapping[str, Any]) -> dict[str, Any]:
+    """As it is when it was read from a file: no tuples, and texts for paths."""
     as_text: dict[str, Any] = json.loads(json.dumps(table, default=_as_text))
     return as_text
 
@@ -120,6 +130,15 @@ def _told_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iter
         elif old[name].get("table") != item["table"]:
             yield f"{name}: its header became another one"
     yield from (f"{name}: takes no part any more" for name in old if name not in new)
+
+
+def differences_of_ranks(first: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
+    """A line for everything in which two ranks were told to make something else (see `made_of`)."""
+    return [
+        f"{name.replace('_', '-')}: {_shown(first.get(name))} there, {_shown(value)} here"
+        for name, value in own.items()
+        if first.get(name) != value
+    ]
 
 
 def _change_of_files(before: Any, now: Sequence[Sequence[Any]]) -> str:

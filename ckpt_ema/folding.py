@@ -21,9 +21,10 @@ from ckpt_ema.blocks import Block, BlockPlan, plan_of_rank, without
 from ckpt_ema.engine.contract import Engine, NonFinite, NonFiniteBlockError, Task, Teacher
 from ckpt_ema.engine.inputs import InputFiles, allow_open_files
 from ckpt_ema.errors import CkptEmaError
-from ckpt_ema.fingerprints import fingerprint
+from ckpt_ema.fingerprints import differences_of_ranks, fingerprint, made_of
 from ckpt_ema.formats import forget_tables
 from ckpt_ema.journal import Blocks, Journal, Range, open_blocks
+from ckpt_ema.old_teacher import remove_own
 from ckpt_ema.outputs import check_outputs, check_parents
 from ckpt_ema.planning import plan_fold
 from ckpt_ema.provenance import teacher_metadata
@@ -121,14 +122,14 @@ def _carry_out(
     planned: FoldPlan, progress: Progress | None, announce: Callable[[FoldPlan], None] | None, ranks: Ranks
 ) -> FoldReport:
     outputs = [_output_files(planned, number) for number in range(len(planned.teachers))]
-    _check_same_plan(planned, ranks)
+    _check_same_plan(planned, outputs, ranks)
     if ranks.is_first:
         check_parents(planned)
     with _journal_of(planned, outputs, ranks) as journal:
         if ranks.is_first:
             if not (journal is not None and journal.draft.was_committing):  # what it was writing may be there
                 with _reading_tables():
-                    check_outputs(planned)
+                    check_outputs(planned, [files.names for files in outputs])
             if announce is not None:
                 announce(planned)
             else:
@@ -200,8 +201,8 @@ def _blocks_of(planned: FoldPlan, token: str, ranks: Ranks) -> Iterator[Blocks]:
         blocks.close()
 
 
-def _check_same_plan(planned: FoldPlan, ranks: Ranks) -> None:
-    """Raise CkptEmaError where this rank sees other files than the first."""
+def _check_same_plan(planned: FoldPlan, outputs: Sequence[TeacherFiles], ranks: Ranks) -> None:
+    """Raise CkptEmaError where this rank sees other files than the first, or was told something else."""
     seen = [planned.output_names, planned.blocks.data_bytes, [teacher.updates for teacher in planned.teachers]]
     seen += [[(file.path.name, file.size) for layout in planned.layouts for file in layout.files]]
     digest = hashlib.sha256(json.dumps(seen).encode("utf-8", "surrogateescape")).hexdigest()
@@ -209,6 +210,17 @@ def _check_same_plan(planned: FoldPlan, ranks: Ranks) -> None:
         raise CkptEmaError(
             f"rank {ranks.number} sees other checkpoints than the first rank does",
             hint="is the run on a file system that all machines share, and no longer written to?",
+        )
+    if ranks.count == 1:
+        return
+    made = made_of(planned, outputs)
+    first = json.loads(ranks.share("made", json.dumps(made) if ranks.is_first else None))
+    differences = differences_of_ranks(first, made)
+    if differences:
+        raise CkptEmaError(
+            f"rank {ranks.number} was told to fold something else than the first rank",
+            details=differences,
+            hint="start all ranks with the same version and options",
         )
 
 
@@ -306,14 +318,17 @@ def _teacher_files(
     with contextlib.ExitStack() as folders:
         # A single file is replaced where it lies, so that there is a teacher at every moment.
         filled = folders.enter_context(
-            folder_to_fill(target, draft) if is_single else new_folder(target, overwrite=overwrite, draft=draft)
+            folder_to_fill(target, draft)
+            if is_single
+            else new_folder(target, overwrite=overwrite, draft=draft, written=files.names)
         )
+        for name, content in files.closing:  # now, so that they find a full disk before a tensor is read
+            write_small_file(filled / name, content, draft)
         commit_companions = None
         if is_model_folder(source):
             assert source is not None
-            written = [name for name, _ in (*files.parts, *files.closing)]
             dtype = planned.options.dtype
-            commit_companions = folders.enter_context(staged_companions(source, filled, dtype, written, draft))
+            commit_companions = folders.enter_context(staged_companions(source, filled, dtype, draft))
         with contextlib.ExitStack() as stack:
             made = []
             for name, parts in files.parts:
@@ -321,8 +336,8 @@ def _teacher_files(
                 made.append(stack.enter_context(file))
                 needed -= parts.size
             yield made
-        for name, content in files.closing:
-            write_small_file(filled / name, content, draft)
+        if filled == target and is_single:
+            remove_own(target, keep=files.names)
         if commit_companions is not None:
             commit_companions()
 

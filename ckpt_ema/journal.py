@@ -28,7 +28,8 @@ from typing import Any, NamedTuple
 
 from ckpt_ema.errors import CkptEmaError
 from ckpt_ema.fingerprints import differences_between
-from ckpt_ema.teacher_folder import move_rest
+from ckpt_ema.old_teacher import move_rest
+from ckpt_ema.teacher_folder import replaced_in
 from ckpt_ema.writer import BEGIN_ANEW, Draft, SpreadFiles, explained, write_all
 
 KEEP_SECONDS = 10.0
@@ -184,7 +185,7 @@ class Journal:
         try:
             self._take_up()
         except BaseException:
-            if not os.fstat(self._descriptor).st_size:
+            if _read_header(self._descriptor) is None:  # nothing, or as much as the disk would take
                 self.path.unlink(missing_ok=True)
             os.close(self._descriptor)
             raise
@@ -305,7 +306,7 @@ class Journal:
             if old.is_dir() and not target.exists():
                 os.rename(old, target)
             elif old.is_dir():
-                move_rest(old, target)
+                move_rest(old, target, replaced_in(target))
             unfinished = draft.name(target)
             if unfinished.is_dir() and not unfinished.is_symlink():
                 shutil.rmtree(unfinished, ignore_errors=True)

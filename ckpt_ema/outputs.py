@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import os
 import shlex
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from ckpt_ema.errors import CkptEmaError, MisuseError
 from ckpt_ema.formats import read_contents
 from ckpt_ema.formats.folder import WEIGHTS_SUFFIX
 from ckpt_ema.locations import RemotePath, as_path, identity_of
+from ckpt_ema.old_teacher import check_replaceable
 from ckpt_ema.profiles import Profile
 from ckpt_ema.provenance import read_provenance
 from ckpt_ema.records import FoldOptions, FoldPlan, PathLike
 from ckpt_ema.runs import Checkpoint, Run
-from ckpt_ema.teacher_folder import check_replaceable, is_model_folder
+from ckpt_ema.teacher_folder import is_model_folder
+from ckpt_ema.writer import Draft
+
+HIDDEN_BYTES = len(Draft().name(Path("x")).name) - 1
+"""By so much the hidden names beside a teacher are longer than its own."""
 
 
 def resolve_outputs(
@@ -65,9 +71,9 @@ def resolve_outputs(
             f"`--output {text}` asks for {', '.join(stray)}, and these teachers are told apart by {placeholder}"
         )
     if wanted.writes_folder:
-        return True, [Path(_fill(text, profile)) for profile in profiles]
+        return True, [_settled(Path(_fill(text, profile)), is_folder=True) for profile in profiles]
     resolved = [_resolve(text, profile, has_folder) for profile in profiles]
-    return resolved[0][0], [path for _, path in resolved]
+    return resolved[0][0], [_settled(path, is_folder=is_folder) for is_folder, path in resolved]
 
 
 def _fill(text: str, profile: Profile) -> str:
@@ -90,8 +96,27 @@ def _resolve(pattern: str, profile: Profile, has_folder: bool) -> tuple[bool, Pa
     has_suffix = bool(named.suffix) and "}" not in named.suffix
     raise MisuseError(
         f"`--output {path}` is neither a folder nor ends with .safetensors",
-        hint=f"pass `--output '{named.with_suffix('.safetensors') if has_suffix else f'{pattern}.safetensors'}'`",
+        hint=f"pass `--output '{named.with_suffix('.safetensors') if has_suffix else f'{named}.safetensors'}'`",
     )
+
+
+def _settled(path: Path, *, is_folder: bool) -> Path:
+    """`path`, or another way to it that is still one when the teacher has taken its place."""
+    if path.name in ("", ".."):
+        path = Path(os.path.realpath(path))
+    if is_folder:
+        if path.is_symlink() and path.is_dir():
+            path = Path(os.path.realpath(path))  # the link stays
+        if path.is_mount():
+            raise MisuseError(
+                f"`--output {path}` is where a disk is mounted, and cannot become another folder",
+                hint=f"pass `--output {shlex.quote(str(path / 'teacher'))}`",
+            )
+    # `t/../t` leads nowhere while `t` is being replaced.
+    real = os.path.realpath(path)
+    if any(os.path.realpath(parent) == real for parent in path.parents):
+        return Path(os.path.realpath(path.parent), path.name)
+    return path
 
 
 def _no_folder(text: str) -> MisuseError:
@@ -99,22 +124,27 @@ def _no_folder(text: str) -> MisuseError:
 
 
 def check_parents(planned: FoldPlan) -> None:
-    """Raise CkptEmaError where the folder that a teacher goes to is not there."""
+    """Raise CkptEmaError where the folder that a teacher goes to is not there, or knows no names so long."""
     for teacher in planned.teachers:
         parent = teacher.output.absolute().parent
         if not parent.is_dir():
             raise CkptEmaError(
                 f"`{parent}` is no folder", hint=f"create it first: `mkdir -p {shlex.quote(str(parent))}`"
             )
+        length, most = len(os.fsencode(teacher.output.name)), os.pathconf(parent, "PC_NAME_MAX") - HIDDEN_BYTES
+        if length > most:
+            raise CkptEmaError(
+                f"`{teacher.output}` has a name of {length} bytes, and may have {most} here", hint="pass a shorter one"
+            )
 
 
-def check_outputs(planned: FoldPlan) -> None:
-    """Refuse what must not be replaced, before a tensor is read."""
-    for teacher in planned.teachers:
-        _check_output(planned, teacher.output)
+def check_outputs(planned: FoldPlan, written: Sequence[Collection[str]]) -> None:
+    """Refuse what must not be replaced, before a tensor is read; `written` are the names of each teacher's files."""
+    for teacher, names in zip(planned.teachers, written, strict=True):
+        _check_output(planned, teacher.output, names)
 
 
-def _check_output(planned: FoldPlan, target: Path) -> None:
+def _check_output(planned: FoldPlan, target: Path, written: Collection[str]) -> None:
     if not os.path.lexists(target):
         return
     if planned.is_folder and target.is_dir() and not any(target.iterdir()):
@@ -124,7 +154,7 @@ def _check_output(planned: FoldPlan, target: Path) -> None:
     if planned.is_folder:
         if not target.is_dir():
             raise CkptEmaError(f"`{target}` is a file, the teacher a folder", hint="pass another `--output`")
-        check_replaceable(target)
+        check_replaceable(target, written)
         if planned.options.writes_folder:  # which takes the place of what is there
             _check_no_input_inside(planned, target)
     elif target.is_dir():

@@ -5,6 +5,7 @@ One safetensors file, shards with an index as Hugging Face has them, or a folder
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import pickle
@@ -17,8 +18,7 @@ from typing import Any, NamedTuple
 from ckpt_ema.byte_ranges import contiguous_strides, count_elements
 from ckpt_ema.dtypes import DType
 from ckpt_ema.formats.contents import PROVENANCE_FILE
-from ckpt_ema.formats.dcp import METADATA_NAME
-from ckpt_ema.teacher_folder import PIECES_NAME
+from ckpt_ema.formats.dcp import METADATA_NAME, PIECES_NAME, TABLE_KEY
 from ckpt_ema.writer import FileParts, Run, encode_header
 
 ALIGNMENT = 64
@@ -47,6 +47,11 @@ class TeacherFiles:
 
     closing: tuple[tuple[str, bytes], ...] = ()
     """Those that are written last, and make the others count."""
+
+    @property
+    def names(self) -> list[str]:
+        """Of all of them."""
+        return [name for name, _ in (*self.parts, *self.closing)]
 
     @property
     def size(self) -> int:
@@ -103,8 +108,10 @@ def dcp_files(key: str, entries: Sequence[Entry], metadata: Mapping[str, str]) -
         runs.append(Run(entry.begin, entry.end, offset))
         places.append((position, end + len(behind) - position))
         position = end + len(behind)
-    provenance = json.dumps(dict(metadata), ensure_ascii=False).encode() + b"\n"
-    closing = ((PROVENANCE_FILE, provenance), (METADATA_NAME, _table(key, entries, places)))
+    table = _table(key, entries, places)
+    record = {**metadata, TABLE_KEY: hashlib.sha256(table).hexdigest()}
+    provenance = json.dumps(record, ensure_ascii=False).encode() + b"\n"
+    closing = ((PROVENANCE_FILE, provenance), (METADATA_NAME, table))
     return TeacherFiles(((PIECES_NAME, FileParts(position, tuple(literals), tuple(runs))),), closing)
 
 

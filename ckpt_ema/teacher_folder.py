@@ -12,10 +12,8 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 from ckpt_ema.errors import CkptEmaError, UnreadableCheckpointError
-from ckpt_ema.formats import ModelFolder, read_contents
-from ckpt_ema.formats.contents import PROVENANCE_FILE
-from ckpt_ema.formats.dcp import METADATA_NAME
-from ckpt_ema.formats.folder import MODEL_STEM, SHARD_NAME, WEIGHTS_SUFFIX
+from ckpt_ema.formats import ModelFolder
+from ckpt_ema.old_teacher import check_replaceable, move_rest
 from ckpt_ema.writer import BEGIN_ANEW, Draft, sync_folder, write_small_file
 
 # What from_pretrained reads beside weights: configuration, tokenizer, processor, chat template, custom model code.
@@ -26,13 +24,16 @@ NEVER_COMPANION = re.compile(
 )
 CONFIGURATIONS = ("config.json", "adapter_config.json", "model_index.json")
 MAX_COMPANION_BYTES = 512 << 20
-PIECES_NAME = "__0_0.distcp"
-"""The tensors of a teacher that torch.distributed.checkpoint loads."""
 
 
 def is_model_folder(folder: ModelFolder | None) -> bool:
     """Whether a configuration lies beside the weights, so that `from_pretrained` loads the folder."""
     return folder is not None and any((folder.path / name).is_file() for name in CONFIGURATIONS)
+
+
+def replaced_in(folder: Path) -> list[str]:
+    """Names of what `companions_of` may have put into `folder`."""
+    return [path.name for path in folder.iterdir() if COMPANION.match(path.name)]
 
 
 def companions_of(folder: ModelFolder) -> list[Path]:
@@ -44,19 +45,6 @@ def companions_of(folder: ModelFolder) -> list[Path]:
                 raise UnreadableCheckpointError(f"`{path}` has {path.stat().st_size} bytes, too many to come along")
             found.append(path)
     return found
-
-
-def check_replaceable(folder: Path) -> None:
-    """Raise CkptEmaError unless `folder` is empty or holds a teacher that this tool wrote."""
-    if not any(folder.iterdir()):
-        return
-    with contextlib.suppress(CkptEmaError):
-        if read_contents(folder).is_own_teacher:
-            return
-    raise CkptEmaError(
-        f"`{folder}` is not empty and holds no teacher that ckpt-ema wrote",
-        hint="pass another `--output`, or remove the folder yourself",
-    )
 
 
 @contextlib.contextmanager
@@ -71,10 +59,11 @@ def folder_to_fill(target: Path, draft: Draft | None = None) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def new_folder(target: Path, *, overwrite: bool, draft: Draft) -> Iterator[Path]:
+def new_folder(target: Path, *, overwrite: bool, draft: Draft, written: Collection[str] = ()) -> Iterator[Path]:
     """An empty folder that takes the place of `target` at the end, or the one that `draft` goes on with.
 
-    With `overwrite` also that of an older teacher's folder; what else lies in there stays.
+    With `overwrite` also that of an older teacher's folder; what else lies in there stays. `written` are the files of
+    the teacher itself.
     """
     temporary = draft.name(target)
     try:
@@ -92,9 +81,9 @@ def new_folder(target: Path, *, overwrite: bool, draft: Draft) -> Iterator[Path]
             sync_folder(temporary)
             old = draft.name(target, "old")
             if temporary != target:
-                _take_place(temporary, target, old, overwrite=overwrite)
+                _take_place(temporary, target, old, overwrite=overwrite, written=written)
             if old.is_dir():
-                move_rest(old, target)
+                move_rest(old, target, replaced_in(target))
         except OSError as error:
             raise CkptEmaError(f"cannot write `{target}`: {error.strerror}") from error
         sync_folder(target.parent)
@@ -104,7 +93,7 @@ def new_folder(target: Path, *, overwrite: bool, draft: Draft) -> Iterator[Path]
         raise
 
 
-def _take_place(folder: Path, target: Path, old: Path, *, overwrite: bool) -> None:
+def _take_place(folder: Path, target: Path, old: Path, *, overwrite: bool, written: Collection[str]) -> None:
     """Rename `folder` to `target`, and what was there to `old`."""
     try:
         os.rename(folder, target)  # where nothing or an empty folder is
@@ -116,7 +105,7 @@ def _take_place(folder: Path, target: Path, old: Path, *, overwrite: bool) -> No
         raise CkptEmaError(
             f"`{target}` appeared while the teacher was being folded", hint="pass `--overwrite` or another `--output`"
         )
-    check_replaceable(target)
+    check_replaceable(target, written)
     # Folders cannot replace each other in one step: for a moment the old one has a hidden name.
     os.rename(target, old)
     try:
@@ -126,41 +115,19 @@ def _take_place(folder: Path, target: Path, old: Path, *, overwrite: bool) -> No
         raise
 
 
-def move_rest(old: Path, target: Path) -> None:
-    """Remove an older teacher's folder. Never a whole tree: what else is in it is somebody's work, and goes along."""
-    for path in old.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            os.rename(path, target / path.name)
-        elif (target / path.name).exists() or _is_of_a_teacher(path.name):
-            path.unlink()
-        else:
-            os.rename(path, target / path.name)
-    old.rmdir()
-
-
-def _is_of_a_teacher(name: str) -> bool:
-    """Whether this tool calls files so that hold a teacher in a folder, whatever the format."""
-    if name in (METADATA_NAME, PIECES_NAME, PROVENANCE_FILE):
-        return True
-    stem = name.removesuffix(".index.json").removesuffix(".safetensors")
-    return stem != name and bool(MODEL_STEM.match(stem) or SHARD_NAME.match(name))
-
-
 @contextlib.contextmanager
-def staged_companions(
-    source: ModelFolder, target: Path, dtype: str, written: Collection[str], draft: Draft
-) -> Iterator[Callable[[], None]]:
+def staged_companions(source: ModelFolder, target: Path, dtype: str, draft: Draft) -> Iterator[Callable[[], None]]:
     """Copy what belongs to the model under temporary names; calling what is yielded renames them into place.
 
-    So nothing of an older teacher is replaced before the new weights are, files called `written`. The configuration
-    says the dtype the weights are written in.
+    So nothing of an older teacher is replaced before the new weights are. The configuration says the dtype the weights
+    are written in.
     """
     staged: list[tuple[Path, Path]] = []
 
     def commit() -> None:
-        for path in target.iterdir():
-            if _is_stale(path, {*written, *(final.name for _, final in staged)}):
-                path.unlink()
+        # Of a model of another kind, which would be loaded in this one's place.
+        for name in {*CONFIGURATIONS} - {final.name for _, final in staged}:
+            (target / name).unlink(missing_ok=True)
         while staged:
             temporary, final = staged.pop()
             os.replace(temporary, final)
@@ -180,15 +147,6 @@ def staged_companions(
     finally:
         for temporary, _ in staged:
             temporary.unlink(missing_ok=True)
-
-
-def _is_stale(path: Path, names: Collection[str]) -> bool:
-    """Whether a file of an older teacher would make `from_pretrained` load something else beside the new weights."""
-    if path.name in names:
-        return False
-    stem = WEIGHTS_SUFFIX.sub("", path.name.removesuffix(".index.json"))
-    is_weights = stem != path.name and (MODEL_STEM.match(stem) or SHARD_NAME.match(path.name))
-    return bool(is_weights) or path.name in CONFIGURATIONS
 
 
 def _with_dtype(config: bytes, dtype: str) -> bytes:

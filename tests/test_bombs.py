@@ -176,6 +176,8 @@ BOMBS: dict[str, Callable[[], bytes]] = {
     + (global_("_codecs.encode") + get(1) + b"\x85R") * 20_000 + b"l",
     "long names of classes": lambda: text("x" * 1_000_000) + put(1) + b"("
     + b"".join(get(1) + text(str(n)) + b"\x93" for n in range(20_000)) + b"l",
+    # Read in portions, the operand of LONG_BINPUT would begin where the frame ends: a memo of 13 GB.
+    "a frame that ends within an operand": lambda: b"\x95" + struct.pack("<Q", 4) + b"]r\0\0" + b"\0\0N0",
     "long numbers": lambda: b"(" + (b"I" + b"9" * 3990 + b"\n") * 25_000 + b"l",
 }  # fmt: skip
 
@@ -184,6 +186,7 @@ BOMBS: dict[str, Callable[[], bytes]] = {
 READ_APART = (
     "FROZENSET: wide",
     "SETITEM: shared",
+    "a frame that ends within an operand",
     "distinct fetches",
     "integers of one place",
     "long texts compared",

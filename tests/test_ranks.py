@@ -342,6 +342,54 @@ def test_ranks_that_see_other_files_do_not_fold(run: Path, tmp_path: Path) -> No
     assert b"sees other checkpoints" in store.values["failed"]
 
 
+@pytest.mark.parametrize(
+    ("own", "said"),
+    [
+        ((("--state", "other"), ("--state", "state_dict")), 'state: "other" there, "state_dict" here'),
+        ((("--shard-size", "2MB"), ("--shard-size", "3MB")), "shard-size-bytes: 2000000 there, 3000000 here"),
+        ((("--output-format", "dcp"), ("--shard-size", "100MB")), 'output-format: "dcp" there, "safetensors" here'),
+        ((("--memory", "2MiB"), ("--memory", "3MiB", "--resume")), ""),
+    ],
+)
+def test_ranks_of_different_options_write_no_mixture(
+    large_run: Path, tmp_path: Path, own: tuple[tuple[str, ...], tuple[str, ...]], said: str
+) -> None:
+    """What one rank was told otherwise is an error of all, but for what only decides how it works."""
+    run, output = large_run, "t.safetensors"
+    if "--shard-size" in own[1]:
+        output = "t"
+    if "--state" in own[0]:
+        run = tmp_path / "run"
+        run.mkdir()
+        for step in (1, 2):
+            one, other = ({"a": torch.full((1 << 20,), float(step * way))} for way in (1, 9))
+            torch.save({"state_dict": one, "other": other}, run / f"step_{step}.pt")
+    port = free_port()
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "ckpt_ema", "fold", run, "--momentum", "0.3", "-o", output, *options],
+            env={
+                **os.environ,
+                "PYTHONPATH": str(Path(__file__).parent.parent),
+                **{"RANK": str(number), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+            },
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number, options in enumerate(own)
+    ]
+    ended = [end(process) for process in processes]
+    if not said:
+        assert [code for code, _, _ in ended] == [0, 0], ended
+        return
+    assert [code for code, _, _ in ended] == [1, 1], ended
+    assert said in ended[1][2]
+    assert "start all ranks with the same version and options" in ended[1][2]
+    assert not [path for path in tmp_path.iterdir() if path.name != "run"]
+
+
 # --- many files -------------------------------------------------------------------------------------------------------
 
 

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import itertools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -24,6 +25,12 @@ from ckpt_ema.formats.zip_archive import CHECKSUM_OFFSET, MAX_SMALL_BYTES, ZIP_M
 
 METADATA_NAME = ".metadata"
 PIECE_SUFFIX = ".distcp"
+PIECES_NAME = "__0_0.distcp"
+"""The file with the tensors of a teacher that this tool writes."""
+
+TABLE_KEY = "metadata_sha256"
+"""In its provenance; a trainer that saves into its folder leaves the provenance, and makes another table."""
+
 LIGHTNING_NAME = "meta.pt"
 """What Lightning saves beside a sharded model: everything but its tensors."""
 
@@ -82,7 +89,7 @@ def read_dcp(folder: Path) -> Contents:
     if not content:
         raise UnreadableCheckpointError(f"`{path}` is empty")
     try:
-        tensors, values, paths = _read_table(load_pickle(content, path))
+        tensors, values, paths = _read_table(load_pickle(content, path), len(content))
     except _NoTableError as error:
         raise UnreadableCheckpointError(f"`{path}` {error}") from None
     pieces = _PieceFiles(folder)
@@ -100,17 +107,20 @@ def read_dcp(folder: Path) -> Contents:
         _put(tree, paths.get(name, (name,)), leaf)
     count = len({piece.file_name for tensor in tensors for _, piece in tensor.pieces})
     kind = f"distributed checkpoint in {count} file{'' if count == 1 else 's'}"
-    return Contents(folder, kind, pieces.files(), tree, _provenance(folder), locator=pieces)
+    return Contents(folder, kind, pieces.files(), tree, own_provenance(folder), locator=pieces)
 
 
-def _provenance(folder: Path) -> dict[str, str]:
-    """What this tool wrote beside a teacher of its own."""
+def own_provenance(folder: Path) -> dict[str, str]:
+    """What this tool wrote beside a teacher of its own; nothing where the folder's table is another one since."""
     path = folder / PROVENANCE_FILE
-    if not path.is_file():
-        return {}
     try:
+        if not path.is_file() or (folder / METADATA_NAME).stat().st_size > MAX_SMALL_BYTES:
+            return {}
         table = read_json(path)
-    except UnreadableCheckpointError:
+        digest = hashlib.sha256((folder / METADATA_NAME).read_bytes()).hexdigest()
+    except (OSError, UnreadableCheckpointError):
+        return {}
+    if table.pop(TABLE_KEY, None) != digest:
         return {}
     return {key: value for key, value in table.items() if isinstance(value, str)}
 
@@ -120,9 +130,9 @@ class _NoTableError(Exception):
 
 
 def _read_table(
-    metadata: Any,
+    metadata: Any, num_bytes: int
 ) -> tuple[list[ShardedTensor], list[tuple[str, Piece]], dict[str, tuple[str, ...]]]:
-    """The tensors, the other values, and the path of each in the state dict that was saved."""
+    """The tensors, the other values, and the path of each in the state dict that was saved, in a pickle so long."""
     state = _state_of(metadata, "Metadata")
     entries, places = state.get("state_dict_metadata"), state.get("storage_data")
     if not isinstance(entries, dict) or not isinstance(places, dict):
@@ -136,6 +146,7 @@ def _read_table(
         stored.setdefault(name, {})[None if offset is None else _sizes(offset)] = _piece(place)
     tensors: list[ShardedTensor] = []
     values: list[tuple[str, Piece]] = []
+    num_pieces = 0
     for name, entry in entries.items():
         found = stored.get(name, {}) if isinstance(name, str) else {}
         if not isinstance(entry, Inert):
@@ -143,8 +154,17 @@ def _read_table(
         if entry.qualified_name.endswith(".BytesStorageMetadata"):
             values += [(name, piece) for piece in list(found.values())[:1]]
         else:
-            tensors.append(_tensor(name, _state_of(entry, "TensorStorageMetadata"), found))
+            described = _state_of(entry, "TensorStorageMetadata")
+            # A list that many tensors share is short in a pickle, and looked at for each.
+            num_pieces += _length(described.get("chunks"))
+            if num_pieces > num_bytes:
+                raise _NoTableError(f"has {num_bytes} bytes, and describes {num_pieces} pieces and more")
+            tensors.append(_tensor(name, described, found))
     return tensors, values, dict(_paths(state.get("planner_data")))
+
+
+def _length(value: Any) -> int:
+    return len(value) if isinstance(value, list) else 0
 
 
 def _tensor(name: Any, state: Mapping[str, Any], found: Mapping[tuple[int, ...] | None, Piece]) -> ShardedTensor:

@@ -25,6 +25,8 @@ MAX_NAME_LENGTH = 1000
 MAX_ARGUMENTS = 1000
 MAX_DIMENSIONS = 64
 
+_FRAME = b"\x95"
+
 _new_tuple = tuple.__new__  # of a NamedTuple, without the call of its own __new__: there is one per tensor
 
 
@@ -296,8 +298,11 @@ class MetadataUnpickler(pickle.Unpickler):
     """Reads one pickle: plain values stay, tensors become PickledTensor, all else Inert."""
 
     def __init__(self, content: bytes) -> None:
-        # latin-1 reads what Python 2 wrote as 8-bit strings without an error.
-        super().__init__(io.BytesIO(content), encoding="latin-1")
+        # Within one frame, so that all of it is read at once. In portions, as other frames in it or none at all would
+        # have it, an operand that a frame's end cuts is read from behind that end: not what was scanned. And each
+        # portion would be a call. latin-1 reads what Python 2 wrote as 8-bit strings without an error.
+        frame = _FRAME + struct.pack("<Q", len(content))
+        super().__init__(io.BytesIO(frame + content), encoding="latin-1")
         self.storages: dict[str, PickledStorage] = {}
         """Every storage the pickle refers to, by its key; a legacy file says their sizes nowhere else."""
         self._inert_classes: dict[tuple[str, str], type[Inert]] = {}

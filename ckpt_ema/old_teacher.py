@@ -1,0 +1,121 @@
+"""What lies where a teacher is to go: a folder in, the files of an older teacher of this tool out.
+
+A file is ours by what it holds, never by its name alone: every library calls its weights `model.safetensors`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+from pathlib import Path
+
+from ckpt_ema.errors import CkptEmaError
+from ckpt_ema.formats.contents import PROVENANCE_FILE, PROVENANCE_KEY, is_plain_name, read_file, read_json
+from ckpt_ema.formats.dcp import METADATA_NAME, PIECE_SUFFIX, PIECES_NAME, own_provenance
+from ckpt_ema.formats.folder import MODEL_STEM, SHARD_NAME, WEIGHTS_SUFFIX
+from ckpt_ema.provenance import read_provenance
+
+INDEX_SUFFIX = ".index.json"
+
+
+def own_files(folder: Path) -> list[str]:
+    """The files of teachers that this tool wrote into `folder`, in the order to remove them.
+
+    Whatever a removal that was interrupted leaves is found by the next call.
+    """
+    names = sorted(path.name for path in folder.iterdir() if path.is_file() and not path.is_symlink())
+    weights = [name for name in names if _is_own_weights(folder, name)]
+    indices = [name for name in names if _is_index_of(folder, name, weights)]
+    return [*indices, *weights, *_own_pieces(folder, names)]
+
+
+def check_replaceable(folder: Path, written: Collection[str] = ()) -> None:
+    """Raise CkptEmaError unless `folder` is empty, or holds a teacher that this tool wrote and nothing like one.
+
+    Files called `written` are going to be put there.
+    """
+    names = [path.name for path in folder.iterdir()]
+    if not names:
+        return
+    own = own_files(folder)
+    if not own:
+        raise CkptEmaError(
+            f"`{folder}` is not empty and holds no teacher that ckpt-ema wrote",
+            hint="pass another `--output`, or remove the folder yourself",
+        )
+    for name in sorted(names):
+        if name not in own and (name in written or _looks_like_weights(name)):
+            raise CkptEmaError(
+                f"`{folder / name}` lies beside a teacher, but ckpt-ema did not write it; it is never replaced",
+                hint="pass another `--output`, or move it to another folder",
+            )
+
+
+def remove_own(folder: Path, *, keep: Collection[str] = ()) -> None:
+    """Remove the files of older teachers from `folder`, all but those called `keep`."""
+    for name in own_files(folder):
+        if name not in keep:
+            (folder / name).unlink()
+
+
+def move_rest(old: Path, target: Path, replaced: Collection[str]) -> None:
+    """Remove `old`, the folder of an older teacher, in whose place `target` is now.
+
+    Never a whole tree: what else is in it is somebody's work, and goes along. Of files called `replaced`, which belong
+    to the model, the new ones stay.
+    """
+    remove_own(old)
+    for path in old.iterdir():
+        if not os.path.lexists(target / path.name):
+            os.rename(path, target / path.name)
+        elif path.name in replaced and not path.is_dir():
+            path.unlink()
+    old.rmdir()
+
+
+def _is_own_weights(folder: Path, name: str) -> bool:
+    stem = name.removesuffix(".safetensors")
+    if stem == name or not (MODEL_STEM.match(stem) or SHARD_NAME.match(name)):
+        return False
+    try:
+        metadata = read_file(folder / name).metadata
+    except CkptEmaError:
+        return False
+    # Nobody can make the snapshot of an online teacher again.
+    return PROVENANCE_KEY in metadata and (read_provenance(metadata) or {}).get("response") is None
+
+
+def _is_index_of(folder: Path, name: str, weights: Collection[str]) -> bool:
+    """Whether `name` is an index, and all that it names and that is there are `weights`."""
+    stem = name.removesuffix(f".safetensors{INDEX_SUFFIX}")
+    if stem == name or not MODEL_STEM.match(stem):
+        return False
+    try:
+        table = read_json(folder / name).get("weight_map")
+    except CkptEmaError:
+        return False
+    shards = set(table.values()) if isinstance(table, dict) and all(map(is_plain_name, table.values())) else set()
+    return bool(shards & set(weights)) and not any((folder / shard).exists() for shard in shards - set(weights))
+
+
+def _own_pieces(folder: Path, names: Collection[str]) -> list[str]:
+    """Of a teacher for torch.distributed.checkpoint; its provenance knows its table, so that another save ends it."""
+    if PROVENANCE_FILE not in names:
+        return []
+    if METADATA_NAME in names:
+        if not own_provenance(folder):
+            return []
+        return [name for name in (PIECES_NAME, METADATA_NAME) if name in names] + [PROVENANCE_FILE]
+    # What a removal left that was interrupted.
+    try:
+        return [PROVENANCE_FILE] if PROVENANCE_KEY in read_json(folder / PROVENANCE_FILE) else []
+    except CkptEmaError:
+        return []
+
+
+def _looks_like_weights(name: str) -> bool:
+    """Whether what loads a folder may take a file of this name for a part of its model."""
+    if name == METADATA_NAME or name.endswith(PIECE_SUFFIX):
+        return True
+    stem = WEIGHTS_SUFFIX.sub("", name.removesuffix(INDEX_SUFFIX))
+    return stem != name and bool(MODEL_STEM.match(stem) or SHARD_NAME.match(name))
