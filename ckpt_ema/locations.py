@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import stat
 from collections.abc import Generator, Hashable, Sequence
 from pathlib import Path, PosixPath
 
+from ckpt_ema.errors import MisuseError
 from ckpt_ema.remote_store import URL, find_entry, list_folder, read_range
 
 LOCAL_SCHEMES = ("file", "local")
+VERSION = re.compile(r"[?#&](versionId|generation)=")
 
 
 class RemotePath(PosixPath):
@@ -69,12 +72,19 @@ class RemotePath(PosixPath):
 
 
 def as_path(given: str | os.PathLike[str]) -> Path:
-    """The path that a user's word names; a RemotePath for a URL."""
+    """The path that a user's word names; a RemotePath for a URL. Raises MisuseError for a URL of nothing."""
     text = os.fspath(given)
     url = URL.match(text)
     if url is None:
         return Path(text)
-    return Path(text[url.end() :]) if url["scheme"] in LOCAL_SCHEMES else RemotePath(text)
+    scheme, rest = url["scheme"].lower(), text[url.end() :]
+    if scheme in LOCAL_SCHEMES:
+        return Path(rest)
+    if not rest.strip("/."):
+        raise MisuseError(f"`{text}` names nothing", hint="pass a URL such as s3://bucket/run")
+    if VERSION.search(rest):
+        raise MisuseError(f"`{text}` asks for a version of an object, and only the newest are read")
+    return RemotePath(f"{scheme}://{rest}")
 
 
 def identity_of(path: Path) -> Hashable:

@@ -104,7 +104,7 @@ class StoreRanks(Ranks):
     ) -> None:
         if error is not None and not isinstance(error, OtherRankFailedError):
             with contextlib.suppress(Exception):  # whoever it would be told to may be gone
-                self._store.set("failed", f"rank {self.number}: {error}")
+                self._store.set("failed", f"rank {self.number}: {_told(error)}")
         if self.is_first and kind is None:
             # The store may live in this process: it must outlast what the others still ask of it.
             with contextlib.suppress(CkptEmaError):
@@ -194,6 +194,12 @@ class StoreRanks(Ranks):
             raise OtherRankFailedError(
                 f"rank {self.number} of {self.count} cannot reach the first one: {what}"
             ) from None
+
+
+def _told(error: BaseException) -> str:
+    if isinstance(error, CkptEmaError):
+        return error.message
+    return f"{type(error).__name__}: {error}" if isinstance(error, Exception) else "it was stopped"
 
 
 def ranks_of_environment(environment: Mapping[str, str] | None = None) -> Ranks:

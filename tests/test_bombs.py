@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import struct
 import subprocess
 import sys
@@ -10,6 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
 import ckpt_ema
 from ckpt_ema.formats.pickle_scan import scan_pickle
@@ -210,6 +219,21 @@ def directory_of(count: int) -> bytes:
     return b"PK\x03\x04" + bytes(count + 60) + entries + end64 + locator + end
 
 
+def write_shared_pieces(folder: Path, count: int) -> Path:
+    """A `.metadata` of `count` tensors that have one list of `count` pieces: some 200 kB."""
+    dcp.save({"w": torch.ones(3)}, checkpoint_id=str(folder), no_dist=True)
+    table = pickle.loads((folder / ".metadata").read_bytes())
+    nothing = ChunkStorageMetadata(torch.Size([0]), torch.Size([0]))
+    chunks = table.state_dict_metadata["w"].chunks + [nothing] * count
+    one = TensorStorageMetadata(TensorProperties(), torch.Size([3]), chunks)
+    [place] = table.storage_data.values()
+    for number in range(count):
+        table.state_dict_metadata[f"z{number}"] = one
+        table.storage_data[MetadataIndex(f"z{number}", torch.Size([0]), 0)] = place
+    (folder / ".metadata").write_bytes(pickle.dumps(table))
+    return folder
+
+
 def write_bomb(folder: Path, name: str) -> Path:
     """A checkpoint that is one of the bombs below."""
     if name in BOMBS:
@@ -226,6 +250,8 @@ def write_bomb(folder: Path, name: str) -> Path:
         folder.joinpath("model").mkdir()
         folder.joinpath("model/model.safetensors.index.json").write_bytes(lists[:60_000_000] + b"[]]}")
         return folder / "model"
+    if name == "pieces that tensors share":
+        return write_shared_pieces(folder / "step_1", 3000)
     path = folder / "step_1.pt"
     path.write_bytes(directory_of(1_200_000 if name == "records" else 4_000_000))
     return path
@@ -236,6 +262,7 @@ OTHERS = (
     "short header",
     "wide letters in a header",
     "lists in an index",
+    "pieces that tensors share",
     "records",
     "too many records",
 )

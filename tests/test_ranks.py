@@ -333,6 +333,22 @@ def test_a_rank_that_is_never_heard_of_is_not_waited_for_for_ever(
         ranks.wait_for_all("folded")
 
 
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (CkptEmaError("it is full", hint="make room"), "rank 0: it is full"),
+        (ValueError("odd"), "rank 0: ValueError: odd"),
+        (KeyboardInterrupt(15), "rank 0: it was stopped"),
+    ],
+)
+def test_others_are_told_why_in_words(error: BaseException, told: str) -> None:
+    """Whatever ended a rank; not the number of a signal."""
+    store = SilentStore()
+    with pytest.raises(type(error)), StoreRanks(0, 2, 0, lambda: store):
+        raise error
+    assert store.values["failed"] == told.encode()
+
+
 def test_ranks_that_see_other_files_do_not_fold(run: Path, tmp_path: Path) -> None:
     """A stale view of a network file system: an error, not a teacher of two halves."""
     store = SilentStore()

@@ -328,6 +328,22 @@ def test_a_remote_run_needs_a_local_output(s3: S3Server, tmp_path: Path, cli: Cl
     assert cli("fold", url, "--momentum", 0.3, "-o", "teacher.safetensors").code == 0
 
 
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [("s3://", "names nothing"), ("s3:///.", "names nothing"), ("s3://runs/run?versionId=x", "a version of an object")],
+)
+def test_urls_that_name_no_run_are_misuse(url: str, says: str, cli: Cli) -> None:
+    """Words that a store would understand in its own way."""
+    assert says in refused(cli("plan", url, "-o", "t.safetensors"), 2)
+
+
+def test_a_scheme_may_be_written_large(s3: S3Server, tmp_path: Path) -> None:
+    """As RFC 3986 says of schemes; a path of it would not exist."""
+    save_students(tmp_path / "run", 2)
+    url = s3.upload(tmp_path / "run", "large")
+    assert len(ckpt_ema.plan(url.replace("s3://", "S3://"), tmp_path / "t.safetensors", momentum=0.3).checkpoints) == 2
+
+
 def test_a_server_that_is_not_there_is_said(s3: S3Server, cli: Cli) -> None:
     """Nothing listens at the endpoint: the error names the URL."""
     said = refused(cli("plan", f"s3://{BUCKET}/run", "-o", "t.safetensors", AWS_ENDPOINT_URL="http://127.0.0.1:9"), 1)
