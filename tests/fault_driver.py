@@ -31,7 +31,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "overwritten": {"overwrite": True},
     "several": {"momentum": [0.1, 0.3]},
     "shards": {"overwrite": True, "shard_size_bytes": 6000},
-    "dcp": {"output_format": "dcp"},
+    "joined": {"overwrite": True, "shard_size_bytes": 10**9},
+    "dcp": {"output_format": "dcp", "overwrite": True},
     "model": {"overwrite": True},
 }
 """What is folded how, by scenario."""
@@ -105,7 +106,7 @@ class Scenario:
         self.folder = folder / name
         self.errors = folder / "errors.txt"
         self.options = OPTIONS[name]
-        target = {"several": "t-{momentum}.safetensors", "shards": "t", "dcp": "t", "model": "t"}
+        target = {"several": "t-{momentum}.safetensors", "shards": "t", "joined": "t", "dcp": "t", "model": "t"}
         self.target = self.folder / target.get(name, "t.safetensors")
         self.reset()
         self.before = content_of(self.folder)
@@ -118,7 +119,7 @@ class Scenario:
         self.folder.mkdir()
         if self.name == "overwritten":
             shutil.copy(self.begin / "old.safetensors", self.target)
-        if self.name in ("shards", "model"):
+        if self.target.name == "t":
             shutil.copytree(self.begin / self.name, self.target)
 
     def fold(self) -> None:
