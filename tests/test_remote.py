@@ -328,6 +328,22 @@ def test_a_remote_run_needs_a_local_output(s3: S3Server, tmp_path: Path, cli: Cl
     assert cli("fold", url, "--momentum", 0.3, "-o", "teacher.safetensors").code == 0
 
 
+@pytest.mark.parametrize("write", WRITERS)
+def test_verify_recomputes_from_a_bucket(s3: S3Server, tmp_path: Path, cli: Cli, write: Callable[..., object]) -> None:
+    """A teacher is recomputed from the run behind its URL, and a checkpoint that became another one is found."""
+    write_run(write, tmp_path / "run")
+    url = s3.upload(tmp_path / "run", f"verified-{write.__name__}")
+    report = quiet_fold(url, tmp_path / "t", momentum=0.3, output_format="dcp")
+    outcome = cli("verify", report.output, url, "--share", 1)
+    assert outcome.code == 0, outcome.stdout + outcome.stderr
+    assert "bit for bit" in outcome.stdout
+    files = sorted(path for path in (tmp_path / "run").rglob("*") if path.suffix in (".safetensors", ".pt", ".distcp"))
+    weights = [path for path in files if path.stem != "optimizer"]
+    same = [path for path in weights if path.name == weights[0].name or path.parent == tmp_path / "run"]
+    s3.put(f"{url}/{same[0].relative_to(tmp_path / 'run').as_posix()}", same[-1].read_bytes())
+    assert cli("verify", report.output, url, "--share", 1).code == 1
+
+
 @pytest.mark.parametrize(
     ("url", "says"),
     [("s3://", "names nothing"), ("s3:///.", "names nothing"), ("s3://runs/run?versionId=x", "a version of an object")],
