@@ -28,8 +28,7 @@ from typing import Any, NamedTuple
 
 from ckpt_ema.errors import CkptEmaError
 from ckpt_ema.fingerprints import differences_between
-from ckpt_ema.old_teacher import move_rest
-from ckpt_ema.teacher_folder import replaced_in
+from ckpt_ema.teacher_folder import settle_old
 from ckpt_ema.writer import BEGIN_ANEW, Draft, SpreadFiles, explained, write_all
 
 KEEP_SECONDS = 10.0
@@ -302,11 +301,7 @@ class Journal:
         for target in map(Path, header["targets"]):
             if target.parent != self.path.parent and target not in self._targets:
                 continue  # somebody may have written the journal for us to find
-            old = draft.name(target, "old")
-            if old.is_dir() and not target.exists():
-                os.rename(old, target)
-            elif old.is_dir():
-                move_rest(old, target, replaced_in(target))
+            settle_old(target, draft)
             unfinished = draft.name(target)
             if unfinished.is_dir() and not unfinished.is_symlink():
                 shutil.rmtree(unfinished, ignore_errors=True)

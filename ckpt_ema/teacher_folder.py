@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import json
 import os
@@ -24,6 +25,10 @@ NEVER_COMPANION = re.compile(
 )
 CONFIGURATIONS = ("config.json", "adapter_config.json", "model_index.json")
 MAX_COMPANION_BYTES = 512 << 20
+
+# Of Linux, in fcntl.h and fs.h.
+AT_FDCWD = -100
+RENAME_EXCHANGE = 2
 
 
 def is_model_folder(folder: ModelFolder | None) -> bool:
@@ -69,7 +74,8 @@ def new_folder(target: Path, *, overwrite: bool, draft: Draft, written: Collecti
     try:
         if not draft.resumes:
             os.mkdir(temporary)
-        elif draft.was_committing and not temporary.is_dir() and target.is_dir():
+            _mark(temporary, draft).touch()
+        elif draft.was_committing and (_mark(target, draft).exists() or not temporary.is_dir()) and target.is_dir():
             temporary = target  # it took its place before the other process was stopped
         elif not temporary.is_dir():
             raise CkptEmaError(f"the unfinished `{temporary}` is gone", hint=BEGIN_ANEW)
@@ -79,22 +85,42 @@ def new_folder(target: Path, *, overwrite: bool, draft: Draft, written: Collecti
         yield temporary
         try:
             sync_folder(temporary)
-            old = draft.name(target, "old")
             if temporary != target:
-                _take_place(temporary, target, old, overwrite=overwrite, written=written)
-            if old.is_dir():
-                move_rest(old, target, replaced_in(target))
+                _take_place(temporary, target, draft, overwrite=overwrite, written=written)
+            settle_old(target, draft)
         except OSError as error:
             raise CkptEmaError(f"cannot write `{target}`: {error.strerror}") from error
         sync_folder(target.parent)
     except BaseException:
-        if temporary != target and not draft.is_kept:
+        # Without its mark it is the old folder, and the new one has its name.
+        if temporary != target and not draft.is_kept and _mark(temporary, draft).exists():
             shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
-def _take_place(folder: Path, target: Path, old: Path, *, overwrite: bool, written: Collection[str]) -> None:
-    """Rename `folder` to `target`, and what was there to `old`."""
+def _mark(folder: Path, draft: Draft) -> Path:
+    """An empty file in the new folder, which tells it from the one whose place it takes, until that is gone."""
+    return draft.name(folder / "new")
+
+
+def settle_old(target: Path, draft: Draft) -> None:
+    """Remove what of an older teacher lies under hidden names beside `target`, which took its place.
+
+    Where the new folder did not come so far, the old one gets its name back.
+    """
+    old, temporary = draft.name(target, "old"), draft.name(target)
+    if temporary.is_dir() and _mark(target, draft).exists():  # they have changed names
+        os.rename(temporary, old)
+    if old.is_dir() and not target.exists():
+        os.rename(old, target)
+    elif old.is_dir():
+        move_rest(old, target, replaced_in(target))
+    if target.is_dir():
+        _mark(target, draft).unlink(missing_ok=True)
+
+
+def _take_place(folder: Path, target: Path, draft: Draft, *, overwrite: bool, written: Collection[str]) -> None:
+    """Rename `folder` to `target`, and what was there to a hidden name."""
     try:
         os.rename(folder, target)  # where nothing or an empty folder is
         return
@@ -106,13 +132,29 @@ def _take_place(folder: Path, target: Path, old: Path, *, overwrite: bool, writt
             f"`{target}` appeared while the teacher was being folded", hint="pass `--overwrite` or another `--output`"
         )
     check_replaceable(target, written)
-    # Folders cannot replace each other in one step: for a moment the old one has a hidden name.
+    if _exchange(folder, target):
+        return
+    # In two steps then: for a moment there is neither.
+    old = draft.name(target, "old")
     os.rename(target, old)
     try:
         os.rename(folder, target)
     except OSError:
         os.rename(old, target)
         raise
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two folders change their names in one step; False where the system or the file system cannot."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    if renameat2(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
+        return False
+    raise OSError(number, os.strerror(number))
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ from typing import Any
 
 import ckpt_ema
 import ckpt_ema.engine.choice  # and torch with it, before anything is forked
+from ckpt_ema import teacher_folder
 
 WRITING_CALLS = (
     *("open", "write", "pwrite", "ftruncate", "posix_fallocate", "fsync", "fdatasync"),
@@ -94,6 +95,7 @@ def fault_at(number: int, *, torn: bool) -> None:
 
     for name in WRITING_CALLS:
         setattr(os, name, functools.partial(faulty, getattr(os, name), name))
+    teacher_folder._exchange = functools.partial(faulty, teacher_folder._exchange, "renameat2")
 
 
 class Scenario:
@@ -129,6 +131,8 @@ class Scenario:
     def check(self, where: str) -> list[str]:
         """What is wrong after a kill: a teacher that is neither old nor new, another one after going on, leftovers."""
         wrong = []
+        if self.target.name in self.before and not self.target.exists():
+            wrong.append(f"{where}: there is no teacher")
         for name, content in content_of(self.folder).items():
             if not name.startswith(".") and content not in (self.before.get(name), self.after.get(name)):
                 # Of a folder, the files of both are there for a moment, each of them whole.
