@@ -44,9 +44,10 @@ def faults(tmp_path: Path) -> Path:
     quiet_fold(tmp_path / "run", begin / "old.safetensors", momentum=0.7)
     quiet_fold(tmp_path / "run", begin / "shards", momentum=0.7, shard_size_bytes=20_000)
     quiet_fold(tmp_path / "model_run", begin / "model", momentum=0.7)
+    quiet_fold(tmp_path / "run", begin / "apart", momentum=0.7, shard_size_bytes=40_000)
     quiet_fold(tmp_path / "run", begin / "joined", momentum=0.7, shard_size_bytes=20_000)
     quiet_fold(tmp_path / "run", begin / "dcp", momentum=0.7, output_format="dcp")
-    for name in ("shards", "joined", "dcp", "model"):
+    for name in ("shards", "apart", "joined", "dcp", "model"):
         (begin / name / "notes.md").write_text("somebody's own")
     return tmp_path
 
@@ -66,7 +67,7 @@ def drive(*arguments: object) -> list[str]:
     return wrong
 
 
-@pytest.mark.parametrize("scenario", ["file", "overwritten", "several", "shards", "joined", "dcp", "model"])
+@pytest.mark.parametrize("scenario", ["file", "overwritten", "several", "shards", "apart", "joined", "dcp", "model"])
 def test_a_fold_killed_at_any_writing_call_goes_on_to_the_same_bytes(faults: Path, scenario: str) -> None:
     """Killed before, after and within every call that writes: no half teacher, `resume` ends with the same bytes, and
     nothing is left beside them."""
