@@ -111,15 +111,8 @@ class Scenario:
         self.options = OPTIONS[name]
         if name == "apart":  # a file system that cannot exchange two names
             teacher_folder._exchange = lambda one, other: False
-        target = {
-            "several": "t-{momentum}.safetensors",
-            "shards": "t",
-            "apart": "t",
-            "joined": "t",
-            "dcp": "t",
-            "model": "t",
-        }
-        self.target = self.folder / target.get(name, "t.safetensors")
+        target = {"several": "t-{momentum}.safetensors", "file": "t.safetensors", "overwritten": "t.safetensors"}
+        self.target = self.folder / target.get(name, "t")
         self.reset()
         self.before = content_of(self.folder)
         fold(self.run, self.target, **self.options)
