@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -151,10 +152,21 @@ def start_ranks(worker: str, count: int, folder: Path) -> None:
     assert done.returncode == 0, done.stderr[-4000:]
 
 
+def saved_once(factory: pytest.TempPathFactory, name: str, worker: str, count: int) -> Path:
+    """What `worker` saves on `count` ranks: once for all processes of a test run, the first of which starts it."""
+    base = factory.getbasetemp().parent if "PYTEST_XDIST_WORKER" in os.environ else factory.getbasetemp()
+    folder, done = base / name, base / f"{name}.done"
+    with (base / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            folder.mkdir()
+            start_ranks(worker, count, folder)
+            done.touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def saved_by_deepspeed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `deepspeed_ranks.py` saves on two ranks."""
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
-    folder = tmp_path_factory.mktemp("deepspeed")
-    start_ranks("deepspeed_ranks.py", 2, folder)
-    return folder
+    return saved_once(tmp_path_factory, "deepspeed", "deepspeed_ranks.py", 2)

@@ -328,7 +328,7 @@ def test_a_remote_run_needs_a_local_output(s3: S3Server, tmp_path: Path, cli: Cl
     assert cli("fold", url, "--momentum", 0.3, "-o", "teacher.safetensors").code == 0
 
 
-@pytest.mark.parametrize("write", WRITERS)
+@pytest.mark.parametrize("write", [write_zip, write_pieces])
 def test_verify_recomputes_from_a_bucket(s3: S3Server, tmp_path: Path, cli: Cli, write: Callable[..., object]) -> None:
     """A teacher is recomputed from the run behind its URL, and a checkpoint that became another one is found."""
     write_run(write, tmp_path / "run")

@@ -29,7 +29,7 @@ from tests.conftest import (
     make_student,
     quiet_fold,
     raw_bytes,
-    start_ranks,
+    saved_once,
 )
 from tests.test_properties import temporary_folder
 
@@ -41,9 +41,7 @@ Pieces = list[tuple[tuple[int, ...], tuple[int, ...]]]
 @pytest.fixture(scope="session")
 def saved_by_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `sharded_ranks.py` saves on four ranks."""
-    folder = tmp_path_factory.mktemp("sharded")
-    start_ranks("sharded_ranks.py", 4, folder)
-    return folder
+    return saved_once(tmp_path_factory, "sharded", "sharded_ranks.py", 4)
 
 
 def whole_students(saved: Path, how: str) -> list[StateDict]:
