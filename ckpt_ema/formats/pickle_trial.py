@@ -92,8 +92,8 @@ def _try_here() -> None:
     try:
         load_with_stack(MetadataUnpickler(content), num_tuples)
     except MalformedPickleError as error:
-        # Nothing else needs to be known: whoever asked meets the same error. A RuntimeError is a thread without room for
-        # its stack.
+        # Nothing else needs to be known: whoever asked meets the same error. A RuntimeError by itself is a thread that
+        # found no room for its stack.
         if isinstance(error.__cause__, MemoryError) or type(error.__cause__) is RuntimeError:
             raise SystemExit(_OUT_OF_MEMORY) from None
 
