@@ -22,7 +22,7 @@ from ckpt_ema.locations import RemotePath, as_path
 from ckpt_ema.outputs import resolve_outputs
 from ckpt_ema.planning import find_run
 from ckpt_ema.records import FoldOptions, FoldReport, PathLike
-from ckpt_ema.runs import Checkpoint, Run
+from ckpt_ema.runs import STEPLESS_COPY, Checkpoint, Run
 from ckpt_ema.steps import steps_in_name
 
 POLL_SECONDS = 1.0
@@ -118,7 +118,11 @@ class _Follower:
     done: dict[Path, Signature] = field(default_factory=dict)
     """What is not to be read again, unless it is written again."""
 
+    folded: dict[Path, Signature] = field(default_factory=dict)
+    """What the tensors lay in that were folded."""
+
     waiting: dict[Path, _Waiting] = field(default_factory=dict)
+    left_out: set[Path] = field(default_factory=set)
     missed: list[str] = field(default_factory=list)
     num_folded: int = 0
     last: FoldReport | None = None
@@ -165,7 +169,8 @@ class _Follower:
         self.done = {path: before for path, before in self.done.items() if _signature_below(path) == before}
         excluded = (*self.options.exclude, *(glob.escape(path.name) for path in self.done))
         try:
-            found = find_run(self.path, replace(self.options, exclude=excluded), is_live=True)
+            has_steps = self.last_step is not None
+            found = find_run(self.path, replace(self.options, exclude=excluded), is_live=True, has_steps=has_steps)
         except NoCheckpointError:
             found = None
         now = time.monotonic()
@@ -173,6 +178,8 @@ class _Follower:
         if found is not None:
             seen = {item.path: _signature_of(item) for item in found.checkpoints}
             seen |= {path: _signature_below(path) for path, _ in found.unfinished}
+            for name in [name for name, reason in found.left_out if reason == STEPLESS_COPY]:
+                self._leave_out(found.directory / name)
             self.has_passed = self.has_passed or any(reason.startswith("after ") for _, reason in found.left_out)
         for path in [path for path in self.waiting if path not in seen]:
             if not path.exists():
@@ -201,10 +208,25 @@ class _Follower:
             if not is_last and (not is_settled or may_be_preceded):
                 break
             if self.last_step is not None and item.step is not None and item.step <= self.last_step:
+                self._tell_older(item)
                 self._forget(item.path)
                 continue
             ready.append(item)
         return ready
+
+    def _tell_older(self, item: Checkpoint) -> None:
+        """What a trainer writes that went back; but a copy of the newest checkpoint under another name is no news."""
+        if item.path in self.folded:
+            if self.folded[item.path] != _signature_of(item):
+                self._miss(item.path, "was written again after it was folded")
+        elif item.step != self.last_step:
+            self._miss(item.path, f"is of {item.unit} {item.step}, and the teacher of {item.unit} {self.last_step}")
+
+    def _leave_out(self, path: Path) -> None:
+        if path not in self.left_out:
+            self.left_out.add(path)
+            self.tell(f"left out {path.name}: {STEPLESS_COPY}")
+        self._forget(path)
 
     def _choose_target(self, found: Run, newest: Checkpoint) -> None:
         """Where the teacher goes, and which checkpoints it has already where it is there."""
@@ -253,6 +275,11 @@ class _Follower:
                 self.tell(f"the checkpoint of step {self.last_step} is gone: no straight line can begin there")
         before = {path: _signature_below(path) for path in paths}
         init = self.target if self._beginning() is not None else None
+        if init is None and self.last_step is not None:
+            raise CkptEmaError(
+                f"`{self.target}`, the teacher of the checkpoints so far, is gone",
+                hint="follow again to begin anew with what is there",
+            )
         given = {name: getattr(self.options, name) for name in FoldOptions.__dataclass_fields__}
         # A teacher that is not there cannot be overwritten; an unfinished fold into it may.
         given |= {"init": init, "overwrite": init is not None or not self.target.exists()}
@@ -272,6 +299,7 @@ class _Follower:
         self.last_step, self.last_path = ready[-1].step, ready[-1].path
         for item in ready:
             self.done[item.path] = before[item.path]
+            self.folded[item.path] = _signature_of(item)
             self.waiting.pop(item.path, None)
         inside = {(past.name, past.step) for past in report.plan.past}
         count = len(inside | {(item.name, item.step) for item in report.plan.checkpoints})

@@ -60,8 +60,11 @@ def find_run(
     averages: Sequence[str] | None = None,
     *,
     is_live: bool = False,
+    has_steps: bool = False,
 ) -> Run:
     """The checkpoints that `wanted` selects; raises CkptEmaError where there are none, but of a run that is live.
+
+    Of such a run `has_steps` says whether checkpoints had a step that `wanted` leaves out or that are gone.
 
     For a reconstruction `averages` are the names of what holds averages; teachers of this tool are found then, too.
     """
@@ -77,6 +80,7 @@ def find_run(
         takes_teachers=averages is not None,
         averages=tuple(averages or ()),
         is_live=is_live,
+        has_steps=has_steps,
     )
     return find_checkpoints(_as_paths(run), selection)
 

@@ -33,6 +33,7 @@ from ckpt_ema.steps import (
 )
 from ckpt_ema.students import choose_student, find_state_dicts, is_average_name, is_flat
 
+STEPLESS_COPY = "a copy by its name, without a step"
 OWN_TEACHER = "a teacher that ckpt-ema wrote"
 LISTED_IN_ORDER = "pass the run directory to fold in step order"
 EMA_PYTORCH_PREFIX = "ema_model."
@@ -135,6 +136,9 @@ class Selection:
 
     is_live: bool = False
     """Whether the run is still being written: what cannot be read is told rather than raised."""
+
+    has_steps: bool = False
+    """Whether checkpoints of it that are not listed any more had a step, so that one without is a copy."""
 
 
 @dataclass(slots=True)
@@ -467,7 +471,7 @@ def _read_run_directory(run: Path, selection: Selection) -> tuple[Path, _Listing
         if named_average and not any(name == path.name for name, _ in listing.left_out):
             listing.averages.append(path.name)
             listing.left_out.append((path.name, "an average, by its name"))
-    if listing.averages and not listing.checkpoints and not listing.unreadable:
+    if listing.averages and not listing.checkpoints and not listing.unreadable and not selection.is_live:
         raise CkptEmaError(
             f"`{directory}` holds averages, and no raw student: {', '.join(listing.averages[:5])}",
             hint=_hint_to_fold_average(read_contents(directory / listing.averages[0])),
@@ -475,11 +479,12 @@ def _read_run_directory(run: Path, selection: Selection) -> tuple[Path, _Listing
     if selection.takes_teachers:
         _find_snapshots(listing, run, directory, selection)
     if listing.checkpoints or listing.unreadable or not listing.declared:
-        _sort_by_step(listing, directory, is_live=selection.is_live)
+        _sort_by_step(listing, directory, selection)
     return directory, listing
 
 
-def _sort_by_step(listing: _Listing, directory: Path, *, is_live: bool) -> None:
+def _sort_by_step(listing: _Listing, directory: Path, selection: Selection) -> None:
+    is_live = selection.is_live
     if is_live and not listing.checkpoints:
         return
     if not listing.checkpoints:
@@ -491,7 +496,9 @@ def _sort_by_step(listing: _Listing, directory: Path, *, is_live: bool) -> None:
             if listing.teachers
             else None,
         )
-    _leave_out_stepless_copies(listing)
+    _leave_out_stepless_copies(listing, has_steps=selection.has_steps)
+    if is_live and not listing.checkpoints:
+        return
     origin = next((o for o in ORIGINS if all(o in numbers for _, numbers in listing.checkpoints)), None)
     if origin is None:
         if len(listing.checkpoints) > 1:
@@ -540,13 +547,13 @@ def _check_epochs_ascend(listing: _Listing, origin: Origin, directory: Path) -> 
             )
 
 
-def _leave_out_stepless_copies(listing: _Listing) -> None:
+def _leave_out_stepless_copies(listing: _Listing, *, has_steps: bool) -> None:
     """`final.pt` without a step beside checkpoints with one is the last of them again."""
-    stepless = [item for item in listing.checkpoints if not item[1] and is_copy_name(item[0].label)]
-    if 0 < len(stepless) < len(listing.checkpoints):
+    stepless = [item for item in listing.checkpoints if not item[1] and (has_steps or is_copy_name(item[0].label))]
+    if stepless and (has_steps or len(stepless) < len(listing.checkpoints)):
         dropped = {id(item) for item in stepless}
         listing.checkpoints = [item for item in listing.checkpoints if id(item) not in dropped]
-        listing.left_out += [(item[0].label, "a copy by its name, without a step") for item in stepless]
+        listing.left_out += [(item[0].label, STEPLESS_COPY) for item in stepless]
 
 
 def _forgive_newest(listing: _Listing, origin: Origin | None) -> None:

@@ -55,7 +55,8 @@ class Following:
         """Until `count` lines have the word."""
         deadline = time.monotonic() + 30
         while sum(word in line for line in self.lines) < count:
-            assert self.error is None, self.error
+            if self.error is not None:
+                raise self.error
             assert time.monotonic() < deadline, self.lines
             time.sleep(0.01)
 
@@ -168,6 +169,57 @@ def test_a_checkpoint_that_vanishes_is_told(tmp_path: Path) -> None:
         following.wait("step_300.safetensors folded")
         following.end()
     assert_same_bits(load_file(run / "teacher.safetensors"), hook_teacher(students, 0.1, BUFFERS))
+
+
+def test_a_trainer_that_went_back_is_told(tmp_path: Path) -> None:
+    """Steps before the teacher's, and ones that it has and that are written again: not folded, and each is said."""
+    run = tmp_path / "run"
+    students = [save(run, 1), save(run, 3)]
+    with Following(run) as following:
+        following.wait("folded in")
+        save(run, 2)
+        following.wait("missed step_200.safetensors: it is of step 200, and the teacher of step 300")
+        save_file(make_student(9), run / "step_300.safetensors")
+        following.wait("missed step_300.safetensors: it was written again after it was folded")
+        students.append(save(run, 4))
+        following.wait("step_400.safetensors folded")
+        report = following.end()
+    assert report.missed == ("step_200.safetensors", "step_300.safetensors")
+    assert_same_bits(load_file(run / "teacher.safetensors"), hook_teacher(students, 0.1, BUFFERS))
+
+
+def test_copies_without_a_step_are_left_out(tmp_path: Path) -> None:
+    """`last` and `best` beside checkpoints with a step, while these are there and when they are gone, and rewritten;
+    an average beside them is none either."""
+    run = tmp_path / "run"
+    students = [save(run, 1)]
+    shutil.copy(run / "step_100.safetensors", run / "last.safetensors")
+    with Following(run) as following:
+        following.wait("folded in")
+        for number in (2, 3):
+            students.append(save(run, number))
+            shutil.copy(run / f"step_{number}00.safetensors", run / "last.safetensors")
+            shutil.copy(run / f"step_{number}00.safetensors", run / "best.safetensors")
+            save_file(make_student(9), run / "model_ema.safetensors")
+            following.wait("folded in", number)
+            (run / f"step_{number}00.safetensors").unlink()
+            time.sleep(0.5)
+        assert following.end().missed == ()
+    assert_same_bits(load_file(run / "teacher.safetensors"), hook_teacher(students, 0.1, BUFFERS))
+    assert sum("left out" in line for line in following.lines) == 2
+
+
+def test_a_teacher_that_is_gone_is_not_begun_anew_in_silence(tmp_path: Path) -> None:
+    """It had checkpoints that may not be there any more."""
+    run = tmp_path / "run"
+    save(run, 1)
+    with Following(run) as following:
+        following.wait("folded in")
+        (run / "teacher.safetensors").unlink()
+        save(run, 2)
+        with pytest.raises(CkptEmaError, match="the teacher of the checkpoints so far, is gone"):
+            following.wait("never")
+    assert not (run / "teacher.safetensors").exists()
 
 
 def test_a_trainer_that_writes_one_name_again_and_again_is_followed(tmp_path: Path) -> None:
