@@ -59,6 +59,12 @@ class Weighed:
     past: tuple[PastCheckpoint, ...] = ()
     """The checkpoints in the teacher that is gone on from."""
 
+    parts: int = 1
+    """In how many folds that teacher was made (see FoldPlan)."""
+
+    is_cut: bool = False
+    """Whether straight lines cross from that teacher to these checkpoints."""
+
 
 def weigh(checkpoints: Sequence[Checkpoint], options: FoldOptions, beginning: Beginning | None = None) -> Weighed:
     """The updates of every teacher that `options` asks for, and the checkpoints that have a share in one.
@@ -77,12 +83,15 @@ def weigh(checkpoints: Sequence[Checkpoint], options: FoldOptions, beginning: Be
         weighed = _per_step(newer, options, beginning, anchor)
     else:
         weighed = _per_checkpoint(newer, options)
+    past = () if warnings or beginning.record.get("initial_teacher") is not None else beginning.past
     return replace(
         weighed,
         averages=(Average(beginning.path, beginning.label, None),),
         left_out=(*left_out, *weighed.left_out),
         warnings=(*warnings, *weighed.warnings),
-        past=() if warnings or beginning.record.get("initial_teacher") is not None else beginning.past,
+        past=past,
+        parts=beginning.parts if past else 1,
+        is_cut=bool(past) and options.per_step and options.between != "hold",
     )
 
 

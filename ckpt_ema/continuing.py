@@ -31,6 +31,12 @@ class Beginning:
     """The checkpoints in it, oldest first, where it was folded or reconstructed."""
 
     @property
+    def parts(self) -> int:
+        """In how many folds it was made that cost last digits (see FoldPlan); 1 where its digits are those of one."""
+        parts = self.record.get("parts")
+        return parts if type(parts) is int and 1 < parts < MAX_COUNT else 1
+
+    @property
     def label(self) -> str:
         """Its name, for people."""
         return self.path.name

@@ -131,6 +131,7 @@ def plan_weighed(
             wanted.profiles, targets, weighed.updates, coefficients, strict=True
         )
     )
+    rounded = list(_rounded(weighed, layouts, tensors, wanted))
     by_input = list(zip(*coefficients, strict=True))
     num_averages = len(weighed.averages)
     return FoldPlan(
@@ -147,6 +148,7 @@ def plan_weighed(
             for item, shares in zip(checkpoints, by_input[num_averages:], strict=True)
         ),
         past=weighed.past,
+        parts=weighed.parts + (weighed.is_cut or bool(rounded)),
         predictions=weighed.predictions,
         span=weighed.span,
         tensors=tuple(tensors),
@@ -156,8 +158,8 @@ def plan_weighed(
         warnings=(
             *found.warnings,
             *weighed.warnings,
-            *_rounded(weighed, layouts, tensors, wanted),
-            *_warnings(checkpoints, teachers, wanted, tensors),
+            *rounded,
+            *_warnings(checkpoints, teachers, wanted, tensors, goes_on=bool(weighed.past)),
         ),
         mended_options=_mended_options(checkpoints, teachers, wanted),
         blocks=blocks,
@@ -223,9 +225,13 @@ def _warnings(
     teachers: Sequence[PlannedTeacher],
     options: FoldOptions,
     tensors: Sequence[TeacherTensor],
+    *,
+    goes_on: bool,
 ) -> Iterator[str]:
     if all(tensor.action == "copy" for tensor in tensors):
         yield f"nothing is averaged: all {len(tensors)} tensors are copied from `{checkpoints[-1].label}`"
+    if goes_on:  # what dominates was told when the teacher was begun
+        return
     if len(teachers[0].updates) == 1:
         yield f"`{checkpoints[0].label}` alone takes part: the teacher is a copy of it"
         return

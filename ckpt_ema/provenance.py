@@ -26,6 +26,7 @@ def teacher_metadata(plan: FoldPlan, number: int) -> dict[str, str]:
         "skip_buffers": options.skip_buffers,
         "initial_teacher": None if plan.initial_teacher is None or plan.past else printable(plan.initial_teacher),
         **made_record(plan, number),
+        **({} if plan.parts == 1 else {"parts": plan.parts}),
         "state": plan.newest.state_key,
         "stripped": list(plan.newest.stripped),
         "averages": [

@@ -15,11 +15,11 @@ from typing import Any
 from ckpt_ema.blocks import BlockPlan
 from ckpt_ema.byte_ranges import TensorRange, count_elements, open_input, read_exactly
 from ckpt_ema.coefficients import MAX_COEFFICIENT
-from ckpt_ema.continuing import past_of
+from ckpt_ema.continuing import Beginning, past_of
 from ckpt_ema.dtypes import DType
 from ckpt_ema.engine import cpu
 from ckpt_ema.engine.contract import NonFiniteBlockError, Task
-from ckpt_ema.engine.distance import first_not_finite, shown_element
+from ckpt_ema.engine.distance import epsilon_of, first_not_finite, relative_distance, shown_element
 from ckpt_ema.engine.inputs import InputFiles
 from ckpt_ema.engine.streams import Streams
 from ckpt_ema.errors import CkptEmaError, MisuseError, UnreadableCheckpointError
@@ -70,8 +70,9 @@ def verify(
     """Check a teacher's structure, that its numbers are finite, and what it says of itself.
 
     With `run`, the folder of the checkpoints it was folded from, a random `share` of its blocks (0 < share <= 1, at
-    least 16 of them, chosen by `seed`) is folded again and compared bit for bit. Raises MisuseError for what is not
-    there; all else is found, not raised.
+    least 16 of them, chosen by `seed`) is folded again and compared bit for bit; of a teacher whose record says that it
+    was made in n parts, which cost last digits, up to sqrt(n) times the dtype's epsilon (relative, per block). Raises
+    MisuseError for what is not there; all else is found, not raised.
     """
     if not 0 < share <= 1:
         raise MisuseError(f"`--share` is {share}, and must be above 0 and at most 1")
@@ -162,18 +163,21 @@ def _check_against(
         return Check("recomputed", False, f"cannot be done from a run alone: {why}")
     try:
         planned = plan_again(found, record, past, copied, run, memory_budget_bytes)
-        return _recompute(found, planned, share, seed)
+        parts = Beginning(run, record, past).parts
+        return _recompute(found, planned, copied, parts, share, seed)
     except CkptEmaError as error:
         return Check("recomputed", False, "; ".join([error.message, *error.details[:5]]), error.hint)
 
 
-def _recompute(found: Inspection, planned: FoldPlan, share: float, seed: int | None) -> Check:
+def _recompute(
+    found: Inspection, planned: FoldPlan, copied: frozenset[str], parts: int, share: float, seed: int | None
+) -> Check:
     """Fold a sample of the blocks again, and compare."""
     blocks = list(planned.blocks.blocks())
     seed = random.randrange(1 << 32) if seed is None else seed
     chosen = random.Random(seed).sample(blocks, min(len(blocks), max(MIN_BLOCKS, math.ceil(share * len(blocks)))))
     chosen.sort(key=lambda block: block.position)
-    judge = _Judge(found, planned.blocks)
+    judge = _Judge(found, planned.blocks, copied, parts)
     with InputFiles(planned.layouts) as files:
         task = Task(planned.blocks, planned.layouts, [planned.teachers[0].updates], files)
         try:
@@ -190,7 +194,10 @@ def _recompute(found: Inspection, planned: FoldPlan, share: float, seed: int | N
     what = f"{len(chosen)} of {len(blocks)} blocks ({part:.1%}, `--seed {seed}`)"
     if len(chosen) == len(blocks):
         what = "all of it"
-    return Check("recomputed", True, f"{what} from {len(planned.inputs)} files, bit for bit")
+    how = "bit for bit"
+    if judge.largest:
+        how = f"up to the rounding of its {parts} parts (relative distance {judge.largest:.1e} at most)"
+    return Check("recomputed", True, f"{what} from {len(planned.inputs)} files, {how}")
 
 
 def _hint_of_rounding(planned: FoldPlan) -> str | None:
@@ -213,7 +220,11 @@ class _DifferentError(Exception):
 class _Judge:
     """A Teacher that compares what it is given with what the file holds."""
 
-    def __init__(self, found: Inspection, plan: BlockPlan) -> None:
+    def __init__(self, found: Inspection, plan: BlockPlan, copied: frozenset[str], parts: int) -> None:
+        self._copied = copied
+        self._parts = parts
+        self.largest = 0.0
+        """The largest relative distance of a block, where rounding is allowed for."""
         self._ranges: list[tuple[int, int, str, TensorRange]] = []
         for name, (begin, end) in plan.offsets.items():
             stored = found.tensors[name]
@@ -240,8 +251,16 @@ class _Judge:
                 break
             held = read_exactly(self._files[stored.file], last - first, stored.begin + first - begin)
             made = bytes(block[first - position : last - position])
-            if held != made:
+            if held != made and not self._is_rounding(name, stored.dtype, held, made):
                 raise _DifferentError(_first_difference(name, stored.dtype, first - begin, held, made))
+
+    def _is_rounding(self, name: str, dtype: DType, held: bytes, made: bytes) -> bool:
+        """Whether a difference is one that the parts of a teacher explain: each of them rounds anew."""
+        if self._parts == 1 or name in self._copied:
+            return False
+        distance = relative_distance(held, made, dtype)
+        self.largest = max(self.largest, distance)
+        return distance <= math.sqrt(self._parts) * epsilon_of(dtype)
 
 
 def _first_difference(name: str, dtype: DType, offset: int, held: bytes, made: bytes) -> str:

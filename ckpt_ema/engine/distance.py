@@ -87,6 +87,19 @@ def first_not_finite(elements: torch.Tensor, *, may_be_infinite: bool) -> tuple[
     return index, float(values[index].real)
 
 
+def relative_distance(one: bytes, other: bytes, dtype: DType) -> float:
+    """||a - b|| / ||b|| of the elements of `dtype` in two runs of bytes of one length."""
+    found = Distance()
+    found.add(*(torch.frombuffer(bytearray(content), dtype=torch_dtype(dtype)) for content in (one, other)))
+    return found.relative
+
+
+def epsilon_of(dtype: DType) -> float:
+    """The distance from 1 to the next number of a floating-point dtype; 0 of others."""
+    wide = torch_dtype(dtype)
+    return torch.finfo(wide).eps if wide.is_floating_point or wide.is_complex else 0.0
+
+
 def shown_element(content: bytes, dtype: DType) -> str:
     """The value of one element's bytes, for people."""
     return str(comparable(torch.frombuffer(bytearray(content), dtype=torch_dtype(dtype))).tolist()[0])
