@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import io
 import json
@@ -136,22 +137,22 @@ def _run(command: Command, arguments: tuple[Any, ...], options: dict[str, Any]) 
         command(*arguments, **options)
     except CkptEmaError as error:
         shown = len(error.details) if options.get("verbose") else 10
-        click.echo(f"Error: {error.message}", err=True)
+        _tell(f"Error: {error.message}")
         for line in error.details[:shown]:
-            click.echo(f"  {line}", err=True)
+            _tell(f"  {line}")
         if len(error.details) > shown:
-            click.echo(f"  ... and {len(error.details) - shown} more (`-v` shows all)", err=True)
+            _tell(f"  ... and {len(error.details) - shown} more (`-v` shows all)")
         if error.hint:
-            click.echo(f"\nhint: {error.hint}", err=True)
+            _tell(f"\nhint: {error.hint}")
         sys.exit(2 if isinstance(error, MisuseError) else 1)
     except _StoppedError as stop:
-        click.echo("Stopped; a teacher is only ever replaced by a whole one", err=True)
+        _tell("Stopped; a teacher is only ever replaced by a whole one")
         sys.exit(stop.exit_code)
     except BrokenPipeError:  # `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(1)
     except OSError as error:
-        click.echo(f"Error: {error.strerror or error}: {error.filename or ''}".rstrip(": "), err=True)
+        _tell(f"Error: {error.strerror or error}: {error.filename or ''}".rstrip(": "))
         sys.exit(1)
 
 
@@ -159,19 +160,43 @@ def _prepare_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # File names may be bytes that are no text, and terminals may know no bars.
-            stream.reconfigure(errors="surrogateescape" if _is_utf8(stream) else "backslashreplace")
+            stream.reconfigure(errors=_NAMES if _is_utf8(stream) else "backslashreplace")
 
 
 def _is_utf8(stream: Any) -> bool:
     return (getattr(stream, "encoding", None) or "utf-8").lower().replace("-", "") == "utf8"
 
 
+_NAMES = "names"
+"""How texts become bytes: those of a file name as they were, and half a letter in a checkpoint as `\\ud800`."""
+
+
+def _encode_surrogate(error: UnicodeError) -> tuple[str | bytes, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    number = ord(error.object[error.start])
+    is_byte = 0xDC80 <= number <= 0xDCFF
+    return bytes([number - 0xDC00]) if is_byte else f"\\u{number:04x}", error.start + 1
+
+
+codecs.register_error(_NAMES, _encode_surrogate)
+
+
+def _tell(text: str) -> None:
+    """Print on stderr, as `_print`."""
+    click.echo(_printable(text), err=True)
+
+
 def _print(text: str) -> None:
     """Print on stdout what a checkpoint or a person named: no control character but the line feeds of our tables."""
-    text = "".join(c if c >= " " or c == "\n" else f"\\x{ord(c):02x}" for c in text)
+    text = _printable(text)
     if not _is_utf8(sys.stdout):
         text = text.translate(dict.fromkeys(map(ord, "█▉▊▋▌▍▎▏"), "#"))
     click.echo(text)
+
+
+def _printable(text: str) -> str:
+    # Terminals obey the upper control characters as well.
+    return "".join(f"\\x{ord(c):02x}" if (c < " " and c != "\n") or "\x7f" <= c <= "\x9f" else c for c in text)
 
 
 @contextlib.contextmanager
@@ -570,13 +595,13 @@ def follow(run: str, output: str | None, quiet: bool, **options: Any) -> None:
 
     def tell(text: str) -> None:
         if not quiet or text.startswith(("Warning", "missed")):
-            click.echo(f"{datetime.now():%H:%M:%S} {text}", err=True)
+            _tell(f"{datetime.now():%H:%M:%S} {text}")
 
     with contextlib.redirect_stdout(sys.stderr), _first_signal_sets() as stop:
         done = ckpt_ema.follow(run, output, stop=stop, tell=tell, **options)
     if not quiet:
         missed = f", missed {len(done.missed)}: {', '.join(done.missed)}" if done.missed else ""
-        click.echo(f"folded {done.num_folded} checkpoints{missed}", err=True)
+        _tell(f"folded {done.num_folded} checkpoints{missed}")
     click.echo(str(done.output))
 
 
@@ -724,9 +749,9 @@ def _carry_out(
     def announce(planned: FoldPlan) -> None:
         begun.append(planned)
         if planned.predictions and not quiet:
-            click.echo(report.predictions_text(planned), err=True)
+            _tell(report.predictions_text(planned))
         if verbose and not quiet:
-            click.echo(report.plan_text(planned, verbose=True), err=True)
+            _tell(report.plan_text(planned, verbose=True))
         _warn(planned)
 
     shows_bar = not quiet and sys.stderr is not None and sys.stderr.isatty()
@@ -743,11 +768,11 @@ def _carry_out(
             sys.exit(1)  # the rank that failed says why, and the first one that nothing was written
         finally:
             if begun and (share := done_share(begun[0].output)) is not None:
-                click.echo(f"{share:.0%} is done: the same command with `--resume` goes on from there", err=True)
+                _tell(f"{share:.0%} is done: the same command with `--resume` goes on from there")
     if not ranks.is_first:
         return
     if not quiet:
-        click.echo(report.summary_text(done, verbose=verbose), err=True)
+        _tell(report.summary_text(done, verbose=verbose))
     click.echo(json.dumps(report.report_record(done), indent=2) if as_json else "\n".join(done.plan.output_names))
 
 
@@ -773,13 +798,13 @@ def _show(
     _warn(planned)
     taken = [teacher.output for teacher in planned.teachers if teacher.output.exists()]
     if taken and not planned.options.overwrite:
-        click.echo(f"Warning: `{taken[0]}` exists: the teacher will not be written without `--overwrite`", err=True)
+        _tell(f"Warning: `{taken[0]}` exists: the teacher will not be written without `--overwrite`")
 
 
 def _warn(planned: FoldPlan) -> None:
     for text in planned.warnings:
-        click.echo(f"Warning: {text}", err=True)
+        _tell(f"Warning: {text}")
     if planned.mended_options:
         # Behind the command's name: behind `--` an option would be a path.
         words = [*sys.argv[1:2], *planned.mended_options, *sys.argv[2:]]
-        click.echo(f"hint: {shlex.join(['ckpt-ema', *words])}", err=True)
+        _tell(f"hint: {shlex.join(['ckpt-ema', *words])}")

@@ -398,8 +398,8 @@ class FoldPlan:
     """Those that the initial teacher was folded from, where this fold goes on with the same run."""
 
     parts: int
-    """In how many folds the teachers are made, those counted that cost last digits: the one gone on from was rounded, or
-    straight lines lead from its checkpoints to these. With 1 the bits are those of one fold."""
+    """In how many folds the teachers are made, those counted that cost last digits: the one gone on from was rounded,
+    or straight lines lead from its checkpoints to these. With 1 the bits are those of one fold."""
 
     averages: tuple[FoldedCheckpoint, ...]
     """Averages that enter before them: the initial teacher, or the snapshots of a reconstruction."""

@@ -156,7 +156,7 @@ def read_input(path: Path, *, keep_tables: bool = False) -> bool:
                 inspect(path)
         return True
     except CkptEmaError as error:
-        str(error).encode("utf-8", "surrogateescape" if path.is_dir() else "backslashreplace")
+        str(error)
         return False
     except _TooSlow:
         raise Finding(f"took more than {MAX_SECONDS} s") from None

@@ -26,7 +26,7 @@ from ckpt_ema.dtypes import DTYPES
 from ckpt_ema.errors import CkptEmaError
 from ckpt_ema.formats import Contents, pickles, read_contents
 from ckpt_ema.students import choose_student
-from tests.conftest import StateDict, assert_same_bits, hook_teacher, make_student
+from tests.conftest import Outcome, StateDict, assert_same_bits, hook_teacher, make_student
 
 PACKAGE = Path(ckpt_ema.__file__).parent
 # A module of the standard library that nothing here imports: whoever imports it ran a pickle.
@@ -936,6 +936,39 @@ def test_names_that_are_no_utf8_are_folded_or_refused(tmp_path: Path) -> None:
 
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 # What each module may import, lowest first; a module imports only what stands on an earlier line (or its own).
+NO_TEXTS = {"\ud800x": "\\ud800x", "\x1b[31mred": "\\x1b[31mred", "\x9b1m": "\\x9b1m", "\x7f": "\\x7f"}
+
+
+@pytest.mark.parametrize("command", ["inspect", "plan"])
+@pytest.mark.parametrize("name", NO_TEXTS)
+def test_names_that_are_no_text_are_shown_as_what_they_are(
+    tmp_path: Path, cli: Callable[..., Outcome], command: str, name: str
+) -> None:
+    """Half a letter and control characters raise nothing and reach no terminal, on stdout and in errors."""
+    run = tmp_path / "run"
+    run.mkdir()
+    for step, size in ((1, 3), (2, 4)):
+        torch.save({name: torch.ones(size), "a": torch.ones(2) * step}, run / f"step_{step}.pt")
+    outcome = cli(command, run / "step_1.pt" if command == "inspect" else run)
+    assert outcome.code == (0 if command == "inspect" else 1)
+    shown = outcome.stdout + outcome.stderr
+    assert "Traceback" not in shown
+    assert NO_TEXTS[name] in shown
+    assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\ud800-\udfff]", shown)
+
+
+def test_an_index_that_names_half_a_letter_is_refused_in_words(tmp_path: Path, cli: Callable[..., Outcome]) -> None:
+    """Found by the fuzzer: the error itself could not be printed."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    save_file({"a": torch.ones(3)}, folder / "model-00001-of-00001.safetensors")
+    shard = '"model-00001-of-00001.safetensors"'
+    (folder / "model.safetensors.index.json").write_text(f'{{"weight_map": {{"a": {shard}, "\\ud800": {shard}}}}}')
+    outcome = cli("inspect", folder)
+    assert outcome.code == 1
+    assert "holds `\\ud800`, which it does not" in outcome.stderr
+
+
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("_version", "errors", "sizes", "timings", "quadrature"),
     ("dtypes", "responses", "ranks", "remote_store"),
