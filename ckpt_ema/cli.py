@@ -741,6 +741,7 @@ def _carry_out(
     from ckpt_ema import report  # noqa: PLC0415
     from ckpt_ema.journal import done_share  # noqa: PLC0415
     from ckpt_ema.ranks import OtherRankFailedError  # noqa: PLC0415
+    from ckpt_ema.writer import BEGIN_ANEW  # noqa: PLC0415
 
     ranks = ckpt_ema.ranks_of_environment()
     quiet = quiet or not ranks.is_first
@@ -762,13 +763,13 @@ def _carry_out(
     ):
         try:
             done = work(run, output, progress=bar.update, announce=announce, ranks=ranks, **_or_none(options))
-        except OtherRankFailedError:
-            if ranks.is_first:
-                raise
-            sys.exit(1)  # the rank that failed says why, and the first one that nothing was written
-        finally:
-            if begun and (share := done_share(begun[0].output)) is not None:
+        except BaseException as error:
+            can_go_on = begun and getattr(error, "hint", None) != BEGIN_ANEW
+            if can_go_on and (share := done_share(begun[0].output)) is not None:
                 _tell(f"{share:.0%} is done: the same command with `--resume` goes on from there")
+            if isinstance(error, OtherRankFailedError) and not ranks.is_first:
+                sys.exit(1)  # the rank that failed says why, and the first one that nothing was written
+            raise
     if not ranks.is_first:
         return
     if not quiet:

@@ -36,13 +36,14 @@ def fingerprint(planned: FoldPlan, outputs: Sequence[TeacherFiles]) -> dict[str,
         "inputs": [
             {
                 "name": item.name,
-                "files": [[str(file.path.absolute()), file.size, file.version] for file in layout.files],
+                # Links lead to one file by many names, on a cluster more often than not.
+                "files": [[str(file.path.resolve()), file.size, file.version] for file in layout.files],
                 "table": _digest_of_table(layout, tables),
             }
             for item, layout in zip(planned.inputs, planned.layouts, strict=True)
         ],
         "updates": [teacher.updates for teacher in planned.teachers],
-        "targets": [str(teacher.output.absolute()) for teacher in planned.teachers],
+        "targets": [str(teacher.output.parent.resolve() / teacher.output.name) for teacher in planned.teachers],
         "files": _digest_of_files(outputs),
         "bytes": planned.blocks.data_bytes,
     }

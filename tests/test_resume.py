@@ -139,6 +139,19 @@ def test_resume_reads_the_rest_alone_and_with_any_memory(long_students: Path, tm
     assert unfinished(tmp_path) == []
 
 
+def test_links_lead_to_the_same_fold(long_students: Path, tmp_path: Path) -> None:
+    """Of the run and of the output's folder, and back."""
+    whole = quiet_fold(long_students, tmp_path / "whole.safetensors")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "linked-out").symlink_to("out")
+    (tmp_path / "linked-run").symlink_to(long_students)
+    stop_fold(tmp_path / "linked-run", tmp_path / "out" / "t.safetensors")
+    done = quiet_fold(long_students, tmp_path / "linked-out" / "t.safetensors", resume=True)
+    assert done.resumed_bytes > 0
+    assert (tmp_path / "out" / "t.safetensors").read_bytes() == whole.output.read_bytes()
+    assert os.listdir(tmp_path / "out") == ["t.safetensors"]
+
+
 def test_resume_without_anything_to_go_on_with_is_a_fold(long_students: Path, tmp_path: Path) -> None:
     """A script may always pass it."""
     done = quiet_fold(long_students, tmp_path / "t.safetensors", resume=True)
@@ -381,7 +394,7 @@ def test_records_that_are_torn_do_not_count(long_students: Path, tmp_path: Path)
     assert (tmp_path / "t.safetensors").read_bytes() == whole
 
 
-def test_a_half_file_that_is_gone_or_cut_is_told(long_students: Path, tmp_path: Path) -> None:
+def test_a_half_file_that_is_gone_or_cut_is_told(long_students: Path, tmp_path: Path, cli: Cli) -> None:
     """Somebody tidied up: an error that says how to begin anew, which then works."""
     for spoil in (Path.unlink, lambda path: os.truncate(path, 1000)):
         stop_fold(long_students, tmp_path / "t.safetensors")
@@ -390,6 +403,10 @@ def test_a_half_file_that_is_gone_or_cut_is_told(long_students: Path, tmp_path: 
         with pytest.raises(CkptEmaError, match=r"the unfinished `.*\.tmp` (is gone|has 1000 bytes)") as caught:
             quiet_fold(long_students, tmp_path / "t.safetensors", resume=True)
         assert "`--overwrite` without `--resume`" in str(caught.value.hint)
+        outcome = cli("fold", long_students, "-o", "t.safetensors", "--resume")
+        assert outcome.code == 1
+        assert "the unfinished" in outcome.stderr
+        assert "goes on from there" not in outcome.stderr
         quiet_fold(long_students, tmp_path / "t.safetensors", overwrite=True)
         assert unfinished(tmp_path) == []
         (tmp_path / "t.safetensors").unlink()
