@@ -15,6 +15,9 @@ from ckpt_ema.layouts import Layout, Schema
 
 # Buffers that move during training, by the names torch and the common libraries give them. A bare state dict does
 # not say which of its tensors are buffers; one that never moves averages to itself and needs no rule.
+ASKED_FOR = "buffer (`--buffer`)"
+"""Why a tensor is copied that the user named."""
+
 KNOWN_BUFFERS = frozenset(
     word
     for words in (
@@ -108,7 +111,7 @@ def _reason_to_copy(name: str, dtype: DType, treatment: Treatment, buffers: Coll
     if dtype.kind == "integer":
         return dtype.name
     if treatment.buffer_globs and any(fnmatch.fnmatchcase(name, glob) for glob in treatment.buffer_globs):
-        return "buffer (`--buffer`)"
+        return ASKED_FOR
     if not treatment.skip_buffers:
         # The hook's rule for whole state dicts: `is_floating_point`, which complex numbers are not.
         return "" if dtype.is_floating_point else dtype.name

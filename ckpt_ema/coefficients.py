@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ckpt_ema.continuing import Beginning
-from ckpt_ema.errors import CkptEmaError, MisuseError
+from ckpt_ema.errors import CkptEmaError, MisuseError, NoCheckpointError
 from ckpt_ema.locations import as_path
 from ckpt_ema.profiles import (
     Profile,
@@ -83,12 +83,19 @@ def weigh(checkpoints: Sequence[Checkpoint], options: FoldOptions, beginning: Be
         weighed = _per_step(newer, options, beginning, anchor)
     else:
         weighed = _per_checkpoint(newer, options)
-    past = () if warnings or beginning.record.get("initial_teacher") is not None else beginning.past
+    if not weighed.checkpoints:
+        raise NoCheckpointError(
+            f"no update falls on what is newer than `{beginning.label}`: the average is updated once in"
+            f" {options.interval} steps",
+            hint="train on, then fold again",
+        )
+    is_other = bool(warnings) or not beginning.is_average or beginning.record.get("initial_teacher") is not None
+    past = () if is_other else beginning.past
     return replace(
         weighed,
         averages=(Average(beginning.path, beginning.label, None),),
         left_out=(*left_out, *weighed.left_out),
-        warnings=(*warnings, *weighed.warnings),
+        warnings=(*warnings, *beginning.changed_of(checkpoints), *weighed.warnings),
         past=past,
         parts=beginning.parts if past else 1,
         is_cut=bool(past) and options.per_step and options.between != "hold",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import glob
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ckpt_ema.catalogue import ASKED_FOR
 from ckpt_ema.errors import CkptEmaError, MisuseError, NoCheckpointError
 from ckpt_ema.formats import read_contents
 from ckpt_ema.formats.folder import has_weights, is_sharded
@@ -41,6 +43,25 @@ class Beginning:
         """Its name, for people."""
         return self.path.name
 
+    @property
+    def is_average(self) -> bool:
+        """Whether it is an exponential moving average, as far as it says."""
+        return bool(self.record.get("profile", "ema") == "ema")
+
+    def changed_of(self, checkpoints: Sequence[Checkpoint]) -> list[str]:
+        """A warning where checkpoints of the teacher have another size than when it was folded."""
+        sizes = {(past.name, past.unit, past.step): past.size for past in self.past}
+        keys = ((item, (printable(item.label), item.unit, item.step)) for item in checkpoints)
+        changed = [item for item, key in keys if sizes.get(key, item.size) != item.size]
+        if not changed:
+            return []
+        first = changed[0]
+        was = sizes[printable(first.label), first.unit, first.step]
+        return [
+            f"{len(changed)} of the checkpoints in `{self.label}` were written again since: `{first.label}` has"
+            f" {first.size} bytes, and had {was}"
+        ]
+
     def training_step(self, options: FoldOptions) -> int:
         """The training step it is of; raises MisuseError where it does not say."""
         step = self.record.get("step")  # of a reconstruction or an online teacher
@@ -64,15 +85,19 @@ class Beginning:
 
     def options_for(self, options: FoldOptions) -> tuple[FoldOptions, list[str], list[str]]:
         """`options`, with how the teacher was made where they say nothing of it; notes; warnings."""
-        if self.record.get("made") != "fold" or self.record.get("profile") != "ema":
-            return options, [], []
+        is_asked = options.per is not None or options.momentum is not None or options.half_life is not None
+        if self.record.get("made") != "fold" or not self.is_average:
+            if self.is_average or is_asked:
+                return options, [], []
+            what = f"`{self.label}` is of profile {self.record.get('profile')}"
+            return options, [], [f"{what}, and goes on as an exponential moving average"]
         names = [name for name in ("momentum", "half_life") if self.record.get(name) is not None]
         made: dict[str, Any] = {name: self.record.get(name) for name in names}
         warnings = []
         if self.record.get("skip_buffers") is not options.skip_buffers:
             flag = "--no-skip-buffers" if options.skip_buffers else "--skip-buffers"
             warnings.append(f"`{self.label}` was folded with `{flag}`, and goes on without")
-        is_asked = options.per is not None or options.momentum is not None or options.half_life is not None
+        options = self._with_treatment(options)
         counting: dict[str, Any] = {"per": self.record.get("per"), "interval": self.record.get("interval", 1)}
         if counting["per"] == "step":
             counting |= {"between": self.record.get("between"), "steps_per_epoch": self.record.get("steps_per_epoch")}
@@ -94,6 +119,19 @@ class Beginning:
             raise CkptEmaError(f"`{self.path}` says of itself what cannot be: {error.message}") from None
         return inherited, [f"goes on as `{self.label}` was made: {_told(made, counting)}"], warnings
 
+    def _with_treatment(self, options: FoldOptions) -> FoldOptions:
+        """`options`, with what was copied on request and how wide it was folded where they say nothing of that."""
+        copied = self.record.get("copied")
+        names = copied.get("names") if isinstance(copied, dict) else None
+        asked = names.get(ASKED_FOR) if isinstance(names, dict) else None
+        if not options.buffers and isinstance(asked, list) and all(isinstance(name, str) for name in asked):
+            options = replace(options, buffers=tuple(glob.escape(name) for name in asked))
+        dtypes = self.record.get("dtypes")
+        accumulate = dtypes.get("accumulate") if isinstance(dtypes, dict) else None
+        if options.accumulate == "float32" and accumulate in ("float64", "student"):
+            options = replace(options, accumulate=accumulate)
+        return options
+
     def newer_of(
         self, checkpoints: Sequence[Checkpoint]
     ) -> tuple[list[Checkpoint], Checkpoint | None, list[tuple[str, str]], list[str]]:
@@ -108,7 +146,9 @@ class Beginning:
         if last is None or last.step is None or None in steps or any(item.unit != last.unit for item in checkpoints):
             left_out = [(item.label, f"`{self.label}` has it") for item in checkpoints if id(item) in inside]
             return self._some([item for item in checkpoints if id(item) not in inside]), None, left_out, []
-        beyond = [item for item in checkpoints if item.step is not None and item.step > last.step]
+        beyond = [
+            item for item in checkpoints if item.step is not None and item.step > last.step and id(item) not in inside
+        ]
         if not inside and len(beyond) < len(checkpoints):
             text = f"no checkpoint is in `{self.label}`, which is of {last.unit} {last.step}: it is of another run"
             return list(checkpoints), None, [], [text]
@@ -118,7 +158,8 @@ class Beginning:
             for item in checkpoints
             if id(item) not in newer
         ]
-        anchor = next((item for item in checkpoints if item.step == last.step and id(item) in inside), None)
+        same = (item for item in checkpoints if item.step == last.step and id(item) in inside)
+        anchor = next((item for item in same if item.size == last.size), None)
         return self._some(beyond), anchor, left_out, []
 
     def _some(self, checkpoints: list[Checkpoint]) -> list[Checkpoint]:

@@ -14,7 +14,9 @@ from hashlib import sha256
 from typing import Any
 
 from ckpt_ema._version import __version__
+from ckpt_ema.byte_ranges import SourceFile
 from ckpt_ema.layouts import Layout, Schema
+from ckpt_ema.locations import RemotePath
 from ckpt_ema.records import FoldPlan
 from ckpt_ema.teacher_files import TeacherFiles
 
@@ -37,7 +39,7 @@ def fingerprint(planned: FoldPlan, outputs: Sequence[TeacherFiles]) -> dict[str,
             {
                 "name": item.name,
                 # Links lead to one file by many names, on a cluster more often than not.
-                "files": [[str(file.path.resolve()), file.size, file.version] for file in layout.files],
+                "files": [[str(file.path.resolve()), file.size, _version(file)] for file in layout.files],
                 "table": _digest_of_table(layout, tables),
             }
             for item, layout in zip(planned.inputs, planned.layouts, strict=True)
@@ -53,6 +55,14 @@ def fingerprint(planned: FoldPlan, outputs: Sequence[TeacherFiles]) -> dict[str,
 def made_of(planned: FoldPlan, outputs: Sequence[TeacherFiles]) -> dict[str, Any]:
     """What is the same on all machines that fold together: the options, and the files to be written."""
     return _as_read_again({"version": __version__, **_options(planned), "files": _digest_of_files(outputs)})
+
+
+def _version(file: SourceFile) -> str:
+    """Another one also where a file was replaced and its time put back, as `cp -p` and `rsync -t` do."""
+    if isinstance(file.path, RemotePath):
+        return str(file.version)
+    status = os.stat(file.path)
+    return f"{file.version} {status.st_ctime_ns} {status.st_ino}"
 
 
 def _options(planned: FoldPlan) -> dict[str, Any]:

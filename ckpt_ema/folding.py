@@ -25,7 +25,7 @@ from ckpt_ema.fingerprints import differences_of_ranks, fingerprint, made_of
 from ckpt_ema.formats import forget_tables
 from ckpt_ema.journal import Blocks, Journal, Range, open_blocks
 from ckpt_ema.old_teacher import remove_own
-from ckpt_ema.outputs import check_outputs, check_parents
+from ckpt_ema.outputs import check_no_checkpoint, check_outputs, check_parents
 from ckpt_ema.planning import plan_fold
 from ckpt_ema.provenance import teacher_metadata
 from ckpt_ema.ranks import Ranks
@@ -162,6 +162,8 @@ def _carry_out(
                 timings = _fold_into(teachers, planned, remaining, choice.engine, count, blocks)
                 if journal is not None:
                     ranks.wait_for_all("folded")
+                    with _reading_tables():
+                        check_no_checkpoint(planned)
                     journal.begin_commit()
             except BaseException as error:
                 if journal is not None:

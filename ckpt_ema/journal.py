@@ -298,9 +298,11 @@ class Journal:
         for path in self._records_of_ranks():
             path.unlink(missing_ok=True)
         draft = Draft(token)
-        for target in map(Path, header["targets"]):
-            if target.parent != self.path.parent and target not in self._targets:
-                continue  # somebody may have written the journal for us to find
+        recorded = [Path(target) for target in header["targets"]]
+        # Their folder may have been renamed since. Others are nobody's but the user's: somebody may have written the
+        # journal for us to find.
+        moved = [self.path.parent / target.name for target in recorded if target.parent == recorded[0].parent]
+        for target in {*moved, *(set(recorded) & set(self._targets))}:
             settle_old(target, draft)
             unfinished = draft.name(target)
             if unfinished.is_dir() and not unfinished.is_symlink():

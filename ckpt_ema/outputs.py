@@ -144,6 +144,13 @@ def check_outputs(planned: FoldPlan, written: Sequence[Collection[str]]) -> None
         _check_output(planned, teacher.output, names)
 
 
+def check_no_checkpoint(planned: FoldPlan) -> None:
+    """Refuse to replace what appeared while the teachers were being folded, unless it is a teacher as well."""
+    for teacher in planned.teachers:
+        if planned.options.overwrite and not planned.is_folder and teacher.output.is_file():
+            _check_no_student(planned, teacher.output)
+
+
 def _check_output(planned: FoldPlan, target: Path, written: Collection[str]) -> None:
     if not os.path.lexists(target):
         return

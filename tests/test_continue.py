@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,77 @@ def test_a_teacher_of_another_run_starts_this_one(tmp_path: Path) -> None:
     planned = ckpt_ema.plan(second, tmp_path / "u.safetensors", init=tmp_path / "t.safetensors", momentum=0.1)
     assert [item.step for item in planned.checkpoints] == [1, 2, 3]
     assert any("it is of another run" in text for text in planned.warnings)
+
+
+def test_where_no_update_falls_nothing_is_folded_yet(tmp_path: Path, cli: Cli) -> None:
+    """With an interval beyond the gap between checkpoints: said, and later folded."""
+    run = tmp_path / "run"
+    options = {"momentum": 0.1, "per": "step", "interval": 250, "between": "hold"}
+    save_students(run, 2)
+    quiet_fold(run, tmp_path / "t.safetensors", **options)
+    save_students(run, 3)
+    shown = cli("fold", run, "--init", "t.safetensors", "-o", "u.safetensors")
+    assert shown.code == 1
+    assert "no update falls on what is newer than `t.safetensors`" in shown.stderr
+    save_students(run, 5)
+    on = quiet_fold(run, tmp_path / "u.safetensors", init=tmp_path / "t.safetensors")
+    whole = quiet_fold(run, tmp_path / "whole.safetensors", **options)
+    assert_same_bits(load_file(on.output), load_file(whole.output))
+
+
+def test_what_was_asked_for_goes_on(tmp_path: Path) -> None:
+    """Tensors that are buffers by `--buffer` stay buffers, and what was folded in float64 is."""
+    run = tmp_path / "run"
+    options = {"momentum": 0.3, "buffers": ["fc.[bw]*"], "accumulate": "float64"}
+    save_students(run, 2)
+    quiet_fold(run, tmp_path / "t.safetensors", **options)
+    save_students(run, 4)
+    on = quiet_fold(run, tmp_path / "u.safetensors", init=tmp_path / "t.safetensors")
+    whole = quiet_fold(run, tmp_path / "whole.safetensors", **options)
+    assert record_of(on.output)["copied"] == record_of(whole.output)["copied"]
+    assert record_of(on.output)["dtypes"] == record_of(whole.output)["dtypes"]
+    assert torch.equal(load_file(on.output)["fc.weight"], load_file(whole.output)["fc.weight"])
+
+
+def test_checkpoints_that_were_written_again_are_told(tmp_path: Path) -> None:
+    """By their size; and no straight line begins at another student than was folded."""
+    run = tmp_path / "run"
+    save_students(run, 2)
+    quiet_fold(run, tmp_path / "t.safetensors", half_life=100)
+    save_file(
+        {name: tensor * 1000 for name, tensor in make_student(2).items()},
+        run / "step_200.safetensors",
+        {"a": "b" * 9999},
+    )
+    shutil.copy(run / "step_100.safetensors", run / "step_300.safetensors")
+    planned = ckpt_ema.plan(run, tmp_path / "u.safetensors", init=tmp_path / "t.safetensors")
+    assert [item.step for item in planned.checkpoints] == [300]
+    assert any("were written again since: `step_200.safetensors` has" in text for text in planned.warnings)
+
+
+def test_checkpoints_listed_out_of_order_are_folded_once(tmp_path: Path) -> None:
+    """What is in the teacher is not newer than it, whatever its step."""
+    run = tmp_path / "run"
+    save_students(run, 4)
+    paths = [run / f"step_{step}.safetensors" for step in (300, 100, 200)]
+    quiet_fold(paths, tmp_path / "t.safetensors", momentum=0.3)
+    planned = ckpt_ema.plan(run, tmp_path / "u.safetensors", init=tmp_path / "t.safetensors")
+    assert [item.step for item in planned.checkpoints] == [400]
+
+
+def test_an_average_of_another_kind_is_told(tmp_path: Path) -> None:
+    """A uniform mean goes on as a moving average: with a warning, and as an initial teacher of its own name."""
+    run = tmp_path / "run"
+    save_students(run, 2)
+    quiet_fold(run, tmp_path / "t.safetensors", profile="uniform")
+    save_students(run, 3)
+    on = quiet_fold(run, tmp_path / "u.safetensors", init=tmp_path / "t.safetensors")
+    assert any(
+        "is of profile uniform, and goes on as an exponential moving average" in text for text in on.plan.warnings
+    )
+    assert record_of(on.output)["initial_teacher"] == "t.safetensors"
+    with pytest.raises(CkptEmaError, match="is of profile uniform"):
+        ckpt_ema.follow(run, tmp_path / "t.safetensors", idle_seconds=0.1, poll_seconds=0.01)
 
 
 def test_what_was_rounded_is_said(tmp_path: Path) -> None:

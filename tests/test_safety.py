@@ -273,6 +273,20 @@ def test_an_existing_output_is_refused_without_overwrite(run: Path, cli: Cli) ->
     assert target.is_symlink()
 
 
+def test_a_checkpoint_that_appears_at_the_output_is_not_replaced(run: Path, tmp_path: Path) -> None:
+    """Also with `--overwrite`, after everything else was looked at."""
+    target = tmp_path / "t.safetensors"
+    student = (run / "step_100.safetensors").read_bytes()
+
+    def appear(_: ckpt_ema.FoldPlan) -> None:
+        target.write_bytes(student)
+
+    with pytest.raises(CkptEmaError, match="it is never replaced"):
+        ckpt_ema.fold(run, target, overwrite=True, announce=appear)
+    assert target.read_bytes() == student
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "t.safetensors"]
+
+
 @pytest.mark.parametrize("content", [b"", OLD[:40], b"rubbish"])
 def test_a_damaged_teacher_is_replaced_with_overwrite(run: Path, content: bytes) -> None:
     """An existing output is refused unless `--overwrite` is given; one that cannot be read is no exception."""
