@@ -356,7 +356,7 @@ def test_urls_that_name_no_run_are_misuse(url: str, says: str, cli: Cli) -> None
 def test_a_scheme_may_be_written_large(s3: S3Server, tmp_path: Path) -> None:
     """As RFC 3986 says of schemes; a path of it would not exist."""
     save_students(tmp_path / "run", 2)
-    url = s3.upload(tmp_path / "run", "large")
+    url = s3.upload(tmp_path / "run", "scheme")
     assert len(ckpt_ema.plan(url.replace("s3://", "S3://"), tmp_path / "t.safetensors", momentum=0.3).checkpoints) == 2
 
 
