@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import os
+import queue
 import shlex
 import signal
 import sys
@@ -609,11 +610,23 @@ def follow(run: str, output: str | None, quiet: bool, **options: Any) -> None:
 def _first_signal_sets() -> Iterator[threading.Event]:
     """An event that the first signal sets; the second one stops at once, as elsewhere."""
     stop = threading.Event()
+    # Not by the handler itself: where it interrupts a wait for the event it would wait for the lock of that, for ever.
+    asked: queue.SimpleQueue[bool] = queue.SimpleQueue()
+    was_asked = False
+
+    def set_when_asked() -> None:
+        if asked.get():
+            stop.set()
+
+    setter = threading.Thread(target=set_when_asked, name="signals", daemon=True)
+    setter.start()
 
     def set_it(number: int, frame: FrameType | None) -> None:
-        if stop.is_set():
+        nonlocal was_asked
+        if was_asked:
             _stop(number, frame)
-        stop.set()
+        was_asked = True
+        asked.put(True)
 
     before = {}
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -625,6 +638,8 @@ def _first_signal_sets() -> Iterator[threading.Event]:
         for number, handler in before.items():
             if signal.getsignal(number) is set_it:
                 signal.signal(number, handler)
+        asked.put(False)
+        setter.join()
 
 
 @main.command()

@@ -384,6 +384,19 @@ def test_a_signal_ends_it_after_a_last_look(
     assert_same_bits(load_file(run / "teacher.safetensors"), hook_teacher(students, 0.1, BUFFERS))
 
 
+def test_a_signal_in_the_middle_of_a_wait_is_heard() -> None:
+    """The handler may interrupt the waiting itself, which holds the event's lock then."""
+    code = """
+import os, signal
+from ckpt_ema import cli
+with cli._signals_raise(), cli._first_signal_sets() as stop:
+    with stop._cond:
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.wait(20)
+"""
+    subprocess.run([sys.executable, "-c", code], timeout=30, check=True)
+
+
 def test_a_follower_that_is_killed_loses_nothing(
     tmp_path: Path, follower: Callable[..., subprocess.Popen[str]]
 ) -> None:
