@@ -13,11 +13,11 @@ from ckpt_ema.dtypes import BY_NAME, DType
 from ckpt_ema.errors import CkptEmaError
 from ckpt_ema.layouts import Layout, Schema
 
-# Buffers that move during training, by the names torch and the common libraries give them. A bare state dict does
-# not say which of its tensors are buffers; one that never moves averages to itself and needs no rule.
 ASKED_FOR = "buffer (`--buffer`)"
 """Why a tensor is copied that the user named."""
 
+# Buffers that move during training, by the names torch and the common libraries give them. A bare state dict does
+# not say which of its tensors are buffers; one that never moves averages to itself and needs no rule.
 KNOWN_BUFFERS = frozenset(
     word
     for words in (

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ckpt_ema.continuing import Beginning
+from ckpt_ema.continuing import Beginning, parts_of
 from ckpt_ema.errors import CkptEmaError, MisuseError, NoCheckpointError
 from ckpt_ema.locations import as_path
 from ckpt_ema.profiles import (
@@ -97,7 +97,7 @@ def weigh(checkpoints: Sequence[Checkpoint], options: FoldOptions, beginning: Be
         left_out=(*left_out, *weighed.left_out),
         warnings=(*warnings, *beginning.changed_of(checkpoints), *weighed.warnings),
         past=past,
-        parts=beginning.parts if past else 1,
+        parts=parts_of(beginning.record) if past else 1,
         is_cut=bool(past) and options.per_step and options.between != "hold",
     )
 

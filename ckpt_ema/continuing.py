@@ -33,12 +33,6 @@ class Beginning:
     """The checkpoints in it, oldest first, where it was folded or reconstructed."""
 
     @property
-    def parts(self) -> int:
-        """In how many folds it was made that cost last digits (see FoldPlan); 1 where its digits are those of one."""
-        parts = self.record.get("parts")
-        return parts if type(parts) is int and 1 < parts < MAX_COUNT else 1
-
-    @property
     def label(self) -> str:
         """Its name, for people."""
         return self.path.name
@@ -51,15 +45,13 @@ class Beginning:
     def changed_of(self, checkpoints: Sequence[Checkpoint]) -> list[str]:
         """A warning where checkpoints of the teacher have another size than when it was folded."""
         sizes = {(past.name, past.unit, past.step): past.size for past in self.past}
-        keys = ((item, (printable(item.label), item.unit, item.step)) for item in checkpoints)
-        changed = [item for item, key in keys if sizes.get(key, item.size) != item.size]
+        changed = [item for item in checkpoints if sizes.get(_key(item), item.size) != item.size]
         if not changed:
             return []
         first = changed[0]
-        was = sizes[printable(first.label), first.unit, first.step]
         return [
             f"{len(changed)} of the checkpoints in `{self.label}` were written again since: `{first.label}` has"
-            f" {first.size} bytes, and had {was}"
+            f" {first.size} bytes, and had {sizes[_key(first)]}"
         ]
 
     def training_step(self, options: FoldOptions) -> int:
@@ -140,7 +132,7 @@ class Beginning:
         Raises CkptEmaError where nothing is left.
         """
         known = {(past.name, past.unit, past.step) for past in self.past}
-        inside = {id(item) for item in checkpoints if (printable(item.label), item.unit, item.step) in known}
+        inside = {id(item) for item in checkpoints if _key(item) in known}
         last = self.past[-1] if self.past else None
         steps = [item.step for item in checkpoints]
         if last is None or last.step is None or None in steps or any(item.unit != last.unit for item in checkpoints):
@@ -185,6 +177,17 @@ def read_beginning(options: FoldOptions) -> Beginning | None:
         raise MisuseError(f"`{path}` is no teacher", hint="pass the file or the folder that an earlier fold wrote")
     record = read_provenance(read_contents(path).metadata) or {}
     return Beginning(path, record, past_of(record))
+
+
+def _key(item: Checkpoint) -> tuple[str, str, int | None]:
+    """What a record knows a checkpoint by."""
+    return printable(item.label), item.unit, item.step
+
+
+def parts_of(record: Mapping[str, Any]) -> int:
+    """In how many folds a teacher was made that cost last digits (see FoldPlan); 1 where it has those of one."""
+    parts = record.get("parts")
+    return parts if type(parts) is int and 1 < parts < MAX_COUNT else 1
 
 
 def past_of(record: Mapping[str, Any]) -> tuple[PastCheckpoint, ...]:

@@ -205,6 +205,8 @@ def _blocks_of(planned: FoldPlan, token: str, ranks: Ranks) -> Iterator[Blocks]:
 
 def _check_same_plan(planned: FoldPlan, outputs: Sequence[TeacherFiles], ranks: Ranks) -> None:
     """Raise CkptEmaError where this rank sees other files than the first, or was told something else."""
+    if ranks.count == 1:
+        return
     seen = [planned.output_names, planned.blocks.data_bytes, [teacher.updates for teacher in planned.teachers]]
     seen += [[(file.path.name, file.size) for layout in planned.layouts for file in layout.files]]
     digest = hashlib.sha256(json.dumps(seen).encode("utf-8", "surrogateescape")).hexdigest()
@@ -213,8 +215,6 @@ def _check_same_plan(planned: FoldPlan, outputs: Sequence[TeacherFiles], ranks: 
             f"rank {ranks.number} sees other checkpoints than the first rank does",
             hint="is the run on a file system that all machines share, and no longer written to?",
         )
-    if ranks.count == 1:
-        return
     made = made_of(planned, outputs)
     first = json.loads(ranks.share("made", json.dumps(made) if ranks.is_first else None))
     differences = differences_of_ranks(first, made)
@@ -324,7 +324,7 @@ def _teacher_files(
             if is_single
             else new_folder(target, overwrite=overwrite, draft=draft, written=files.names)
         )
-        for name, content in files.closing:  # now, so that they find a full disk before a tensor is read
+        for name, content in files.closing:  # into a folder that nobody reads yet
             write_small_file(filled / name, content, draft)
         commit_companions = None
         if is_model_folder(source):

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from ckpt_ema.errors import CkptEmaError
 from ckpt_ema.formats.contents import PROVENANCE_FILE, PROVENANCE_KEY, is_plain_name, read_file, read_json
-from ckpt_ema.formats.dcp import METADATA_NAME, PIECE_SUFFIX, PIECES_NAME, own_provenance
+from ckpt_ema.formats.dcp import METADATA_NAME, PIECE_SUFFIX, PIECES_NAME, own_provenance, read_metadata
 from ckpt_ema.formats.folder import MODEL_STEM, SHARD_NAME, WEIGHTS_SUFFIX
-from ckpt_ema.provenance import read_provenance
+from ckpt_ema.provenance import is_snapshot
 
 INDEX_SUFFIX = ".index.json"
 
@@ -81,8 +81,7 @@ def _is_own_weights(folder: Path, name: str) -> bool:
         metadata = read_file(folder / name).metadata
     except CkptEmaError:
         return False
-    # Nobody can make the snapshot of an online teacher again.
-    return PROVENANCE_KEY in metadata and (read_provenance(metadata) or {}).get("response") is None
+    return PROVENANCE_KEY in metadata and not is_snapshot(metadata)
 
 
 def _is_index_of(folder: Path, name: str, weights: Collection[str]) -> bool:
@@ -102,15 +101,18 @@ def _own_pieces(folder: Path, names: Collection[str]) -> list[str]:
     """Of a teacher for torch.distributed.checkpoint; its provenance knows its table, so that another save ends it."""
     if PROVENANCE_FILE not in names:
         return []
-    if METADATA_NAME in names:
-        if not own_provenance(folder):
-            return []
-        return [name for name in (PIECES_NAME, METADATA_NAME) if name in names] + [PROVENANCE_FILE]
-    # What a removal left that was interrupted.
     try:
-        return [PROVENANCE_FILE] if PROVENANCE_KEY in read_json(folder / PROVENANCE_FILE) else []
+        if METADATA_NAME in names:
+            is_own = bool(own_provenance(folder, read_metadata(folder)))
+        else:  # what a removal left that was interrupted
+            is_own = PROVENANCE_KEY in read_json(folder / PROVENANCE_FILE)
     except CkptEmaError:
         return []
+    if not is_own:
+        return []
+    # Without its table no piece is known to be ours.
+    pieces = [PIECES_NAME] if PIECES_NAME in names and METADATA_NAME in names else []
+    return [*pieces, *(name for name in (METADATA_NAME, PROVENANCE_FILE) if name in names)]
 
 
 def _looks_like_weights(name: str) -> bool:

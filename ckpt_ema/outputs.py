@@ -13,7 +13,7 @@ from ckpt_ema.formats.folder import WEIGHTS_SUFFIX
 from ckpt_ema.locations import RemotePath, as_path, identity_of
 from ckpt_ema.old_teacher import check_replaceable
 from ckpt_ema.profiles import Profile
-from ckpt_ema.provenance import read_provenance
+from ckpt_ema.provenance import is_snapshot
 from ckpt_ema.records import FoldOptions, FoldPlan, PathLike
 from ckpt_ema.runs import Checkpoint, Run
 from ckpt_ema.teacher_folder import is_model_folder
@@ -193,7 +193,7 @@ def _check_no_student(planned: FoldPlan, target: Path) -> None:
         contents = read_contents(target)
     except CkptEmaError:
         return
-    if (read_provenance(contents.metadata) or {}).get("response") is not None:
+    if is_snapshot(contents.metadata):
         raise CkptEmaError(
             f"`{target}` is a snapshot that an online teacher wrote, which nobody can make again; it is never replaced",
             hint="pass another `--output`",

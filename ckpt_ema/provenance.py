@@ -99,6 +99,11 @@ def printable(name: str) -> str:
     return os.fsencode(name).decode("utf-8", "replace")
 
 
+def is_snapshot(metadata: Mapping[str, str]) -> bool:
+    """Whether a file is the snapshot of an online teacher, which nobody can make again."""
+    return (read_provenance(metadata) or {}).get("response") is not None
+
+
 def read_provenance(metadata: Mapping[str, str]) -> dict[str, Any] | None:
     """What `teacher_metadata` wrote; None for a file of another origin."""
     try:

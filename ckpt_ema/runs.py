@@ -485,6 +485,7 @@ def _read_run_directory(run: Path, selection: Selection) -> tuple[Path, _Listing
 
 def _sort_by_step(listing: _Listing, directory: Path, selection: Selection) -> None:
     is_live = selection.is_live
+    _leave_out_stepless_copies(listing, has_steps=selection.has_steps)
     if is_live and not listing.checkpoints:
         return
     if not listing.checkpoints:
@@ -496,9 +497,6 @@ def _sort_by_step(listing: _Listing, directory: Path, selection: Selection) -> N
             if listing.teachers
             else None,
         )
-    _leave_out_stepless_copies(listing, has_steps=selection.has_steps)
-    if is_live and not listing.checkpoints:
-        return
     origin = next((o for o in ORIGINS if all(o in numbers for _, numbers in listing.checkpoints)), None)
     if origin is None:
         if len(listing.checkpoints) > 1:

@@ -46,7 +46,7 @@ class TeacherFiles:
     """Name and content of those that hold tensors, by their place in the data section."""
 
     closing: tuple[tuple[str, bytes], ...] = ()
-    """Those that are written last, and make the others count."""
+    """Those that make the others count; small, and written first, so that they find a full disk early."""
 
     @property
     def names(self) -> list[str]:

@@ -38,14 +38,18 @@ def is_model_folder(folder: ModelFolder | None) -> bool:
 
 def replaced_in(folder: Path) -> list[str]:
     """Names of what `companions_of` may have put into `folder`."""
-    return [path.name for path in folder.iterdir() if COMPANION.match(path.name)]
+    return [path.name for path in folder.iterdir() if _is_companion(path)]
+
+
+def _is_companion(path: Path) -> bool:
+    return bool(COMPANION.match(path.name) and not NEVER_COMPANION.match(path.name) and path.is_file())
 
 
 def companions_of(folder: ModelFolder) -> list[Path]:
     """Files beside the weights that belong to the model rather than to its training."""
     found = []
     for path in sorted(folder.path.iterdir()):
-        if COMPANION.match(path.name) and not NEVER_COMPANION.match(path.name) and path.is_file():
+        if _is_companion(path):
             if path.stat().st_size > MAX_COMPANION_BYTES:
                 raise UnreadableCheckpointError(f"`{path}` has {path.stat().st_size} bytes, too many to come along")
             found.append(path)

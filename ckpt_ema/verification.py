@@ -15,7 +15,7 @@ from typing import Any
 from ckpt_ema.blocks import BlockPlan
 from ckpt_ema.byte_ranges import TensorRange, count_elements, open_input, read_exactly
 from ckpt_ema.coefficients import MAX_COEFFICIENT
-from ckpt_ema.continuing import Beginning, past_of
+from ckpt_ema.continuing import parts_of, past_of
 from ckpt_ema.dtypes import DType
 from ckpt_ema.engine import cpu
 from ckpt_ema.engine.contract import NonFiniteBlockError, Task
@@ -163,8 +163,7 @@ def _check_against(
         return Check("recomputed", False, f"cannot be done from a run alone: {why}")
     try:
         planned = plan_again(found, record, past, copied, run, memory_budget_bytes)
-        parts = Beginning(run, record, past).parts
-        return _recompute(found, planned, copied, parts, share, seed)
+        return _recompute(found, planned, copied, parts_of(record), share, seed)
     except CkptEmaError as error:
         return Check("recomputed", False, "; ".join([error.message, *error.details[:5]]), error.hint)
 

@@ -90,7 +90,7 @@ def first_not_finite(elements: torch.Tensor, *, may_be_infinite: bool) -> tuple[
 def relative_distance(one: bytes, other: bytes, dtype: DType) -> float:
     """||a - b|| / ||b|| of the elements of `dtype` in two runs of bytes of one length."""
     found = Distance()
-    found.add(*(torch.frombuffer(bytearray(content), dtype=torch_dtype(dtype)) for content in (one, other)))
+    found.add(_elements(one, dtype), _elements(other, dtype))
     return found.relative
 
 
@@ -102,4 +102,8 @@ def epsilon_of(dtype: DType) -> float:
 
 def shown_element(content: bytes, dtype: DType) -> str:
     """The value of one element's bytes, for people."""
-    return str(comparable(torch.frombuffer(bytearray(content), dtype=torch_dtype(dtype))).tolist()[0])
+    return str(comparable(_elements(content, dtype)).tolist()[0])
+
+
+def _elements(content: bytes, dtype: DType) -> torch.Tensor:
+    return torch.frombuffer(bytearray(content), dtype=torch_dtype(dtype))

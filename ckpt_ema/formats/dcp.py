@@ -74,20 +74,7 @@ def read_dcp(folder: Path) -> Contents:
     Raises UnreadableCheckpointError for an unfinished folder and for one whose table lies.
     """
     path = folder / METADATA_NAME
-    if not path.is_file():
-        raise UnreadableCheckpointError(
-            f"`{folder}` is an unfinished checkpoint: it has no `{METADATA_NAME}`, which is written last"
-        )
-    file = open_input(path)
-    try:
-        size = file.source().size
-        if size > MAX_SMALL_BYTES:
-            raise UnreadableCheckpointError(f"`{path}` has {size} bytes, too many for a table")
-        content = read_exactly(file, size, 0)
-    finally:
-        file.close()
-    if not content:
-        raise UnreadableCheckpointError(f"`{path}` is empty")
+    content = read_metadata(folder)
     try:
         tensors, values, paths = _read_table(load_pickle(content, path), len(content))
     except _NoTableError as error:
@@ -107,20 +94,39 @@ def read_dcp(folder: Path) -> Contents:
         _put(tree, paths.get(name, (name,)), leaf)
     count = len({piece.file_name for tensor in tensors for _, piece in tensor.pieces})
     kind = f"distributed checkpoint in {count} file{'' if count == 1 else 's'}"
-    return Contents(folder, kind, pieces.files(), tree, own_provenance(folder), locator=pieces)
+    return Contents(folder, kind, pieces.files(), tree, own_provenance(folder, content), locator=pieces)
 
 
-def own_provenance(folder: Path) -> dict[str, str]:
+def read_metadata(folder: Path) -> bytes:
+    """The bytes of a folder's table; raises UnreadableCheckpointError where there is none, or one too large."""
+    path = folder / METADATA_NAME
+    if not path.is_file():
+        raise UnreadableCheckpointError(
+            f"`{folder}` is an unfinished checkpoint: it has no `{METADATA_NAME}`, which is written last"
+        )
+    file = open_input(path)
+    try:
+        size = file.source().size
+        if size > MAX_SMALL_BYTES:
+            raise UnreadableCheckpointError(f"`{path}` has {size} bytes, too many for a table")
+        content = read_exactly(file, size, 0)
+    finally:
+        file.close()
+    if not content:
+        raise UnreadableCheckpointError(f"`{path}` is empty")
+    return content
+
+
+def own_provenance(folder: Path, metadata: bytes) -> dict[str, str]:
     """What this tool wrote beside a teacher of its own; nothing where the folder's table is another one since."""
     path = folder / PROVENANCE_FILE
-    try:
-        if not path.is_file() or (folder / METADATA_NAME).stat().st_size > MAX_SMALL_BYTES:
-            return {}
-        table = read_json(path)
-        digest = hashlib.sha256((folder / METADATA_NAME).read_bytes()).hexdigest()
-    except (OSError, UnreadableCheckpointError):
+    if not path.is_file():
         return {}
-    if table.pop(TABLE_KEY, None) != digest:
+    try:
+        table = read_json(path)
+    except UnreadableCheckpointError:
+        return {}
+    if table.pop(TABLE_KEY, None) != hashlib.sha256(metadata).hexdigest():
         return {}
     return {key: value for key, value in table.items() if isinstance(value, str)}
 
