@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ckpt_ema.continuing import Beginning, parts_of
-from ckpt_ema.errors import CkptEmaError, MisuseError, NoCheckpointError
+from ckpt_ema.errors import CkptEmaError, MisuseError, NoUpdateError
 from ckpt_ema.locations import as_path
 from ckpt_ema.profiles import (
     Profile,
@@ -84,7 +84,7 @@ def weigh(checkpoints: Sequence[Checkpoint], options: FoldOptions, beginning: Be
     else:
         weighed = _per_checkpoint(newer, options)
     if not weighed.checkpoints:
-        raise NoCheckpointError(
+        raise NoUpdateError(
             f"no update falls on what is newer than `{beginning.label}`: the average is updated once in"
             f" {options.interval} steps",
             hint="train on, then fold again",

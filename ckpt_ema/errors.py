@@ -37,5 +37,9 @@ class NoCheckpointError(CkptEmaError):
     """A run holds nothing to fold: not yet, or not by what was selected."""
 
 
+class NoUpdateError(NoCheckpointError):
+    """A run holds newer checkpoints, but no update of the average falls on them yet."""
+
+
 class MisuseError(CkptEmaError):
     """What was asked for makes no sense: wrong options rather than wrong files."""

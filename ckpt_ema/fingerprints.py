@@ -15,10 +15,13 @@ from typing import Any
 
 from ckpt_ema._version import __version__
 from ckpt_ema.byte_ranges import SourceFile
+from ckpt_ema.errors import CkptEmaError
 from ckpt_ema.layouts import Layout, Schema
 from ckpt_ema.locations import RemotePath
 from ckpt_ema.records import FoldPlan
 from ckpt_ema.teacher_files import TeacherFiles
+
+WRITTEN_AGAIN = "was written again"
 
 _DECIDES_NO_BIT = frozenset(
     (
@@ -61,7 +64,10 @@ def _version(file: SourceFile) -> str:
     """Another one also where a file was replaced and its time put back, as `cp -p` and `rsync -t` do."""
     if isinstance(file.path, RemotePath):
         return str(file.version)
-    status = os.stat(file.path)
+    try:
+        status = os.stat(file.path)
+    except OSError as error:
+        raise CkptEmaError(f"`{file.path}` went away before it was folded: {error.strerror}") from error
     return f"{file.version} {status.st_ctime_ns} {status.st_ino}"
 
 
@@ -136,10 +142,8 @@ def _told_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iter
     for name, item in new.items():
         if name not in old:
             yield f"{name}: is new"
-        elif old[name].get("files") != item["files"]:
-            yield f"{name}: {_change_of_files(old[name].get('files'), item['files'])}"
-        elif old[name].get("table") != item["table"]:
-            yield f"{name}: its header became another one"
+        elif change := _change_of_input(old[name], item):
+            yield f"{name}: {change}"
     yield from (f"{name}: takes no part any more" for name in old if name not in new)
 
 
@@ -150,6 +154,14 @@ def differences_of_ranks(first: Mapping[str, Any], own: Mapping[str, Any]) -> li
         for name, value in own.items()
         if first.get(name) != value
     ]
+
+
+def _change_of_input(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What became of one checkpoint, the most telling thing of it; "" where nothing did."""
+    change = "" if before.get("files") == now["files"] else _change_of_files(before.get("files"), now["files"])
+    if change in ("", WRITTEN_AGAIN) and before.get("table") != now["table"]:
+        return "its header became another one"
+    return change
 
 
 def _change_of_files(before: Any, now: Sequence[Sequence[Any]]) -> str:
@@ -164,7 +176,7 @@ def _change_of_files(before: Any, now: Sequence[Sequence[Any]]) -> str:
         if old[path][1] != size:
             return f"size {old[path][1]} became {size}"
         if old[path][2] != version:
-            return "was written again"
+            return WRITTEN_AGAIN
     return "has fewer files"
 
 

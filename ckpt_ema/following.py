@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ckpt_ema.continuing import Beginning, read_beginning
-from ckpt_ema.errors import CkptEmaError, MisuseError, NoCheckpointError
+from ckpt_ema.errors import CkptEmaError, MisuseError, NoCheckpointError, NoUpdateError
 from ckpt_ema.folding import fold
 from ckpt_ema.locations import RemotePath, as_path
 from ckpt_ema.outputs import resolve_outputs
@@ -286,7 +286,9 @@ class _Follower:
         given |= {"from_step": None, "until_step": None, "include": (), "exclude": ()}
         try:
             report = fold(paths, self.target, announce=lambda plan: None, **given)
-        except NoCheckpointError:  # with an interval, no update falls on these: they wait for the next
+        except NoUpdateError:  # with an interval: they go in with the next ones, and are not missed
+            for item in ready:
+                self.waiting.pop(item.path, None)
             return False
         except CkptEmaError:
             if all(_signature_below(path) == signature for path, signature in before.items()):

@@ -171,6 +171,41 @@ def test_a_checkpoint_that_vanishes_is_told(tmp_path: Path) -> None:
     assert_same_bits(load_file(run / "teacher.safetensors"), hook_teacher(students, 0.1, BUFFERS))
 
 
+def test_checkpoints_without_an_update_go_in_with_the_next(tmp_path: Path) -> None:
+    """An interval beyond the gap between checkpoints: they wait, are not missed, and the sum is that of one fold."""
+    run = tmp_path / "run"
+    options = {"momentum": 0.1, "per": "step", "interval": 250, "between": "hold"}
+    save(run, 1)
+    with Following(run, **options) as following:
+        following.wait("folded in")
+        save(run, 2)
+        time.sleep(0.5)
+        assert following.end().missed == ()
+    with Following(run, **options) as following:
+        for number in (3, 4):
+            save(run, number)
+        following.wait("folded in")
+        assert following.end().missed == ()
+    whole = quiet_fold(run, tmp_path / "whole.safetensors", **options)
+    assert_same_bits(load_file(run / "teacher.safetensors"), load_file(whole.output))
+
+
+def test_a_follower_beside_another_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the other one folded is nothing to wait for."""
+    run = tmp_path / "run"
+    save(run, 1)
+    with Following(run) as following:
+        following.wait("folded in")
+        students = [make_student(1), save(tmp_path / "next", 2)]
+        monkeypatch.setattr("ckpt_ema.following._Follower.look", lambda self, is_last: False)
+        (tmp_path / "next" / "step_200.safetensors").rename(run / "step_200.safetensors")
+        quiet_fold(run, run / "teacher.safetensors", init=run / "teacher.safetensors", overwrite=True)
+        monkeypatch.undo()
+        with pytest.raises(NoCheckpointError, match="nothing is newer than"):
+            following.wait("never")
+    assert_same_bits(load_file(run / "teacher.safetensors"), hook_teacher(students, 0.1, BUFFERS))
+
+
 def test_a_trainer_that_went_back_is_told(tmp_path: Path) -> None:
     """Steps before the teacher's, and ones that it has and that are written again: not folded, and each is said."""
     run = tmp_path / "run"

@@ -18,8 +18,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import ckpt_ema
 from ckpt_ema import journal
 from ckpt_ema.errors import CkptEmaError
+from ckpt_ema.fingerprints import fingerprint
 from tests.conftest import Outcome, quiet_fold
 
 Cli = Callable[..., Outcome]
@@ -210,7 +212,7 @@ def rename_a_tensor(run: Path) -> None:
     [
         (rewrite, {}, "step_200.safetensors: was written again"),
         (shorten, {}, "size "),
-        (rename_a_tensor, {}, "step_100.safetensors: was written again"),
+        (rename_a_tensor, {}, "step_100.safetensors: its header became another one"),
         (lambda run: (run / "step_300.safetensors").unlink(), {}, "step_300.safetensors: takes no part any more"),
         (lambda run: save_file({"w": torch.zeros(40_000), "n": torch.tensor(0)}, run / "step_400.safetensors"), {},
          "step_400.safetensors: is new"),
@@ -252,6 +254,14 @@ def test_other_content_with_the_time_put_back_is_noticed(long_students: Path, tm
     with pytest.raises(CkptEmaError) as caught:
         quiet_fold(long_students, tmp_path / "t.safetensors", resume=True)
     assert any("step_200.safetensors: was written again" in line for line in caught.value.details)
+
+
+def test_an_input_that_goes_away_before_the_journal_is_an_error_of_ours(long_students: Path, tmp_path: Path) -> None:
+    """A follower looks again then, and only heeds errors that the fold explains."""
+    planned = ckpt_ema.plan(long_students, tmp_path / "t.safetensors")
+    (long_students / "step_200.safetensors").unlink()
+    with pytest.raises(CkptEmaError, match=r"step_200.safetensors` went away before it was folded"):
+        fingerprint(planned, [])
 
 
 def test_a_folder_that_was_renamed_is_tidied_up(long_students: Path, tmp_path: Path) -> None:
