@@ -126,10 +126,9 @@ def _carry_out(
     if ranks.is_first:
         check_parents(planned)
     with _journal_of(planned, outputs, ranks) as journal:
-        if ranks.is_first:
-            if not (journal is not None and journal.draft.was_committing):  # what it was writing may be there
-                with _reading_tables():
-                    check_outputs(planned, [files.names for files in outputs])
+        if journal is not None:
+            with _reading_tables():
+                check_outputs(planned, [files.names for files in outputs], journal.draft)
             if announce is not None:
                 announce(planned)
             else:

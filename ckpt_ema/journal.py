@@ -91,7 +91,9 @@ class Blocks:
     def begin_commit(self) -> None:
         """All is written and synced; files are about to get their names."""
         self.sync()
-        self._append(_COMMITTING, 0, 0)
+        for teacher in self._teachers:
+            for inode in teacher.inodes:
+                self._append(_COMMITTING, inode, 0)
         with explained(f"cannot write `{self._path}`"):
             os.fsync(self._descriptor)
 
@@ -115,12 +117,16 @@ def _encode(kind: int, first: int, second: int) -> bytes:
     return content + struct.pack("<I", zlib.crc32(content))
 
 
-def _read_records(content: bytes, offset: int) -> tuple[list[Range], bool]:
-    """The finished ranges that count, and whether files were being given their names. `offset` is where they begin."""
+def _read_records(content: bytes, offset: int) -> tuple[list[Range], frozenset[int]]:
+    """The finished ranges that count, and the inodes of files that were about to get their names.
+
+    `offset` is where the records begin.
+    """
     here = _machine()
     counted: list[Range] = []
     pending: list[tuple[int, Range]] = []
-    is_here = was_committing = False
+    written: set[int] = set()
+    is_here = False
     for position in range(offset, len(content) - _RECORD.size + 1, _RECORD.size):
         first, second, kind, checksum = _RECORD.unpack_from(content, position)
         if checksum != zlib.crc32(content[position : position + 20]):
@@ -137,8 +143,8 @@ def _read_records(content: bytes, offset: int) -> tuple[list[Range], bool]:
             counted += [finished for where, finished in pending if where < first]
             pending = [(where, finished) for where, finished in pending if where >= first]
         elif kind == _COMMITTING:
-            was_committing = True
-    return counted, was_committing
+            written.add(first)
+    return counted, frozenset(written)
 
 
 def _merge(ranges: Sequence[Range]) -> list[Range]:
@@ -248,13 +254,13 @@ class Journal:
         header = _read_header(self._descriptor)
         if header is not None:
             self.draft.token = header["token"]
-            ranges, was_committing = self._read_finished(header)
+            ranges, written = self._read_finished(header)
             done = sum(end - begin for begin, end in ranges)
-            if self._resume and (ranges or was_committing):
+            if self._resume and (ranges or written):
                 self._check_same(header)
                 self.finished = ranges
                 self.draft.resumes = True
-                self.draft.was_committing = was_committing
+                self.draft.written = written
                 return
             seconds = os.fstat(self._descriptor).st_mtime - header["started"]
             if done and seconds >= KEEP_SECONDS and not (self._resume or self._overwrite):
@@ -271,13 +277,13 @@ class Journal:
             os.ftruncate(self._descriptor, 0)
             write_all(self._descriptor, memoryview(content), 0)
 
-    def _read_finished(self, header: Mapping[str, Any]) -> tuple[list[Range], bool]:
+    def _read_finished(self, header: Mapping[str, Any]) -> tuple[list[Range], frozenset[int]]:
         with explained(f"cannot read `{self.path}`"):
             content = os.pread(self._descriptor, os.fstat(self._descriptor).st_size, 0)
-            ranges, was_committing = _read_records(content, header["size"])
+            ranges, written = _read_records(content, header["size"])
             for path in self._records_of_ranks():
                 ranges += _read_records(path.read_bytes(), 0)[0]
-        return _merge(ranges), was_committing
+        return _merge(ranges), written
 
     def _records_of_ranks(self) -> list[Path]:
         prefix = f".{self.draft.token}.rank"

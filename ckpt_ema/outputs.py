@@ -138,10 +138,15 @@ def check_parents(planned: FoldPlan) -> None:
             )
 
 
-def check_outputs(planned: FoldPlan, written: Sequence[Collection[str]]) -> None:
-    """Refuse what must not be replaced, before a tensor is read; `written` are the names of each teacher's files."""
+def check_outputs(planned: FoldPlan, written: Sequence[Collection[str]], draft: Draft) -> None:
+    """Refuse what must not be replaced, before a tensor is read; `written` are the names of each teacher's files.
+
+    What `draft` goes on with may have its name already, and is passed over.
+    """
     for teacher, names in zip(planned.teachers, written, strict=True):
-        _check_output(planned, teacher.output, names)
+        final = [teacher.output / name for name in names] if planned.is_folder else [teacher.output]
+        if not any(draft.has_named(path) for path in final):
+            _check_output(planned, teacher.output, names)
 
 
 def check_no_checkpoint(planned: FoldPlan) -> None:

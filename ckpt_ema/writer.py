@@ -80,11 +80,23 @@ class Draft:
     resumes: bool = False
     """Whether an earlier process has begun them."""
 
-    was_committing: bool = False
-    """Whether it had written all, so that some may have their final names."""
+    written: frozenset[int] = frozenset()
+    """Inodes of the files of which it had written all, so that some may have their final names."""
 
     is_kept: bool = False
     """Whether they stay where the fold fails, for another one to go on with."""
+
+    @property
+    def was_committing(self) -> bool:
+        """Whether the earlier process was giving files their names when it was stopped."""
+        return bool(self.written)
+
+    def has_named(self, path: Path) -> bool:
+        """Whether `path` is a file that the earlier process wrote whole, under its final name."""
+        try:
+            return os.lstat(path).st_ino in self.written
+        except OSError:
+            return False
 
     def name(self, target: Path, suffix: str = "tmp") -> Path:
         """A hidden name beside `target` that no reader of checkpoints looks at."""
@@ -137,7 +149,9 @@ class TeacherFile:
 
     def _is_committed(self) -> bool:
         """Whether the other process came so far that the file has its name; `write` is not called then."""
-        return self._draft.was_committing and not os.path.lexists(self.temporary) and self._parts.are_in(self._target)
+        # By its number as well: the teacher of an earlier fold may have the very same header.
+        is_named = not os.path.lexists(self.temporary) and self._draft.has_named(self._target)
+        return is_named and self._parts.are_in(self._target)
 
     def _reopen(self) -> None:
         try:
@@ -175,6 +189,11 @@ class TeacherFile:
         except BaseException:
             self._discard()
             raise
+
+    @property
+    def inode(self) -> int:
+        """Its number, which it keeps when it gets its name."""
+        return os.stat(self._descriptor if self._descriptor >= 0 else self._target).st_ino
 
     def sync(self) -> None:
         """Make what was written so far survive a power failure."""
@@ -240,6 +259,11 @@ class SpreadFiles:
         stop = bisect.bisect_left(self._begins, position + len(block))
         for file in self._files[first : max(stop, first + 1)]:
             file.write(block, position)
+
+    @property
+    def inodes(self) -> list[int]:
+        """Those of the files that this process gives their names."""
+        return [file.inode for file in self._files if isinstance(file, TeacherFile)]
 
     def sync(self) -> None:
         """Make what was written so far survive a power failure."""

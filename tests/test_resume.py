@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 
 import ckpt_ema
-from ckpt_ema import journal
+from ckpt_ema import journal, writer
 from ckpt_ema.errors import CkptEmaError
 from ckpt_ema.fingerprints import fingerprint
 from tests.conftest import Outcome, quiet_fold
@@ -447,6 +447,53 @@ def test_a_half_file_that_is_gone_or_cut_is_told(long_students: Path, tmp_path: 
         quiet_fold(long_students, tmp_path / "t.safetensors", overwrite=True)
         assert unfinished(tmp_path) == []
         (tmp_path / "t.safetensors").unlink()
+
+
+def stop_in_commit(run: Path, output: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
+    """A fold that is stopped when all is written, before anything has its name."""
+
+    def stop(*args: object, **kwargs: object) -> None:
+        raise StoppedError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "_commit", stop)
+        with pytest.raises(StoppedError):
+            quiet_fold(run, output, resume=True, memory_budget_bytes=1 << 15, **options)
+
+
+def test_an_older_teacher_with_the_same_header_is_not_taken_for_the_new_one(
+    long_students: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Students trained again under the same names and sizes; the half file of their teacher was tidied away."""
+    old = quiet_fold(long_students, tmp_path / "t.safetensors").output.read_bytes()
+    for path in long_students.iterdir():
+        save_file({"w": torch.ones(40_000), "n": torch.tensor(1)}, path)
+    stop_in_commit(long_students, tmp_path / "t.safetensors", monkeypatch, overwrite=True)
+    (half,) = tmp_path.glob(".t.safetensors.*.tmp")
+    half.unlink()
+    with pytest.raises(CkptEmaError, match="is gone"):
+        quiet_fold(long_students, tmp_path / "t.safetensors", overwrite=True, resume=True)
+    assert (tmp_path / "t.safetensors").read_bytes() == old
+    assert quiet_fold(long_students, tmp_path / "t.safetensors", overwrite=True).output.read_bytes() != old
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_checkpoint_that_came_to_the_output_of_a_stopped_commit_stays(
+    long_students: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, several: bool
+) -> None:
+    """`--overwrite` replaces teachers, and what lies there is none, however far the fold had come."""
+    options: dict[str, Any] = {"overwrite": True, **({"momentum": [0.1, 0.2]} if several else {})}
+    output = tmp_path / ("m{momentum}.safetensors" if several else "mine.safetensors")
+    stop_in_commit(long_students, output, monkeypatch, **options)
+    foreign = tmp_path / ("m0.2.safetensors" if several else "mine.safetensors")
+    save_file({"w": torch.zeros(3)}, foreign)
+    content = foreign.read_bytes()
+    with pytest.raises(CkptEmaError, match="is a checkpoint, and no teacher"):
+        quiet_fold(long_students, output, resume=True, **options)
+    assert foreign.read_bytes() == content
+    foreign.unlink()
+    quiet_fold(long_students, output, resume=True, **options)
+    assert unfinished(tmp_path) == []
 
 
 def test_the_command_says_how_to_go_on(tmp_path: Path, cli: Cli) -> None:
