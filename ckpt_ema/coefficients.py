@@ -59,6 +59,9 @@ class Weighed:
     past: tuple[PastCheckpoint, ...] = ()
     """The checkpoints in the teacher that is gone on from."""
 
+    rules: tuple[Mapping[str, Any], ...] = ()
+    """How that teacher was made, oldest first."""
+
     parts: int = 1
     """In how many folds that teacher was made (see FoldPlan)."""
 
@@ -97,6 +100,7 @@ def weigh(checkpoints: Sequence[Checkpoint], options: FoldOptions, beginning: Be
         left_out=(*left_out, *weighed.left_out),
         warnings=(*warnings, *beginning.changed_of(checkpoints), *weighed.warnings),
         past=past,
+        rules=beginning.rules if past else (),
         parts=parts_of(beginning.record) if past else 1,
         is_cut=bool(past) and options.per_step and options.between != "hold",
     )

@@ -14,7 +14,7 @@ from ckpt_ema.errors import CkptEmaError, MisuseError, NoCheckpointError
 from ckpt_ema.formats import read_contents
 from ckpt_ema.formats.folder import has_weights, is_sharded
 from ckpt_ema.locations import as_path
-from ckpt_ema.provenance import printable, read_provenance
+from ckpt_ema.provenance import printable, read_provenance, rule_of
 from ckpt_ema.records import MAX_COUNT, FoldOptions, PastCheckpoint
 from ckpt_ema.runs import Checkpoint
 
@@ -36,6 +36,13 @@ class Beginning:
     def label(self) -> str:
         """Its name, for people."""
         return self.path.name
+
+    @property
+    def rules(self) -> tuple[Mapping[str, Any], ...]:
+        """How it was made, oldest first; one for each change of the rule."""
+        earlier = self.record.get("earlier_rules")
+        before = [rule for rule in earlier if isinstance(rule, dict)] if isinstance(earlier, list) else []
+        return (*before, rule_of(self.record)) if self.past else ()
 
     @property
     def is_average(self) -> bool:

@@ -51,6 +51,11 @@ def check_replaceable(folder: Path, written: Collection[str] = ()) -> None:
             )
 
 
+def strays_in(folder: Path, names: Collection[str]) -> list[str]:
+    """What lies in `folder` and may be loaded in the place of a teacher whose files are `names`."""
+    return sorted(path.name for path in folder.iterdir() if path.name not in names and _looks_like_weights(path.name))
+
+
 def remove_own(folder: Path, *, keep: Collection[str] = ()) -> None:
     """Remove the files of older teachers from `folder`, all but those called `keep`."""
     for name in own_files(folder):

@@ -148,6 +148,7 @@ def plan_weighed(
             for item, shares in zip(checkpoints, by_input[num_averages:], strict=True)
         ),
         past=weighed.past,
+        rules_of_past=weighed.rules,
         parts=weighed.parts + (weighed.is_cut or bool(rounded)),
         predictions=weighed.predictions,
         span=weighed.span,

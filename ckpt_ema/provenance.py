@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Mapping
@@ -11,6 +12,11 @@ from ckpt_ema._version import __version__
 from ckpt_ema.formats.contents import PROVENANCE_KEY
 from ckpt_ema.profiles import Profile
 from ckpt_ema.records import FoldOptions, FoldPlan, ReconstructOptions
+
+RULE_KEYS = (
+    *("made", "profile", "momentum", "half_life", "sigma_rel"),
+    *("per", "interval", "between", "steps_per_epoch"),
+)
 
 
 def teacher_metadata(plan: FoldPlan, number: int) -> dict[str, str]:
@@ -45,7 +51,15 @@ def teacher_metadata(plan: FoldPlan, number: int) -> dict[str, str]:
             "teacher": sorted({tensor.dtype.name for tensor in plan.tensors}),
         },
     }
+    rules = [rule for rule, _ in itertools.groupby((*plan.rules_of_past, rule_of(record)))]
+    if len(rules) > 1:
+        record["earlier_rules"] = rules[:-1]
     return {"format": "pt", PROVENANCE_KEY: json.dumps(record, ensure_ascii=False)}
+
+
+def rule_of(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a record, what says how much each of its checkpoints brought."""
+    return {key: record[key] for key in RULE_KEYS if key in record}
 
 
 def _checkpoints_record(plan: FoldPlan, number: int) -> list[dict[str, Any]]:

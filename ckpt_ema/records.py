@@ -397,6 +397,9 @@ class FoldPlan:
     past: tuple[PastCheckpoint, ...]
     """Those that the initial teacher was folded from, where this fold goes on with the same run."""
 
+    rules_of_past: tuple[Mapping[str, Any], ...]
+    """How these entered it, as its record says, oldest first."""
+
     parts: int
     """In how many folds the teachers are made, those counted that cost last digits: the one gone on from was rounded,
     or straight lines lead from its checkpoints to these. With 1 the bits are those of one fold."""

@@ -126,7 +126,7 @@ def _updates(
 ) -> tuple[Update, ...]:
     """How the checkpoints entered the teacher; raises CkptEmaError where that cannot be told to the last bit."""
     shares = [item.coefficient for item in (*averages, *past)]
-    if record["made"] == "fold":
+    if record["made"] == "fold" and not has_earlier_rules(record):
         weighed = weigh(checkpoints, wanted)
         if _are_near(coefficients_of(weighed.updates[0]), shares):
             return weighed.updates[0]
@@ -141,6 +141,8 @@ def _updates(
             if names == [item.name for item in past] and _are_near(coefficients_of(weighed.updates[0]), shares):
                 return weighed.updates[0]
     updates = tuple(updates_of(shares))
+    if has_earlier_rules(record):  # held to rounding alone
+        return updates
     # A running mean is divided anew, which moves its numbers by some 1e-16: nothing to float32.
     is_wide = wanted.accumulate == "float64" or any(
         dtype.name in ("float64", "complex128") for dtype in checkpoints[-1].layout.schema.dtypes
@@ -151,6 +153,11 @@ def _updates(
             hint="`ckpt-ema compare` shows how far it is from one that is made again",
         )
     return updates
+
+
+def has_earlier_rules(record: Mapping[str, Any]) -> bool:
+    """Whether a teacher was gone on with by another rule, so that only its coefficients tell of it."""
+    return bool(record.get("earlier_rules"))
 
 
 def _are_near(shares: Sequence[float], recorded: Sequence[float]) -> bool:

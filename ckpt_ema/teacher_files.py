@@ -5,7 +5,6 @@ One safetensors file, shards with an index as Hugging Face has them, or a folder
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import pickle
@@ -13,12 +12,13 @@ import struct
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any, NamedTuple
 
 from ckpt_ema.byte_ranges import contiguous_strides, count_elements
 from ckpt_ema.dtypes import DType
 from ckpt_ema.formats.contents import PROVENANCE_FILE
-from ckpt_ema.formats.dcp import METADATA_NAME, PIECES_NAME, TABLE_KEY
+from ckpt_ema.formats.dcp import FRAMING_KEY, METADATA_NAME, PIECES_NAME, TABLE_KEY
 from ckpt_ema.writer import FileParts, Run, encode_header
 
 ALIGNMENT = 64
@@ -109,7 +109,8 @@ def dcp_files(key: str, entries: Sequence[Entry], metadata: Mapping[str, str]) -
         places.append((position, end + len(behind) - position))
         position = end + len(behind)
     table = _table(key, entries, places)
-    record = {**metadata, TABLE_KEY: hashlib.sha256(table).hexdigest()}
+    framing = sha256(b"".join(content for _, content in literals))
+    record = {**metadata, TABLE_KEY: sha256(table).hexdigest(), FRAMING_KEY: framing.hexdigest()}
     provenance = json.dumps(record, ensure_ascii=False).encode() + b"\n"
     closing = ((PROVENANCE_FILE, provenance), (METADATA_NAME, table))
     return TeacherFiles(((PIECES_NAME, FileParts(position, tuple(literals), tuple(runs))),), closing)

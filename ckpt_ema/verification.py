@@ -22,13 +22,15 @@ from ckpt_ema.engine.contract import NonFiniteBlockError, Task
 from ckpt_ema.engine.distance import epsilon_of, first_not_finite, relative_distance, shown_element
 from ckpt_ema.engine.inputs import InputFiles
 from ckpt_ema.engine.streams import Streams
-from ckpt_ema.errors import CkptEmaError, MisuseError, UnreadableCheckpointError
+from ckpt_ema.errors import CkptEmaError, MisuseError
 from ckpt_ema.inspection import Inspection, inspect
 from ckpt_ema.layouts import SchemaPool, compact_layout
 from ckpt_ema.locations import as_path
+from ckpt_ema.provenance import read_provenance, teacher_metadata
 from ckpt_ema.records import FoldPlan, PathLike
-from ckpt_ema.replanning import averages_of, plan_again
+from ckpt_ema.replanning import SHARE_TOLERANCE, averages_of, has_earlier_rules, plan_again
 from ckpt_ema.sizes import DEFAULT_MEMORY_BUDGET_BYTES, format_size
+from ckpt_ema.structure import fault_of_folder
 
 MIN_BLOCKS = 16
 SUM_TOLERANCE = 1e-6
@@ -81,18 +83,32 @@ def verify(
         raise MisuseError(f"`{run}` is no folder", hint="pass the run directory that the teacher was folded from")
     try:
         found = inspect(path)
-    except UnreadableCheckpointError as error:
-        return Verification(path, (Check("structure", False, error.message, error.hint),))
+    except MisuseError:
+        raise
+    except CkptEmaError as error:
+        return Verification(path, (Check("structure", False, _whole(error), error.hint),))
     if found.refusal or not found.tensors:
         return Verification(path, (Check("structure", False, found.refusal or "it holds no tensors"),))
-    checks = [Check("structure", True, f"{len(found.tensors)} tensors, {format_size(_num_bytes(found))}")]
     record = found.provenance or {}
+    checks = [_check_structure(found, is_own=bool(record))]
     copied = _copied_names(record)
     checks.append(_check_finite(found, copied, memory_budget_bytes))
     checks.append(_check_provenance(found, record, copied))
     if run is not None:
         checks.append(_check_against(found, record, copied, as_path(run), share, seed, memory_budget_bytes))
     return Verification(path, tuple(checks))
+
+
+def _whole(error: CkptEmaError) -> str:
+    return "; ".join([error.message, *error.details[:5]])
+
+
+def _check_structure(found: Inspection, *, is_own: bool) -> Check:
+    """Whether every library finds the same tensors at `found`."""
+    wrong = fault_of_folder(found) if is_own and found.path.is_dir() else None
+    if wrong is not None:
+        return Check("structure", False, wrong)
+    return Check("structure", True, f"{len(found.tensors)} tensors, {format_size(_num_bytes(found))}")
 
 
 def _num_bytes(found: Inspection) -> int:
@@ -163,9 +179,24 @@ def _check_against(
         return Check("recomputed", False, f"cannot be done from a run alone: {why}")
     try:
         planned = plan_again(found, record, past, copied, run, memory_budget_bytes)
-        return _recompute(found, planned, copied, parts_of(record), share, seed)
+        _check_told(record, planned)
+        # Other operations in another order: each checkpoint rounds for itself.
+        parts = max(parts_of(record), len(past)) if has_earlier_rules(record) else parts_of(record)
+        return _recompute(found, planned, copied, parts, share, seed)
     except CkptEmaError as error:
-        return Check("recomputed", False, "; ".join([error.message, *error.details[:5]]), error.hint)
+        return Check("recomputed", False, _whole(error), error.hint)
+
+
+def _check_told(record: Mapping[str, Any], planned: FoldPlan) -> None:
+    """Raise CkptEmaError where a record says of its rule what the plan of the same fold does not."""
+    if record["made"] != "fold" or has_earlier_rules(record):
+        return
+    again = read_provenance(teacher_metadata(planned, 0)) or {}
+    share, shown = record.get("first_share"), again["first_share"]
+    is_near = isinstance(share, float) and math.isclose(share, shown, rel_tol=SHARE_TOLERANCE)
+    for name, is_same in (("rule", record.get("rule") == again["rule"]), ("first_share", is_near)):
+        if not is_same:
+            raise CkptEmaError(f"its record says {record.get(name)!r} for `{name}`, and the fold {again[name]!r}")
 
 
 def _recompute(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import ckpt_ema
+from ckpt_ema.byte_ranges import TensorRange
 from tests.conftest import Outcome, make_student, quiet_fold, save_students
 
 Cli = Callable[..., Outcome]
@@ -132,6 +134,57 @@ def test_a_file_that_is_damaged_fails_its_structure(tmp_path: Path, cli: Cli) ->
     assert done.code == 1
     assert done.stdout.startswith("failed    structure: ")
     assert "Traceback" not in done.stderr
+
+
+def take_shard_of_another(folder: Path) -> None:
+    shutil.copy(folder.with_name("other") / "model-00002-of-00004.safetensors", folder)
+
+
+FAULTS: list[tuple[str, Callable[[Path], object], str]] = [
+    ("shards", lambda folder: (folder / "model-00002-of-00004.safetensors").unlink(), "lacks 1 of its 4 shards"),
+    ("shards", lambda folder: (folder / "model.safetensors.index.json").unlink(), "index.json` is missing"),
+    ("shards", take_shard_of_another, "00002-of-00004.safetensors` is of another teacher than"),
+    ("shards", lambda folder: (folder / "pytorch_model.bin").write_bytes(b"x"), "may be loaded in its place"),
+    ("single", lambda folder: (folder / "pytorch_model.bin").write_bytes(b"x"), "may be loaded in its place"),
+    ("dcp", lambda folder: (folder / "__1_0.distcp").write_bytes(b"x"), "may be loaded in its place"),
+    ("dcp", lambda folder: (folder / ".metadata").unlink(), ".metadata"),
+]
+
+
+@pytest.mark.parametrize(("kind", "spoil", "says"), FAULTS, ids=lambda value: value if isinstance(value, str) else "")
+def test_a_folder_that_is_not_as_it_was_written_fails_its_structure(
+    tmp_path: Path, cli: Cli, kind: str, spoil: Callable[[Path], object], says: str
+) -> None:
+    """Whatever another library would stumble over, or load in the teacher's place; what is beside it is no matter."""
+    many_blocks(tmp_path / "run")
+    shape = {"shards": ["--shard-size", 200_000], "single": ["--shard-size", "1GB"], "dcp": ["--output-format", "dcp"]}
+    for name, momentum in (("t", 0.3), ("other", 0.4)):
+        assert cli("fold", "run", "--momentum", momentum, "-o", name, *shape[kind]).code == 0
+    (tmp_path / "t" / "notes.md").write_text("mine")
+    assert cli("verify", "t", "run", "--share", 1).code == 0
+    spoil(tmp_path / "t")
+    done = cli("verify", "t", "--json")
+    assert done.code == 1, done.stderr
+    (check,) = [check for check in json.loads(done.stdout)["checks"] if not check["ok"]]
+    assert check["name"] == "structure"
+    assert says in check["text"]
+
+
+def test_a_byte_around_the_tensors_of_a_dcp_teacher_is_found(tmp_path: Path) -> None:
+    """Readers differ in how closely they look at a zip: not one byte of its framing may be another one."""
+    many_blocks(tmp_path / "run")
+    quiet_fold(tmp_path / "run", tmp_path / "t", momentum=0.3, output_format="dcp")
+    path = tmp_path / "t" / "__0_0.distcp"
+    content = path.read_bytes()
+    ranges = [
+        (tensor.begin, tensor.end)
+        for tensor in ckpt_ema.inspect(tmp_path / "t").tensors.values()
+        if isinstance(tensor, TensorRange)
+    ]
+    around = [at for at in range(len(content)) if not any(begin <= at < end for begin, end in ranges)]
+    for at in random.Random(5).sample(around, 200):
+        path.write_bytes(content[:at] + bytes([content[at] ^ 4]) + content[at + 1 :])
+        assert [text.split(":")[0] for text in failed(ckpt_ema.verify(tmp_path / "t"))] == ["structure"], at
 
 
 def test_a_file_of_somebody_else_says_what_was_not_checked(tmp_path: Path) -> None:
@@ -289,9 +342,30 @@ def test_a_teacher_in_parts_is_held_to_its_rounding(tmp_path: Path, options: dic
     assert "and the fold makes" in failed(ckpt_ema.verify(teacher, tmp_path / "run", share=1))[0]
 
 
+def test_a_teacher_that_went_on_by_another_rule_says_so_and_is_recomputed(tmp_path: Path) -> None:
+    """Its record has the rules in their order, each once, and its coefficients are what it is held to."""
+    teacher = tmp_path / "t.safetensors"
+    for count, momentum in ((2, 0.3), (4, 0.3), (6, 0.1)):
+        save_students(tmp_path / "run", count)
+        before = {"init": teacher, "overwrite": True} if teacher.exists() else {}
+        quiet_fold(tmp_path / "run", teacher, momentum=momentum, **before)
+    record = ckpt_ema.inspect(teacher).provenance or {}
+    assert record["momentum"] == 0.1
+    assert [rule["momentum"] for rule in record["earlier_rules"]] == [0.3]
+    found = ckpt_ema.verify(teacher, tmp_path / "run", share=1)
+    assert failed(found) == []
+    changed = {name: tensor.clone() for name, tensor in load_file(teacher).items()}
+    changed["fc.weight"] *= 1.00001
+    with safe_open(teacher, "pt") as file:
+        save_file(changed, teacher, metadata=file.metadata())
+    assert "and the fold makes" in failed(ckpt_ema.verify(teacher, tmp_path / "run", share=1))[0]
+
+
 @pytest.mark.parametrize(
     "changed",
     [
+        {"rule": "teacher = student"},
+        {"first_share": 0.123},
         {"checkpoints": [{"name": "../../etc/passwd", "step": 1, "coefficient": 1.0, "bytes": 3}]},
         {"stripped": 3, "dtypes": {"teacher": 3}},
         {"momentum": "x"},

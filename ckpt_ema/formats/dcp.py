@@ -31,6 +31,9 @@ PIECES_NAME = "__0_0.distcp"
 TABLE_KEY = "metadata_sha256"
 """In its provenance; a trainer that saves into its folder leaves the provenance, and makes another table."""
 
+FRAMING_KEY = "framing_sha256"
+"""As well: of all bytes of its pieces that are no tensor's."""
+
 LIGHTNING_NAME = "meta.pt"
 """What Lightning saves beside a sharded model: everything but its tensors."""
 
