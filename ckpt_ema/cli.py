@@ -320,7 +320,7 @@ def _follow_options(command: Command) -> Command:
             "idle_seconds",
             type=_Duration(),
             metavar="TIME",
-            help="End when nothing new came for so long (90s, 10m, 2h).  [default: never]",
+            help="End when nothing new was written for so long (90s, 10m, 2h).  [default: never]",
         ),
         "dtype": click.option(
             "--dtype",

@@ -76,9 +76,9 @@ def follow(
     students' dtype, or float32 where that has fewer bits, so that nothing is rounded on the way; with `dtype` in that.
 
     Ends when `stop` is set, after a last look; once `until_step` is folded, or passed by the run; after `idle_seconds`
-    without a new checkpoint; else never. A checkpoint counts as finished when it can be read and was the same in two
-    looks, `poll_seconds` apart. Of older ones that cannot be read the newer ones wait for `patience_seconds` after the
-    last write to them. `tell` gets a line for whatever happens.
+    in which nothing was folded and no checkpoint written to; else never. A checkpoint counts as finished when it can be
+    read and was the same in two looks, `poll_seconds` apart. Of older ones that cannot be read the newer ones wait for
+    `patience_seconds` after the last write to them. `tell` gets a line for whatever happens.
 
     Raises CkptEmaError as `fold` does; the teacher is that of the last fold then.
     """
@@ -89,7 +89,7 @@ def follow(
         if getattr(wanted, name) is not None:
             raise MisuseError(f"`--{name.replace('_bytes', '').replace('_', '-')}` has no meaning while following")
     if wanted.interval > 1 and not wanted.per_step:
-        raise MisuseError("`--interval` counts checkpoints, of which some may be missed", hint="pass `--per step` too")
+        raise MisuseError("`--interval` counts checkpoints, of which some may be missed", hint="leave it away")
     if wanted.output_format != "safetensors":
         raise MisuseError(f"`--output-format {wanted.output_format}` is not replaced in one step", hint="leave it away")
     path = as_path(run)
@@ -137,7 +137,9 @@ class _Follower:
         since = time.monotonic()
         while True:
             stopping = stop.is_set()
-            is_idle = idle_seconds is not None and time.monotonic() - since >= idle_seconds
+            # A checkpoint that takes long to write is no idleness.
+            last = max([since, *(waiting.since for waiting in self.waiting.values())])
+            is_idle = idle_seconds is not None and time.monotonic() - last >= idle_seconds
             if self.look(is_last=stopping or is_idle):
                 since = time.monotonic()
                 continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -240,7 +241,8 @@ def inspection_record(found: Inspection) -> dict[str, Any]:
             {"name": name, "dtype": tensor.dtype.name, "shape": list(tensor.shape)}
             for name, tensor in found.tensors.items()
         ],
-        "provenance": found.provenance,
+        # A stranger's may hold what no JSON parser but Python's reads.
+        "provenance": json.loads(json.dumps(found.provenance), parse_constant=str),
     }
 
 

@@ -69,6 +69,20 @@ class Following:
         return self.report
 
 
+def test_a_checkpoint_that_is_slowly_written_is_no_idleness(tmp_path: Path) -> None:
+    """`idle` counts from the last byte that came, not from the last checkpoint that was whole."""
+    save(tmp_path / "run", 1)
+    save_file(make_student(2), tmp_path / "whole")
+    content = (tmp_path / "whole").read_bytes()
+    with Following(tmp_path / "run", idle_seconds=0.6) as following:
+        following.wait("folded")
+        with open(tmp_path / "run" / "step_200.safetensors", "wb", buffering=0) as file:
+            for part in range(10):
+                file.write(content[part * len(content) // 10 : (part + 1) * len(content) // 10])
+                time.sleep(0.2)
+        following.wait("folded", 2)
+
+
 def save(run: Path, number: int) -> StateDict:
     """The checkpoint of step `number` * 100, whole from the first moment."""
     student = make_student(number)

@@ -403,3 +403,16 @@ def test_a_teacher_under_a_key_is_read_by_every_command(tmp_path: Path) -> None:
     assert set(ckpt_ema.inspect(tmp_path / "t").tensors) == set(make_student(1))
     assert ckpt_ema.compare(tmp_path / "t", tmp_path / "t.safetensors").is_identical
     assert failed(ckpt_ema.verify(tmp_path / "t", tmp_path / "run", share=1)) == []
+
+
+def test_what_a_record_holds_is_printed_as_json(tmp_path: Path, cli: Cli) -> None:
+    """NaN and infinities, which Python writes and nobody else reads, are texts."""
+    record = '{"made": "fold", "momentum": NaN, "averages": [{"coefficient": 1e999}, -Infinity]}'
+    save_file(make_student(1), tmp_path / "t.safetensors", metadata={"ckpt_ema": record})
+
+    def refuse(text: str) -> None:
+        raise AssertionError(text)
+
+    shown = json.loads(cli("inspect", "t.safetensors", "--json").stdout, parse_constant=refuse)
+    assert shown["provenance"]["momentum"] == "NaN"
+    assert shown["provenance"]["averages"] == [{"coefficient": "Infinity"}, "-Infinity"]
