@@ -780,7 +780,7 @@ def _carry_out(
             done = work(run, output, progress=bar.update, announce=announce, ranks=ranks, **_or_none(options))
         except BaseException as error:
             can_go_on = begun and getattr(error, "hint", None) != BEGIN_ANEW
-            if can_go_on and (share := done_share(begun[0].output)) is not None:
+            if can_go_on and (share := done_share(begun[0].outputs)) is not None:
                 _tell(f"{share:.0%} is done: the same command with `--resume` goes on from there")
             if isinstance(error, OtherRankFailedError) and not ranks.is_first:
                 sys.exit(1)  # the rank that failed says why, and the first one that nothing was written

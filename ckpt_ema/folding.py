@@ -23,7 +23,7 @@ from ckpt_ema.engine.inputs import InputFiles, allow_open_files
 from ckpt_ema.errors import CkptEmaError
 from ckpt_ema.fingerprints import differences_of_ranks, fingerprint, made_of
 from ckpt_ema.formats import forget_tables
-from ckpt_ema.journal import Blocks, Journal, Range, open_blocks
+from ckpt_ema.journal import Blocks, Journal, Range, journal_path, open_blocks
 from ckpt_ema.old_teacher import remove_own
 from ckpt_ema.outputs import check_no_checkpoint, check_outputs, check_parents
 from ckpt_ema.planning import plan_fold
@@ -195,7 +195,7 @@ def _share_finished(journal: Journal | None, ranks: Ranks) -> tuple[str, list[Ra
 @contextlib.contextmanager
 def _blocks_of(planned: FoldPlan, token: str, ranks: Ranks) -> Iterator[Blocks]:
     """The record of a rank other than the first."""
-    blocks = open_blocks(planned.output.absolute().parent, token, ranks.number)
+    blocks = open_blocks(journal_path(planned.outputs).parent, token, ranks.number)
     try:
         yield blocks
     finally:

@@ -20,7 +20,7 @@ import struct
 import threading
 import time
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from types import TracebackType
@@ -35,6 +35,7 @@ KEEP_SECONDS = 10.0
 """A fold that failed sooner is begun anew as fast as it is resumed, and leaves nothing behind."""
 
 SYNC_SECONDS = 15.0
+JOURNAL_SUFFIX = ".journal"
 
 _RECORD = struct.Struct("<QQII")
 """Two numbers, the kind, and a checksum: the end of the file may be torn."""
@@ -178,7 +179,7 @@ class Journal:
         self._fingerprint = fingerprint
         self._targets = [Path(target) for target in fingerprint["targets"]]
         self._resume, self._overwrite = resume, overwrite
-        self.path = journal_path(self._targets[0])
+        self.path = journal_path(self._targets)
         self.draft = Draft()
         self.finished: list[Range] = []
         """What an earlier process has done."""
@@ -191,6 +192,13 @@ class Journal:
             self._take_up()
         except BaseException:
             if _read_header(self._descriptor) is None:  # nothing, or as much as the disk would take
+                self.path.unlink(missing_ok=True)
+            os.close(self._descriptor)
+            raise
+        try:
+            self._check_alone()
+        except BaseException:
+            if not self.draft.resumes:
                 self.path.unlink(missing_ok=True)
             os.close(self._descriptor)
             raise
@@ -247,6 +255,29 @@ class Journal:
                 with contextlib.suppress(FileNotFoundError):
                     if os.path.samestat(os.stat(self.path), os.fstat(descriptor)):
                         return descriptor
+                os.close(descriptor)
+
+    def _check_alone(self) -> None:
+        """Raise CkptEmaError where a fold that has another journal is writing one of several teachers of this one.
+
+        Both have written theirs before they look, so that at least one of them sees the other.
+        """
+        for path in self.path.parent.iterdir():
+            if path == self.path or not (path.name.startswith(".") and path.name.endswith(JOURNAL_SUFFIX)):
+                continue
+            try:
+                descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            except OSError:
+                continue
+            try:
+                header = _read_header(descriptor)
+                shared = [] if header is None else [each for each in self._targets if str(each) in header["targets"]]
+                if header is not None and shared and _is_locked(descriptor):
+                    raise CkptEmaError(
+                        f"another fold is writing `{shared[0]}`{_who(header)}",
+                        hint="wait for it, or pass another `--output`",
+                    )
+            finally:
                 os.close(descriptor)
 
     def _take_up(self) -> None:
@@ -328,14 +359,15 @@ def open_blocks(directory: Path, token: str, number: int) -> Blocks:
         return Blocks(os.open(path, flags, 0o666), path)
 
 
-def journal_path(target: Path) -> Path:
-    """Where the journal of a fold into `target` lies; of several teachers, the first."""
-    return target.absolute().with_name(f".{target.name}.journal")
+def journal_path(targets: Iterable[Path]) -> Path:
+    """Where the journal of a fold into `targets` lies, whatever their order: beside the first by name."""
+    target = min((each.parent.resolve() / each.name for each in targets), key=str)
+    return target.with_name(f".{target.name}{JOURNAL_SUFFIX}")
 
 
-def done_share(target: Path) -> float | None:
-    """How much of the fold into `target` was done when it stopped, from 0 to 1; None where nothing was kept."""
-    path = journal_path(target)
+def done_share(targets: Iterable[Path]) -> float | None:
+    """How much of the fold into `targets` was done when it stopped, from 0 to 1; None where nothing was kept."""
+    path = journal_path(targets)
     try:
         content = path.read_bytes()
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -350,6 +382,14 @@ def done_share(target: Path) -> float | None:
     ranges = _merge(_read_records(content, header["size"])[0])
     done: int = sum(end - begin for begin, end in ranges)
     return done / max(1, int(header["bytes"]))
+
+
+def _is_locked(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in (errno.EWOULDBLOCK, errno.EACCES)
+    return False
 
 
 def _read_header(descriptor: int) -> dict[str, Any] | None:

@@ -450,9 +450,14 @@ class FoldPlan:
         return self.teachers[0].output
 
     @property
-    def output_names(self) -> list[str]:
+    def outputs(self) -> list[Path]:
         """Every teacher's path, as it was asked for."""
-        return [str(teacher.output) for teacher in self.teachers]
+        return [teacher.output for teacher in self.teachers]
+
+    @property
+    def output_names(self) -> list[str]:
+        """The same as texts."""
+        return list(map(str, self.outputs))
 
     @property
     def first_share(self) -> float:

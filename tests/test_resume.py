@@ -411,6 +411,37 @@ def test_two_folds_into_one_output_at_once(long_students: Path, tmp_path: Path) 
     assert unfinished(tmp_path) == []
 
 
+@pytest.mark.parametrize("momenta", [(0.2,), (0.2, 0.3), (0.1, 0.9)])
+def test_two_folds_of_which_one_teacher_is_the_same(
+    long_students: Path, tmp_path: Path, momenta: tuple[float, ...]
+) -> None:
+    """Whichever of several it is, the second fold leaves it, and nothing of itself."""
+    refused: list[str] = []
+
+    def begin_another(read: int, total: int) -> None:
+        if not refused:
+            with pytest.raises(CkptEmaError, match="another fold is writing") as caught:
+                quiet_fold(long_students, tmp_path / "t{momentum}.safetensors", momentum=momenta, overwrite=True)
+            refused.append(caught.value.message)
+
+    output = tmp_path / "t{momentum}.safetensors"
+    quiet_fold(long_students, output, momentum=[0.1, 0.2], progress=begin_another, memory_budget_bytes=1 << 15)
+    assert refused
+    assert unfinished(tmp_path) == []
+    assert sorted(path.name for path in tmp_path.glob("t*")) == ["t0.1.safetensors", "t0.2.safetensors"]
+
+
+def test_the_order_of_several_teachers_does_not_hide_the_unfinished(long_students: Path, tmp_path: Path) -> None:
+    """Their journal is found, and the other order told, or begun anew without leaving the old one's files."""
+    output = tmp_path / "t{momentum}.safetensors"
+    stop_fold(long_students, output, momentum=[0.2, 0.1])
+    with pytest.raises(CkptEmaError, match="was of something else") as caught:
+        quiet_fold(long_students, output, momentum=[0.1, 0.2], resume=True)
+    assert "momentum" in caught.value.details[0]
+    quiet_fold(long_students, output, momentum=[0.1, 0.2], overwrite=True)
+    assert unfinished(tmp_path) == []
+
+
 @pytest.mark.parametrize("content", [b"", b"{}\n", b"x" * 100, b'{"token": "../../x"}\n' + bytes(240)])
 def test_a_journal_that_is_none_is_begun_anew(long_students: Path, tmp_path: Path, content: bytes) -> None:
     """Torn by a power failure, or laid there by somebody: no traceback, no trust, no foreign file touched."""
@@ -509,7 +540,7 @@ def test_the_command_says_how_to_go_on(tmp_path: Path, cli: Cli) -> None:
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     journal_file = run / ".teacher.safetensors.journal"
     deadline = time.monotonic() + 60
-    while not journal_file.exists() or (journal.done_share(run / "teacher.safetensors") or 0) < 0.2:
+    while not journal_file.exists() or (journal.done_share([run / "teacher.safetensors"]) or 0) < 0.2:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
     process.send_signal(signal.SIGTERM)
