@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 from ckpt_ema.errors import CkptEmaError
 from ckpt_ema.fingerprints import differences_between
 from ckpt_ema.teacher_folder import settle_old
-from ckpt_ema.writer import BEGIN_ANEW, Draft, SpreadFiles, explained, write_all
+from ckpt_ema.writer import BEGIN_ANEW, Draft, SpreadFiles, explained, sync_folder, write_all
 
 KEEP_SECONDS = 10.0
 """A fold that failed sooner is begun anew as fast as it is resumed, and leaves nothing behind."""
@@ -59,6 +59,7 @@ class Blocks:
         self._path = path
         self._syncing = threading.Lock()
         self._synced = time.monotonic()
+        self._was_synced = False
         self._teachers: Sequence[SpreadFiles] = ()
         self.any_finished = False
         self._is_torn = False
@@ -84,10 +85,11 @@ class Blocks:
         self._synced = time.monotonic()
         position = os.lseek(self._descriptor, 0, os.SEEK_END)
         for teacher in self._teachers:
-            teacher.sync()
+            teacher.sync(with_names=not self._was_synced)
         self._append(_SYNCED, position, 0)
         with explained(f"cannot write `{self._path}`"):
             os.fsync(self._descriptor)
+        self._was_synced = True
 
     def begin_commit(self) -> None:
         """All is written and synced; files are about to get their names."""
@@ -307,6 +309,9 @@ class Journal:
         with explained(f"cannot write `{self.path}`"):
             os.ftruncate(self._descriptor, 0)
             write_all(self._descriptor, memoryview(content), 0)
+            # Before the files that it tells of: nobody else knows them from those of a fold that runs.
+            os.fsync(self._descriptor)
+            sync_folder(self.path.parent)
 
     def _read_finished(self, header: Mapping[str, Any]) -> tuple[list[Range], frozenset[int]]:
         with explained(f"cannot read `{self.path}`"):

@@ -195,10 +195,11 @@ class TeacherFile:
         """Its number, which it keeps when it gets its name."""
         return os.stat(self._descriptor if self._descriptor >= 0 else self._target).st_ino
 
-    def sync(self) -> None:
-        """Make what was written so far survive a power failure."""
+    def sync(self, *, with_name: bool) -> None:
+        """Make what was written so far survive a power failure, and, asked for once, the temporary name."""
         with explained(f"cannot write `{self._target}`"):
-            _sync_content(self._descriptor)
+            if self._descriptor >= 0:  # not committed before
+                _sync(self._descriptor, self.temporary if with_name else None)
 
     def _discard(self) -> None:
         if self._descriptor >= 0:
@@ -229,10 +230,10 @@ class SharedFile:
         with explained(f"cannot write `{self._path}`"):
             _write_runs(self._descriptor, self._parts.runs, self._begins, block, position)
 
-    def sync(self) -> None:
+    def sync(self, *, with_name: bool) -> None:
         """As `TeacherFile.sync`."""
         with explained(f"cannot write `{self._path}`"):
-            _sync_content(self._descriptor)
+            _sync(self._descriptor, self._path if with_name else None)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -265,10 +266,10 @@ class SpreadFiles:
         """Those of the files that this process gives their names."""
         return [file.inode for file in self._files if isinstance(file, TeacherFile)]
 
-    def sync(self) -> None:
-        """Make what was written so far survive a power failure."""
+    def sync(self, *, with_names: bool) -> None:
+        """Make what was written so far survive a power failure, and, asked for once, the temporary names."""
         for file in self._files:
-            file.sync()
+            file.sync(with_name=with_names)
 
 
 def encode_header(entries: Iterable[tuple[str, DType, Sequence[int], int, int]], metadata: Mapping[str, str]) -> bytes:
@@ -357,9 +358,12 @@ def _reserve(descriptor: int, size: int, needed: int) -> None:
             raise
 
 
-def _sync_content(descriptor: int) -> None:
-    if descriptor >= 0:  # not committed before
-        getattr(os, "fdatasync", os.fsync)(descriptor)
+def _sync(descriptor: int, path: Path | None) -> None:
+    getattr(os, "fdatasync", os.fsync)(descriptor)
+    if path is not None:
+        # A file without its name is lost, and so is one in a new folder without its own.
+        sync_folder(path.parent)
+        sync_folder(path.parent.parent)
 
 
 def _write_runs(descriptor: int, runs: Sequence[Run], begins: Sequence[int], block: memoryview, position: int) -> None:

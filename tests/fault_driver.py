@@ -21,7 +21,8 @@ from typing import Any
 
 import ckpt_ema
 import ckpt_ema.engine.choice  # and torch with it, before anything is forked
-from ckpt_ema import teacher_folder
+from ckpt_ema import journal, teacher_folder
+from tests.power_failure import Disk, leave_remains
 
 WRITING_CALLS = (
     *("open", "write", "pwrite", "ftruncate", "posix_fallocate", "fsync", "fdatasync"),
@@ -73,10 +74,11 @@ def content_of(path: Path) -> Any:
     return path.read_bytes() if path.exists() else None
 
 
-def fault_at(number: int, *, torn: bool) -> None:
+def fault_at(number: int, *, torn: bool, disk: Disk | None = None, saved: Path | None = None) -> None:
     """Kill this process before its writing call of that number, or in the middle of what that call writes.
 
-    After one call is before the next. A call that writes nothing cannot be torn, and goes through.
+    After one call is before the next. A call that writes nothing cannot be torn, and goes through. What the `disk` was
+    told is `saved` then.
     """
     count = 0
 
@@ -91,8 +93,13 @@ def fault_at(number: int, *, torn: bool) -> None:
             descriptor, written, *offset = arguments
             call(descriptor, bytes(written)[: len(written) // 2], *offset)
         if is_it:
+            if disk is not None and saved is not None:
+                disk.save(saved)
             os.kill(os.getpid(), signal.SIGKILL)
-        return call(*arguments, **keywords)
+        result = call(*arguments, **keywords)
+        if disk is not None:
+            disk.told(name, arguments)
+        return result
 
     for name in WRITING_CALLS:
         setattr(os, name, functools.partial(faulty, getattr(os, name), name))
@@ -179,6 +186,44 @@ def at_every_call(scenario: Scenario) -> list[str]:
     return wrong
 
 
+def without_power(scenario: Scenario, trials: int) -> list[str]:
+    """Let the power fail at every call that writes; another system, so to say, goes on from what the disk has kept."""
+    wrong = []
+    saved = scenario.folder.with_name("disk.pickle")
+    chance = random.Random(trials)
+    gone_on = 0
+    journal.SYNC_SECONDS = 0.0
+    os.fsync = os.fdatasync = lambda descriptor: None  # the disk is a model, and the real one slow
+    for number in range(10_000):
+        for _ in range(trials):
+            scenario.reset()
+
+            def work(number: int = number) -> None:
+                fault_at(number, torn=False, disk=Disk(scenario.folder), saved=saved)
+                scenario.fold()
+
+            journal._machine = lambda: 1
+            code = ended(start(work, scenario.errors))
+            if code == 0:
+                break
+            if code != -signal.SIGKILL:
+                wrong.append(f"call {number}: ended with {code}: {scenario.errors.read_text()[-1500:]}")
+            leave_remains(scenario.folder, saved, chance)
+            journal._machine = lambda: 2
+            done = [journal.done_share([path.with_name(path.name[1:-8])]) for path in journals_in(scenario.folder)]
+            gone_on += any(share and share < 1 for share in done)
+            wrong += scenario.check(f"call {number}")
+        if code == 0:
+            break
+    if number < 8 or not gone_on:
+        wrong.append(f"only {number} calls were found, and {gone_on} times something to go on with")
+    return wrong
+
+
+def journals_in(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if path.name.endswith(journal.JOURNAL_SUFFIX)]
+
+
 def at_random(scenario: Scenario, trials: int) -> list[str]:
     """Kill at random moments, up to three times in a row."""
     wrong = []
@@ -203,7 +248,11 @@ def at_random(scenario: Scenario, trials: int) -> list[str]:
 def main(mode: str, folder: Path, name: str, trials: int = 0) -> None:
     """Run the trials, and print what went wrong."""
     scenario = Scenario(folder, name)
-    print(json.dumps(at_every_call(scenario) if mode == "calls" else at_random(scenario, trials)))
+    if mode == "calls":
+        wrong = at_every_call(scenario)
+    else:
+        wrong = without_power(scenario, trials) if mode == "power" else at_random(scenario, trials)
+    print(json.dumps(wrong))
 
 
 if __name__ == "__main__":

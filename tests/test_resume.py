@@ -76,6 +76,13 @@ def test_a_fold_killed_at_any_writing_call_goes_on_to_the_same_bytes(faults: Pat
     assert drive("calls", faults, scenario) == []
 
 
+@pytest.mark.parametrize("scenario", ["file", "overwritten", "several", "shards", "apart", "joined", "dcp", "model"])
+def test_when_power_fails_what_was_synced_is_gone_on_with(faults: Path, scenario: str) -> None:
+    """At every call that writes: of what was not synced any part may be lost, sectors and names; the teacher that was
+    there is whole, and `resume` ends with the bytes of an undisturbed fold."""
+    assert drive("power", faults, scenario, 1) == []
+
+
 def test_a_fold_killed_at_200_random_moments_goes_on_to_the_same_bytes(faults: Path) -> None:
     """Up to three SIGKILLs in a row, wherever they fall; the teacher is that of an undisturbed fold."""
     assert drive("random", faults, "overwritten", 200) == []
