@@ -22,6 +22,7 @@ from ckpt_ema.profiles import (
     step_updates,
     updates_of,
 )
+from ckpt_ema.provenance import copied_names
 from ckpt_ema.records import FoldOptions, PastCheckpoint, Prediction, ReconstructOptions
 from ckpt_ema.runs import Checkpoint
 
@@ -58,6 +59,9 @@ class Weighed:
     span: tuple[int, int] | None = None
     past: tuple[PastCheckpoint, ...] = ()
     """The checkpoints in the teacher that is gone on from."""
+
+    copied: frozenset[str] = frozenset()
+    """The tensors of that teacher that are no average."""
 
     rules: tuple[Mapping[str, Any], ...] = ()
     """How that teacher was made, oldest first."""
@@ -100,6 +104,7 @@ def weigh(checkpoints: Sequence[Checkpoint], options: FoldOptions, beginning: Be
         left_out=(*left_out, *weighed.left_out),
         warnings=(*warnings, *beginning.changed_of(checkpoints), *weighed.warnings),
         past=past,
+        copied=copied_names(beginning.record) if past else frozenset(),
         rules=beginning.rules if past else (),
         parts=parts_of(beginning.record) if past else 1,
         is_cut=bool(past) and options.per_step and options.between != "hold",

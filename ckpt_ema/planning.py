@@ -160,6 +160,7 @@ def plan_weighed(
             *found.warnings,
             *weighed.warnings,
             *rounded,
+            *_treated_otherwise(weighed, tensors),
             *_warnings(checkpoints, teachers, wanted, tensors, goes_on=bool(weighed.past)),
         ),
         mended_options=_mended_options(checkpoints, teachers, wanted),
@@ -257,6 +258,21 @@ def _warnings(
     else:
         mended = f"`--momentum {momentum_for_first_share(len(worst.updates) - 1, 0.1):g}` would leave it 10 %"
     yield f"{keeps}: {works} once per checkpoint here, not once per training step; {mended}"
+
+
+def _treated_otherwise(weighed: Weighed, tensors: Sequence[TeacherTensor]) -> Iterator[str]:
+    """Tensors of a teacher that is gone on with which were averaged so far and are copied now, or the other way."""
+    if not weighed.past:
+        return
+    copied = {tensor.name for tensor in tensors if tensor.action == "copy"}
+    averaged = {tensor.name for tensor in tensors} - copied
+    for names, before, now in (
+        (sorted(copied - weighed.copied), "averaged", "copied"),
+        (sorted(averaged & weighed.copied), "copied", "averaged"),
+    ):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            yield f"`{names[0]}`{more}: {before} in `{weighed.averages[0].label}`, {now} from now on"
 
 
 def _rounded(

@@ -108,6 +108,14 @@ def counting_record(options: FoldOptions) -> dict[str, Any]:
     return {"per": "step", "interval": options.interval, "between": options.between or "linear", **epochs}
 
 
+def copied_names(record: Mapping[str, Any]) -> frozenset[str]:
+    """The tensors that a record says came from the newest checkpoint as they were."""
+    copied = record.get("copied")
+    names = copied.get("names") if isinstance(copied, dict) else None
+    groups = names.values() if isinstance(names, dict) else ()
+    return frozenset(name for group in groups if isinstance(group, list) for name in group if isinstance(name, str))
+
+
 def printable(name: str) -> str:
     """A name as a record has it: a file name may be bytes that are no text; a safetensors header may not."""
     return os.fsencode(name).decode("utf-8", "replace")

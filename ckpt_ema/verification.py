@@ -26,7 +26,7 @@ from ckpt_ema.errors import CkptEmaError, MisuseError
 from ckpt_ema.inspection import Inspection, inspect
 from ckpt_ema.layouts import SchemaPool, compact_layout
 from ckpt_ema.locations import as_path
-from ckpt_ema.provenance import read_provenance, teacher_metadata
+from ckpt_ema.provenance import copied_names, read_provenance, teacher_metadata
 from ckpt_ema.records import FoldPlan, PathLike
 from ckpt_ema.replanning import SHARE_TOLERANCE, averages_of, has_earlier_rules, plan_again
 from ckpt_ema.sizes import DEFAULT_MEMORY_BUDGET_BYTES, format_size
@@ -91,7 +91,7 @@ def verify(
         return Verification(path, (Check("structure", False, found.refusal or "it holds no tensors"),))
     record = found.provenance or {}
     checks = [_check_structure(found, is_own=bool(record))]
-    copied = _copied_names(record)
+    copied = copied_names(record)
     checks.append(_check_finite(found, copied, memory_budget_bytes))
     checks.append(_check_provenance(found, record, copied))
     if run is not None:
@@ -113,13 +113,6 @@ def _check_structure(found: Inspection, *, is_own: bool) -> Check:
 
 def _num_bytes(found: Inspection) -> int:
     return sum(count_elements(tensor.shape) * tensor.dtype.itemsize for tensor in found.tensors.values())
-
-
-def _copied_names(record: Mapping[str, Any]) -> frozenset[str]:
-    copied = record.get("copied")
-    names = copied.get("names") if isinstance(copied, dict) else None
-    groups = names.values() if isinstance(names, dict) else ()
-    return frozenset(name for group in groups if isinstance(group, list) for name in group if isinstance(name, str))
 
 
 def _check_finite(found: Inspection, copied: frozenset[str], memory_budget_bytes: int) -> Check:

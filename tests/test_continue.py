@@ -231,6 +231,11 @@ def test_another_rule_is_said(tmp_path: Path) -> None:
     assert any("momentum 0.1 per checkpoint, and goes on with another rule" in text for text in planned.warnings)
     planned = ckpt_ema.plan(run, tmp_path / "u.safetensors", init=tmp_path / "t.safetensors", skip_buffers=False)
     assert any("was folded with `--skip-buffers`, and goes on without" in text for text in planned.warnings)
+    planned = ckpt_ema.plan(run, tmp_path / "u.safetensors", init=tmp_path / "t.safetensors", buffers=["fc.*"])
+    assert "`fc.bias` and 1 more: averaged in `t.safetensors`, copied from now on" in planned.warnings
+    quiet_fold(run, tmp_path / "c.safetensors", momentum=0.1, until_step=300, buffers=["fc.*"])
+    planned = ckpt_ema.plan(run, tmp_path / "u.safetensors", init=tmp_path / "c.safetensors", buffers=["fc.b*"])
+    assert "`fc.weight`: copied in `c.safetensors`, averaged from now on" in planned.warnings
 
 
 @pytest.mark.parametrize("changed", [{"momentum": 7.0}, {"momentum": "x"}, {"checkpoints": [{"name": 3}]}, {"per": 9}])
