@@ -802,11 +802,13 @@ def _show(
     verbose: bool,
     **options: Any,
 ) -> None:
-    """Print a plan; its warnings go to stderr."""
+    """Print a plan, under torchrun or srun by the first rank alone; its warnings go to stderr."""
     from ckpt_ema import report  # noqa: PLC0415
 
     with contextlib.redirect_stdout(sys.stderr):
         planned = make_plan(run, output, **_or_none(options))
+    if not ckpt_ema.ranks_of_environment().is_first:
+        return
     if as_json:
         click.echo(json.dumps(report.plan_record(planned), indent=2))
     elif not quiet:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from ckpt_ema.errors import CkptEmaError, MisuseError
 from ckpt_ema.formats.zip_archive import ZipArchive
 from ckpt_ema.ranks import Ranks, StoreRanks, ranks_of_environment
 from ckpt_ema.teacher_files import Entry, tensor_zip
-from tests.conftest import StateDict, assert_same_bits, hook_teacher, quiet_fold
+from tests.conftest import Outcome, StateDict, assert_same_bits, hook_teacher, quiet_fold
 
 MOMENTUM = 0.3
 
@@ -226,6 +226,14 @@ def free_port() -> int:
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         return int(server.getsockname()[1])
+
+
+def test_a_plan_is_printed_once(run: Path, cli: Callable[..., Outcome]) -> None:
+    """Whatever the number of ranks that are started to print it."""
+    environment = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "127.0.0.1"}
+    outcomes = [cli("plan", run, SLURM_PROCID=str(rank), **environment) for rank in range(2)]
+    assert [outcome.code for outcome in outcomes] == [0, 0]
+    assert [bool(outcome.stdout) for outcome in outcomes] == [True, False]
 
 
 def test_slurms_variables_are_enough(large_run: Path, tmp_path: Path) -> None:
