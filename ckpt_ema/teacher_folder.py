@@ -78,7 +78,11 @@ def new_folder(target: Path, *, overwrite: bool, draft: Draft, written: Collecti
     try:
         if not draft.resumes:
             os.mkdir(temporary)
-            _mark(temporary, draft).touch()
+            try:
+                _mark(temporary, draft).touch()
+            except OSError:
+                os.rmdir(temporary)
+                raise
         elif draft.was_committing and (_mark(target, draft).exists() or not temporary.is_dir()) and target.is_dir():
             temporary = target  # it took its place before the other process was stopped
         elif not temporary.is_dir():
