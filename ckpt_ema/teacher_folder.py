@@ -83,6 +83,7 @@ def new_folder(target: Path, *, overwrite: bool, draft: Draft, written: Collecti
             except OSError:
                 os.rmdir(temporary)
                 raise
+            sync_folder(target.parent)  # what is synced in it is lost with its name
         elif draft.was_committing and (_mark(target, draft).exists() or not temporary.is_dir()) and target.is_dir():
             temporary = target  # it took its place before the other process was stopped
         elif not temporary.is_dir():

@@ -361,9 +361,7 @@ def _reserve(descriptor: int, size: int, needed: int) -> None:
 def _sync(descriptor: int, path: Path | None) -> None:
     getattr(os, "fdatasync", os.fsync)(descriptor)
     if path is not None:
-        # A file without its name is lost, and so is one in a new folder without its own.
         sync_folder(path.parent)
-        sync_folder(path.parent.parent)
 
 
 def _write_runs(descriptor: int, runs: Sequence[Run], begins: Sequence[int], block: memoryview, position: int) -> None:
