@@ -26,6 +26,7 @@ WRITTEN_AGAIN = "was written again"
 _DECIDES_NO_BIT = frozenset(
     (
         *("memory_budget_bytes", "num_threads", "device", "overwrite", "resume"),
+        "init",  # an input, whatever way leads to it
         # What they select is compared itself: `--until` keeps checkpoints out that were saved meanwhile.
         *("include", "exclude", "from_step", "until_step", "last"),
     )

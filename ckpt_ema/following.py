@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import math
 import os
 import threading
 import time
@@ -93,6 +94,16 @@ def follow(
     if wanted.output_format != "safetensors":
         raise MisuseError(f"`--output-format {wanted.output_format}` is not replaced in one step", hint="leave it away")
     path = as_path(run)
+    if isinstance(path, RemotePath):
+        raise MisuseError(
+            f"`{path}` is remote, and a run is followed where it is written",
+            hint="fold what is new now and then: `ckpt-ema fold RUN --init TEACHER -o TEACHER --overwrite`",
+        )
+    for name, seconds in (("poll_seconds", poll_seconds), ("patience_seconds", patience_seconds)):
+        if not 0 < seconds < math.inf:
+            raise MisuseError(f"`{name}` is {seconds}, and must be above 0")
+    if idle_seconds is not None and not idle_seconds > 0:
+        raise MisuseError(f"`--idle` is {idle_seconds} s, and must be above 0")
     if not path.is_dir():
         raise MisuseError(f"`{path}` is no folder", hint="pass the run directory that the trainer writes to")
     # torch takes a second or more to import, in which a trainer may remove a checkpoint that is ready to be folded.
@@ -115,6 +126,10 @@ class _Follower:
     target: Path | None = None
     """Where the teacher goes; known once there is a checkpoint."""
 
+    earlier: Path | None = None
+    earlier_step: int | None = None
+    """A teacher that was there at the beginning, which is gone on with where it is `target`."""
+
     done: dict[Path, Signature] = field(default_factory=dict)
     """What is not to be read again, unless it is written again."""
 
@@ -135,6 +150,7 @@ class _Follower:
 
     def run(self, stop: threading.Event, idle_seconds: float | None) -> FollowReport:
         since = time.monotonic()
+        self._look_for_earlier()
         while True:
             stopping = stop.is_set()
             # A checkpoint that takes long to write is no idleness.
@@ -150,9 +166,23 @@ class _Follower:
             stop.wait(rest)
         for path in self.waiting:
             self._miss(path, "was not finished when following ended")
-        if self.target is None or not self.target.exists():
+        target = self.target or self.earlier
+        if target is None or not target.exists():
             raise NoCheckpointError(f"`{self.path}` had no finished checkpoint", hint="is it the trainer's folder?")
-        return FollowReport(self.target, self.num_folded, tuple(self.missed), self.last)
+        return FollowReport(target, self.num_folded, tuple(self.missed), self.last)
+
+    def _look_for_earlier(self) -> None:
+        """A teacher of an earlier follower: there may be nothing new in this run ever again."""
+        wanted = self.wanted_output
+        places = [self.path / "teacher.safetensors", self.path / "teacher"]
+        if wanted is not None:
+            places = [as_path(wanted) / "teacher.safetensors", as_path(wanted)]
+        for place in places:
+            with contextlib.suppress(CkptEmaError):
+                beginning = read_beginning(replace(self.options, init=place))
+                if beginning is not None and beginning.past:
+                    self.earlier, self.earlier_step = place, beginning.past[-1].step
+                    return
 
     def look(self, *, is_last: bool) -> bool:
         """Fold what is new and finished; whether there was anything."""
@@ -233,8 +263,6 @@ class _Follower:
     def _choose_target(self, found: Run, newest: Checkpoint) -> None:
         """Where the teacher goes, and which checkpoints it has already where it is there."""
         _, [self.target] = resolve_outputs(self.wanted_output, found, newest, self.options)
-        if isinstance(self.path, RemotePath) and self.wanted_output is None:
-            raise MisuseError(f"`{self.path}` is remote, so `--output` is needed")
         narrow = [dtype for dtype in newest.layout.schema.dtypes if dtype.is_floating_point and dtype.itemsize < 4]
         if self.options.dtype == "student" and narrow:
             self.options = replace(self.options, dtype="float32")
@@ -245,10 +273,15 @@ class _Follower:
         foreign: list[str] = []
         with contextlib.suppress(NoCheckpointError):  # nothing is newer, yet
             _, _, _, foreign = beginning.newer_of(found.checkpoints)
-        if not beginning.past or warnings or foreign:
+        if not beginning.past or foreign:
             raise CkptEmaError(
-                (*warnings, *foreign, f"`{self.target}` does not say what it was folded from")[0],
-                hint="pass another `--output`, or the options that it was made with",
+                (*foreign, f"`{self.target}` does not say what it was folded from")[0], hint="pass another `--output`"
+            )
+        if warnings:
+            raise CkptEmaError(
+                f"`{self.target}` is the teacher of other options",
+                details=warnings,
+                hint="leave `--momentum`, `--half-life` and `--per` away to go on with it, or pass another `--output`",
             )
         self.options = options
         for text in notes:
@@ -262,7 +295,8 @@ class _Follower:
 
     def _beginning(self) -> Beginning | None:
         assert self.target is not None
-        if not self.target.exists() or (self.target.is_dir() and not any(self.target.iterdir())):
+        # A follower that was killed in its first fold leaves hidden files.
+        if not self.target.exists() or (self.target.is_dir() and all(map(_is_hidden, self.target.iterdir()))):
             return None
         return read_beginning(replace(self.options, init=self.target))
 
@@ -283,8 +317,8 @@ class _Follower:
                 hint="follow again to begin anew with what is there",
             )
         given = {name: getattr(self.options, name) for name in FoldOptions.__dataclass_fields__}
-        # A teacher that is not there cannot be overwritten; an unfinished fold into it may.
-        given |= {"init": init, "overwrite": init is not None or not self.target.exists()}
+        # Where there is no teacher to go on from, there may be an unfinished fold of one.
+        given |= {"init": init, "overwrite": True}
         given |= {"from_step": None, "until_step": None, "include": (), "exclude": ()}
         try:
             report = fold(paths, self.target, announce=lambda plan: None, **given)
@@ -330,7 +364,12 @@ class _Follower:
         until = self.options.until_step
         if until is None:
             return False
-        return (self.last_step is not None and self.last_step >= until) or (self.has_passed and not self.waiting)
+        last = self.earlier_step if self.last_step is None else self.last_step
+        return (last is not None and last >= until) or (self.has_passed and not self.waiting)
+
+
+def _is_hidden(path: Path) -> bool:
+    return path.name.startswith(".")
 
 
 def _signature_of(item: Checkpoint) -> Signature:

@@ -150,6 +150,34 @@ def _read_records(content: bytes, offset: int) -> tuple[list[Range], frozenset[i
     return counted, frozenset(written)
 
 
+def _read_finished(path: Path, descriptor: int, header: Mapping[str, Any]) -> tuple[list[Range], frozenset[int]]:
+    """What the journal at `path` and the records of other ranks beside it say, merged."""
+    with explained(f"cannot read `{path}`"):
+        content = os.pread(descriptor, os.fstat(descriptor).st_size, 0)
+        ranges, written = _read_records(content, header["size"])
+        for record in _records_of_ranks(path.parent, header["token"]):
+            ranges += _read_records(record.read_bytes(), 0)[0]
+    return _merge(ranges), written
+
+
+def _records_of_ranks(folder: Path, token: str) -> list[Path]:
+    return [path for path in folder.iterdir() if path.name.startswith(f".{token}.rank")]
+
+
+def _is_over(header: Mapping[str, Any], written: frozenset[int]) -> bool:
+    """Whether a fold was killed when every file had its name, and nothing else of it is there any more."""
+    draft = Draft(header["token"], written=written)
+    try:
+        for target in map(Path, header["targets"]):
+            files = list(target.iterdir()) if target.is_dir() else [target]
+            hidden = [draft.name(target), draft.name(target, "old"), *filter(draft.owns, files)]
+            if any(map(os.path.lexists, hidden)) or not any(map(draft.has_named, files)):
+                return False
+    except (OSError, ValueError):  # names that somebody made up
+        return False
+    return True
+
+
 def _merge(ranges: Sequence[Range]) -> list[Range]:
     merged: list[Range] = []
     for begin, end in sorted(ranges):
@@ -186,22 +214,21 @@ class Journal:
         self.finished: list[Range] = []
         """What an earlier process has done."""
 
+        self._others: list[tuple[Path, int]] = []
         self._started = time.monotonic()
 
     def __enter__(self) -> Journal:
-        self._descriptor = self._open_locked()
+        self._descriptor = _open_locked(self.path, self._targets[0])
         try:
+            # Those that folds of one of these teachers alone would have.
+            for target in self._targets:
+                if (path := journal_path([target])) != self.path:
+                    self._others.append((path, _open_locked(path, target)))
             self._take_up()
         except BaseException:
             if _read_header(self._descriptor) is None:  # nothing, or as much as the disk would take
                 self.path.unlink(missing_ok=True)
-            os.close(self._descriptor)
-            raise
-        try:
-            self._check_alone()
-        except BaseException:
-            if not self.draft.resumes:
-                self.path.unlink(missing_ok=True)
+            self._let_go_of_others()
             os.close(self._descriptor)
             raise
         self.blocks = Blocks(self._descriptor, self.path)
@@ -212,11 +239,18 @@ class Journal:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if kind is None or not self.draft.is_kept:
+            for path in _records_of_ranks(self.path.parent, self.draft.token):
+                path.unlink(missing_ok=True)
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self.path)
-            for path in self._records_of_ranks():
-                path.unlink(missing_ok=True)
+        self._let_go_of_others()
         self.blocks.close()
+
+    def _let_go_of_others(self) -> None:
+        for path, descriptor in self._others:
+            _unlink_empty(path, descriptor)
+            os.close(descriptor)
+        self._others = []
 
     def begin_commit(self) -> None:
         """All blocks of all processes are written: what fails from now on fails for want of a name."""
@@ -235,68 +269,26 @@ class Journal:
     def _is_worth_keeping(self) -> bool:
         return self._resume or time.monotonic() - self._started >= KEEP_SECONDS
 
-    def _open_locked(self) -> int:
-        with explained(f"cannot write `{self.path}`"):
-            while True:
-                flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
-                descriptor = os.open(self.path, flags, 0o666)
-                try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except OSError as error:
-                    if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                        header = _read_header(descriptor) or {}
-                        os.close(descriptor)
-                        raise CkptEmaError(
-                            f"another fold is writing `{self._targets[0]}`{_who(header)}",
-                            hint="wait for it, or pass another `--output`",
-                        ) from None
-                    if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-                        os.close(descriptor)
-                        raise
-                # The one that had it may have removed it while it was being opened.
-                with contextlib.suppress(FileNotFoundError):
-                    if os.path.samestat(os.stat(self.path), os.fstat(descriptor)):
-                        return descriptor
-                os.close(descriptor)
-
-    def _check_alone(self) -> None:
-        """Raise CkptEmaError where a fold that has another journal is writing one of several teachers of this one.
-
-        Both have written theirs before they look, so that at least one of them sees the other.
-        """
-        for path in self.path.parent.iterdir():
-            if path == self.path or not (path.name.startswith(".") and path.name.endswith(JOURNAL_SUFFIX)):
-                continue
-            try:
-                descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-            except OSError:
-                continue
-            try:
-                header = _read_header(descriptor)
-                shared = [] if header is None else [each for each in self._targets if str(each) in header["targets"]]
-                if header is not None and shared and _is_locked(descriptor):
-                    raise CkptEmaError(
-                        f"another fold is writing `{shared[0]}`{_who(header)}",
-                        hint="wait for it, or pass another `--output`",
-                    )
-            finally:
-                os.close(descriptor)
-
     def _take_up(self) -> None:
         """Go on with what the journal tells of, or begin anew."""
         header = _read_header(self._descriptor)
         if header is not None:
             self.draft.token = header["token"]
-            ranges, written = self._read_finished(header)
-            done = sum(end - begin for begin, end in ranges)
-            if self._resume and (ranges or written):
-                self._check_same(header)
+            ranges, written = _read_finished(self.path, self._descriptor, header)
+            is_over = _is_over(header, written)
+            if is_over:
+                ranges = [Range(0, header["bytes"])]
+            differences = list(differences_between(header, self._fingerprint))
+            # What is over is nothing to go on with, unless it is this very fold.
+            if self._resume and (ranges or written) and not (is_over and differences):
+                self._check_same(differences)
                 self.finished = ranges
                 self.draft.resumes = True
                 self.draft.written = written
                 return
+            done = sum(end - begin for begin, end in ranges)
             seconds = os.fstat(self._descriptor).st_mtime - header["started"]
-            if done and seconds >= KEEP_SECONDS and not (self._resume or self._overwrite):
+            if done and not is_over and seconds >= KEEP_SECONDS and not (self._resume or self._overwrite):
                 raise CkptEmaError(
                     f"an unfinished fold into `{self._targets[0]}` is there, {done / max(1, header['bytes']):.0%} done",
                     hint="pass `--resume` to go on with it, or `--overwrite` to begin anew",
@@ -304,29 +296,20 @@ class Journal:
             self._discard(header)
             self.draft.token = secrets.token_hex(4)
         process = {"process": os.getpid(), "host": socket.gethostname()}
-        header = {"token": self.draft.token, "started": time.time(), **process}
-        content = json.dumps({**header, **self._fingerprint}).encode("utf-8", "surrogateescape") + b"\n"
         with explained(f"cannot write `{self.path}`"):
             os.ftruncate(self._descriptor, 0)
+            # By the file system's clock, as its later times are: that of a server may be another.
+            os.utime(self._descriptor)
+            started = os.fstat(self._descriptor).st_mtime
+        header = {"token": self.draft.token, "started": started, **process}
+        content = json.dumps({**header, **self._fingerprint}).encode("utf-8", "surrogateescape") + b"\n"
+        with explained(f"cannot write `{self.path}`"):
             write_all(self._descriptor, memoryview(content), 0)
             # Before the files that it tells of: nobody else knows them from those of a fold that runs.
             os.fsync(self._descriptor)
             sync_folder(self.path.parent)
 
-    def _read_finished(self, header: Mapping[str, Any]) -> tuple[list[Range], frozenset[int]]:
-        with explained(f"cannot read `{self.path}`"):
-            content = os.pread(self._descriptor, os.fstat(self._descriptor).st_size, 0)
-            ranges, written = _read_records(content, header["size"])
-            for path in self._records_of_ranks():
-                ranges += _read_records(path.read_bytes(), 0)[0]
-        return _merge(ranges), written
-
-    def _records_of_ranks(self) -> list[Path]:
-        prefix = f".{self.draft.token}.rank"
-        return [path for path in self.path.parent.iterdir() if path.name.startswith(prefix)]
-
-    def _check_same(self, header: Mapping[str, Any]) -> None:
-        differences = list(differences_between(header, self._fingerprint))
+    def _check_same(self, differences: Sequence[str]) -> None:
         if differences:
             raise CkptEmaError(
                 f"the unfinished fold into `{self._targets[0]}` was of something else",
@@ -337,7 +320,7 @@ class Journal:
     def _discard(self, header: Mapping[str, Any]) -> None:
         """Remove what an earlier fold left; a folder that it was replacing gets its name back."""
         token = header["token"]
-        for path in self._records_of_ranks():
+        for path in _records_of_ranks(self.path.parent, token):
             path.unlink(missing_ok=True)
         draft = Draft(token)
         recorded = [Path(target) for target in header["targets"]]
@@ -345,6 +328,11 @@ class Journal:
         # journal for us to find.
         moved = [self.path.parent / target.name for target in recorded if target.parent == recorded[0].parent]
         for target in {*moved, *(set(recorded) & set(self._targets))}:
+            if (path := journal_path([target])) not in (self.path, *(other for other, _ in self._others)):
+                with contextlib.suppress(CkptEmaError):
+                    descriptor = _open_locked(path, target)
+                    _unlink_empty(path, descriptor)
+                    os.close(descriptor)
             settle_old(target, draft)
             unfinished = draft.name(target)
             if unfinished.is_dir() and not unfinished.is_symlink():
@@ -354,6 +342,37 @@ class Journal:
             if target.is_dir():
                 for path in target.glob(f".*.{token}.tmp"):
                     path.unlink(missing_ok=True)
+
+
+def _open_locked(path: Path, target: Path) -> int:
+    """The journal at `path`, this process's own; raises CkptEmaError where a fold into `target` has it."""
+    with explained(f"cannot write `{path}`"):
+        while True:
+            flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+            descriptor = os.open(path, flags, 0o666)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                    header = _read_header(descriptor) or {}
+                    os.close(descriptor)
+                    raise CkptEmaError(
+                        f"another fold is writing `{target}`{_who(header)}",
+                        hint="wait for it, or pass another `--output`",
+                    ) from None
+                if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                    os.close(descriptor)
+                    raise
+            # The one that had it may have removed it while it was being opened.
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.stat(path), os.fstat(descriptor)):
+                    return descriptor
+            os.close(descriptor)
+
+
+def _unlink_empty(path: Path, descriptor: int) -> None:
+    if os.fstat(descriptor).st_size == 0:
+        path.unlink(missing_ok=True)
 
 
 def open_blocks(directory: Path, token: str, number: int) -> Blocks:
@@ -374,27 +393,18 @@ def done_share(targets: Iterable[Path]) -> float | None:
     """How much of the fold into `targets` was done when it stopped, from 0 to 1; None where nothing was kept."""
     path = journal_path(targets)
     try:
-        content = path.read_bytes()
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return None
     try:
         header = _read_header(descriptor)
+        if header is None:
+            return None
+        ranges, _ = _read_finished(path, descriptor, header)
     finally:
         os.close(descriptor)
-    if header is None:
-        return None
-    ranges = _merge(_read_records(content, header["size"])[0])
-    done: int = sum(end - begin for begin, end in ranges)
+    done = sum(end - begin for begin, end in ranges)
     return done / max(1, int(header["bytes"]))
-
-
-def _is_locked(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError as error:
-        return error.errno in (errno.EWOULDBLOCK, errno.EACCES)
-    return False
 
 
 def _read_header(descriptor: int) -> dict[str, Any] | None:

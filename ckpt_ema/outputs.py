@@ -146,7 +146,7 @@ def check_outputs(planned: FoldPlan, written: Sequence[Collection[str]], draft: 
     for teacher, names in zip(planned.teachers, written, strict=True):
         final = [teacher.output / name for name in names] if planned.is_folder else [teacher.output]
         if not any(draft.has_named(path) for path in final):
-            _check_output(planned, teacher.output, names)
+            _check_output(planned, teacher.output, names, draft)
 
 
 def check_no_checkpoint(planned: FoldPlan) -> None:
@@ -156,10 +156,10 @@ def check_no_checkpoint(planned: FoldPlan) -> None:
             _check_no_student(planned, teacher.output)
 
 
-def _check_output(planned: FoldPlan, target: Path, written: Collection[str]) -> None:
+def _check_output(planned: FoldPlan, target: Path, written: Collection[str], draft: Draft) -> None:
     if not os.path.lexists(target):
         return
-    if planned.is_folder and target.is_dir() and not any(target.iterdir()):
+    if planned.is_folder and target.is_dir() and all(map(draft.owns, target.iterdir())):
         return
     if not planned.options.overwrite:
         raise CkptEmaError(f"`{target}` exists", hint="pass `--overwrite` to replace it, or another `--output`")

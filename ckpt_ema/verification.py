@@ -7,7 +7,7 @@ import itertools
 import math
 import operator
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,13 +90,29 @@ def verify(
     if found.refusal or not found.tensors:
         return Verification(path, (Check("structure", False, found.refusal or "it holds no tensors"),))
     record = found.provenance or {}
-    checks = [_check_structure(found, is_own=bool(record))]
     copied = copied_names(record)
-    checks.append(_check_finite(found, copied, memory_budget_bytes))
-    checks.append(_check_provenance(found, record, copied))
+    checks = [
+        _carried_out("structure", lambda: _check_structure(found, is_own=bool(record))),
+        _carried_out("finite", lambda: _check_finite(found, copied, memory_budget_bytes)),
+        _check_provenance(found, record, copied),
+    ]
     if run is not None:
-        checks.append(_check_against(found, record, copied, as_path(run), share, seed, memory_budget_bytes))
+        from_run = as_path(run)
+        checks.append(
+            _carried_out(
+                "recomputed",
+                lambda: _check_against(found, record, copied, from_run, share, seed, memory_budget_bytes),
+            )
+        )
     return Verification(path, tuple(checks))
+
+
+def _carried_out(name: str, look: Callable[[], Check]) -> Check:
+    """What came of a check; a failed one where the file cannot be read to its end."""
+    try:
+        return look()
+    except CkptEmaError as error:
+        return Check(name, False, _whole(error), error.hint)
 
 
 def _whole(error: CkptEmaError) -> str:
@@ -143,6 +159,8 @@ def _check_provenance(found: Inspection, record: Mapping[str, Any], copied: froz
     if not abs(total - 1) <= SUM_TOLERANCE:
         return Check("provenance", False, f"its {len(shares)} coefficients sum to {total:g}, not to 1")
     averaged = record.get("averaged")
+    if parts_of(record) > max(1, len(past_of(record))):
+        return Check("provenance", False, f"it tells of {parts_of(record)} parts, and of {len(shares)} files")
     num_averaged = averaged.get("tensors") if isinstance(averaged, dict) else None
     if num_averaged != len(found.tensors) - len(copied) or not copied <= found.tensors.keys():
         return Check(
@@ -170,14 +188,11 @@ def _check_against(
         if record.get("initial_teacher") is not None:
             why = f"it goes on from `{record['initial_teacher']}`"
         return Check("recomputed", False, f"cannot be done from a run alone: {why}")
-    try:
-        planned = plan_again(found, record, past, copied, run, memory_budget_bytes)
-        _check_told(record, planned)
-        # Other operations in another order: each checkpoint rounds for itself.
-        parts = max(parts_of(record), len(past)) if has_earlier_rules(record) else parts_of(record)
-        return _recompute(found, planned, copied, parts, share, seed)
-    except CkptEmaError as error:
-        return Check("recomputed", False, _whole(error), error.hint)
+    planned = plan_again(found, record, past, copied, run, memory_budget_bytes)
+    _check_told(record, planned)
+    # Other operations in another order: each checkpoint rounds for itself.
+    parts = len(past) if has_earlier_rules(record) else min(parts_of(record), len(past))
+    return _recompute(found, planned, copied, parts, share, seed)
 
 
 def _check_told(record: Mapping[str, Any], planned: FoldPlan) -> None:

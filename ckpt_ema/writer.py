@@ -98,6 +98,10 @@ class Draft:
         except OSError:
             return False
 
+    def owns(self, path: Path) -> bool:
+        """Whether `path` has a name that `name` gave."""
+        return path.name.startswith(".") and f".{self.token}." in path.name
+
     def name(self, target: Path, suffix: str = "tmp") -> Path:
         """A hidden name beside `target` that no reader of checkpoints looks at."""
         return target.with_name(f".{target.name}.{self.token}.{suffix}")
@@ -174,6 +178,9 @@ class TeacherFile:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if self._was_committed:
+            if kind is None:
+                with explained(f"cannot write `{self._target}`"):
+                    sync_folder(self._target.parent)  # which the other process may not have come to
             return
         if kind is not None:
             self._discard()
@@ -329,8 +336,12 @@ def _commit(temporary: Path, target: Path, *, overwrite: bool) -> None:
         raise CkptEmaError(
             f"`{target}` appeared while the teacher was being folded", hint="pass `--overwrite` or another `--output`"
         ) from error
-    except OSError:  # no hard links here (FAT, some network file systems)
-        if target.exists():
+    except OSError as error:  # no hard links here (FAT, some network file systems)
+        if not os.path.lexists(temporary):
+            raise CkptEmaError(f"the unfinished `{temporary}` is gone", hint=BEGIN_ANEW) from error
+        if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        if os.path.lexists(target):
             raise CkptEmaError(f"`{target}` exists", hint="pass `--overwrite` or another `--output`") from None
         os.replace(temporary, target)
     else:

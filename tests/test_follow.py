@@ -69,6 +69,53 @@ class Following:
         return self.report
 
 
+def test_a_restart_beside_a_run_that_is_over(tmp_path: Path) -> None:
+    """The trainer has removed what was folded: the teacher that is there is what comes of it, with or without more."""
+    run, teacher = tmp_path / "run", tmp_path / "t.safetensors"
+    save(run, 1)
+    save(run, 2)
+    ckpt_ema.follow(run, teacher, momentum=0.1, until_step=200, poll_seconds=0.01)
+    for path in run.iterdir():
+        path.unlink()
+    for _ in range(2):
+        again = ckpt_ema.follow(run, teacher, momentum=0.1, until_step=200, poll_seconds=0.01)
+        assert (again.output, again.num_folded) == (teacher, 0)
+        save(run, 3)
+
+
+def test_a_first_fold_that_was_killed_in_an_empty_folder_is_begun_anew(tmp_path: Path) -> None:
+    """Hidden files are no teacher, and no reason to end."""
+    run = tmp_path / "run"
+    for number in (1, 2):
+        folder = run / f"checkpoint-{number}"
+        folder.mkdir(parents=True)
+        save_file(make_student(number), folder / "model.safetensors")
+        (folder / "config.json").write_text("{}")
+    (tmp_path / "t").mkdir()
+
+    def stop(read: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quiet_fold([run / "checkpoint-1"], tmp_path / "t", resume=True, progress=stop)
+    assert os.listdir(tmp_path / "t")
+    assert ckpt_ema.follow(run, tmp_path / "t", momentum=0.1, idle_seconds=0.2, poll_seconds=0.01).num_folded == 2
+    assert sorted(os.listdir(tmp_path / "t")) == ["config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize("options", [{"poll_seconds": 0}, {"idle_seconds": -1.0}, {"patience_seconds": float("nan")}])
+def test_times_that_make_no_sense_are_misuse(tmp_path: Path, options: dict[str, Any]) -> None:
+    """None of them makes a busy loop, or one that ends at once."""
+    with pytest.raises(MisuseError, match="must be above 0"):
+        ckpt_ema.follow(tmp_path, momentum=0.1, **options)
+
+
+def test_a_remote_run_is_not_followed(tmp_path: Path) -> None:
+    """It says so at once, and what to do instead."""
+    with pytest.raises(MisuseError, match="is remote"):
+        ckpt_ema.follow("memory://run", tmp_path / "t.safetensors", momentum=0.1)
+
+
 def test_a_checkpoint_that_is_slowly_written_is_no_idleness(tmp_path: Path) -> None:
     """`idle` counts from the last byte that came, not from the last checkpoint that was whole."""
     save(tmp_path / "run", 1)

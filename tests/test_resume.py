@@ -438,6 +438,94 @@ def test_two_folds_of_which_one_teacher_is_the_same(
     assert sorted(path.name for path in tmp_path.glob("t*")) == ["t0.1.safetensors", "t0.2.safetensors"]
 
 
+def test_two_folds_of_several_folders_exclude_each_other(long_students: Path, tmp_path: Path) -> None:
+    """Each teacher has its lock, wherever it lies; of the second fold and of the locks nothing is left."""
+    for momentum in ("0.1", "0.3"):
+        (tmp_path / f"ema-{momentum}").mkdir()
+    refused: list[str] = []
+
+    def begin_another(read: int, total: int) -> None:
+        if not refused:
+            with pytest.raises(CkptEmaError, match=r"another fold is writing `.*ema-0.3/t.safetensors`") as caught:
+                quiet_fold(long_students, tmp_path / "ema-0.3" / "t.safetensors", momentum=0.3)
+            refused.append(caught.value.message)
+
+    output = tmp_path / "ema-{momentum}" / "t.safetensors"
+    quiet_fold(long_students, output, momentum=[0.1, 0.3], progress=begin_another, memory_budget_bytes=1 << 15)
+    assert refused
+    assert [unfinished(tmp_path / f"ema-{momentum}") for momentum in ("0.1", "0.3")] == [[], []]
+
+
+def test_the_locks_of_a_killed_fold_of_several_are_removed(long_students: Path, tmp_path: Path) -> None:
+    """Whoever comes next to its first teacher."""
+    stop_fold(long_students, tmp_path / "t{momentum}.safetensors", momentum=[0.1, 0.2])
+    (tmp_path / ".t0.2.safetensors.journal").touch()  # as a killed process leaves it
+    quiet_fold(long_students, tmp_path / "t0.1.safetensors", overwrite=True)
+    assert unfinished(tmp_path) == []
+
+
+def test_an_empty_folder_is_gone_on_with_as_well(long_students: Path, tmp_path: Path) -> None:
+    """What a fold left in it is its own, not somebody's."""
+    run = tmp_path / "run"
+    for path in long_students.iterdir():
+        folder = run / path.stem.replace("step_", "checkpoint-")
+        folder.mkdir(parents=True)
+        path.rename(folder / "model.safetensors")
+        (folder / "config.json").write_text("{}")
+    (tmp_path / "t").mkdir()
+    stop_fold(run, tmp_path / "t")
+    assert unfinished(tmp_path / "t")
+    done = quiet_fold(run, tmp_path / "t", resume=True)
+    assert done.resumed_bytes > 0
+    assert sorted(os.listdir(tmp_path / "t")) == ["config.json", "model.safetensors"]
+    assert unfinished(tmp_path) == []
+
+
+def test_a_fold_that_was_killed_when_all_was_done_is_over(
+    long_students: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its journal may be left; nobody is asked to go on with it, least of all a fold that began from its own output."""
+    path = tmp_path / "t.safetensors"
+    quiet_fold(long_students, path, until_step=200)
+
+    def leave(self: journal.Journal, *error: object) -> None:
+        self.blocks.close()
+
+    monkeypatch.setattr(journal, "KEEP_SECONDS", 0.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(journal.Journal, "__exit__", leave)
+        quiet_fold(long_students, path, init=path, overwrite=True)
+    assert unfinished(tmp_path) == [".t.safetensors.journal"]
+    save_file({"w": torch.ones(40_000), "n": torch.tensor(1)}, long_students / "step_400.safetensors")
+    quiet_fold(long_students, path, init=path, overwrite=True, resume=True)
+    assert len((ckpt_ema.inspect(path).provenance or {})["checkpoints"]) == 4
+    assert unfinished(tmp_path) == []
+
+
+def test_the_blocks_of_all_ranks_are_counted(long_students: Path, tmp_path: Path) -> None:
+    """What `--resume` finds is what the command says is done."""
+    path = tmp_path / "t.safetensors"
+    stop_fold(long_students, path)
+    before = journal.done_share([path]) or 0.0
+    header = json.loads(next(tmp_path.glob(".t*.journal")).read_bytes().partition(b"\n")[0])
+    blocks = journal.open_blocks(tmp_path, header["token"], 1)
+    blocks.begin([])
+    blocks.add(header["bytes"] * 3 // 4, header["bytes"])
+    blocks.close()
+    assert (journal.done_share([path]) or 0.0) >= before + 0.2
+
+
+def test_an_initial_teacher_may_be_named_otherwise(
+    long_students: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From another directory, or by a whole path: it is the same file."""
+    quiet_fold(long_students, tmp_path / "early.safetensors", until_step=100)
+    monkeypatch.chdir(tmp_path)
+    stop_fold(long_students, tmp_path / "t.safetensors", init="early.safetensors")
+    done = quiet_fold(long_students, tmp_path / "t.safetensors", init=tmp_path / "early.safetensors", resume=True)
+    assert done.resumed_bytes > 0
+
+
 def test_the_order_of_several_teachers_does_not_hide_the_unfinished(long_students: Path, tmp_path: Path) -> None:
     """Their journal is found, and the other order told, or begun anew without leaving the old one's files."""
     output = tmp_path / "t{momentum}.safetensors"

@@ -365,6 +365,8 @@ def test_a_teacher_that_went_on_by_another_rule_says_so_and_is_recomputed(tmp_pa
     "changed",
     [
         {"rule": "teacher = student"},
+        {"parts": 3},
+        {"parts": 10**11},
         {"first_share": 0.123},
         {"checkpoints": [{"name": "../../etc/passwd", "step": 1, "coefficient": 1.0, "bytes": 3}]},
         {"stripped": 3, "dtypes": {"teacher": 3}},
