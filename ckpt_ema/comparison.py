@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,8 +21,12 @@ class TensorDifference:
     """One tensor of two checkpoints."""
 
     name: str
+    """In both, after `prefix` was taken off."""
+
     shape: tuple[int, ...]
     dtypes: tuple[str, str]
+    """Of a, of b."""
+
     relative: float
     """||a - b|| / ||b||: 0 where all values are the same, inf where b alone is zero, NaN where a NaN meets a number."""
 
@@ -42,10 +47,12 @@ class Comparison:
     """Of those that both have in one shape, the most different first."""
 
     relative: float
-    """||a - b|| / ||b|| over all floating-point tensors of these."""
+    """||a - b|| / ||b|| over all of these that are floating-point or complex."""
 
     only_in_a: tuple[str, ...]
     only_in_b: tuple[str, ...]
+    """Names of what the other has not."""
+
     reshaped: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
     """Names with the shape in each."""
 
@@ -68,12 +75,17 @@ def compare(
 
     `state` and `prefix` choose among the state dicts of both, as in `inspect`, but not in a teacher of this tool, whose
     names are those that a fold gave them. Values are compared in float64 (complex ones in complex128), a portion at a
-    time within the budget. Raises CkptEmaError where one cannot be read, or where they have no tensor in common.
+    time, in buffers of `memory_budget_bytes` in all. Raises CkptEmaError where one cannot be read, or where they have
+    no tensor in common.
     """
     found = [_look_at(path, state, prefix) for path in (a, b)]
     for each in found:
         if each.refusal:
-            raise CkptEmaError(each.refusal, hint=f"`ckpt-ema inspect {each.path}` shows what it holds; pass `--state`")
+            keys = [found.key for found in each.state_dicts if found.key]
+            raise CkptEmaError(
+                f"`{each.path}`: {each.refusal}",
+                hint=f"pass for example `--state {shlex.quote(keys[0])}`" if keys else None,
+            )
     one, other = (each.tensors for each in found)
     shared = sorted(name for name in one if name in other and one[name].shape == other[name].shape)
     if not shared:

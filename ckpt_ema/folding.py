@@ -23,7 +23,7 @@ from ckpt_ema.engine.inputs import InputFiles, allow_open_files
 from ckpt_ema.errors import CkptEmaError
 from ckpt_ema.fingerprints import differences_of_ranks, fingerprint, made_of
 from ckpt_ema.formats import forget_tables
-from ckpt_ema.journal import Blocks, Journal, Range, journal_path, open_blocks
+from ckpt_ema.journal import FinishedBlocks, Journal, Range, journal_path, open_finished_blocks
 from ckpt_ema.old_teacher import remove_own
 from ckpt_ema.outputs import check_no_checkpoint, check_outputs, check_parents
 from ckpt_ema.planning import plan_fold
@@ -156,7 +156,7 @@ def _carry_out(
         with contextlib.ExitStack() as stack:
             teachers = _open_teachers(stack, planned, outputs, ranks, journal)
             blocks = journal.blocks if journal is not None else stack.enter_context(_blocks_of(planned, token, ranks))
-            blocks.begin(teachers)
+            blocks.begin_session(teachers)
             try:
                 timings = _fold_into(teachers, planned, remaining, choice.engine, count, blocks)
                 if journal is not None:
@@ -193,9 +193,9 @@ def _share_finished(journal: Journal | None, ranks: Ranks) -> tuple[str, list[Ra
 
 
 @contextlib.contextmanager
-def _blocks_of(planned: FoldPlan, token: str, ranks: Ranks) -> Iterator[Blocks]:
+def _blocks_of(planned: FoldPlan, token: str, ranks: Ranks) -> Iterator[FinishedBlocks]:
     """The record of a rank other than the first."""
-    blocks = open_blocks(journal_path(planned.outputs).parent, token, ranks.number)
+    blocks = open_finished_blocks(journal_path(planned.outputs).parent, token, ranks.number)
     try:
         yield blocks
     finally:
@@ -266,7 +266,7 @@ def _fold_into(
     part: BlockPlan,
     engine: Engine,
     count: Callable[[int], None],
-    blocks: Blocks,
+    blocks: FinishedBlocks,
 ) -> Timings:
     updates = [teacher.updates for teacher in planned.teachers]
 

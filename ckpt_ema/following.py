@@ -33,6 +33,7 @@ PATIENCE_SECONDS = 60.0
 """An unreadable checkpoint that nobody has written to for so long holds up newer ones no longer."""
 
 Signature = tuple[tuple[str, int, int], ...]
+"""Path, bytes, and a number that changes with the time, of each file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,8 @@ class FollowReport:
     """What came of a run that was followed."""
 
     output: Path
+    """The teacher."""
+
     num_folded: int
     """Checkpoints that were folded, this time."""
 
@@ -55,6 +58,8 @@ class _Waiting:
     """A checkpoint that is not folded yet."""
 
     signature: Signature
+    """What it consisted of at the last look."""
+
     since: float
     """Since when it has been the same, in seconds of a clock that only goes forward."""
 
@@ -81,7 +86,8 @@ def follow(
     read and was the same in two looks, `poll_seconds` apart. Of older ones that cannot be read the newer ones wait for
     `patience_seconds` after the last write to them. `tell` gets a line for whatever happens.
 
-    Raises CkptEmaError as `fold` does; the teacher is that of the last fold then.
+    Raises CkptEmaError as `fold` does, and the teacher is that of the last fold then; NoCheckpointError where there is
+    none at the end. What was missed is in the report, and no error.
     """
     wanted = FoldOptions(**options)
     if len(wanted.profiles) > 1 or wanted.profile != "ema" or wanted.coefficients is not None:
@@ -137,7 +143,11 @@ class _Follower:
     """What the tensors lay in that were folded."""
 
     waiting: dict[Path, _Waiting] = field(default_factory=dict)
+    """What was seen and is not done."""
+
     left_out: set[Path] = field(default_factory=set)
+    """Copies without a step, each of which is told once."""
+
     missed: list[str] = field(default_factory=list)
     num_folded: int = 0
     last: FoldReport | None = None
@@ -377,7 +387,7 @@ def _signature_of(item: Checkpoint) -> Signature:
 
 
 def _signature_below(path: Path) -> Signature:
-    """Names, sizes and times of what an unreadable checkpoint consists of so far."""
+    """Names, sizes and times of what a checkpoint consists of so far, read or not."""
     found = []
     try:
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:

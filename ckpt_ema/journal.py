@@ -2,7 +2,12 @@
 
 A line of JSON says what is folded, into which files; behind it lies a record per finished block. Blocks are recorded
 once they are written, and now and then all is synced: after a power failure, or on another machine, only what lies
-before such a moment counts.
+before such a moment counts. A record is two numbers, its kind and a CRC-32 of these, little-endian:
+
+    finished    begin, end            bytes of the data section, written in every teacher
+    session     machine, 0            a process begins to write, on a machine since it was started
+    synced      position, 0           what was recorded before this byte of the file is on the disk
+    committing  inode, 0              all is on the disk, and this file is about to get its name
 """
 
 from __future__ import annotations
@@ -35,10 +40,13 @@ KEEP_SECONDS = 10.0
 """A fold that failed sooner is begun anew as fast as it is resumed, and leaves nothing behind."""
 
 SYNC_SECONDS = 15.0
+"""From one moment that counts everywhere to the next."""
+
 JOURNAL_SUFFIX = ".journal"
 
 _RECORD = struct.Struct("<QQII")
-"""Two numbers, the kind, and a checksum: the end of the file may be torn."""
+_CHECKED = struct.Struct("<QQI")
+"""What of a record its checksum is of: the end of the file may be torn."""
 
 _FINISHED, _SESSION, _SYNCED, _COMMITTING = range(4)
 MAX_HEADER_BYTES = 64 << 20
@@ -51,7 +59,7 @@ class Range(NamedTuple):
     end: int
 
 
-class Blocks:
+class FinishedBlocks:
     """The record of the blocks that one process has finished."""
 
     def __init__(self, descriptor: int, path: Path) -> None:
@@ -65,7 +73,7 @@ class Blocks:
         self._is_torn = False
         """Whether a record could not be written whole; what would stand behind it could not be read."""
 
-    def begin(self, teachers: Sequence[SpreadFiles]) -> None:
+    def begin_session(self, teachers: Sequence[SpreadFiles]) -> None:
         """A process begins to write to `teachers`."""
         self._teachers = teachers
         self._append(_SESSION, _machine(), 0)
@@ -111,13 +119,14 @@ class Blocks:
             return
         try:
             self._is_torn = os.write(self._descriptor, _encode(kind, first, second)) < _RECORD.size
-        except OSError:
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise CkptEmaError(f"cannot write `{self._path}`: {error.strerror}", may_pass=True) from error
             self._is_torn = True
 
 
 def _encode(kind: int, first: int, second: int) -> bytes:
-    content = struct.pack("<QQI", first, second, kind)
-    return content + struct.pack("<I", zlib.crc32(content))
+    return _RECORD.pack(first, second, kind, zlib.crc32(_CHECKED.pack(first, second, kind)))
 
 
 def _read_records(content: bytes, offset: int) -> tuple[list[Range], frozenset[int]]:
@@ -132,7 +141,7 @@ def _read_records(content: bytes, offset: int) -> tuple[list[Range], frozenset[i
     is_here = False
     for position in range(offset, len(content) - _RECORD.size + 1, _RECORD.size):
         first, second, kind, checksum = _RECORD.unpack_from(content, position)
-        if checksum != zlib.crc32(content[position : position + 20]):
+        if checksum != zlib.crc32(content[position : position + _CHECKED.size]):
             break
         if kind == _SESSION:
             pending = []
@@ -231,19 +240,20 @@ class Journal:
             self._let_go_of_others()
             os.close(self._descriptor)
             raise
-        self.blocks = Blocks(self._descriptor, self.path)
+        self.blocks = FinishedBlocks(self._descriptor, self.path)
         self.draft.is_kept = self.draft.resumes  # what another process has done is never lost again
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        # The journal last: as long as it is there, somebody knows of the others.
+        self._let_go_of_others()
         if kind is None or not self.draft.is_kept:
             for path in _records_of_ranks(self.path.parent, self.draft.token):
                 path.unlink(missing_ok=True)
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self.path)
-        self._let_go_of_others()
         self.blocks.close()
 
     def _let_go_of_others(self) -> None:
@@ -375,12 +385,12 @@ def _unlink_empty(path: Path, descriptor: int) -> None:
         path.unlink(missing_ok=True)
 
 
-def open_blocks(directory: Path, token: str, number: int) -> Blocks:
+def open_finished_blocks(directory: Path, token: str, number: int) -> FinishedBlocks:
     """The record of rank `number`, beside the journal that the first rank has."""
     path = directory / f".{token}.rank{number}"
     with explained(f"cannot write `{path}`"):
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
-        return Blocks(os.open(path, flags, 0o666), path)
+        return FinishedBlocks(os.open(path, flags, 0o666), path)
 
 
 def journal_path(targets: Iterable[Path]) -> Path:

@@ -22,6 +22,7 @@ from ckpt_ema.runs import Checkpoint, Run
 from ckpt_ema.steps import Unit
 
 SHARE_TOLERANCE = 1e-9
+"""Relative, between a coefficient that was recorded and one that was worked out again."""
 
 
 def plan_again(

@@ -33,7 +33,10 @@ from ckpt_ema.sizes import DEFAULT_MEMORY_BUDGET_BYTES, format_size
 from ckpt_ema.structure import fault_of_folder
 
 MIN_BLOCKS = 16
+"""That a sample has at least."""
+
 SUM_TOLERANCE = 1e-6
+"""By which coefficients may miss 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +44,8 @@ class Check:
     """One thing that was looked at."""
 
     name: str
+    """`structure`, `finite`, `provenance` or `recomputed`."""
+
     is_ok: bool
     text: str
     """What was found."""
@@ -54,6 +59,7 @@ class Verification:
 
     teacher: Path
     checks: tuple[Check, ...]
+    """In the order in which they were made; after a structure that fails there are no others."""
 
     @property
     def is_ok(self) -> bool:
@@ -73,11 +79,14 @@ def verify(
 
     With `run`, the folder of the checkpoints it was folded from, a random `share` of its blocks (0 < share <= 1, at
     least 16 of them, chosen by `seed`) is folded again and compared bit for bit; of a teacher whose record says that it
-    was made in n parts, which cost last digits, up to sqrt(n) times the dtype's epsilon (relative, per block). Raises
-    MisuseError for what is not there; all else is found, not raised.
+    was made in n parts, which cost last digits, up to sqrt(n) times the dtype's epsilon (relative, per block); a last
+    bit that flipped is not seen there. Buffers take up to `memory_budget_bytes`. Raises MisuseError for what is
+    not there and for options that make no sense; all else is found, not raised.
     """
     if not 0 < share <= 1:
         raise MisuseError(f"`--share` is {share}, and must be above 0 and at most 1")
+    if memory_budget_bytes < 1:
+        raise MisuseError(f"`memory_budget_bytes` is {memory_budget_bytes}, and must be 1 or more")
     path = as_path(teacher)
     if run is not None and not as_path(run).is_dir():
         raise MisuseError(f"`{run}` is no folder", hint="pass the run directory that the teacher was folded from")

@@ -1107,10 +1107,10 @@ def test_only_one_class_unpickles() -> None:
     assert pickles.MetadataUnpickler.persistent_load is not getattr(pickle.Unpickler, "persistent_load", None)
 
 
-def test_imports_point_only_downwards() -> None:
-    """No module imports one that stands above it, so that there are no cycles, not even in functions."""
+def import_graph() -> dict[str, set[str]]:
+    """The modules that each of ours imports."""
     known = {module_of(path) for path in SOURCES}
-    graph = {
+    return {
         module_of(path): {
             name
             for imported in imports_of(path)
@@ -1119,6 +1119,11 @@ def test_imports_point_only_downwards() -> None:
         - {module_of(path)}
         for path in SOURCES
     }
+
+
+def test_imports_point_only_downwards() -> None:
+    """No module imports one that stands above it, so that there are no cycles, not even in functions."""
+    graph = import_graph()
     order: list[str] = []
     visiting: list[str] = []
 
@@ -1140,6 +1145,21 @@ def test_imports_point_only_downwards() -> None:
             assert not stray, f"{module} imports {sorted(stray)} from above"
     for module, imported in graph.items():
         assert "cli" not in imported or module in ("", "__main__"), f"{module} imports the command line"
+
+
+def test_the_readme_lists_the_modules_from_the_ground_up() -> None:
+    """Every module is in its table, and imports nothing of a later row."""
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    table = readme.partition("The modules, from the ground up:")[2].partition("Imports point only downwards")[0]
+    rows = [re.findall(r"`(\w+)/?`", line.split("|")[1]) for line in table.splitlines() if line.startswith("| `")]
+    row_of = {name: number for number, names in enumerate(rows) for name in names}
+    for module, imported in import_graph().items():
+        package = module.partition(".")[0]
+        if package in ("", "__main__", "_version"):
+            continue
+        assert package in row_of, f"{module} is not in the table"
+        later = [name for name in imported if row_of.get(name.partition(".")[0], 0) > row_of[package]]
+        assert not later, f"{module} imports {later} of a later row"
 
 
 def test_only_the_command_line_talks_to_people() -> None:

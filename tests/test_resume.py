@@ -508,8 +508,8 @@ def test_the_blocks_of_all_ranks_are_counted(long_students: Path, tmp_path: Path
     stop_fold(long_students, path)
     before = journal.done_share([path]) or 0.0
     header = json.loads(next(tmp_path.glob(".t*.journal")).read_bytes().partition(b"\n")[0])
-    blocks = journal.open_blocks(tmp_path, header["token"], 1)
-    blocks.begin([])
+    blocks = journal.open_finished_blocks(tmp_path, header["token"], 1)
+    blocks.begin_session([])
     blocks.add(header["bytes"] * 3 // 4, header["bytes"])
     blocks.close()
     assert (journal.done_share([path]) or 0.0) >= before + 0.2

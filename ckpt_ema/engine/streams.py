@@ -12,6 +12,7 @@ from ckpt_ema.byte_ranges import count_elements
 from ckpt_ema.engine.buffers import Buffer
 from ckpt_ema.engine.gather import gather_block
 from ckpt_ema.engine.inputs import InputFiles
+from ckpt_ema.errors import MisuseError
 from ckpt_ema.layouts import Layout
 
 # Results in between stay in the cache: portions of 4 MiB took two to five times as long.
@@ -28,6 +29,8 @@ class Streams:
         self._layouts = layouts
         self._files = InputFiles(layouts)
         # What is computed on a portion takes some four times as much again.
+        if memory_budget_bytes < 1:
+            raise MisuseError(f"`memory_budget_bytes` is {memory_budget_bytes}, and must be 1 or more")
         portion = min(MAX_PORTION_BYTES, memory_budget_bytes // (6 * (len(layouts) + 1)))
         self._count = max(ELEMENT_MULTIPLE, portion // WIDEST // ELEMENT_MULTIPLE * ELEMENT_MULTIPLE)
         self._buffers = [Buffer(self._count * WIDEST) for _ in layouts]

@@ -7,13 +7,13 @@ another process, whose limits the system keeps; what that process survives is lo
 from __future__ import annotations
 
 import resource
+import signal
 import subprocess
 import sys
 import threading
 from pathlib import Path
 from typing import Any
 
-import ckpt_ema
 from ckpt_ema.formats.pickle_scan import MalformedPickleError
 from ckpt_ema.formats.pickles import MetadataUnpickler
 
@@ -61,7 +61,7 @@ def load_with_stack(unpickler: MetadataUnpickler, num_tuples: int) -> Any:
 
 def try_pickle(content: bytes, num_tuples: int) -> None:
     """Raise MalformedPickleError where loading a pickle of `num_tuples` tuples takes more than can be afforded."""
-    command = [sys.executable, "-I", "-c", _CHILD, str(Path(ckpt_ema.__file__).parents[1]), str(num_tuples)]
+    command = [sys.executable, "-I", "-c", _CHILD, str(Path(__file__).parents[2]), str(num_tuples)]
     try:
         done = subprocess.run(
             command,
@@ -71,12 +71,18 @@ def try_pickle(content: bytes, num_tuples: int) -> None:
             timeout=MAX_WALL_SECONDS,
             check=False,
         )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise MalformedPickleError(f"it is too intricate to load untried, and trying failed: {error}") from error
+    except subprocess.TimeoutExpired as error:
+        raise MalformedPickleError(f"loading it in another process had no end in {MAX_WALL_SECONDS} s") from error
+    except OSError as error:
+        raise MalformedPickleError(
+            f"it is too intricate to load untried, and trying failed: {error.strerror}"
+        ) from error
     if done.returncode == _OUT_OF_MEMORY:
         raise MalformedPickleError(f"loading it takes more than {MAX_BYTES >> 20} MiB of memory")
+    if -done.returncode in (signal.SIGXCPU, signal.SIGKILL):  # the first is sent to those that can be told
+        raise MalformedPickleError(f"loading it takes more than {MAX_SECONDS} s of processor time, or was killed")
     if done.returncode:
-        raise MalformedPickleError(f"loading it takes more than {MAX_SECONDS} s, or crashes")
+        raise MalformedPickleError(f"loading it in another process ended with {done.returncode}")
 
 
 def _try_here() -> None:
