@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from ckpt_ema.engine.arithmetic import addr_has_the_hooks_bits, comparable, sign_of_finiteness, update_
+from ckpt_ema.engine.fused import FusedUpdates
 
 BLOCK_ELEMENTS = 1 << 20
 """Of what is converted, exchanged or tried at once: small enough for the cache, large enough for all cores."""
@@ -20,18 +21,24 @@ GRAIN = 32768
 class Rule:
     """`teacher = (1 - momentum) * teacher + momentum * student`, in the teacher's dtype.
 
-    With the bits of `mul_(1 - momentum).add_(student, alpha=momentum)`, or of `lerp_(student, momentum)`. What a CPU
-    converts on the way goes through one buffer of BLOCK_ELEMENTS: fresh memory costs as much as the update.
+    With the bits of `mul_(1 - momentum).add_(student, alpha=momentum)`, or of `lerp_(student, momentum)`. A GPU does
+    all tensors in one kernel where it can. What a CPU converts on the way goes through one buffer of BLOCK_ELEMENTS:
+    fresh memory costs as much as the update.
     """
 
     def __init__(self, *, lerp: bool) -> None:
         self._lerp = lerp
+        self._fused = FusedUpdates(lerp=lerp)
         self._scratch: dict[torch.dtype, torch.Tensor] = {}
 
     def average_all_(self, teachers: Sequence[torch.Tensor], students: Sequence[torch.Tensor], momentum: float) -> None:
         """Fold every student's tensor into the teacher's of the same place, with few calls where torch has them."""
+        pairs = list(zip(teachers, students, strict=True))
+        # Where momentum is at least a half, torch's lerp counts from the other end.
+        if not all(_is_on_cpu(teacher) for teacher in teachers) and not (self._lerp and momentum >= 0.5):
+            pairs = self._fused.update_(pairs, 1 - momentum, momentum)
         alike: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
-        for teacher, student in zip(teachers, students, strict=True):
+        for teacher, student in pairs:
             if teacher.dtype is student.dtype and (self._lerp or not _is_on_cpu(teacher)):
                 alike[0].append(teacher)
                 alike[1].append(student)
@@ -52,8 +59,6 @@ class Rule:
         elif not self._lerp and (teacher.itemsize < student.itemsize or not _is_on_cpu(teacher)):
             # The hook's own calls: they compute in the wider dtype, and a GPU's kernels convert while they read.
             teacher.mul_(1 - momentum).add_(student, alpha=momentum)
-        elif not _is_on_cpu(teacher):
-            teacher.lerp_(student.to(teacher.dtype), momentum)
         else:
             for part, student_part in blocks_of(teacher, student):
                 self._average_alike_(part, self._converted(student_part, part), momentum)
@@ -68,7 +73,8 @@ class Rule:
             update_by_pieces_(teacher.view(-1), student.view(-1), keep, take)
 
     def _converted(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-        if student.numel() > BLOCK_ELEMENTS:  # of a layout that cannot be cut into blocks
+        # Of a layout that cannot be cut into blocks; and a GPU's allocator gives the same memory block after block.
+        if student.numel() > BLOCK_ELEMENTS or not _is_on_cpu(teacher):
             return student.to(teacher.dtype)
         scratch = self._scratch.get(teacher.dtype)
         if scratch is None:

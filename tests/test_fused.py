@@ -1,0 +1,161 @@
+"""The kernel that updates a GPU's tensors: interpreted here, compiled here, and on a GPU against torch's own calls."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from ckpt_ema.engine import fused
+from ckpt_ema.engine.fused import BLOCK_ELEMENTS, FusedUpdates, is_usable, update_run_
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and torch finds none here")
+
+INTERPRETED = '''
+"""What the kernels do, by Triton's interpreter, which rounds a multiply-add twice."""
+import contextlib
+import torch
+from ckpt_ema.engine import fused
+from ckpt_ema.engine.fused import BLOCK_ELEMENTS, FusedUpdates, update_run_
+
+torch.cuda.device = lambda device: contextlib.nullcontext()
+torch.cuda.is_current_stream_capturing = lambda: False
+fused.is_usable = lambda *kind, lerp: True
+generator = torch.Generator().manual_seed(0)
+shapes = [(3,), (BLOCK_ELEMENTS,), (1,), (0,), (2, BLOCK_ELEMENTS + 5), (), (4, 3, 2, 2), (BLOCK_ELEMENTS - 1,)]
+for teacher_dtype, student_dtype, lerp in (
+    (torch.float32, torch.float32, False),
+    (torch.float32, torch.float16, False),
+    (torch.float16, torch.float16, False),
+    (torch.float16, torch.float32, False),
+    (torch.float32, torch.float16, True),
+):
+    teachers = [torch.randn(shape, generator=generator).to(teacher_dtype) for shape in shapes]
+    students = [torch.randn(shape, generator=generator).to(student_dtype) for shape in shapes]
+    for tensors in (teachers, students):
+        tensors[6] = tensors[6].to(memory_format=torch.channels_last)
+    transposed = torch.randn(5, 4, generator=generator).to(teacher_dtype)
+    teachers += [transposed.t(), torch.zeros(9, dtype=teacher_dtype)[1:]]
+    students += [torch.ones(4, 5, dtype=student_dtype), torch.ones(8, dtype=student_dtype)]
+    before = [teacher.clone() for teacher in teachers]
+    updates = FusedUpdates(lerp=lerp)
+    for take in (0.25, 0.001):
+        left = updates.update_(list(zip(teachers, students)), 1 - take, take)
+        # Not lying alike, and not beginning at a multiple of 16 bytes.
+        assert [teacher.data_ptr() for teacher, _ in left if teacher.numel()] == [
+            teacher.data_ptr() for teacher in teachers[-2:]
+        ]
+        for old, new, student in zip(before[:-2], teachers, students):
+            expected = old.double() * (1 - take) + student.double() * take
+            tolerance = 4 * torch.finfo(teacher_dtype).eps
+            assert torch.allclose(new.double(), expected, rtol=tolerance, atol=tolerance), teacher_dtype
+            old.copy_(new)
+        assert all(torch.equal(old, new) for old, new in zip(before[-2:], teachers[-2:]))
+    if not lerp:
+        teacher, student = teachers[4].view(-1), students[4].view(-1)
+        expected = teacher.double() * 0.75 + student.double() * 0.25
+        update_run_(teacher, student, 0.75, 0.25)
+        assert torch.allclose(teacher.double(), expected, rtol=tolerance, atol=tolerance)
+print("as they should be")
+'''
+
+
+def test_the_kernels_reach_every_element_once() -> None:
+    """Of tensors of any length, in one launch for all; what they do not serve comes back untouched."""
+    pytest.importorskip("triton", reason="needs Triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", INTERPRETED], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.stdout == "as they should be\n", done.stderr
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(
+    ("teacher", "student"), [("float32", "float32"), ("float32", "bfloat16"), ("bfloat16", "bfloat16")]
+)
+def test_the_kernel_is_compiled_to_the_hooks_two_roundings(capability: int, teacher: str, student: str) -> None:
+    """A product that is rounded, then a multiply-add that is rounded once; 16 bytes at a time; nothing flushed to zero.
+
+    Compiled for GPUs that need not be there (A100 and H100).
+    """
+    triton = pytest.importorskip("triton", reason="needs Triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from ckpt_ema.engine import kernels
+
+    given = dict.fromkeys(("chunks", "teachers", "students", "counts"), "*i64") | {"keep": "fp32", "take": "fp32"}
+    constants = {
+        "teacher_dtype": getattr(triton.language, teacher),
+        "student_dtype": getattr(triton.language, student),
+        "lerp": False,
+        "block": BLOCK_ELEMENTS,
+    }
+    signature = given | dict.fromkeys(constants, "constexpr")
+    source = ASTSource(kernels.update_many, signature=signature, constexprs=constants)
+    options = {"num_warps": fused.NUM_WARPS}
+    program = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["ptx"]
+    arithmetic = set(re.findall(r"(?:mul|add|sub|fma)[\w.]*\.f32\b", program))
+    assert arithmetic == {"mul.f32", "fma.rn.f32"}
+    assert "ld.global.v4.b32" in program
+    assert "st.global.v4.b32" in program
+    # The product is what the multiply-add adds to: nothing is left that could be rounded together.
+    products = set(re.findall(r"mul\.f32\s+(%\w+)", program))
+    if teacher == "float32":
+        sums = re.findall(r"fma\.rn\.f32\s+%\w+, %\w+, %\w+, (%\w+)", program)
+        assert set(sums) == products
+    else:
+        rounded = set(re.findall(r"cvt\.rn\.bf16(?:x2)?\.f32\s+%\w+, (%\w+)", program))
+        rounded |= set(re.findall(r"cvt\.rn\.bf16x2\.f32\s+%\w+, %\w+, (%\w+)", program))
+        assert products <= rounded
+
+
+def test_without_a_gpu_nothing_is_fused() -> None:
+    """Tensors on the CPU, and dtypes that the kernel does not know, are left to torch."""
+    assert not is_usable(torch.device("cpu"), torch.float32, torch.float32)
+    assert not is_usable(torch.device("cuda", 0), torch.float64, torch.float64)
+
+
+@needs_gpu
+@pytest.mark.parametrize(
+    ("teacher", "student", "lerp"),
+    [
+        (torch.float32, torch.float32, False),
+        (torch.float32, torch.bfloat16, False),
+        (torch.float32, torch.float16, False),
+        (torch.bfloat16, torch.bfloat16, False),
+        (torch.float16, torch.float16, False),
+        (torch.float32, torch.bfloat16, True),
+        (torch.float32, torch.float16, True),
+    ],
+)
+def test_the_kernel_has_torchs_bits(teacher: torch.dtype, student: torch.dtype, lerp: bool) -> None:
+    """Over many updates of many tensors; nothing of plain tensors is left to torch."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    assert is_usable(device, teacher, student, lerp=lerp), "the kernel differs from torch on this device"
+    generator = torch.Generator(device).manual_seed(0)
+    sizes = (1, 31, BLOCK_ELEMENTS, 3 * BLOCK_ELEMENTS + 1, 1 << 20)
+    ours = [torch.randn(size, generator=generator, device=device).to(teacher) for size in sizes]
+    torchs = [tensor.clone() for tensor in ours]
+    students = [torch.randn(size, generator=generator, device=device).to(student) for size in sizes]
+    updates = FusedUpdates(lerp=lerp)
+    for number in range(20):
+        take = 0.001 * (number + 1)
+        assert not updates.update_(list(zip(ours, students, strict=True)), 1 - take, take)
+        for mine, new in zip(torchs, students, strict=True):
+            if lerp:
+                mine.lerp_(new.to(teacher), take)
+            else:
+                mine.mul_(1 - take).add_(new, alpha=take)
+            new.add_(0.01)
+    assert all(torch.equal(one, other) for one, other in zip(ours, torchs, strict=True))
+    if not lerp:
+        one, other = ours[-1], torchs[-1]
+        update_run_(one, students[-1], 0.9, 0.1)
+        other.mul_(0.9).add_(students[-1], alpha=0.1)
+        assert torch.equal(one, other)
