@@ -1,4 +1,4 @@
-"""The fold on a GPU: readers fill pinned buffers, streams copy in, compute and copy back, a thread writes.
+"""The fold on a GPU: readers fill pinned buffers, streams copy in, compute and copy back, writers write.
 
 A single thread drives it and only queues work. Reads are handed out in the order in which the device needs them, so
 that the oldest one always has its buffer, and nothing ever waits for the device as a whole. Blocks are as large as a
@@ -8,6 +8,7 @@ pinned buffer, so the model may be larger than the device's memory.
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 import time
 from collections import deque
@@ -18,21 +19,29 @@ from dataclasses import replace
 import torch
 
 from ckpt_ema.blocks import ELEMENT_MULTIPLE, Block, BlockPlan, Lane, buffer_bytes_per_element
-from ckpt_ema.engine import cpu
+from ckpt_ema.dtypes import DType
+from ckpt_ema.engine import cpu, fused
+from ckpt_ema.engine.arithmetic import comparable
 from ckpt_ema.engine.buffers import Buffer, torch_dtype
 from ckpt_ema.engine.contract import Task, Teacher, write_block
 from ckpt_ema.engine.inputs import ExtentTable, stored_dtype
 from ckpt_ema.errors import CkptEmaError, MisuseError
 from ckpt_ema.timings import Timings
 
-# What is copied to the device at once; large enough for the link's full speed.
-SLOT_BYTES = 32 << 20
-NUM_INPUT_SLOTS = 6
-NUM_OUTPUT_SLOTS = 2
+# What is copied to the device at once; large enough for the link's full speed. A thread takes several times as long
+# to read as many bytes as the link does to carry them: it takes many buffers being filled at once to keep that busy.
+SLOT_BYTES = 16 << 20
+MAX_SLOTS = 16
+MIN_SLOTS = 8
 NUM_STAGES = 3
-MAX_READERS = 8
-# Timed spans of the device that are kept before they are counted.
-MAX_SPANS = 4096
+NUM_RESULTS = 2
+MAX_READERS = 12
+MAX_WRITERS = 4
+# From so many teachers on torch's own calls, which read and write each of them twice, would keep the device longer
+# than the link does; below, compiling the kernel that does it once would take longer than it saves.
+FUSED_FROM_TEACHERS = 4
+# Timed spans of the device from which on those that are over are counted.
+MAX_SPANS = 256
 
 
 def fold_blocks(
@@ -43,19 +52,19 @@ def fold_blocks(
     device: torch.device,
     memory_budget_bytes: int,
 ) -> Timings:
-    """The GPU's Engine; see there for the contract. What is only copied, and what is not contiguous, the CPU does.
+    """The GPU's Engine; see there for the contract. What is copied, complex or not contiguous, the CPU does.
 
     Raises CkptEmaError when the device has no room for the smaller of two block sizes.
     """
     plan = task.plan
-    averaged = tuple(lane for lane in plan.lanes if lane.is_plain_average)
-    others = tuple(lane for lane in plan.lanes if not lane.is_plain_average)
+    averaged = tuple(lane for lane in plan.lanes if _is_for_gpu(lane))
+    others = tuple(lane for lane in plan.lanes if not _is_for_gpu(lane))
     timings = Timings()
     if others:
         timings = cpu.fold_blocks(replace(task, plan=replace(plan, lanes=others)), teachers, progress)
     if not averaged:
         return timings
-    slot_bytes = min(SLOT_BYTES, memory_budget_bytes // (NUM_INPUT_SLOTS + NUM_OUTPUT_SLOTS))
+    slot_bytes = min(SLOT_BYTES, memory_budget_bytes // MIN_SLOTS)
     slot_bytes = 1 << max(0, slot_bytes.bit_length() - 1)  # torch pins powers of two, whatever is asked for
     widest = max(buffer_bytes_per_element(lane)[0] for lane in averaged)
     for size in (slot_bytes, slot_bytes // 4):
@@ -66,7 +75,8 @@ def fold_blocks(
             )
         cut = replace(plan, lanes=averaged, block_elements=elements)
         try:
-            pipeline = _Pipeline(task, cut, teachers, progress, device, timings)
+            num_slots = min(MAX_SLOTS, memory_budget_bytes // slot_bytes)
+            pipeline = _Pipeline(task, cut, teachers, progress, device, timings, num_slots)
         except RuntimeError:  # no room on the device, or for pinned memory
             torch.cuda.empty_cache()
             continue
@@ -86,13 +96,25 @@ def fold_blocks(
     )
 
 
-class _Slot:
-    """A pinned buffer, and the moment from which it may be filled again."""
+def _is_for_gpu(lane: Lane) -> bool:
+    return lane.is_plain_average and lane.dtype.kind != "complex"
+
+
+class _Input:
+    """A pinned buffer that is read into, and the moment from which it may be filled again."""
 
     def __init__(self, num_bytes: int) -> None:
         self.buffer = Buffer(num_bytes, pinned=True)
         self.copied = torch.cuda.Event()
-        self.is_finite = torch.ones(1, dtype=torch.bool, pin_memory=True)
+
+
+class _Output:
+    """A pinned buffer for a finished block, the moment from which it can be written, and its writing."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self.buffer = Buffer(num_bytes, pinned=True)
+        self.extremes = torch.empty(2, dtype=torch.float64, pin_memory=True)
+        self.copied = torch.cuda.Event()
         self.writing: Future[None] | None = None
 
 
@@ -107,9 +129,20 @@ class _Stage:
     def bytes(self, count: int) -> torch.Tensor:
         return self._memory[:count]
 
+    def elements(self, dtype: DType, count: int) -> torch.Tensor:
+        return self._memory[: count * dtype.itemsize].view(torch_dtype(dtype))
+
+
+class _Result(_Stage):
+    """A finished block on the device, and its least and its greatest number: they say whether all of it is finite."""
+
+    def __init__(self, num_bytes: int, device: torch.device) -> None:
+        super().__init__(num_bytes, device)
+        self.extremes = torch.empty(2, dtype=torch.float64, device=device)
+
 
 class _Pipeline:
-    """The buffers and streams of one pass over the blocks; only the check for NaN allocates while it runs."""
+    """The buffers and streams of one pass over the blocks; while it runs it allocates a few bytes per block at most."""
 
     def __init__(
         self,
@@ -119,41 +152,45 @@ class _Pipeline:
         progress: Callable[[int], None],
         device: torch.device,
         timings: Timings,
+        num_slots: int,
     ) -> None:
-        """`plan` is the task's, cut into the device's blocks."""
+        """`plan` is the task's, cut into the device's blocks; `num_slots` pinned buffers of a block each."""
         self._task, self._plan, self._teachers = task, plan, teachers
         self._progress, self._device, self._timings = progress, device, timings
         self._extents = ExtentTable(task.files)
         self._num_readers = min(MAX_READERS, max(2, plan.num_threads))
+        self._num_writers = min(MAX_WRITERS, max(1, plan.num_threads // 2))
         self._lock = threading.Lock()
         lanes, elements = plan.lanes, plan.block_elements
         raw = elements * max(lane.input_itemsize for lane in lanes)
         wide = elements * max(lane.accumulate_dtype.itemsize for lane in lanes)
         out = elements * max(lane.dtype.itemsize for lane in lanes)
         self._stages = [_Stage(raw, device) for _ in range(NUM_STAGES)]
-        self._results = [_Stage(out, device) for _ in range(NUM_OUTPUT_SLOTS)]
+        self._results = deque(_Result(out, device) for _ in range(NUM_RESULTS))
         self._accumulators = [_Stage(wide, device) for _ in teachers]
         self._widened = _Stage(wide, device)
         self._copying, self._computing, self._returning = (torch.cuda.Stream(device) for _ in range(3))
-        self._inputs = deque(_Slot(raw) for _ in range(NUM_INPUT_SLOTS))
-        self._outputs = deque(_Slot(out) for _ in range(NUM_OUTPUT_SLOTS))
-        self._spans: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        num_outputs = num_slots // 4
+        self._inputs = deque(_Input(raw) for _ in range(num_slots - num_outputs))
+        self._outputs = deque(_Output(out) for _ in range(num_outputs))
+        self._spans: deque[tuple[str, torch.cuda.Event, torch.cuda.Event]] = deque()
 
     def run(self) -> None:
         """Fold every block; nothing of it runs any more on return, on the device or off."""
         readers = ThreadPoolExecutor(self._num_readers, "read")
-        writer = ThreadPoolExecutor(1, "write")
+        writers = ThreadPoolExecutor(self._num_writers, "write")
         try:
-            self._drive(readers, writer)
-            self._add_device_seconds()
+            self._drive(readers, writers)
+            torch.cuda.synchronize(self._device)
+            self._count_spans()
         finally:
             readers.shutdown(wait=True, cancel_futures=True)
-            writer.shutdown(wait=True, cancel_futures=True)
+            writers.shutdown(wait=True, cancel_futures=True)
             torch.cuda.synchronize(self._device)
 
-    def _drive(self, readers: ThreadPoolExecutor, writer: ThreadPoolExecutor) -> None:
+    def _drive(self, readers: ThreadPoolExecutor, writers: ThreadPoolExecutor) -> None:
         wanted = self._reads()
-        pending: deque[tuple[Block, int, _Slot, Future[None]]] = deque()
+        pending: deque[tuple[Block, int, _Input, Future[None]]] = deque()
         number = 0
         while True:
             while self._may_read(bool(pending)) and (item := next(wanted, None)) is not None:
@@ -172,10 +209,10 @@ class _Pipeline:
             self._inputs.append(slot)
             number += 1
             if index == len(self._task.layouts) - 1:
-                self._finish(block, writer)
-        for slot in self._outputs:
-            if slot.writing is not None:
-                slot.writing.result()
+                self._finish(block, writers)
+        for output in self._outputs:
+            if output.writing is not None:
+                output.writing.result()
 
     def _may_read(self, has_pending: bool) -> bool:
         """Whether a buffer is there to be filled; the one whose copy was queued last is left to the device."""
@@ -186,7 +223,7 @@ class _Pipeline:
             for index in range(len(self._task.layouts)):
                 yield block, index
 
-    def _read(self, block: Block, index: int, slot: _Slot) -> None:
+    def _read(self, block: Block, index: int, slot: _Input) -> None:
         started = time.perf_counter()
         layout = self._task.layouts[index]
         num_bytes = (block.end - block.begin) * stored_dtype(layout, block).itemsize
@@ -197,7 +234,7 @@ class _Pipeline:
             self._timings.reading += seconds / self._num_readers
             self._progress(num_bytes)
 
-    def _enter(self, block: Block, index: int, slot: _Slot, stage: _Stage) -> None:
+    def _enter(self, block: Block, index: int, slot: _Input, stage: _Stage) -> None:
         """Queue one student's copy to the device and its update of every teacher."""
         lane, count = block.lane, block.end - block.begin
         stored = torch_dtype(stored_dtype(self._task.layouts[index], block))
@@ -208,49 +245,56 @@ class _Pipeline:
             stage.filled.record(self._copying)
         with self._queued("computing", self._computing, stage.filled):
             student = stage.bytes(num_bytes).view(stored)
-            teachers = [self._elements(accumulator, lane, count) for accumulator in self._accumulators]
+            teachers = [accumulator.elements(lane.accumulate_dtype, count) for accumulator in self._accumulators]
             if index == 0:
                 for teacher in teachers:
                     teacher.copy_(student)
             else:
-                if student.dtype is not teachers[0].dtype:
-                    student = self._elements(self._widened, lane, count).copy_(student)
-                for teacher, updates in zip(teachers, self._task.updates, strict=True):
-                    keep, take = updates[index]
-                    teacher.mul_(keep).add_(student, alpha=take)
+                self._update(teachers, student, index, lane)
             stage.used.record(self._computing)
 
-    def _finish(self, block: Block, writer: ThreadPoolExecutor) -> None:
+    def _update(self, teachers: Sequence[torch.Tensor], student: torch.Tensor, index: int, lane: Lane) -> None:
+        is_fused = len(teachers) >= FUSED_FROM_TEACHERS and fused.is_usable(
+            self._device, teachers[0].dtype, student.dtype
+        )
+        if not is_fused and student.dtype is not teachers[0].dtype:
+            student = self._widened.elements(lane.accumulate_dtype, len(student)).copy_(student)
+        for teacher, updates in zip(teachers, self._task.updates, strict=True):
+            keep, take = updates[index]
+            if is_fused:
+                fused.update_run_(teacher, student, keep, take)
+            else:
+                teacher.mul_(keep).add_(student, alpha=take)
+
+    def _finish(self, block: Block, writers: ThreadPoolExecutor) -> None:
         """Queue every teacher's rounding, its way back, and its writing."""
         lane, count = block.lane, block.end - block.begin
         num_bytes = count * lane.dtype.itemsize
+        finished = _Countdown(len(self._teachers))
         for teacher, accumulator in zip(self._teachers, self._accumulators, strict=True):
-            result = self._results[0]
-            self._results.append(self._results.pop(0))
-            slot = self._outputs.popleft()
-            self._outputs.append(slot)
+            self._results.rotate()
+            self._outputs.rotate()
+            result, slot = self._results[0], self._outputs[0]
             if slot.writing is not None:
                 started = time.perf_counter()
                 slot.writing.result()
                 self._timings.waiting += time.perf_counter() - started
             with self._queued("computing", self._computing, result.used):
-                rounded = result.bytes(num_bytes).view(torch_dtype(lane.dtype))
-                rounded.copy_(self._elements(accumulator, lane, count))
-                comparable = rounded.float() if rounded.dtype.itemsize == 1 else rounded
-                is_finite = comparable.isfinite().all()
+                rounded = result.elements(lane.dtype, count)
+                rounded.copy_(accumulator.elements(lane.accumulate_dtype, count))
+                least, greatest = torch.aminmax(comparable(rounded))
+                result.extremes.copy_(torch.stack((least, greatest)))
                 result.filled.record(self._computing)
             with self._queued("copying", self._returning, result.filled):
-                # The allocator must not give the flag away while this stream still reads it.
-                is_finite.record_stream(self._returning)
                 slot.buffer.tensor[:num_bytes].copy_(result.bytes(num_bytes), non_blocking=True)
-                slot.is_finite.copy_(is_finite.view(1), non_blocking=True)
+                slot.extremes.copy_(result.extremes, non_blocking=True)
                 result.used.record(self._returning)
                 slot.copied.record(self._returning)
-            slot.writing = writer.submit(self._write, teacher, block, slot)
+            slot.writing = writers.submit(self._write, teacher, block, slot, finished)
 
-    def _write(self, teacher: Teacher, block: Block, slot: _Slot) -> None:
+    def _write(self, teacher: Teacher, block: Block, slot: _Output, finished: _Countdown) -> None:
         slot.copied.synchronize()
-        if not bool(slot.is_finite):
+        if not all(map(math.isfinite, slot.extremes.tolist())):
             # The CPU folds this block once more, and finds the tensor and the checkpoint it came from.
             cpu.refold(self._task, block)
             raise CkptEmaError(
@@ -259,12 +303,10 @@ class _Pipeline:
         started = time.perf_counter()
         content = slot.buffer.bytes[: (block.end - block.begin) * block.lane.dtype.itemsize]
         write_block(teacher, self._plan.aliases, content, block.position)
-        if teacher is self._teachers[-1]:  # a single thread writes, one teacher after the other
+        if finished.is_last():
             self._task.on_finished(block)
-        self._timings.writing += time.perf_counter() - started
-
-    def _elements(self, stage: _Stage, lane: Lane, count: int) -> torch.Tensor:
-        return stage.bytes(count * lane.accumulate_dtype.itemsize).view(torch_dtype(lane.accumulate_dtype))
+        with self._lock:
+            self._timings.writing += (time.perf_counter() - started) / self._num_writers
 
     @contextlib.contextmanager
     def _queued(self, what: str, stream: torch.cuda.Stream, after: torch.cuda.Event) -> Iterator[None]:
@@ -277,12 +319,25 @@ class _Pipeline:
             end.record(stream)
         self._spans.append((what, start, end))
         if len(self._spans) > MAX_SPANS:
-            self._add_device_seconds()
+            self._count_spans()
 
-    def _add_device_seconds(self) -> None:
-        """Count the spans that are over; what still runs is waited for."""
-        for what, start, end in self._spans:
-            end.synchronize()
+    def _count_spans(self) -> None:
+        """Count the spans that are over, as far as the first that is not."""
+        while self._spans and self._spans[0][2].query():
+            what, start, end = self._spans.popleft()
             seconds = start.elapsed_time(end) / 1000
             setattr(self._timings, what, getattr(self._timings, what) + seconds)
-        self._spans.clear()
+
+
+class _Countdown:
+    """Which of several threads is the last."""
+
+    def __init__(self, count: int) -> None:
+        self._left = count
+        self._lock = threading.Lock()
+
+    def is_last(self) -> bool:
+        """Whether all others have asked before."""
+        with self._lock:
+            self._left -= 1
+            return self._left == 0

@@ -1,0 +1,182 @@
+"""A model of a GPU's streams, on the CPU: what is queued runs later, in any order that events allow.
+
+It stands in for no GPU: nothing of speed, kernels or drivers is in it. What it holds is the order of things. Work that
+is queued on a stream runs at a random moment, as late as anything waits for it, on memory that everything else changes
+meanwhile; so an event that is not waited for shows as wrong numbers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+
+class Moment:
+    """One recording of an event: over or not."""
+
+    def __init__(self) -> None:
+        self.is_over = False
+
+
+class Device:
+    """Streams with work, and who runs it when."""
+
+    def __init__(self, seed: int, *, forgets: str = "") -> None:
+        """`forgets` names a way of waiting that does nothing: `wait_event`, `wait_stream` or `synchronize`."""
+        self.random = random.Random(seed)
+        # From a device that is always behind to one that is nearly always done.
+        self.eagerness = self.random.choice([0.0, 0.3, 0.9])
+        self.forgets = forgets
+        self.streams: list[Stream] = []
+        self.num_run = 0
+        self._lock = threading.RLock()
+
+    def queue(self, stream: Stream, work: Callable[[], object] | Moment) -> None:
+        """Let `stream` do `work`, or wait for a moment, when its turn comes."""
+        with self._lock:
+            stream.work.append(work)
+            while self.random.random() < self.eagerness and self._run_one():
+                pass
+
+    def run_until(self, is_reached: Callable[[], bool]) -> None:
+        """Run what is queued, in any order that is allowed, until something is so."""
+        with self._lock:
+            while not is_reached():
+                assert self._run_one(), "the device waits for itself"
+
+    def run_all(self) -> None:
+        """Run everything."""
+        self.run_until(lambda: not any(stream.work for stream in self.streams))
+
+    def _run_one(self) -> bool:
+        ready = [stream for stream in self.streams if stream.is_ready()]
+        if not ready:
+            return False
+        work = self.random.choice(ready).work.popleft()
+        if not isinstance(work, Moment):
+            with _disable_current_modes():
+                work()
+            self.num_run += 1
+        return True
+
+
+class Stream:
+    """torch.cuda.Stream, of a model."""
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+        self.work: deque[Callable[[], object] | Moment] = deque()
+        device.streams.append(self)
+
+    def is_ready(self) -> bool:
+        """Whether its next piece of work waits for nothing."""
+        return bool(self.work) and not (isinstance(self.work[0], Moment) and not self.work[0].is_over)
+
+    def wait_event(self, event: Event) -> None:
+        """What is queued from now on comes behind what was recorded last."""
+        if event.moment is not None and self.device.forgets != "wait_event":
+            self.device.queue(self, event.moment)
+
+    def wait_stream(self, other: Stream) -> None:
+        """What is queued from now on comes behind all that `other` has."""
+        if self.device.forgets != "wait_stream":
+            event = Event(self.device)
+            event.record(other)
+            self.wait_event(event)
+
+
+class Event:
+    """torch.cuda.Event, of a model."""
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+        self.moment: Moment | None = None
+
+    def record(self, stream: Stream) -> None:
+        """It happens when `stream` has done all that is queued there now."""
+        self.moment = moment = Moment()
+        self.device.queue(stream, lambda: setattr(moment, "is_over", True))
+
+    def synchronize(self) -> None:
+        """Wait for what was recorded last."""
+        if (moment := self.moment) is not None and self.device.forgets != "synchronize":
+            self.device.run_until(lambda: moment.is_over)
+
+    def query(self) -> bool:
+        """Whether it has happened."""
+        return self.moment is None or self.moment.is_over
+
+    def elapsed_time(self, end: Event) -> float:
+        """Milliseconds, of which a model has none."""
+        assert self.query()
+        assert end.query()
+        return 0.0
+
+
+class Queueing(TorchDispatchMode):
+    """Arithmetic that is called inside is queued on a stream; only what makes views is done at once."""
+
+    def __init__(self, stream: Stream) -> None:
+        super().__init__()
+        self._stream = stream
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func.is_view:
+            return func(*args, **kwargs)
+        if func._schema.is_mutable:
+            self._stream.device.queue(self._stream, lambda: func(*args, **kwargs))
+            return args[0] if func._schema.returns else None
+        # Done now for the shape of what comes, and again when its turn comes for what is in it.
+        made = func(*args, **kwargs)
+        if isinstance(made, (torch.Tensor, tuple)) and func is not torch.ops.aten.empty.memory_format:
+            self._stream.device.queue(self._stream, lambda: _put(made, func(*args, **kwargs)))
+        return made
+
+
+def _put(into: Any, made: Any) -> None:
+    for one, other in zip(into, made, strict=True) if isinstance(into, tuple) else [(into, made)]:
+        one.copy_(other)
+
+
+@contextlib.contextmanager
+def modelled(monkeypatch: pytest.MonkeyPatch, seed: int, *, forgets: str = "") -> Iterator[Device]:
+    """torch.cuda's streams are the model's for as long as this lasts, and pinned memory is plain."""
+    device = Device(seed, forgets=forgets)
+    main = Stream(device)
+    current = threading.local()
+
+    @contextlib.contextmanager
+    def stream(chosen: Stream) -> Iterator[None]:
+        before = getattr(current, "stream", main)
+        current.stream = chosen
+        try:
+            with Queueing(chosen):
+                yield
+        finally:
+            current.stream = before
+
+    empty = torch.empty
+
+    def plain(*arguments: Any, pin_memory: bool = False, **options: Any) -> torch.Tensor:
+        made: torch.Tensor = empty(*arguments, **options)
+        return made
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "Stream", lambda device_=None: Stream(device))
+        patch.setattr(torch.cuda, "Event", lambda **options: Event(device))
+        patch.setattr(torch.cuda, "stream", stream)
+        patch.setattr(torch.cuda, "current_stream", lambda device_=None: getattr(current, "stream", main))
+        patch.setattr(torch.cuda, "synchronize", lambda device_=None: device.run_all())
+        patch.setattr(torch.cuda, "empty_cache", lambda: None)
+        patch.setattr(torch.cuda, "mem_get_info", lambda device_=None: (1 << 30, 2 << 30))
+        patch.setattr(torch, "empty", plain)
+        yield device
