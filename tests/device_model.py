@@ -62,7 +62,7 @@ class Device:
             return False
         work = self.random.choice(ready).work.popleft()
         if not isinstance(work, Moment):
-            with _disable_current_modes():
+            with _disable_current_modes(), torch.no_grad():
                 work()
             self.num_run += 1
         return True
@@ -137,7 +137,7 @@ class Queueing(TorchDispatchMode):
             return args[0] if func._schema.returns else None
         # Done now for the shape of what comes, and again when its turn comes for what is in it.
         made = func(*args, **kwargs)
-        if isinstance(made, (torch.Tensor, tuple)) and func is not torch.ops.aten.empty.memory_format:
+        if isinstance(made, (torch.Tensor, tuple)) and not func.name().startswith("aten::empty"):
             self._stream.device.queue(self._stream, lambda: _put(made, func(*args, **kwargs)))
         return made
 
@@ -164,10 +164,10 @@ def modelled(monkeypatch: pytest.MonkeyPatch, seed: int, *, forgets: str = "") -
         finally:
             current.stream = before
 
-    empty = torch.empty
+    def unpinned(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def made(*arguments: Any, pin_memory: bool = False, **options: Any) -> torch.Tensor:
+            return make(*arguments, **options)
 
-    def plain(*arguments: Any, pin_memory: bool = False, **options: Any) -> torch.Tensor:
-        made: torch.Tensor = empty(*arguments, **options)
         return made
 
     with monkeypatch.context() as patch:
@@ -178,5 +178,6 @@ def modelled(monkeypatch: pytest.MonkeyPatch, seed: int, *, forgets: str = "") -
         patch.setattr(torch.cuda, "synchronize", lambda device_=None: device.run_all())
         patch.setattr(torch.cuda, "empty_cache", lambda: None)
         patch.setattr(torch.cuda, "mem_get_info", lambda device_=None: (1 << 30, 2 << 30))
-        patch.setattr(torch, "empty", plain)
+        patch.setattr(torch, "empty", unpinned(torch.empty))
+        patch.setattr(torch, "empty_like", unpinned(torch.empty_like))
         yield device

@@ -871,17 +871,42 @@ def test_on_a_gpu_it_has_the_cpus_bits(student: Student, dtype: torch.dtype) -> 
 
 
 @needs_gpu
-def test_an_update_is_captured_in_a_cuda_graph(student: Student) -> None:
-    """No step of it waits for the device."""
+@pytest.mark.parametrize("arithmetic", ["hook", "lerp"])
+@pytest.mark.parametrize("num_before", [1, 3])
+def test_an_update_is_captured_in_a_cuda_graph(student: Student, arithmetic: Any, num_before: int) -> None:
+    """Right behind the first one, which copies, or when the kernel for all tensors is at work."""
     student.cuda()
-    teacher = MeanTeacher(student, momentum=MOMENTUM)
-    teacher.update()
-    expected = {name: tensor.clone() for name, tensor in teacher.tensors().items()}
+    teachers = [MeanTeacher(student, momentum=MOMENTUM, arithmetic=arithmetic) for _ in range(2)]
+    for _ in range(num_before):
+        for teacher in teachers:
+            teacher.update()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
+        teachers[0].update()
+    for _ in range(3):
+        with torch.no_grad():
+            for parameter in student.parameters():
+                parameter.normal_()
+        graph.replay()
+        teachers[1].update()
+    assert_same_bits(teachers[0].tensors(), teachers[1].tensors())
+
+
+@needs_gpu
+@pytest.mark.parametrize("arithmetic", ["hook", "lerp"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_update_waits_for_nothing_and_takes_no_memory(dtype: torch.dtype, arithmetic: Any) -> None:
+    """The host does not wait for the device, and there is no temporary of a tensor's size."""
+    student = nn.Sequential(*(nn.Linear(2048, 2048) for _ in range(4))).to("cuda", dtype)
+    teacher = MeanTeacher(student, momentum=MOMENTUM, arithmetic=arithmetic)
+    for _ in range(2):
         teacher.update()
-    with torch.no_grad():
-        student.frozen.normal_()
-    graph.replay()
-    expected["frozen"].mul_(1 - MOMENTUM).add_(student.frozen, alpha=MOMENTUM)
-    assert torch.equal(teacher.tensors()["frozen"], expected["frozen"])
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        teacher.update()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.cuda.max_memory_allocated() - before < 1 << 20

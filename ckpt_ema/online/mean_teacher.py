@@ -6,9 +6,10 @@ The student's tensors are found by name once and read where they lie at each upd
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -17,9 +18,10 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from ckpt_ema.errors import CkptEmaError, MisuseError
+from ckpt_ema.online.offload import Offload
 from ckpt_ema.online.pairs import Pair, beside, check_fit, check_shape, pairs_of, places_in, shadow_of, warn_of_stall
 from ckpt_ema.online.rule import Rule, blocks_of, is_finite
-from ckpt_ema.online.settings import Arithmetic, OnNonfinite, ShadowDtype, check_settings
+from ckpt_ema.online.settings import Arithmetic, OnNonfinite, ShadowDevice, ShadowDtype, check_settings
 from ckpt_ema.online.snapshots import Snapshots, SnapshotTracks
 from ckpt_ema.online.swap import SWAPPED, call_all, swap_in
 from ckpt_ema.online.teacher_file import OnlineRecord, check_replaceable, write_teacher
@@ -53,6 +55,7 @@ class MeanTeacher:
         interval: int = 1,
         skip_buffers: bool = True,
         dtype: ShadowDtype = "float32",
+        device: ShadowDevice | None = None,
         arithmetic: Arithmetic = "hook",
         on_nonfinite: OnNonfinite | None = None,
         keep_teacher: bool = False,
@@ -68,13 +71,15 @@ class MeanTeacher:
         `update` counts. `skip_buffers` averages parameters alone, otherwise every floating-point entry of the state
         dict. `dtype="float32"` keeps 16- and 8-bit students' teacher in float32; "student" in their own, where small
         updates are lost. `arithmetic="lerp"` is one rounding closer to the exact average, with other bits than the
-        hook's. `on_nonfinite` says what an update does when the student holds a NaN or an infinity: "raise", "skip",
-        or with None not look, which would take about half as long as the update and make the host wait for a GPU.
+        hook's. `device="cpu"` keeps the teacher in host memory: the student is copied there on a stream beside
+        training's, and a thread does the arithmetic (which no CUDA graph captures); `wait` says what it asks of you.
+        `on_nonfinite` says what an update does when the student holds a NaN or an infinity: "raise", "skip", or with
+        None not look, which would take about half as long as the update and make the host wait for a GPU.
         `keep_teacher` starts from what the teacher module holds instead of a copy of the student.
         `snapshots` follows further averages at every step, whatever the interval, and writes them to files of their
-        own, from which `ckpt-ema reconstruct` makes any other average later. Each costs a teacher's memory and one
-        update per step. The step in their files is `num_steps`, which is to be set where training goes on without a
-        state. With torch.distributed the first rank alone writes.
+        own, from which `ckpt-ema reconstruct` makes any other average later. Each costs a teacher's memory beside the
+        student and one update per step. The step in their files is `num_steps`, which is to be set where training
+        goes on without a state. With torch.distributed the first rank alone writes.
 
         Raises MisuseError for options that make no sense and CkptEmaError where the modules do not fit.
         """
@@ -84,6 +89,7 @@ class MeanTeacher:
             interval=interval,
             skip_buffers=skip_buffers,
             dtype=dtype,
+            device=device,
             arithmetic=arithmetic,
             on_nonfinite=on_nonfinite,
             snapshots=snapshots,
@@ -103,13 +109,19 @@ class MeanTeacher:
         self._copied: tuple[int, int] | None = None
         self._is_swapped = False
         self._owns_tensors = teacher is None
+        self._offload = None if device is None else Offload()
+        if teacher is not None and device is not None:
+            raise MisuseError(
+                "`device` is for a teacher that is kept here, and a teacher module stays where it is",
+                hint="leave one of the two away",
+            )
         if teacher is not None:
             self._pairs = pairs_of(self._tracking, track(teacher, skip_buffers=skip_buffers))
             warn_of_stall(self._pairs, stacklevel=2)
         elif keep_teacher:
             raise MisuseError("`keep_teacher` needs a teacher module", hint="pass MeanTeacher(student, teacher)")
         else:
-            self._pairs = [Pair(slot.names, slot, shadow_of(slot, dtype)) for slot in self._tracking.averaged]
+            self._pairs = [Pair(slot.names, slot, shadow_of(slot, dtype, device)) for slot in self._tracking.averaged]
         for pair in self._pairs:
             if pair.local.is_floating_point() and pair.local.itemsize == 1:
                 raise MisuseError(
@@ -173,13 +185,32 @@ class MeanTeacher:
         return is_due and not is_left_out
 
     def _average(self, students: list[torch.Tensor], teachers: list[torch.Tensor], step: int) -> None:
+        fold = functools.partial(self._fold, teachers, is_first=self._start is None)
+        if self._offload is None:
+            fold(students)
+        else:
+            is_parameter = [isinstance(pair.student.tensor, torch.nn.Parameter) for pair in self._pairs]
+            self._offload.update(students, is_parameter, fold)
         self.num_updates += 1
         if self._start is None:
+            self._start, self._copied = "student", (step, self.num_updates)
+
+    def _fold(self, teachers: Sequence[torch.Tensor], students: Sequence[torch.Tensor], *, is_first: bool) -> None:
+        if is_first:
             for teacher, student in zip(teachers, students, strict=True):
                 teacher.copy_(student)
-            self._start, self._copied = "student", (step, self.num_updates)
         else:
             self._rule.average_all_(teachers, students, self.momentum)
+
+    def wait(self) -> None:
+        """Wait until the teacher has what the last `update` brought; nothing to wait for without `device="cpu"`.
+
+        With it `update` returns while the student is still being copied out. A step of any optimizer of torch's comes
+        behind that by itself, and whatever reads the teacher here waits. Call this before you change the student in
+        another way (load a state dict into it, write to a parameter).
+        """
+        if self._offload is not None:
+            self._offload.wait()
 
     @torch.no_grad()
     def copy_student(self) -> None:
@@ -187,7 +218,7 @@ class MeanTeacher:
 
         Snapshot tracks stay as they are.
         """
-        self._refuse_swapped("copy the student")
+        self._begin("copy the student")
         for student, teacher in zip(*self._tensors(), strict=True):
             teacher.copy_(student)
         self._start, self._copied = "student", (self.num_steps, self.num_updates)
@@ -210,7 +241,7 @@ class MeanTeacher:
         copy is kept. What is not averaged stays the module's own: another module than the student keeps its running
         statistics. Raises CkptEmaError, nothing changed, where names, shapes or ties do not fit.
         """
-        self._refuse_swapped("swap it in again")
+        self._begin("swap it in again")
         target = self._student if module is None else module
         tracking = track(target, skip_buffers=self.skip_buffers)
         places = places_in(tracking, self._pairs)
@@ -248,7 +279,7 @@ class MeanTeacher:
         They are the teacher's own, and change with the next update. Under FSDP2 each is a DTensor with the student's
         placement.
         """
-        self._refuse_swapped("read the teacher")
+        self._begin("read the teacher")
         self._tracking.reshard()
         return {name: _like(pair.student.tensor, pair.local) for pair in self._pairs for name in pair.names}
 
@@ -257,7 +288,7 @@ class MeanTeacher:
 
         The tensors are the teacher's own: save them, or copy them, before the next update.
         """
-        self._refuse_swapped("save the state")
+        self._begin("save the state")
         self._tracking.reshard()
         state: dict[str, Any] = {
             "version": STATE_VERSION,
@@ -280,7 +311,7 @@ class MeanTeacher:
         interval or arithmetic are others now, which hold from here on, where the teacher's dtype is another, and where
         snapshot tracks begin anew or end because the state or this MeanTeacher has none.
         """
-        self._refuse_swapped("load a state")
+        self._begin("load a state")
         required = {"version", "start", "skip_buffers", *_COUNTERS, *_CONFIGURATION}
         if state.get("version") != STATE_VERSION or not required <= state.keys():
             raise CkptEmaError(
@@ -363,11 +394,12 @@ class MeanTeacher:
 
         In 16 bits, momentum times the difference is often less than half of the teacher's last place, and lost.
         """
-        self._refuse_swapped("measure the teacher")
+        self._begin("measure the teacher")
         self._tracking.reshard()
         differing = stalled = 0
         for pair in self._pairs:
-            for teacher, student in blocks_of(pair.local, pair.student.local):
+            for teacher, part in blocks_of(pair.local, pair.student.local):
+                student = part.to(teacher.device)
                 moved = teacher.clone(memory_format=torch.contiguous_format)
                 self._rule.average_(moved, student.contiguous(), self.momentum)
                 differs = teacher != student.to(teacher.dtype)
@@ -377,7 +409,7 @@ class MeanTeacher:
 
     @torch.no_grad()
     def _write(self, path: Path, step: int | None, *, dtype: str, overwrite: bool) -> Path:
-        self._refuse_swapped("save the teacher")
+        self._begin("save the teacher")
         check_replaceable(path, overwrite=overwrite)
         if any(is_sharded(pair.student.tensor) for pair in self._pairs):
             raise CkptEmaError(
@@ -425,6 +457,7 @@ class MeanTeacher:
 
     def check_finite(self) -> None:
         """Raise CkptEmaError where the teacher holds a NaN or an infinity; waits for a GPU."""
+        self.wait()
         if not is_finite([pair.local for pair in self._pairs]):
             bad = next(pair.names[0] for pair in self._pairs if not is_finite([pair.local]))
             raise CkptEmaError(
@@ -439,10 +472,10 @@ class MeanTeacher:
         students, teachers = [], []
         for pair in self._pairs:
             student = pair.student.local
-            if isinstance(pair.teacher, torch.Tensor):
+            if isinstance(pair.teacher, torch.Tensor) and self._offload is None:
                 pair.teacher = beside(pair.teacher, student, pair.names[0])
             else:
-                check_shape(pair.teacher.local, student, pair.names[0])
+                check_shape(pair.local, student, pair.names[0])
             students.append(student)
             teachers.append(pair.local)
         return students, teachers
@@ -462,6 +495,11 @@ class MeanTeacher:
             f"{what} at step {step}; the teacher is unchanged",
             hint='pass on_nonfinite="skip" to leave such updates out',
         )
+
+    def _begin(self, what: str) -> None:
+        """All that looks at the teacher or changes it begins so."""
+        self._refuse_swapped(what)
+        self.wait()
 
     def _refuse_swapped(self, what: str) -> None:
         # Also another teacher's: it would take those numbers for the student's.

@@ -120,12 +120,16 @@ def check_shape(teacher: torch.Tensor, student: torch.Tensor, name: str) -> None
         )
 
 
-def shadow_of(slot: Slot, dtype: str) -> torch.Tensor:
-    """A copy of the student's tensor to start from, so that there is a teacher before the first update."""
+def shadow_of(slot: Slot, dtype: str, device: str | None = None) -> torch.Tensor:
+    """A copy of the student's tensor to start from, so that there is a teacher before the first update.
+
+    On `device`, or where the student's is.
+    """
     student = slot.local.detach()  # or the teacher would be part of the student's graph
     is_narrow = student.dtype.is_floating_point and student.itemsize < 4
     with torch.inference_mode(False):  # or no later update outside of it could change the copy
-        return student.to(torch.float32 if is_narrow and dtype == "float32" else student.dtype, copy=True)
+        wanted = torch.float32 if is_narrow and dtype == "float32" else student.dtype
+        return student.to(device or student.device, wanted, copy=True)
 
 
 def check_fit(expected: Mapping[str, torch.Tensor], stored: Mapping[str, torch.Tensor]) -> None:

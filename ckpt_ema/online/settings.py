@@ -14,6 +14,7 @@ from ckpt_ema.profiles import check_momentum
 Arithmetic = Literal["hook", "lerp"]
 OnNonfinite = Literal["raise", "skip"]
 ShadowDtype = Literal["float32", "student"]
+ShadowDevice = Literal["cpu"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +27,7 @@ class Settings:
     interval: int
     skip_buffers: bool
     dtype: ShadowDtype
+    device: ShadowDevice | None
     arithmetic: Arithmetic
     on_nonfinite: OnNonfinite | None
     snapshots: Snapshots | None = None
@@ -38,6 +40,7 @@ def check_settings(
     interval: int = 1,
     skip_buffers: bool = True,
     dtype: ShadowDtype = "float32",
+    device: ShadowDevice | None = None,
     arithmetic: Arithmetic = "hook",
     on_nonfinite: OnNonfinite | None = None,
     snapshots: Snapshots | None = None,
@@ -75,6 +78,7 @@ def check_settings(
         interval=interval,
         skip_buffers=_one_of("skip_buffers", skip_buffers, (True, False)),
         dtype=_one_of("dtype", dtype, ("float32", "student")),
+        device=_one_of("device", device, ("cpu", None)),
         arithmetic=_one_of("arithmetic", arithmetic, ("hook", "lerp")),
         on_nonfinite=_one_of("on_nonfinite", on_nonfinite, ("raise", "skip", None)),
         snapshots=snapshots,

@@ -21,7 +21,8 @@ def swap_in(tensor: torch.Tensor, teacher: torch.Tensor, undo: list[Callable[[],
         undo.append(exchange.undo)
         exchange.run()
     else:
-        undo.append(functools.partial(tensor.copy_, tensor.clone()))
+        # Kept where the teacher is: a teacher in host memory is there because the student's device is full.
+        undo.append(functools.partial(tensor.copy_, tensor.to(teacher.device, copy=True)))
         tensor.copy_(teacher)
 
 
