@@ -16,8 +16,12 @@ MOMENTUM = 0.1
 
 def prepare_fold(run: Path, output: Path, **options: Any) -> Callable[[], None]:
     """ckpt-ema itself, its planning included."""
+    import torch
+
     import ckpt_ema.engine.cpu  # noqa: F401  (imported before the clock starts)
     from ckpt_ema import fold
+
+    torch.zeros(1, device=options.get("device", "cpu"))
 
     def work() -> None:
         fold(run, output, announce=lambda plan: None, **{"momentum": MOMENTUM, **options})
@@ -84,17 +88,19 @@ def prepare_pinned(run: Path, output: Path) -> Callable[[], None]:
     return work
 
 
-def prepare_loop(run: Path, output: Path) -> Callable[[], None]:
+def prepare_loop(run: Path, output: Path, device: str = "cpu") -> Callable[[], None]:
     """The loop a user would write."""
     import torch
     from safetensors.torch import load_file, save_file
 
+    torch.zeros(1, device=device)  # a GPU's context is there before the clock starts, for all alike
+
     def work() -> None:
         paths = sorted(run.glob("step_*.safetensors"), key=lambda path: int(path.stem.split("_")[1]))
-        teacher = load_file(paths[0])
+        teacher = load_file(paths[0], device=device)
         with torch.no_grad():
             for path in paths[1:]:
-                for name, tensor in load_file(path).items():
+                for name, tensor in load_file(path, device=device).items():
                     teacher[name].mul_(1 - MOMENTUM).add_(tensor, alpha=MOMENTUM)
         save_file(teacher, output)
 
@@ -127,7 +133,7 @@ def prepare_averaged_model(run: Path, output: Path) -> Callable[[], None]:
     return work
 
 
-def prepare_mergekit(run: Path, output: Path) -> Callable[[], None]:
+def prepare_mergekit(run: Path, output: Path, device: str = "cpu") -> Callable[[], None]:
     """mergekit's linear merge of the same files, with the coefficients of the same fold."""
     import yaml
     from mergekit.scripts.merge_raw_pytorch import main
@@ -144,9 +150,11 @@ def prepare_mergekit(run: Path, output: Path) -> Callable[[], None]:
     settings = {"merge_method": "linear", "models": models, "dtype": "float32", "out_dtype": dtype}
     config.write_text(yaml.safe_dump({**settings, "parameters": {"normalize": False}}))
 
+    words = [str(config), str(output.with_name("merged")), "--quiet", *(["--cuda"] if device == "cuda" else [])]
+
     def work() -> None:
         with contextlib.redirect_stderr(io.StringIO()):  # it draws bars whatever it is told
-            main.main([str(config), str(output.with_name("merged")), "--quiet"], standalone_mode=False)
+            main.main(words, standalone_mode=False)
 
     return work
 

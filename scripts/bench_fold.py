@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from bench_candidates import CANDIDATES
-from bench_online import bench_online
+from bench_online import bench_online, bench_online_cuda
 from bench_sharded import bench_ranks, bench_sharded
 
 THREADS = len(os.sched_getaffinity(0))
@@ -261,19 +261,23 @@ def bench_small_tensors(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def bench_cold(arguments: argparse.Namespace) -> dict[str, Any]:
-    """From the disk: the fold against dd reading the same files."""
-    run = write_run(arguments.inputs / "cold", layers(arguments.elements), "float32", arguments, "safetensors")
-    results = compare({"dd": Case("dd", run, is_cold=True), "fold": Case("fold", run, is_cold=True)}, arguments)
-    size = sum(path.stat().st_size for path in run.glob("step_*"))
-    print(f"\n{arguments.checkpoints} checkpoints of {size / arguments.checkpoints / 1e9:.2f} GB, cold page cache\n")
-    print("| | seconds | GB/s read | times dd |")
-    print("|---|---|---|---|")
-    for name, items in results.items():
-        seconds, ratio = median_seconds(items), median_ratio(items, results["dd"])
-        print(f"| {name} | {seconds:.2f} | {size / seconds / 1e9:.2f} | {ratio:.2f} |", flush=True)
-    if not arguments.keep:
-        shutil.rmtree(run)
-    return results
+    """From the disk: the fold, what it cannot avoid and what a user would write, against dd reading the same files."""
+    rows = {}
+    for dtype in ("float32", "bfloat16"):
+        run = write_run(arguments.inputs / f"cold-{dtype}", layers(arguments.elements), dtype, arguments, "safetensors")
+        names = ("dd", "read", "floor", "fold", "loop")
+        results = compare({name: Case(name, run, is_cold=True) for name in names}, arguments)
+        size = sum(path.stat().st_size for path in run.glob("step_*"))
+        print(f"\n{arguments.checkpoints} checkpoints of {size / arguments.checkpoints / 1e9:.2f} GB, {dtype}, cold\n")
+        print("| | seconds | GB/s read | times dd |")
+        print("|---|---|---|---|")
+        for name, items in results.items():
+            seconds, ratio = median_seconds(items), median_ratio(items, results["dd"])
+            print(f"| {name} | {seconds:.2f} | {size / seconds / 1e9:.2f} | {ratio:.2f} |", flush=True)
+        rows[dtype] = {"run_bytes": size, "results": results}
+        if not arguments.keep:
+            shutil.rmtree(run)
+    return rows
 
 
 def bench_cuda(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -285,24 +289,34 @@ def bench_cuda(arguments: argparse.Namespace) -> dict[str, Any]:
         return {}
     rows = {}
     momenta = [k / 10 for k in range(1, 9)]
+    on_gpu = {"device": "cuda"}
     for dtype in ("float32", "bfloat16"):
         run = write_run(arguments.inputs / f"cuda-{dtype}", layers(arguments.elements), dtype, arguments, "safetensors")
         cases = {
             "pinned copy": Case("pinned", run),
             "read": Case("read", run),
+            "read and write": Case("floor", run),
             "fold on the CPU": Case("fold", run, {"device": "cpu"}),
-            "fold on the GPU": Case("fold", run, {"device": "cuda"}),
-            "eight teachers on the GPU": Case("fold", run, {"device": "cuda", "momentum": momenta}),
+            "fold on the GPU": Case("fold", run, on_gpu),
+            "eight teachers on the GPU": Case("fold", run, {**on_gpu, "momentum": momenta}),
+            "loop on the GPU": Case("loop", run, on_gpu),
+        }
+        if importlib.util.find_spec("mergekit"):
+            cases["mergekit on the GPU"] = Case("mergekit", run, on_gpu)
+        cases |= {
+            "dd, cold": Case("dd", run, is_cold=True),
+            "fold on the CPU, cold": Case("fold", run, {"device": "cpu"}, is_cold=True),
+            "fold on the GPU, cold": Case("fold", run, on_gpu, is_cold=True),
         }
         results = compare(cases, arguments)
         size = sum(path.stat().st_size for path in run.glob("step_*"))
-        print(f"\n{torch.cuda.get_device_name()}, {size / 1e9:.2f} GB of {dtype} checkpoints, warm page cache\n")
+        print(f"\n{torch.cuda.get_device_name()}, {size / 1e9:.2f} GB of {dtype} checkpoints\n")
         print("| | seconds | GB/s | times the pinned copy |")
         print("|---|---|---|---|")
         for name, items in results.items():
             seconds, ratio = median_seconds(items), median_ratio(items, results["pinned copy"])
             print(f"| {name} | {seconds:.2f} | {size / seconds / 1e9:.1f} | {ratio:.2f} |", flush=True)
-        rows[dtype] = {"device": torch.cuda.get_device_name(), "results": results}
+        rows[dtype] = {"device": torch.cuda.get_device_name(), "run_bytes": size, "results": results}
         if not arguments.keep:
             shutil.rmtree(run)
     return rows
@@ -484,6 +498,7 @@ SECTIONS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "start": bench_start,
     "cuda": bench_cuda,
     "online": bench_online,
+    "online-cuda": bench_online_cuda,
     "sharded": bench_sharded,
     "ranks": bench_ranks_of_a_run,
 }

@@ -17,45 +17,61 @@ MODELS = {"124M": (768, 12), "355M": (1024, 24)}
 MOMENTUM = 0.001
 
 
-def bench_online(arguments: argparse.Namespace) -> dict[str, Any]:
+def bench_online(arguments: argparse.Namespace, device: str = "cpu") -> dict[str, Any]:
     """Print one table per model and dtype."""
     rows: dict[str, Any] = {}
     for model in MODELS:
         for dtype in ("float32", "bfloat16"):
-            rows[f"{model} {dtype}"] = _compare(model, dtype, 8 * arguments.rounds)
+            rows[f"{model} {dtype}"] = _compare(model, dtype, device, 8 * arguments.rounds)
     return rows
 
 
-def _compare(model: str, dtype: str, rounds: int) -> dict[str, list[float]]:
-    updates = _candidates(model, dtype)
+def bench_online_cuda(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The same on a GPU; nothing where there is none."""
+    import torch
+
+    if not torch.cuda.is_available():
+        print("\nno GPU here: the online teacher on a GPU was not measured", flush=True)
+        return {}
+    return {"device": torch.cuda.get_device_name(), **bench_online(arguments, "cuda")}
+
+
+def _compare(model: str, dtype: str, device: str, rounds: int) -> dict[str, list[float]]:
+    import torch
+
+    updates = _candidates(model, dtype, device)
+    wait: Callable[[], object] = torch.cuda.synchronize if device == "cuda" else lambda: None
     seconds: dict[str, list[float]] = {name: [] for name in updates}
     for round_number in range(rounds + 3):
         for name, update in updates.items():
+            wait()
             started = time.perf_counter()
             update()
+            wait()
             if round_number >= 3:
                 seconds[name].append(time.perf_counter() - started)
-    print(f"\none update, {model} parameters, {dtype} student, float32 teacher\n")
+    where = f" on {torch.cuda.get_device_name()}" if device == "cuda" else ""
+    print(f"\none update{where}, {model} parameters, {dtype} student, float32 teacher\n")
     print("| | ms | times the floor |")
     print("|---|---|---|")
     for name, values in seconds.items():
         ratio = statistics.median(a / b for a, b in zip(values, seconds["floor"], strict=True))
-        print(f"| {name} | {1e3 * statistics.median(values):.1f} | {ratio:.2f} |", flush=True)
+        print(f"| {name} | {1e3 * statistics.median(values):.2f} | {ratio:.2f} |", flush=True)
     return seconds
 
 
-def _candidates(model: str, dtype: str) -> dict[str, Callable[[], object]]:
+def _candidates(model: str, dtype: str, device: str) -> dict[str, Callable[[], object]]:
     import torch
 
     from ckpt_ema import MeanTeacher
 
     torch.manual_seed(0)
-    student = _gpt2(*MODELS[model]).to(getattr(torch, dtype))
+    student = _gpt2(*MODELS[model]).to(device, getattr(torch, dtype))
     parameters = [parameter.detach() for parameter in student.parameters()]
     count = sum(parameter.numel() for parameter in parameters)
     # As many bytes as an update must move: the student and the teacher read, the teacher written.
     moved = count * (parameters[0].itemsize + 4 + 4) // 12
-    flat = [torch.rand(moved) for _ in range(2)]
+    flat = [torch.rand(moved, device=device) for _ in range(2)]
 
     def floor() -> None:
         flat[0].lerp_(flat[1], MOMENTUM)
@@ -74,10 +90,36 @@ def _candidates(model: str, dtype: str) -> dict[str, Callable[[], object]]:
     ):
         teacher = MeanTeacher(student, momentum=MOMENTUM, **options)
         updates[label] = teacher.update
+    if device == "cuda":
+        updates |= _more_on_a_gpu(student)
     updates["the hook's mul_/add_ loop"] = literal
     if dtype == "float32":  # the others keep their average in the student's dtype
         updates |= _peers(student, parameters, teachers)
     return updates
+
+
+def _more_on_a_gpu(student: Any) -> dict[str, Callable[[], object]]:
+    """What the host's calls cost is in the other figures; in a captured update it is not."""
+    import torch
+
+    from ckpt_ema import MeanTeacher
+
+    captured = MeanTeacher(student, momentum=MOMENTUM)
+    for _ in range(3):
+        captured.update()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured.update()
+    in_host_memory = MeanTeacher(student, momentum=MOMENTUM, device="cpu")
+
+    def to_the_end() -> None:
+        in_host_memory.update()
+        in_host_memory.wait()
+
+    return {
+        "ckpt-ema, in a CUDA graph": graph.replay,
+        'ckpt-ema, device="cpu", to its end': to_the_end,
+    }
 
 
 def _peers(student: Any, parameters: list[Any], teachers: list[Any]) -> dict[str, Callable[[], object]]:
