@@ -8,6 +8,7 @@ meanwhile; so an event that is not waited for shows as wrong numbers.
 from __future__ import annotations
 
 import contextlib
+import math
 import random
 import threading
 from collections import deque
@@ -148,8 +149,13 @@ def _put(into: Any, made: Any) -> None:
 
 
 @contextlib.contextmanager
-def modelled(monkeypatch: pytest.MonkeyPatch, seed: int, *, forgets: str = "") -> Iterator[Device]:
-    """torch.cuda's streams are the model's for as long as this lasts, and pinned memory is plain."""
+def modelled(
+    monkeypatch: pytest.MonkeyPatch, seed: int, *, forgets: str = "", room_bytes: float = math.inf
+) -> Iterator[Device]:
+    """torch.cuda's streams are the model's for as long as this lasts, and pinned memory is plain.
+
+    What is allocated on a device that is named must fit `room_bytes`, of which nothing comes back.
+    """
     device = Device(seed, forgets=forgets)
     main = Stream(device)
     current = threading.local()
@@ -166,7 +172,13 @@ def modelled(monkeypatch: pytest.MonkeyPatch, seed: int, *, forgets: str = "") -
 
     def unpinned(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         def made(*arguments: Any, pin_memory: bool = False, **options: Any) -> torch.Tensor:
-            return make(*arguments, **options)
+            nonlocal room_bytes
+            tensor = make(*arguments, **options)
+            if "device" in options and not pin_memory:
+                room_bytes -= tensor.nbytes
+                if room_bytes < 0:
+                    raise torch.OutOfMemoryError("CUDA out of memory, says the model")
+            return tensor
 
         return made
 

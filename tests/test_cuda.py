@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
+import math
+import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +19,7 @@ from ckpt_ema import CkptEmaError
 from ckpt_ema.blocks import Block
 from ckpt_ema.engine import choice, cpu, cuda
 from ckpt_ema.engine.choice import choose_engine
-from ckpt_ema.engine.contract import Task
+from ckpt_ema.engine.contract import NonFiniteBlockError, Task
 from ckpt_ema.engine.inputs import InputFiles
 from tests.conftest import quiet_fold
 from tests.device_model import modelled
@@ -138,7 +142,7 @@ def fold_on_cpu(run: Path, output: Path, **options: Any) -> list[bytes]:
     return [teacher.output.read_bytes()[-report.plan.blocks.data_bytes :] for teacher in report.plan.teachers]
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("options", [{}, {"momentum": MOMENTA}, {"dtype": "float16"}, {"accumulate": "float64"}])
 def test_on_a_model_of_a_gpu_nothing_is_used_before_it_is_there(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], seed: int
@@ -168,6 +172,60 @@ def test_the_model_shows_what_is_not_waited_for(
                 return False
 
     assert not all(is_right(seed) for seed in range(8))
+
+
+def test_a_smaller_block_is_tried_where_the_device_is_full(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One; then it is an error that says what is free."""
+    options: dict[str, Any] = {"momentum": 0.3, "memory_budget_bytes": 1 << 20}
+    expected = fold_on_cpu(run, tmp_path / "cpu.safetensors", **options)
+    num_run = []
+    for room_bytes in (1 << 30, 1 << 20):
+        with modelled(monkeypatch, 0, room_bytes=room_bytes) as device:
+            assert fold_on_a_model(run, tmp_path / "t.safetensors", **options) == expected
+            num_run.append(device.num_run)
+    assert 3 * num_run[0] < num_run[1]
+    with modelled(monkeypatch, 0, room_bytes=1 << 17):
+        with pytest.raises(CkptEmaError, match="has no room for blocks of 0 MiB: 1024 of 2048 MiB are free") as caught:
+            fold_on_a_model(run, tmp_path / "t.safetensors", **options)
+        assert caught.value.hint == "free some of its memory, or pass `--device cpu`"
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", ["large.weight", "large.bfloat16"])
+def test_the_first_number_that_is_none_is_found_on_a_model_too(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, number: float
+) -> None:
+    """By the least and the greatest of each block; the CPU then says where it came from."""
+    broken = torch.load(run / "step_2.pt")
+    broken["model"][name][777_777] = number
+    torch.save(broken, run / "step_2.pt")
+    with modelled(monkeypatch, 1), pytest.raises(NonFiniteBlockError) as caught:
+        fold_on_a_model(run, tmp_path / "t.safetensors", momentum=0.3, memory_budget_bytes=1 << 20)
+    plan = ckpt_ema.plan(run, tmp_path / "t.safetensors", momentum=0.3)
+    assert caught.value.origin.layout == 2
+    assert plan.layouts[0].schema.names[caught.value.origin.tensor] == name
+
+
+def test_a_checkpoint_that_cannot_be_read_to_its_end_stops_it_on_a_model_too(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the CPU's error, and no thread left behind."""
+    preadv = os.preadv
+    before = threading.active_count()
+    calls = itertools.count()
+
+    def fails(*arguments: Any) -> int:
+        if next(calls) == 40:
+            raise OSError(errno.EIO, "Input/output error")
+        return preadv(*arguments)
+
+    with modelled(monkeypatch, 2), monkeypatch.context() as patch:
+        patch.setattr(os, "preadv", fails)
+        with pytest.raises(CkptEmaError, match=r"cannot read .* at byte"):
+            fold_on_a_model(run, tmp_path / "t.safetensors", momentum=0.3, memory_budget_bytes=1 << 20)
+    assert threading.active_count() == before
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
