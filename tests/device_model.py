@@ -150,11 +150,11 @@ def _put(into: Any, made: Any) -> None:
 
 @contextlib.contextmanager
 def modelled(
-    monkeypatch: pytest.MonkeyPatch, seed: int, *, forgets: str = "", room_bytes: float = math.inf
+    monkeypatch: pytest.MonkeyPatch, seed: int, *, forgets: str = "", largest_bytes: float = math.inf
 ) -> Iterator[Device]:
     """torch.cuda's streams are the model's for as long as this lasts, and pinned memory is plain.
 
-    What is allocated on a device that is named must fit `room_bytes`, of which nothing comes back.
+    Nothing that is allocated on a device that is named may be larger than `largest_bytes`.
     """
     device = Device(seed, forgets=forgets)
     main = Stream(device)
@@ -172,12 +172,9 @@ def modelled(
 
     def unpinned(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         def made(*arguments: Any, pin_memory: bool = False, **options: Any) -> torch.Tensor:
-            nonlocal room_bytes
             tensor = make(*arguments, **options)
-            if "device" in options and not pin_memory:
-                room_bytes -= tensor.nbytes
-                if room_bytes < 0:
-                    raise torch.OutOfMemoryError("CUDA out of memory, says the model")
+            if "device" in options and not pin_memory and tensor.nbytes > largest_bytes:
+                raise torch.OutOfMemoryError("CUDA out of memory, says the model")
             return tensor
 
         return made

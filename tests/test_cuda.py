@@ -181,12 +181,12 @@ def test_a_smaller_block_is_tried_where_the_device_is_full(
     options: dict[str, Any] = {"momentum": 0.3, "memory_budget_bytes": 1 << 20}
     expected = fold_on_cpu(run, tmp_path / "cpu.safetensors", **options)
     num_run = []
-    for room_bytes in (1 << 30, 1 << 20):
-        with modelled(monkeypatch, 0, room_bytes=room_bytes) as device:
+    for largest_bytes in (1 << 30, 1 << 16):
+        with modelled(monkeypatch, 0, largest_bytes=largest_bytes) as device:
             assert fold_on_a_model(run, tmp_path / "t.safetensors", **options) == expected
             num_run.append(device.num_run)
     assert 3 * num_run[0] < num_run[1]
-    with modelled(monkeypatch, 0, room_bytes=1 << 17):
+    with modelled(monkeypatch, 0, largest_bytes=1 << 13):
         with pytest.raises(CkptEmaError, match="has no room for blocks of 0 MiB: 1024 of 2048 MiB are free") as caught:
             fold_on_a_model(run, tmp_path / "t.safetensors", **options)
         assert caught.value.hint == "free some of its memory, or pass `--device cpu`"
