@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--elements", type=float, default=335e6, help="parameters of the model")
     parser.add_argument("--rounds", type=int, default=5, help="counted rounds")
     parser.add_argument("--json", type=Path, help="also write the figures here")
-    parser.add_argument("--plot", type=Path, help="also draw the fold's figures here (needs matplotlib)")
+    parser.add_argument("--plot", type=Path, help="also draw the fold's figures here, growth and GPU beside it")
     parser.add_argument("--only", nargs="*", choices=list(SECTIONS), default=list(SECTIONS))
     parser.add_argument("--keep", action="store_true", help="keep the checkpoints for the next call")
     parser.add_argument("--measure", nargs=4, metavar=("WHAT", "RUN", "OUTPUT", "OPTIONS"), help=argparse.SUPPRESS)
@@ -55,7 +55,9 @@ def main() -> None:
         if not arguments.keep:
             shutil.rmtree(arguments.inputs, ignore_errors=True)
     if arguments.plot and "fold" in figures:
-        draw_fold(figures, arguments.plot)
+        draw_bars(figures["fold"], FOLD_BARS, arguments.plot)
+    if arguments.plot and figures.get("cuda"):
+        draw_bars(figures["cuda"], CUDA_BARS, arguments.plot.with_name("cuda.svg"))
     if arguments.plot and "growth" in figures:
         draw_growth(figures, arguments.plot.with_name("growth.svg"))
     if arguments.json:
@@ -234,7 +236,7 @@ def bench_fold(arguments: argparse.Namespace) -> dict[str, Any]:
             )
         above = statistics.median(item["peak"] - item["peak_before"] for item in results["fold"])
         print(f"\nthe fold's peak memory above `import torch`: {above / 2**20:.0f} MiB", flush=True)
-        rows[dtype] = {"checkpoint_bytes": size, "results": results}
+        rows[dtype] = {"run_bytes": arguments.checkpoints * size, "results": results}
         if not arguments.keep:
             shutil.rmtree(run)
     return rows
@@ -449,28 +451,40 @@ def draw_growth(figures: dict[str, Any], path: Path) -> None:
     panels.savefig(path, metadata={"Date": None})
 
 
-def draw_fold(figures: dict[str, Any], path: Path) -> None:
+FOLD_BARS = {
+    "floor": "read + write only",
+    "fold": "ckpt-ema fold",
+    "loop": "load_file loop",
+    "AveragedModel": "AveragedModel",
+    "mergekit": "mergekit linear",
+}
+CUDA_BARS = {
+    "pinned copy": "host-to-device copy only",
+    "read and write": "read + write only",
+    "fold on the GPU": "ckpt-ema on the GPU",
+    "fold on the CPU": "ckpt-ema on the CPU",
+    "loop on the GPU": "load_file loop on the GPU",
+    "mergekit on the GPU": "mergekit linear on the GPU",
+}
+OURS = ("fold", "fold on the GPU", "fold on the CPU")
+FLOORS = ("floor", "pinned copy", "read and write")
+
+
+def draw_bars(rows: dict[str, Any], names: dict[str, str], path: Path) -> None:
     """One panel per dtype, one bar per candidate: median seconds, the spread of the rounds as a line."""
     plt = start_plot()
-    names = {
-        "floor": "read + write only",
-        "fold": "ckpt-ema fold",
-        "loop": "load_file loop",
-        "AveragedModel": "AveragedModel",
-        "mergekit": "mergekit linear",
-    }
-    panels, axes = plt.subplots(1, len(figures["fold"]), figsize=(9, 2.4), layout="constrained")
-    for axis, (dtype, row) in zip(axes, figures["fold"].items(), strict=True):
+    panels, axes = plt.subplots(1, len(rows), figsize=(9, 2.4), layout="constrained")
+    for axis, (dtype, row) in zip(axes, rows.items(), strict=True):
         shown = {name: label for name, label in names.items() if name in row["results"]}
         for place, (candidate, label) in enumerate(reversed(shown.items())):
             seconds = [item["seconds"] for item in row["results"][candidate]]
             middle = statistics.median(seconds)
-            colour = {"fold": "#c8553d", "floor": "#9aa5ad"}.get(candidate, "#44617b")
+            colour = "#c8553d" if candidate in OURS else "#9aa5ad" if candidate in FLOORS else "#44617b"
             axis.barh(place, middle, color=colour, label=label)
             axis.plot([min(seconds), max(seconds)], [place, place], color="black", linewidth=1)
             axis.text(max(seconds), place, f"  {middle:.2f} s", va="center")
         axis.set_yticks(range(len(shown)), list(reversed(shown.values())))
-        axis.set_title(f"{dtype}, {figures['checkpoints']} x {row['checkpoint_bytes'] / 1e9:.2f} GB", fontsize=10)
+        axis.set_title(f"{dtype}, {row['run_bytes'] / 1e9:.1f} GB", fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
         axis.margins(x=0.2)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -173,8 +173,11 @@ def modelled(
     def unpinned(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         def made(*arguments: Any, pin_memory: bool = False, **options: Any) -> torch.Tensor:
             tensor = make(*arguments, **options)
-            if "device" in options and not pin_memory and tensor.nbytes > largest_bytes:
-                raise torch.OutOfMemoryError("CUDA out of memory, says the model")
+            if "device" in options and not pin_memory:
+                if tensor.nbytes > largest_bytes:
+                    raise torch.OutOfMemoryError("CUDA out of memory, says the model")
+                # Given back by whoever queued work on it, which is no reason to wait where the caller queues more.
+                device.queue(torch.cuda.current_stream(), lambda: tensor.fill_(77))
             return tensor
 
         return made

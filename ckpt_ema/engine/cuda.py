@@ -169,7 +169,11 @@ class _Pipeline:
         self._results = deque(_Result(out, device) for _ in range(NUM_RESULTS))
         self._accumulators = [_Stage(wide, device) for _ in teachers]
         self._widened = _Stage(wide, device)
-        self._copying, self._computing, self._returning = (torch.cuda.Stream(device) for _ in range(3))
+        streams = [torch.cuda.Stream(device) for _ in range(3)]
+        self._copying, self._computing, self._returning = streams
+        for stream in streams:
+            # The allocator may have given memory that the caller's own work has still to write to.
+            stream.wait_stream(torch.cuda.current_stream(device))
         num_outputs = num_slots // 4
         self._inputs = deque(_Input(raw) for _ in range(num_slots - num_outputs))
         self._outputs = deque(_Output(out) for _ in range(num_outputs))
