@@ -21,7 +21,7 @@ def prepare_fold(run: Path, output: Path, **options: Any) -> Callable[[], None]:
     import ckpt_ema.engine.cpu  # noqa: F401  (imported before the clock starts)
     from ckpt_ema import fold
 
-    torch.zeros(1, device=options.get("device", "cpu"))
+    torch.zeros(1, device=options.get("device", "cpu"))  # as in the loop below: a GPU's context is there already
 
     def work() -> None:
         fold(run, output, announce=lambda plan: None, **{"momentum": MOMENTUM, **options})

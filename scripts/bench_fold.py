@@ -31,7 +31,7 @@ THREADS = len(os.sched_getaffinity(0))
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--inputs", type=Path, default=Path("/tmp/ckpt-ema-bench"), help="folder for the checkpoints")
+    parser.add_argument("--inputs", type=Path, default=Path("/tmp"), help="folder for the folder of checkpoints")
     parser.add_argument("--outputs", type=Path, default=Path("/dev/shm"), help="folder for the teachers, on a tmpfs")
     parser.add_argument("--checkpoints", type=int, default=6)
     parser.add_argument("--elements", type=float, default=335e6, help="parameters of the model")
@@ -45,6 +45,8 @@ def main() -> None:
     if arguments.measure:
         measure(*arguments.measure)
         return
+    # A folder of its own: all of it is removed in the end.
+    arguments.inputs /= "ckpt-ema-bench"
     arguments.inputs.mkdir(parents=True, exist_ok=True)
     print(describe_machine(), flush=True)
     figures: dict[str, Any] = {"machine": describe_machine(), "checkpoints": arguments.checkpoints}
@@ -138,7 +140,7 @@ def run_candidate(case: Case, arguments: argparse.Namespace) -> dict[str, float]
     folder = arguments.outputs / f"ckpt-ema-bench-{os.getpid()}"
     several = len(case.options.get("momentum", [0])) > 1
     output = folder / ("teacher-{momentum}.safetensors" if several else "teacher.safetensors")
-    folder.mkdir()
+    folder.mkdir(parents=True)
     try:
         command = [sys.executable, __file__, "--measure", case.what, str(case.run), str(output)]
         command.append(json.dumps({**case.options, "is_cold": case.is_cold}))

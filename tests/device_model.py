@@ -61,7 +61,7 @@ class Device:
         ready = [stream for stream in self.streams if stream.is_ready()]
         if not ready:
             return False
-        work = self.random.choice(ready).work.popleft()
+        work = self.random.choices(ready, [stream.haste for stream in ready])[0].work.popleft()
         if not isinstance(work, Moment):
             with _disable_current_modes(), torch.no_grad():
                 work()
@@ -74,6 +74,8 @@ class Stream:
 
     def __init__(self, device: Device) -> None:
         self.device = device
+        # Some lag far behind the others.
+        self.haste = device.random.choice([0.01, 0.1, 1.0])
         self.work: deque[Callable[[], object] | Moment] = deque()
         device.streams.append(self)
 
@@ -189,6 +191,7 @@ def modelled(
         patch.setattr(torch.cuda, "current_stream", lambda device_=None: getattr(current, "stream", main))
         patch.setattr(torch.cuda, "synchronize", lambda device_=None: device.run_all())
         patch.setattr(torch.cuda, "empty_cache", lambda: None)
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
         patch.setattr(torch.cuda, "mem_get_info", lambda device_=None: (1 << 30, 2 << 30))
         patch.setattr(torch, "empty", unpinned(torch.empty))
         patch.setattr(torch, "empty_like", unpinned(torch.empty_like))

@@ -59,7 +59,7 @@ def main(folder: Path) -> None:
         assert tensor.to_local().shape == sharded.get_parameter(name).to_local().shape, name
 
     dcp.save({"teacher": teachers[0].state_dict()}, checkpoint_id=folder / "state")
-    resumed = MeanTeacher(sharded, momentum=0.1)
+    resumed = MeanTeacher(sharded, momentum=0.1, device="cpu")
     state = {"teacher": resumed.state_dict()}
     dcp.load(state, checkpoint_id=folder / "state")
     resumed.load_state_dict(state["teacher"])
@@ -108,7 +108,7 @@ def check_all_ranks_skip_together(mesh: DeviceMesh) -> None:
     model = make_model()
     fully_shard(model, mesh=mesh)
     lenient = MeanTeacher(model, on_nonfinite="skip")
-    careful = MeanTeacher(model, on_nonfinite="raise")
+    careful = MeanTeacher(model, on_nonfinite="raise", device="cpu")
     if dist.get_rank() == 0:
         with torch.no_grad():
             model.get_parameter("0.weight").to_local()[0, 0] = float("nan")

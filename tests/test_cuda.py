@@ -6,7 +6,11 @@ import errno
 import itertools
 import math
 import os
+import subprocess
+import sys
 import threading
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +23,16 @@ from ckpt_ema import CkptEmaError
 from ckpt_ema.blocks import Block
 from ckpt_ema.engine import choice, cpu, cuda
 from ckpt_ema.engine.choice import choose_engine
-from ckpt_ema.engine.contract import NonFiniteBlockError, Task
+from ckpt_ema.engine.contract import NonFiniteBlockError, Nowhere, Task
 from ckpt_ema.engine.inputs import InputFiles
 from tests.conftest import quiet_fold
 from tests.device_model import modelled
 from tests.test_many_teachers import MOMENTA, varied_student
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and torch finds none here")
+
+
+EIGHT_MOMENTA = [k / 10 for k in range(1, 9)]
 
 
 @pytest.fixture
@@ -44,7 +51,10 @@ def run(tmp_path: Path) -> Path:
 
 
 @needs_gpu
-@pytest.mark.parametrize("options", [{}, {"momentum": MOMENTA}, {"dtype": "float16"}, {"accumulate": "float64"}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"momentum": MOMENTA}, {"momentum": EIGHT_MOMENTA}, {"dtype": "float16"}, {"accumulate": "float64"}],
+)
 @pytest.mark.parametrize("budget", [1 << 22, 1 << 28])
 def test_the_gpu_writes_what_the_cpu_writes(run: Path, tmp_path: Path, budget: int, options: dict[str, Any]) -> None:
     """Byte for byte, whatever the blocks and the dtypes."""
@@ -79,6 +89,12 @@ def test_the_devices_memory_is_given_back(run: Path, tmp_path: Path) -> None:
     before = torch.cuda.memory_reserved()
     quiet_fold(run, tmp_path / "t.safetensors", momentum=0.5, device="cuda")
     assert torch.cuda.memory_reserved() <= before
+    broken = torch.load(run / "step_2.pt")
+    broken["model"]["large.weight"][777_777] = torch.nan
+    torch.save(broken, run / "step_2.pt")
+    with pytest.raises(CkptEmaError) as caught:
+        quiet_fold(run, tmp_path / "t.safetensors", momentum=0.5, device="cuda", overwrite=True)
+    assert torch.cuda.memory_reserved() <= before, caught.value
 
 
 @needs_gpu
@@ -112,18 +128,25 @@ def fold_on_a_model(run: Path, output: Path, **options: Any) -> list[bytes]:
     """What the GPU's engine writes where the model is its device, each teacher's bytes."""
     plan = ckpt_ema.plan(run, output, **options)
     teachers = [Bytes(plan.blocks.data_bytes) for _ in plan.teachers]
-    finished: list[Block] = []
+    finished: list[tuple[Block, list[bytes]]] = []
+
+    def note(block: Block) -> None:
+        place = slice(block.position, block.end_position)
+        finished.append((block, [bytes(teacher.content[place]) for teacher in teachers]))
+
     with InputFiles(plan.layouts) as files:
         updates = [teacher.updates for teacher in plan.teachers]
-        task = Task(plan.blocks, plan.layouts, updates, files, finished.append)
+        task = Task(plan.blocks, plan.layouts, updates, files, note)
         budget = options["memory_budget_bytes"]
         cuda.fold_blocks(task, teachers, lambda _: None, device=torch.device("cpu"), memory_budget_bytes=budget)
     # Every byte of every lane is reported as finished once, and only when all teachers have it.
-    ranges = sorted((block.position, block.end_position) for block in finished)
+    ranges = sorted((block.position, block.end_position) for block, _ in finished)
     assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(ranges))
     assert sum(end - begin for begin, end in ranges) == sum(
         lane.num_elements * lane.dtype.itemsize for lane in plan.blocks.lanes
     )
+    for block, then in finished:
+        assert then == [bytes(teacher.content[block.position : block.end_position]) for teacher in teachers]
     return [bytes(teacher.content) for teacher in teachers]
 
 
@@ -154,6 +177,29 @@ def test_on_a_model_of_a_gpu_nothing_is_used_before_it_is_there(
     with modelled(monkeypatch, seed) as device:
         assert fold_on_a_model(run, tmp_path / "t-{momentum}.safetensors", **options) == expected
         assert device.num_run > 1000
+
+
+@pytest.fixture
+def long_run(tmp_path: Path) -> Path:
+    """More students than the engine has buffers, all of 16 bits."""
+    folder = tmp_path / "long"
+    folder.mkdir()
+    for i in range(20):
+        student = {"weight": torch.randn(40_000, generator=torch.Generator().manual_seed(i)).to(torch.bfloat16)}
+        save_file(student, folder / f"step_{i}.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("num_slots", [8, 15])
+def test_on_a_model_of_a_gpu_buffers_are_used_again(
+    long_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_slots: int, seed: int
+) -> None:
+    """By more students and more teachers than there are buffers, into teachers that are wider than they."""
+    options: dict[str, Any] = {"momentum": EIGHT_MOMENTA, "dtype": "float32", "memory_budget_bytes": num_slots << 14}
+    expected = fold_on_cpu(long_run, tmp_path / "cpu-{momentum}.safetensors", **options)
+    with modelled(monkeypatch, seed):
+        assert fold_on_a_model(long_run, tmp_path / "t-{momentum}.safetensors", **options) == expected
 
 
 @pytest.mark.parametrize("forgets", ["wait_event", "wait_stream", "synchronize"])
@@ -187,21 +233,23 @@ def test_a_smaller_block_is_tried_where_the_device_is_full(
             num_run.append(device.num_run)
     assert 3 * num_run[0] < num_run[1]
     with modelled(monkeypatch, 0, largest_bytes=1 << 13):
-        with pytest.raises(CkptEmaError, match="has no room for blocks of 0 MiB: 1024 of 2048 MiB are free") as caught:
+        with pytest.raises(CkptEmaError, match="has no room for blocks of 32 KiB: 1024 of 2048 MiB are free") as caught:
             fold_on_a_model(run, tmp_path / "t.safetensors", **options)
         assert caught.value.hint == "free some of its memory, or pass `--device cpu`"
+        assert caught.value.details == ("CUDA out of memory, says the model",)
 
 
+@pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("name", ["large.weight", "large.bfloat16"])
 def test_the_first_number_that_is_none_is_found_on_a_model_too(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, number: float
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, number: float, seed: int
 ) -> None:
     """By the least and the greatest of each block; the CPU then says where it came from."""
     broken = torch.load(run / "step_2.pt")
     broken["model"][name][777_777] = number
     torch.save(broken, run / "step_2.pt")
-    with modelled(monkeypatch, 1), pytest.raises(NonFiniteBlockError) as caught:
+    with modelled(monkeypatch, seed), pytest.raises(NonFiniteBlockError) as caught:
         fold_on_a_model(run, tmp_path / "t.safetensors", momentum=0.3, memory_budget_bytes=1 << 20)
     plan = ckpt_ema.plan(run, tmp_path / "t.safetensors", momentum=0.3)
     assert caught.value.origin.layout == 2
@@ -219,6 +267,7 @@ def test_a_checkpoint_that_cannot_be_read_to_its_end_stops_it_on_a_model_too(
     def fails(*arguments: Any) -> int:
         if next(calls) == 40:
             raise OSError(errno.EIO, "Input/output error")
+        time.sleep(0.02)  # some are still at it when one fails
         return preadv(*arguments)
 
     with modelled(monkeypatch, 2), monkeypatch.context() as patch:
@@ -226,6 +275,80 @@ def test_a_checkpoint_that_cannot_be_read_to_its_end_stops_it_on_a_model_too(
         with pytest.raises(CkptEmaError, match=r"cannot read .* at byte"):
             fold_on_a_model(run, tmp_path / "t.safetensors", momentum=0.3, memory_budget_bytes=1 << 20)
     assert threading.active_count() == before
+
+
+def test_an_error_of_the_callers_own_is_not_called_the_devices(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A RuntimeError out of a progress callback reaches whoever passed that."""
+    plan = ckpt_ema.plan(run, tmp_path / "t.safetensors", momentum=0.3)
+    mine = RuntimeError("mine")
+
+    def fail(_: int) -> None:
+        raise mine
+
+    gpu_lanes = replace(plan.blocks, lanes=tuple(lane for lane in plan.blocks.lanes if lane.is_plain_average))
+    with modelled(monkeypatch, 0), InputFiles(plan.layouts) as files:
+        task = Task(gpu_lanes, plan.layouts, [teacher.updates for teacher in plan.teachers], files)
+        with pytest.raises(RuntimeError) as caught:
+            cuda.fold_blocks(task, [Nowhere()], fail, device=torch.device("cpu"), memory_budget_bytes=1 << 20)
+    assert caught.value is mine
+
+
+INTERRUPTED = """
+import os, signal, sys, threading, time
+from pathlib import Path
+import pytest, torch
+import ckpt_ema
+from ckpt_ema.engine import cpu, cuda
+from ckpt_ema.engine.contract import Nowhere, Task
+from ckpt_ema.engine.inputs import InputFiles
+from tests.device_model import modelled
+
+run, device = Path(sys.argv[1]), sys.argv[2]
+preadv = os.preadv
+plan = ckpt_ema.plan(run, run.with_name("t.safetensors"), momentum=0.3, memory_budget_bytes=1 << 20)
+patch = pytest.MonkeyPatch()
+
+
+def slowly(*arguments):
+    time.sleep(0.4)
+    return preadv(*arguments)
+
+
+def interrupt():
+    for _ in range(4):
+        time.sleep(0.03)
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+patch.setattr(os, "preadv", slowly)
+with modelled(patch, 0), InputFiles(plan.layouts) as files:
+    task = Task(plan.blocks, plan.layouts, [teacher.updates for teacher in plan.teachers], files)
+    interrupting = threading.Timer(0.2, interrupt)
+    interrupting.start()
+    try:
+        if device == "cpu":
+            cpu.fold_blocks(task, [Nowhere()], lambda _: None)
+        else:
+            options = {"device": torch.device("cpu"), "memory_budget_bytes": 1 << 20}
+            cuda.fold_blocks(task, [Nowhere()], lambda _: None, **options)
+        print("was not interrupted")
+    except KeyboardInterrupt:
+        # What folds is about to end, having been told, or still reads.
+        time.sleep(0.1)
+        running = [thread.name for thread in threading.enumerate() if thread.name.startswith(("fold", "read", "write"))]
+        print("interrupted", running, interrupting.is_alive())
+"""
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_however_often_it_is_interrupted_nothing_runs_on(run: Path, device: str) -> None:
+    """A thread that outlived the fold would write to a file that is being discarded, or to another one."""
+    command = [sys.executable, "-c", INTERRUPTED, str(run), device]
+    root = Path(__file__).parent.parent
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, cwd=root)
+    assert done.stdout == "interrupted [] False\n", done.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from ckpt_ema.engine import fused
-from ckpt_ema.engine.fused import BLOCK_ELEMENTS, FusedUpdates, is_usable, update_run_
+from ckpt_ema.engine.fused import BLOCK_ELEMENTS, FusedUpdates, is_usable, update_run_, why_not
+from ckpt_ema.online import rule
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and torch finds none here")
 
@@ -60,6 +61,30 @@ for teacher_dtype, student_dtype, lerp in (
         expected = teacher.double() * 0.75 + student.double() * 0.25
         update_run_(teacher, student, 0.75, 0.25)
         assert torch.allclose(teacher.double(), expected, rtol=tolerance, atol=tolerance)
+
+# What was worked out for tensors at the same addresses does not hold for others there.
+teacher, other = torch.zeros(2, 64, 64)
+student = torch.randn(64, 64, generator=generator).to(torch.float16)
+updates = FusedUpdates(lerp=False)
+assert not updates.update_([(teacher, student)], 0.5, 0.5)
+for changed in (student.t(), student.view(torch.int16)):
+    before = teacher.clone()
+    fused.is_usable = lambda device, one, two, lerp: two is not torch.int16
+    assert len(updates.update_([(teacher, changed)], 0.5, 0.5)) == 1
+    assert torch.equal(teacher, before)
+# Every second element of both: they lie alike, with something between them.
+before = other.clone()
+assert len(updates.update_([(other[:, ::2], torch.ones(64, 64)[:, ::2])], 0.5, 0.5)) == 1
+assert torch.equal(other, before)
+# The kernel tells autograd what it changed.
+weight = torch.ones(8, requires_grad=True)
+product = (weight * other[0, :8]).sum()
+assert not updates.update_([(other[0, :8], torch.ones(8))], 0.5, 0.5)
+try:
+    product.backward()
+    raise AssertionError("a gradient of numbers that are not there any more")
+except RuntimeError as error:
+    assert "modified by an inplace operation" in str(error)
 print("as they should be")
 '''
 
@@ -115,6 +140,23 @@ def test_the_kernel_is_compiled_to_the_hooks_two_roundings(capability: int, teac
         assert products <= rounded
 
 
+def test_from_a_half_on_lerp_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There torch counts from the other end, and rounds otherwise than the kernel."""
+    monkeypatch.setattr(rule, "_any_on_gpu", lambda tensors: True)
+    served: list[float] = []
+
+    def update_(self: FusedUpdates, pairs: list[fused.Pair], keep: float, take: float) -> list[fused.Pair]:
+        served.append(take)
+        return pairs
+
+    monkeypatch.setattr(FusedUpdates, "update_", update_)
+    for momentum in (0.1, 0.49, 0.5, 0.9):
+        teacher, student = torch.zeros(3), torch.ones(3)
+        rule.Rule(lerp=True).average_all_([teacher], [student], momentum)
+        assert torch.equal(teacher, torch.zeros(3).lerp(student, momentum))
+    assert served == [0.1, 0.49]
+
+
 def test_without_a_gpu_nothing_is_fused() -> None:
     """Tensors on the CPU, and dtypes that the kernel does not know, are left to torch."""
     assert not is_usable(torch.device("cpu"), torch.float32, torch.float32)
@@ -137,7 +179,7 @@ def test_without_a_gpu_nothing_is_fused() -> None:
 def test_the_kernel_has_torchs_bits(teacher: torch.dtype, student: torch.dtype, lerp: bool) -> None:
     """Over many updates of many tensors; nothing of plain tensors is left to torch."""
     device = torch.device("cuda", torch.cuda.current_device())
-    assert is_usable(device, teacher, student, lerp=lerp), "the kernel differs from torch on this device"
+    assert not why_not(device, teacher, student, lerp=lerp)
     generator = torch.Generator(device).manual_seed(0)
     sizes = (1, 31, BLOCK_ELEMENTS, 3 * BLOCK_ELEMENTS + 1, 1 << 20)
     ours = [torch.randn(size, generator=generator, device=device).to(teacher) for size in sizes]

@@ -152,6 +152,8 @@ def test_mmengine_misuse_is_told(tmp_path: Path) -> None:
     pytest.importorskip("mmengine")
     from ckpt_ema.integrations.mmengine import MeanTeacherHook
 
+    with pytest.raises(MisuseError, match="device is 'cpu', and this hook's teacher is the model's"):
+        MeanTeacherHook(device="cpu")
     with pytest.raises(MisuseError, match="skip_buffer is True and skip_buffers False"):
         MeanTeacherHook(skip_buffer=True, skip_buffers=False)
     with pytest.raises(MisuseError, match="must lie between 0 and 1"):

@@ -19,7 +19,7 @@ class Buffer:
     def __init__(self, num_bytes: int, *, pinned: bool = False) -> None:
         size = max(num_bytes, 16 * ELEMENT_MULTIPLE)
         if pinned:  # page-locked, so that a GPU copies from it while the processor does something else
-            self.tensor = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+            self.tensor = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)
             self.bytes = memoryview((ctypes.c_char * size).from_address(self.tensor.data_ptr())).cast("B")
         else:
             memory = bytearray(size)

@@ -37,6 +37,21 @@ def write_block(teacher: Teacher, aliases: Sequence[Alias], content: memoryview,
             teacher.write(content[begin - position : end - position], begin - alias.original + alias.begin)
 
 
+def wait_whatever_comes(waits: Sequence[Callable[[], object]]) -> None:
+    """Call each until it returns, however often the user interrupts: an interrupt is on its way out already.
+
+    Not for a thread's `join`, nor for an executor's `shutdown`, which joins: an interrupted one takes a thread that
+    runs for one that has ended.
+    """
+    for wait in waits:
+        while True:
+            try:
+                wait()
+                break
+            except KeyboardInterrupt:
+                continue
+
+
 def _forget(block: Block) -> None:
     """Take no note of a finished block."""
 

@@ -16,7 +16,15 @@ import torch
 from ckpt_ema.blocks import ELEMENT_MULTIPLE, Block
 from ckpt_ema.engine.arithmetic import comparable, sign_of_finiteness, update_
 from ckpt_ema.engine.buffers import Buffer
-from ckpt_ema.engine.contract import NonFinite, NonFiniteBlockError, Nowhere, Task, Teacher, write_block
+from ckpt_ema.engine.contract import (
+    NonFinite,
+    NonFiniteBlockError,
+    Nowhere,
+    Task,
+    Teacher,
+    wait_whatever_comes,
+    write_block,
+)
 from ckpt_ema.engine.gather import gather_block
 from ckpt_ema.engine.inputs import ExtentTable, Scatters, stored_dtype
 from ckpt_ema.layouts import Layout
@@ -33,35 +41,41 @@ def fold_blocks(
     failures: list[BaseException] = []
     timings = Timings()
     lock = threading.Lock()
+    ended = [threading.Event() for _ in range(plan.num_threads)]
 
-    def work() -> None:
-        # One intra-op thread each: torch's own threads on blocks of this size cost more than they bring.
-        torch.set_num_threads(1)
+    def work(end: threading.Event) -> None:
         try:
-            started = time.perf_counter()
-            folder = _BlockFolder(task, teachers, extents)
-            while (block := blocks.take()) is not None:
-                folder.fold(block)
-                task.on_finished(block)
-                with lock:
-                    progress((block.end - block.begin) * sum(dtype.itemsize for dtype in block.lane.input_dtypes))
-            with lock:
-                folder.add_timings(timings, time.perf_counter() - started, plan.num_threads)
+            fold_all()
         except BaseException as error:
             blocks.stop()
             failures.append(error)
+        finally:
+            end.set()
+
+    def fold_all() -> None:
+        # One intra-op thread each: torch's own threads on blocks of this size cost more than they bring.
+        torch.set_num_threads(1)
+        started = time.perf_counter()
+        folder = _BlockFolder(task, teachers, extents)
+        while (block := blocks.take()) is not None:
+            folder.fold(block)
+            task.on_finished(block)
+            with lock:
+                progress((block.end - block.begin) * sum(dtype.itemsize for dtype in block.lane.input_dtypes))
+        with lock:
+            folder.add_timings(timings, time.perf_counter() - started, plan.num_threads)
 
     threads_before = torch.get_num_threads()
-    threads = [threading.Thread(target=work, name=f"fold-{i}", daemon=True) for i in range(plan.num_threads)]
+    threads = [threading.Thread(target=work, args=(end,), name="fold", daemon=True) for end in ended]
     try:
         for thread in threads:
             thread.start()
-        for thread in threads:
-            thread.join()
+        for end in ended:
+            end.wait()
     finally:
-        # Also when the user interrupts the join: no thread may write to a file that is being discarded.
+        # Also when the user interrupts the waiting: no thread may write to a file that is being discarded.
         blocks.stop()
-        _join_all(threads)
+        wait_whatever_comes([end.wait for thread, end in zip(threads, ended, strict=True) if thread.ident is not None])
         torch.set_num_threads(threads_before)
     if failures:
         raise failures[0]
@@ -74,17 +88,6 @@ def refold(task: Task, block: Block) -> None:
     size = task.plan.block_elements
     for begin in range(block.begin, block.end, size):
         folder.fold(Block(block.lane, begin, min(begin + size, block.end)))
-
-
-def _join_all(threads: Sequence[threading.Thread]) -> None:
-    """Wait for every thread that was started, whatever signals come in the meantime."""
-    pending = [thread for thread in threads if thread.ident is not None]
-    while pending:
-        try:
-            pending[-1].join()
-            pending.pop()
-        except KeyboardInterrupt:
-            continue  # one is already on its way out
 
 
 class _Queue:

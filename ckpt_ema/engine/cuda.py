@@ -8,12 +8,13 @@ pinned buffer, so the model may be larger than the device's memory.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 
 import torch
@@ -23,7 +24,7 @@ from ckpt_ema.dtypes import DType
 from ckpt_ema.engine import cpu, fused
 from ckpt_ema.engine.arithmetic import comparable
 from ckpt_ema.engine.buffers import Buffer, torch_dtype
-from ckpt_ema.engine.contract import Task, Teacher, write_block
+from ckpt_ema.engine.contract import Task, Teacher, wait_whatever_comes, write_block
 from ckpt_ema.engine.inputs import ExtentTable, stored_dtype
 from ckpt_ema.errors import CkptEmaError, MisuseError
 from ckpt_ema.timings import Timings
@@ -37,9 +38,10 @@ NUM_STAGES = 3
 NUM_RESULTS = 2
 MAX_READERS = 12
 MAX_WRITERS = 4
-# From so many teachers on torch's own calls, which read and write each of them twice, would keep the device longer
-# than the link does; below, compiling the kernel that does it once would take longer than it saves.
-FUSED_FROM_TEACHERS = 4
+# From so many teachers of 16-bit students on, torch's own calls, which read and write each teacher twice, keep an H100
+# longer than the link does (20 bytes of each at 3 TB/s, against 2 of the student at 50 GB/s). With fewer, the second
+# that it may take to compile the kernel that does it once would be lost.
+FUSED_FROM_TEACHERS = 6
 # Timed spans of the device from which on those that are over are counted.
 MAX_SPANS = 256
 
@@ -67,6 +69,8 @@ def fold_blocks(
     slot_bytes = min(SLOT_BYTES, memory_budget_bytes // MIN_SLOTS)
     slot_bytes = 1 << max(0, slot_bytes.bit_length() - 1)  # torch pins powers of two, whatever is asked for
     widest = max(buffer_bytes_per_element(lane)[0] for lane in averaged)
+    num_slots = min(MAX_SLOTS, memory_budget_bytes // slot_bytes)
+    pipeline = None
     for size in (slot_bytes, slot_bytes // 4):
         elements = size // widest // ELEMENT_MULTIPLE * ELEMENT_MULTIPLE
         if not elements:
@@ -75,25 +79,33 @@ def fold_blocks(
             )
         cut = replace(plan, lanes=averaged, block_elements=elements)
         try:
-            num_slots = min(MAX_SLOTS, memory_budget_bytes // slot_bytes)
             pipeline = _Pipeline(task, cut, teachers, progress, device, timings, num_slots)
-        except RuntimeError:  # no room on the device, or for pinned memory
-            torch.cuda.empty_cache()
-            continue
-        try:
-            pipeline.run()
+            break
         except RuntimeError as error:
-            what = (str(error).splitlines() or [""])[0]
-            raise CkptEmaError(f"{device} failed: {what}", hint="pass `--device cpu`") from error
-        finally:
-            del pipeline
-            torch.cuda.empty_cache()
-        return timings
-    free, total = torch.cuda.mem_get_info(device)
-    raise CkptEmaError(
-        f"{device} has no room for blocks of {slot_bytes // 4 >> 20} MiB: {free >> 20} of {total >> 20} MiB are free",
-        hint="free some of its memory, or pass `--device cpu`",
-    )
+            reason = _first_line(error)
+        # Behind the handler: what was allocated is held by the error until then.
+        torch.cuda.empty_cache()
+    if pipeline is None:
+        free, total = torch.cuda.mem_get_info(device)
+        raise CkptEmaError(
+            f"{device} has no room for blocks of {size >> 10} KiB: {free >> 20} of {total >> 20} MiB are free",
+            details=[reason],
+            hint="free some of its memory, or pass `--device cpu`",
+        )
+    try:
+        pipeline.run()
+    except RuntimeError as error:
+        if error is pipeline.error_of_caller:
+            raise
+        raise CkptEmaError(f"{device} failed: {_first_line(error)}", hint="pass `--device cpu`") from error
+    finally:
+        pipeline.close()
+        torch.cuda.empty_cache()
+    return timings
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0]
 
 
 def _is_for_gpu(lane: Lane) -> bool:
@@ -105,7 +117,10 @@ class _Input:
 
     def __init__(self, num_bytes: int) -> None:
         self.buffer = Buffer(num_bytes, pinned=True)
-        self.copied = torch.cuda.Event()
+        # Whoever waits for it sleeps: readers and writers need the cores.
+        self.copied = torch.cuda.Event(blocking=True)
+        self.future: Future[None] | None = None
+        """Its reading."""
 
 
 class _Output:
@@ -113,9 +128,10 @@ class _Output:
 
     def __init__(self, num_bytes: int) -> None:
         self.buffer = Buffer(num_bytes, pinned=True)
-        self.extremes = torch.empty(2, dtype=torch.float64, pin_memory=True)
-        self.copied = torch.cuda.Event()
-        self.writing: Future[None] | None = None
+        self.extremes = torch.empty(2, dtype=torch.float64, device="cpu", pin_memory=True)
+        self.copied = torch.cuda.Event(blocking=True)
+        self.future: Future[None] | None = None
+        """Its writing."""
 
 
 class _Stage:
@@ -142,7 +158,10 @@ class _Result(_Stage):
 
 
 class _Pipeline:
-    """The buffers and streams of one pass over the blocks; while it runs it allocates a few bytes per block at most."""
+    """The buffers and streams of one pass over the blocks.
+
+    While it runs it allocates a few bytes per block, and for 8-bit teachers a block in float32.
+    """
 
     def __init__(
         self,
@@ -161,6 +180,7 @@ class _Pipeline:
         self._num_readers = min(MAX_READERS, max(2, plan.num_threads))
         self._num_writers = min(MAX_WRITERS, max(1, plan.num_threads // 2))
         self._lock = threading.Lock()
+        self.error_of_caller: BaseException | None = None
         lanes, elements = plan.lanes, plan.block_elements
         raw = elements * max(lane.input_itemsize for lane in lanes)
         wide = elements * max(lane.accumulate_dtype.itemsize for lane in lanes)
@@ -177,7 +197,16 @@ class _Pipeline:
         num_outputs = num_slots // 4
         self._inputs = deque(_Input(raw) for _ in range(num_slots - num_outputs))
         self._outputs = deque(_Output(out) for _ in range(num_outputs))
+        self._slots: list[_Input | _Output] = [*self._inputs, *self._outputs]
         self._spans: deque[tuple[str, torch.cuda.Event, torch.cuda.Event]] = deque()
+        self._fused = {
+            (lane.accumulate_dtype, dtype)
+            for lane in lanes
+            for dtype in lane.input_dtypes
+            if len(teachers) >= FUSED_FROM_TEACHERS
+            and fused.is_usable(device, torch_dtype(lane.accumulate_dtype), torch_dtype(dtype))
+        }
+        """Dtypes of teacher and student that one kernel does in one pass."""
 
     def run(self) -> None:
         """Fold every block; nothing of it runs any more on return, on the device or off."""
@@ -188,13 +217,31 @@ class _Pipeline:
             torch.cuda.synchronize(self._device)
             self._count_spans()
         finally:
-            readers.shutdown(wait=True, cancel_futures=True)
-            writers.shutdown(wait=True, cancel_futures=True)
-            torch.cuda.synchronize(self._device)
+            wait_whatever_comes([functools.partial(self._end, readers, writers)])
+
+    def _end(self, readers: ThreadPoolExecutor, writers: ThreadPoolExecutor) -> None:
+        for executor in (readers, writers):
+            executor.shutdown(wait=False, cancel_futures=True)
+        # Nobody waits for a cancelled one to be told.
+        wait([slot.future for slot in self._slots if slot.future is not None and not slot.future.cancelled()])
+        for executor in (readers, writers):
+            executor.shutdown()
+        torch.cuda.synchronize(self._device)
+
+    def close(self) -> None:
+        """Let go of all memory: a failed write's traceback may hold on to the pipeline itself."""
+        self._stages.clear()
+        self._results.clear()
+        self._accumulators.clear()
+        self._inputs.clear()
+        self._outputs.clear()
+        self._slots.clear()
+        self._spans.clear()
+        del self._widened
 
     def _drive(self, readers: ThreadPoolExecutor, writers: ThreadPoolExecutor) -> None:
         wanted = self._reads()
-        pending: deque[tuple[Block, int, _Input, Future[None]]] = deque()
+        pending: deque[tuple[Block, int, _Input]] = deque()
         number = 0
         while True:
             while self._may_read(bool(pending)) and (item := next(wanted, None)) is not None:
@@ -202,12 +249,14 @@ class _Pipeline:
                 started = time.perf_counter()
                 slot.copied.synchronize()  # the device has taken what was in it
                 self._timings.waiting += time.perf_counter() - started
-                pending.append((*item, slot, readers.submit(self._read, *item, slot)))
+                slot.future = readers.submit(self._read, *item, slot)
+                pending.append((*item, slot))
             if not pending:
                 break
-            block, index, slot, reading = pending.popleft()
+            block, index, slot = pending.popleft()
+            assert slot.future is not None
             started = time.perf_counter()
-            reading.result()
+            slot.future.result()
             self._timings.waiting += time.perf_counter() - started
             self._enter(block, index, slot, self._stages[number % NUM_STAGES])
             self._inputs.append(slot)
@@ -215,8 +264,8 @@ class _Pipeline:
             if index == len(self._task.layouts) - 1:
                 self._finish(block, writers)
         for output in self._outputs:
-            if output.writing is not None:
-                output.writing.result()
+            if output.future is not None:
+                output.future.result()
 
     def _may_read(self, has_pending: bool) -> bool:
         """Whether a buffer is there to be filled; the one whose copy was queued last is left to the device."""
@@ -234,7 +283,7 @@ class _Pipeline:
         trash = self._task.files.new_trash()
         self._extents.of(layout, block.lane).read(block.begin, block.end, slot.buffer.bytes[:num_bytes], trash, {})
         seconds = time.perf_counter() - started
-        with self._lock:
+        with self._lock, self._of_caller():
             self._timings.reading += seconds / self._num_readers
             self._progress(num_bytes)
 
@@ -258,9 +307,7 @@ class _Pipeline:
             stage.used.record(self._computing)
 
     def _update(self, teachers: Sequence[torch.Tensor], student: torch.Tensor, index: int, lane: Lane) -> None:
-        is_fused = len(teachers) >= FUSED_FROM_TEACHERS and fused.is_usable(
-            self._device, teachers[0].dtype, student.dtype
-        )
+        is_fused = (lane.accumulate_dtype, lane.input_dtypes[index]) in self._fused
         if not is_fused and student.dtype is not teachers[0].dtype:
             student = self._widened.elements(lane.accumulate_dtype, len(student)).copy_(student)
         for teacher, updates in zip(teachers, self._task.updates, strict=True):
@@ -279,9 +326,9 @@ class _Pipeline:
             self._results.rotate()
             self._outputs.rotate()
             result, slot = self._results[0], self._outputs[0]
-            if slot.writing is not None:
+            if slot.future is not None:
                 started = time.perf_counter()
-                slot.writing.result()
+                slot.future.result()
                 self._timings.waiting += time.perf_counter() - started
             with self._queued("computing", self._computing, result.used):
                 rounded = result.elements(lane.dtype, count)
@@ -294,7 +341,7 @@ class _Pipeline:
                 slot.extremes.copy_(result.extremes, non_blocking=True)
                 result.used.record(self._returning)
                 slot.copied.record(self._returning)
-            slot.writing = writers.submit(self._write, teacher, block, slot, finished)
+            slot.future = writers.submit(self._write, teacher, block, slot, finished)
 
     def _write(self, teacher: Teacher, block: Block, slot: _Output, finished: _Countdown) -> None:
         slot.copied.synchronize()
@@ -306,11 +353,21 @@ class _Pipeline:
             )
         started = time.perf_counter()
         content = slot.buffer.bytes[: (block.end - block.begin) * block.lane.dtype.itemsize]
-        write_block(teacher, self._plan.aliases, content, block.position)
-        if finished.is_last():
-            self._task.on_finished(block)
+        with self._of_caller():
+            write_block(teacher, self._plan.aliases, content, block.position)
+            if finished.is_last():
+                self._task.on_finished(block)
         with self._lock:
             self._timings.writing += (time.perf_counter() - started) / self._num_writers
+
+    @contextlib.contextmanager
+    def _of_caller(self) -> Iterator[None]:
+        """What is raised inside is the caller's, whatever its type."""
+        try:
+            yield
+        except BaseException as error:
+            self.error_of_caller = error
+            raise
 
     @contextlib.contextmanager
     def _queued(self, what: str, stream: torch.cuda.Stream, after: torch.cuda.Event) -> Iterator[None]:

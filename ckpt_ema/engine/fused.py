@@ -6,51 +6,76 @@ compile or rounds otherwise than torch on a device, its kernel is not used there
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
 BLOCK_ELEMENTS = 4096
+"""Of one program of the kernel: 16 for each of its threads, so that each has several reads of 16 bytes under way."""
+
 NUM_WARPS = 8
 ALIGNMENT_BYTES = 16
-MAX_TABLES = 8
-"""Kept of one rule: a teacher's, and those of the snapshot tracks that share it."""
+"""Of a read; tensors that begin elsewhere are left to torch."""
 
 TRIED_ELEMENTS = 16 * BLOCK_ELEMENTS + 7
+"""Enough that any other rounding shows in thousands of them, and an end that fills no block."""
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 """A teacher's tensor and the student's of the same shape."""
 
-_tried: dict[tuple[torch.device, torch.dtype, torch.dtype, bool], bool] = {}
+_reasons: dict[tuple[torch.device, torch.dtype, torch.dtype, bool], str] = {}
 
 
 def is_usable(device: torch.device, teacher: torch.dtype, student: torch.dtype, *, lerp: bool = False) -> bool:
-    """Whether the kernel serves tensors of these dtypes on a device, with the bits of torch's own calls there.
+    """Whether the kernel serves tensors of these dtypes on a device, with the bits of torch's own calls there."""
+    return not why_not(device, teacher, student, lerp=lerp)
+
+
+def why_not(device: torch.device, teacher: torch.dtype, student: torch.dtype, *, lerp: bool = False) -> str:
+    """Why the kernel is not usable; empty where it is.
 
     That is tried once, on some thousands of elements, which makes the host wait for the device; never while a CUDA
     graph is captured, where only what was tried before is usable.
     """
     if device.type != "cuda" or teacher not in DTYPES or student not in DTYPES:
-        return False
+        return f"it is not made for {teacher} and {student} on {device}"
     key = (device, teacher, student, lerp)
-    if key not in _tried:
+    if key not in _reasons:
         if torch.cuda.is_current_stream_capturing():
-            return False
+            return "a CUDA graph is being captured"
         try:
-            _tried[key] = _has_torchs_bits(*key)
-        except Exception:  # no Triton, no compiler for its launcher, a device it does not know: whatever it is
-            _tried[key] = False
-    return _tried[key]
+            with _syncs_allowed():
+                _reasons[key] = "" if _has_torchs_bits(*key) else "it rounds in another way than torch"
+        except torch.cuda.OutOfMemoryError as error:  # the next time there may be room
+            return str(error)
+        except Exception as error:  # no Triton, no compiler for its launcher, a device it does not know: whatever it is
+            _reasons[key] = f"{type(error).__name__}: {error}"
+    return _reasons[key]
+
+
+@contextlib.contextmanager
+def _syncs_allowed() -> Iterator[None]:
+    """A user who looks for waits shall not find this one: it comes once."""
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode(0)
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
 
 
 def _has_torchs_bits(device: torch.device, teacher: torch.dtype, student: torch.dtype, lerp: bool) -> bool:
-    generator = torch.Generator().manual_seed(0)
-    values = torch.randn(2, TRIED_ELEMENTS, generator=generator)
-    values *= torch.exp2(torch.randint(-40, 40, values.shape, generator=generator))
-    values[:, 1:20:3] = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1e-42, 3e38])
+    # Whatever device is the default one.
+    generator = torch.Generator("cpu").manual_seed(0)
+    values = torch.randn(2, TRIED_ELEMENTS, generator=generator, device="cpu")
+    values *= torch.exp2(torch.randint(-40, 40, values.shape, generator=generator, device="cpu"))
+    special = (0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1e-42, 3e38)
+    values[:, : len(special)] = torch.tensor(special, device="cpu")
+    values[1, 1 : len(special) + 1] = torch.tensor(special, device="cpu")
     old, new = values[0].to(device, teacher), values[1].to(device, student)
     for take in (0.001, 0.1, 1 / 3):
         expected, found = old.clone(), [old.clone() for _ in range(1 if lerp else 2)]
@@ -88,33 +113,44 @@ def update_run_(teacher: torch.Tensor, student: torch.Tensor, keep: float, take:
 class FusedUpdates:
     """Many pairs with one kernel per device and pair of dtypes, by tables of their addresses that stay on the device.
 
-    Nothing waits for the device, and once the tables are there (the addresses are those of an earlier call) a CUDA
-    graph may be captured.
+    Nothing waits for the device, and where the addresses are those of the call before a CUDA graph may be captured.
     """
 
     def __init__(self, *, lerp: bool) -> None:
         """For `lerp_(student, take)`, take below 0.5, or else for `mul_(keep).add_(student, alpha=take)`."""
         self._lerp = lerp
-        self._divided: dict[tuple[object, ...], tuple[list[_Table], list[int]]] = {}
+        self._key: object = None
+        self._tables: list[_Table] = []
+        self._served: list[int] = []
+        self._others: list[int] = []
+
+    def prepare(self, pairs: Sequence[Pair]) -> bool:
+        """Try the kernel and make the tables for these pairs, now or for an update that is still to come.
+
+        False where that is not possible.
+        """
+        key = tuple((t.data_ptr(), s.data_ptr(), t.stride(), s.stride(), t.shape, t.dtype, s.dtype) for t, s in pairs)
+        # While a graph is captured no table can be brought to the device.
+        if key != self._key and not torch.cuda.is_current_stream_capturing():
+            self._divide(pairs)
+            self._key = key
+        return key == self._key
 
     def update_(self, pairs: Sequence[Pair], keep: float, take: float) -> list[Pair]:
         """Update every pair that the kernel serves; those that are left to torch come back."""
-        key = tuple((t.data_ptr(), s.data_ptr(), t.numel(), t.dtype, s.dtype) for t, s in pairs)
-        if key not in self._divided:
-            if torch.cuda.is_current_stream_capturing():  # a table cannot be brought to the device now
-                return list(pairs)
-            while len(self._divided) >= MAX_TABLES:
-                del self._divided[next(iter(self._divided))]
-            self._divided[key] = self._divide(pairs)
-        tables, others = self._divided[key]
-        for table in tables:
+        if not self.prepare(pairs):
+            return list(pairs)
+        for table in self._tables:
             table.launch(keep, take, lerp=self._lerp)
-        return [pairs[index] for index in others]
+        for index in self._served:
+            teacher = pairs[index][0]
+            if not teacher.is_inference():  # so that autograd, which the kernel goes around, tells whom it concerns
+                torch.autograd.graph.increment_version(teacher)
+        return [pairs[index] for index in self._others]
 
-    def _divide(self, pairs: Sequence[Pair]) -> tuple[list[_Table], list[int]]:
-        """What the kernel does, and the places of what it does not."""
+    def _divide(self, pairs: Sequence[Pair]) -> None:
         groups: dict[tuple[torch.device, torch.dtype, torch.dtype], list[int]] = {}
-        others = []
+        self._others = []
         for index, (teacher, student) in enumerate(pairs):
             kind = (teacher.device, teacher.dtype, student.dtype)
             # Of one dtype torch's lerp is one pass already.
@@ -122,8 +158,9 @@ class FusedUpdates:
             if is_worth_it and _lie_alike(teacher, student) and is_usable(*kind, lerp=self._lerp):
                 groups.setdefault(kind, []).append(index)
             else:
-                others.append(index)
-        return [_Table.of([pairs[index] for index in members]) for members in groups.values()], others
+                self._others.append(index)
+        self._served = [index for members in groups.values() for index in members]
+        self._tables = [_Table.of([pairs[index] for index in members]) for members in groups.values()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,11 +179,12 @@ class _Table:
     def of(pairs: Sequence[Pair]) -> _Table:
         counts = [teacher.numel() for teacher, _ in pairs]
         blocks = [-(-count // BLOCK_ELEMENTS) for count in counts]
-        chunks = torch.cat([torch.arange(number) + (index << 32) for index, number in enumerate(blocks)])
+        chunks = [torch.arange(number, device="cpu") + (index << 32) for index, number in enumerate(blocks)]
         addresses = [[tensor.data_ptr() for tensor in side] for side in zip(*pairs, strict=True)]
         device = pairs[0][0].device
-        teachers, students, sizes = (torch.tensor(values).to(device) for values in (*addresses, counts))
-        return _Table(chunks.to(device), teachers, students, sizes, (pairs[0][0].dtype, pairs[0][1].dtype))
+        arrays = (torch.tensor(values, dtype=torch.int64, device="cpu") for values in (*addresses, counts))
+        moved = [_moved(array, device) for array in (torch.cat(chunks), *arrays)]
+        return _Table(moved[0], moved[1], moved[2], moved[3], (pairs[0][0].dtype, pairs[0][1].dtype))
 
     def launch(self, keep: float, take: float, *, lerp: bool) -> None:
         """`lerp_(student, take)` of all of them, or else `mul_(keep).add_(student, alpha=take)`."""
@@ -171,16 +209,23 @@ class _Table:
             )
 
 
+def _moved(array: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """To the device, without waiting for what that has still to do."""
+    return array.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else array
+
+
 def _lie_alike(teacher: torch.Tensor, student: torch.Tensor) -> bool:
     """Whether both hold the same elements in the same order without a gap, from addresses that the kernel can use."""
-    if student.device != teacher.device or teacher.stride() != student.stride():
-        return False
-    is_dense = any(
-        teacher.is_contiguous(memory_format=form)
-        for form in (torch.contiguous_format, torch.channels_last, torch.channels_last_3d)
-        if form is torch.contiguous_format or teacher.dim() == _DIMENSIONS[form]
+    return (
+        student.device == teacher.device
+        and student.stride() == teacher.stride()
+        and _is_dense(teacher)
+        and not any(tensor.data_ptr() % ALIGNMENT_BYTES for tensor in (teacher, student))
     )
-    return is_dense and not any(tensor.data_ptr() % ALIGNMENT_BYTES for tensor in (teacher, student))
 
 
-_DIMENSIONS = {torch.channels_last: 4, torch.channels_last_3d: 5}
+def _is_dense(tensor: torch.Tensor) -> bool:
+    if tensor.is_contiguous():
+        return True
+    channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.dim())
+    return channels_last is not None and tensor.is_contiguous(memory_format=channels_last)

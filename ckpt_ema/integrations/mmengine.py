@@ -51,6 +51,11 @@ class MeanTeacherHook(Hook):
             "skip_buffers": True if given is None else given,
             **options,
         }
+        if options.get("device") is not None:
+            raise MisuseError(
+                f"device is {options['device']!r}, and this hook's teacher is the model's, where that is",
+                hint="leave `device` away",
+            )
         if isinstance(snapshots := options.get("snapshots"), dict):  # configurations hold no objects
             self.options["snapshots"] = Snapshots(**snapshots)
         check_settings(**self.options)

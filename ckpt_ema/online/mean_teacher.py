@@ -18,7 +18,7 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from ckpt_ema.errors import CkptEmaError, MisuseError
-from ckpt_ema.online.offload import Offload
+from ckpt_ema.online.offload import Offload, hold_back_all
 from ckpt_ema.online.pairs import Pair, beside, check_fit, check_shape, pairs_of, places_in, shadow_of, warn_of_stall
 from ckpt_ema.online.rule import Rule, blocks_of, is_finite
 from ckpt_ema.online.settings import Arithmetic, OnNonfinite, ShadowDevice, ShadowDtype, check_settings
@@ -109,12 +109,12 @@ class MeanTeacher:
         self._copied: tuple[int, int] | None = None
         self._is_swapped = False
         self._owns_tensors = teacher is None
-        self._offload = None if device is None else Offload()
         if teacher is not None and device is not None:
             raise MisuseError(
                 "`device` is for a teacher that is kept here, and a teacher module stays where it is",
                 hint="leave one of the two away",
             )
+        self._offload = None if device is None else Offload()
         if teacher is not None:
             self._pairs = pairs_of(self._tracking, track(teacher, skip_buffers=skip_buffers))
             warn_of_stall(self._pairs, stacklevel=2)
@@ -199,6 +199,7 @@ class MeanTeacher:
         if is_first:
             for teacher, student in zip(teachers, students, strict=True):
                 teacher.copy_(student)
+            self._rule.prepare(teachers, students)
         else:
             self._rule.average_all_(teachers, students, self.momentum)
 
@@ -207,7 +208,8 @@ class MeanTeacher:
 
         With it `update` returns while the student is still being copied out. A step of any optimizer of torch's comes
         behind that by itself, and whatever reads the teacher here waits. Call this before you change the student in
-        another way (load a state dict into it, write to a parameter).
+        another way: load a state dict into it, write to a parameter, replay a CUDA graph with the optimizer's step.
+        Raises what went wrong while that update was folded, as the next `update` does.
         """
         if self._offload is not None:
             self._offload.wait()
@@ -247,6 +249,7 @@ class MeanTeacher:
         places = places_in(tracking, self._pairs)
         root = unwrap(target)
         undo: list[Callable[[], object]] = []
+        hold_back_all()
         try:
             self._is_swapped = True
             SWAPPED.add(root)
@@ -277,7 +280,7 @@ class MeanTeacher:
         """The teacher's averaged tensors by name, tied ones under each of their names.
 
         They are the teacher's own, and change with the next update. Under FSDP2 each is a DTensor with the student's
-        placement.
+        placement and on its device, with `device="cpu"` a copy.
         """
         self._begin("read the teacher")
         self._tracking.reshard()
@@ -484,7 +487,7 @@ class MeanTeacher:
         """Whether it holds on every rank that has a part of the student: all skip an update, or none."""
         if not any(is_sharded(pair.student.tensor) for pair in self._pairs):
             return holds
-        flag = torch.tensor(int(holds), device=self._pairs[0].local.device)
+        flag = torch.tensor(int(holds), device=self._pairs[0].student.local.device)
         torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MIN)
         return bool(flag.item())
 

@@ -7,6 +7,7 @@ Training goes on meanwhile; only the next step of an optimizer, which writes ove
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,7 +33,13 @@ class Offload:
 
         self._folding: Future[None] | None = None
         self._worker: ThreadPoolExecutor | None = None
-        _hold_optimizers_back(self)
+        _ALIVE.add(self)
+        _hold_optimizers_back()
+
+    def __reduce__(self) -> tuple[type[Offload], tuple[()]]:
+        """A copy of a teacher has a way of its own."""
+        self.wait()
+        return Offload, ()
 
     def update(self, students: Sequence[torch.Tensor], is_parameter: Sequence[bool], fold: Fold) -> None:
         """Copy `students` out as they are now, and call `fold` with that once it is there.
@@ -51,45 +58,60 @@ class Offload:
             (student if lasts else student.clone()).detach()
             for student, lasts in zip(students, is_parameter, strict=True)
         ]
+        by_device: dict[torch.device, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         for staged, source in zip(self._staged, sources, strict=True):
-            if not is_on_gpu(source):
+            if is_on_gpu(source):
+                by_device.setdefault(source.device, []).append((staged, source))
+            else:
                 staged.copy_(source)
-        devices = dict.fromkeys(source.device for source in sources if is_on_gpu(source))
-        self._copied = [(device, self._copy_from(device, sources)) for device in devices]
+        self._copied = [(device, self._copy_from(device, copies)) for device, copies in by_device.items()]
         if self._worker is None:
             self._worker = ThreadPoolExecutor(1, "ckpt-ema")
         # With the sources: their memory is not given to anybody else before it was read.
         self._folding = self._worker.submit(_fold_when_copied, self._copied, sources, self._staged, fold)
 
-    def _copy_from(self, device: torch.device, sources: Sequence[torch.Tensor]) -> torch.cuda.Event:
+    def _copy_from(self, device: torch.device, copies: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.cuda.Event:
         stream = self._streams.get(device)
         if stream is None:
             stream = self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(device))
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        # The thread sleeps until then: the others have work to do.
+        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         with torch.cuda.stream(stream):
-            for staged, source in zip(self._staged, sources, strict=True):
-                if source.device == device:
-                    staged.copy_(source, non_blocking=True)
+            for staged, source in copies:
+                staged.copy_(source, non_blocking=True)
             event.record(stream)
         return event
 
     def hold_back(self) -> None:
         """What training queues from now on comes behind the copy; the host does not wait."""
+        if not self._copied or torch.cuda.is_current_stream_capturing():  # a graph cannot wait for what is outside
+            return
         for device, event in self._copied:
             torch.cuda.current_stream(device).wait_event(event)
-        self._copied = []
 
     def wait(self) -> None:
         """Wait until the last update is in the teacher, and raise what it raised."""
-        folding, self._folding = self._folding, None
-        if folding is not None:
-            folding.result()
+        if self._folding is None:
+            return
+        try:
+            self._folding.result()
+        finally:
+            # Whoever interrupts the waiting leaves something to wait for.
+            if self._folding.done():
+                self._folding = None
+                self._copied = []
 
 
 def is_on_gpu(tensor: torch.Tensor) -> bool:
-    """Whether it has to be copied out."""
-    return tensor.device.type != "cpu"
+    """Whether it is copied out on a stream."""
+    return tensor.is_cuda
+
+
+def hold_back_all() -> None:
+    """The same for every teacher in host memory: somebody is about to write to a student that they may share."""
+    for offload in list(_ALIVE):
+        offload.hold_back()
 
 
 @torch.no_grad()
@@ -110,13 +132,14 @@ def _fit(staged: Sequence[torch.Tensor], students: Sequence[torch.Tensor]) -> bo
     )
 
 
-def _hold_optimizers_back(offload: Offload) -> None:
-    """Before any optimizer's step, for as long as `offload` is there."""
-    reference = weakref.ref(offload)
+_ALIVE: weakref.WeakSet[Offload] = weakref.WeakSet()
+
+
+@functools.cache
+def _hold_optimizers_back() -> None:
+    """Before any optimizer's step, from the first teacher in host memory on."""
 
     def before_step(*_: object) -> None:
-        alive = reference()
-        if alive is not None:
-            alive.hold_back()
+        hold_back_all()
 
-    weakref.finalize(offload, register_optimizer_step_pre_hook(before_step).remove)
+    register_optimizer_step_pre_hook(before_step)

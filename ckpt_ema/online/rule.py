@@ -31,11 +31,16 @@ class Rule:
         self._fused = FusedUpdates(lerp=lerp)
         self._scratch: dict[torch.dtype, torch.Tensor] = {}
 
+    def prepare(self, teachers: Sequence[torch.Tensor], students: Sequence[torch.Tensor]) -> None:
+        """Do what the first update on a GPU would wait for, or could not do while a CUDA graph is captured."""
+        if _any_on_gpu(teachers):
+            self._fused.prepare(list(zip(teachers, students, strict=True)))
+
     def average_all_(self, teachers: Sequence[torch.Tensor], students: Sequence[torch.Tensor], momentum: float) -> None:
         """Fold every student's tensor into the teacher's of the same place, with few calls where torch has them."""
         pairs = list(zip(teachers, students, strict=True))
         # Where momentum is at least a half, torch's lerp counts from the other end.
-        if not all(_is_on_cpu(teacher) for teacher in teachers) and not (self._lerp and momentum >= 0.5):
+        if _any_on_gpu(teachers) and not (self._lerp and momentum >= 0.5):
             pairs = self._fused.update_(pairs, 1 - momentum, momentum)
         alike: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
         for teacher, student in pairs:
@@ -178,3 +183,7 @@ def is_finite(tensors: Sequence[torch.Tensor]) -> bool:
 
 def _is_on_cpu(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cpu"
+
+
+def _any_on_gpu(tensors: Sequence[torch.Tensor]) -> bool:
+    return any(tensor.is_cuda for tensor in tensors)

@@ -144,7 +144,7 @@ class SnapshotTracks:
         # Absolute: a trainer may change its folder later.
         self._directory = Path(settings.directory).absolute()
         self._slots = tracking.averaged
-        self._rule = Rule(lerp=True)
+        self._rules = {track: Rule(lerp=True) for track in settings.tracks}
         self._shadows = {track: [shadow_of(slot, "float32") for slot in self._slots] for track in settings.tracks}
         self._has_warned = False
         self._increments = Increments([slot.local for slot in self._slots], settings.every)
@@ -171,10 +171,11 @@ class SnapshotTracks:
             for number, (slot, student) in enumerate(zip(self._slots, students, strict=True)):
                 shadows[number] = beside(shadows[number], student, slot.name)
             if self._num_updates:
-                self._rule.average_all_(shadows, students, track.momentum_at(self._num_updates + 1))
+                self._rules[track].average_all_(shadows, students, track.momentum_at(self._num_updates + 1))
             else:
                 for shadow, student in zip(shadows, students, strict=True):
                     shadow.copy_(student)
+                self._rules[track].prepare(shadows, students)
         self._num_updates += 1
         self._increments.observe(step, students)
 
