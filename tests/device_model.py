@@ -37,6 +37,7 @@ class Device:
         self.eagerness = self.random.choice([0.0, 0.3, 0.9])
         self.forgets = forgets
         self.streams: list[Stream] = []
+        self.allocated: list[torch.UntypedStorage] = []
         self.num_run = 0
         self._lock = threading.RLock()
 
@@ -178,6 +179,7 @@ def modelled(
             if "device" in options and not pin_memory:
                 if tensor.nbytes > largest_bytes:
                     raise torch.OutOfMemoryError("CUDA out of memory, says the model")
+                device.allocated.append(tensor.untyped_storage())
                 # Given back by whoever queued work on it, which is no reason to wait where the caller queues more.
                 device.queue(torch.cuda.current_stream(), lambda: tensor.fill_(77))
             return tensor

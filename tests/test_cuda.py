@@ -249,10 +249,13 @@ def test_the_first_number_that_is_none_is_found_on_a_model_too(
     broken = torch.load(run / "step_2.pt")
     broken["model"][name][777_777] = number
     torch.save(broken, run / "step_2.pt")
-    with modelled(monkeypatch, seed), pytest.raises(NonFiniteBlockError) as caught:
+    with modelled(monkeypatch, seed) as device, pytest.raises(NonFiniteBlockError) as caught:
         fold_on_a_model(run, tmp_path / "t.safetensors", momentum=0.3, memory_budget_bytes=1 << 20)
     plan = ckpt_ema.plan(run, tmp_path / "t.safetensors", momentum=0.3)
     assert caught.value.origin.layout == 2
+    # The device has its memory back, though the error is at hand, and with it whatever its traceback holds.
+    assert device.allocated
+    assert sum(storage.nbytes() for storage in device.allocated) < 100
     assert plan.layouts[0].schema.names[caught.value.origin.tensor] == name
 
 
@@ -277,22 +280,21 @@ def test_a_checkpoint_that_cannot_be_read_to_its_end_stops_it_on_a_model_too(
     assert threading.active_count() == before
 
 
+@pytest.mark.parametrize("seed", range(6))
 def test_an_error_of_the_callers_own_is_not_called_the_devices(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
-    """A RuntimeError out of a progress callback reaches whoever passed that."""
+    """A RuntimeError out of a progress callback reaches whoever passed that, also where every thread raises one."""
     plan = ckpt_ema.plan(run, tmp_path / "t.safetensors", momentum=0.3)
-    mine = RuntimeError("mine")
 
     def fail(_: int) -> None:
-        raise mine
+        raise RuntimeError("mine")
 
     gpu_lanes = replace(plan.blocks, lanes=tuple(lane for lane in plan.blocks.lanes if lane.is_plain_average))
-    with modelled(monkeypatch, 0), InputFiles(plan.layouts) as files:
+    with modelled(monkeypatch, seed), InputFiles(plan.layouts) as files:
         task = Task(gpu_lanes, plan.layouts, [teacher.updates for teacher in plan.teachers], files)
-        with pytest.raises(RuntimeError) as caught:
+        with pytest.raises(RuntimeError, match=r"^mine$"):
             cuda.fold_blocks(task, [Nowhere()], fail, device=torch.device("cpu"), memory_budget_bytes=1 << 20)
-    assert caught.value is mine
 
 
 INTERRUPTED = """

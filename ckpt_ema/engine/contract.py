@@ -38,18 +38,23 @@ def write_block(teacher: Teacher, aliases: Sequence[Alias], content: memoryview,
 
 
 def wait_whatever_comes(waits: Sequence[Callable[[], object]]) -> None:
-    """Call each until it returns, however often the user interrupts: an interrupt is on its way out already.
+    """Call each until it returns, however often it is interrupted, and raise the last interrupt then.
 
-    Not for a thread's `join`, nor for an executor's `shutdown`, which joins: an interrupted one takes a thread that
-    runs for one that has ended.
+    An interrupt is what is no Exception: Ctrl-C, or what a handler of signals raises. Not for a thread's `join` alone:
+    an interrupted one takes a thread that runs for one that has ended.
     """
+    interrupt: BaseException | None = None
     for wait in waits:
         while True:
             try:
                 wait()
                 break
-            except KeyboardInterrupt:
-                continue
+            except Exception:
+                raise
+            except BaseException as error:
+                interrupt = error
+    if interrupt is not None:
+        raise interrupt
 
 
 def _forget(block: Block) -> None:

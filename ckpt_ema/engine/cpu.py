@@ -75,8 +75,11 @@ def fold_blocks(
     finally:
         # Also when the user interrupts the waiting: no thread may write to a file that is being discarded.
         blocks.stop()
-        wait_whatever_comes([end.wait for thread, end in zip(threads, ended, strict=True) if thread.ident is not None])
-        torch.set_num_threads(threads_before)
+        begun = [end.wait for thread, end in zip(threads, ended, strict=True) if thread.ident is not None]
+        try:
+            wait_whatever_comes(begun)
+        finally:
+            torch.set_num_threads(threads_before)
     if failures:
         raise failures[0]
     return timings

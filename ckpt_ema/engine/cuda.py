@@ -39,8 +39,8 @@ NUM_RESULTS = 2
 MAX_READERS = 12
 MAX_WRITERS = 4
 # From so many teachers of 16-bit students on, torch's own calls, which read and write each teacher twice, keep an H100
-# longer than the link does (20 bytes of each at 3 TB/s, against 2 of the student at 50 GB/s). With fewer, the second
-# that it may take to compile the kernel that does it once would be lost.
+# longer than the link does (20 bytes of each at 3 TB/s, against 2 of the student at 50 GB/s). With fewer, compiling the
+# kernel that does it in one pass, about a second, costs more than it saves.
 FUSED_FROM_TEACHERS = 6
 # Timed spans of the device from which on those that are over are counted.
 MAX_SPANS = 256
@@ -95,7 +95,7 @@ def fold_blocks(
     try:
         pipeline.run()
     except RuntimeError as error:
-        if error is pipeline.error_of_caller:
+        if any(error is each for each in pipeline.errors_of_caller):
             raise
         raise CkptEmaError(f"{device} failed: {_first_line(error)}", hint="pass `--device cpu`") from error
     finally:
@@ -148,6 +148,10 @@ class _Stage:
     def elements(self, dtype: DType, count: int) -> torch.Tensor:
         return self._memory[: count * dtype.itemsize].view(torch_dtype(dtype))
 
+    def close(self) -> None:
+        """Give the memory back, whatever views there are of it."""
+        self._memory.untyped_storage().resize_(0)
+
 
 class _Result(_Stage):
     """A finished block on the device, and its least and its greatest number: they say whether all of it is finite."""
@@ -180,7 +184,9 @@ class _Pipeline:
         self._num_readers = min(MAX_READERS, max(2, plan.num_threads))
         self._num_writers = min(MAX_WRITERS, max(1, plan.num_threads // 2))
         self._lock = threading.Lock()
-        self.error_of_caller: BaseException | None = None
+        self.errors_of_caller: list[BaseException] = []
+        """What was raised in reading, writing and progress, and is not the device's."""
+
         lanes, elements = plan.lanes, plan.block_elements
         raw = elements * max(lane.input_itemsize for lane in lanes)
         wide = elements * max(lane.accumulate_dtype.itemsize for lane in lanes)
@@ -222,22 +228,20 @@ class _Pipeline:
     def _end(self, readers: ThreadPoolExecutor, writers: ThreadPoolExecutor) -> None:
         for executor in (readers, writers):
             executor.shutdown(wait=False, cancel_futures=True)
-        # Nobody waits for a cancelled one to be told.
-        wait([slot.future for slot in self._slots if slot.future is not None and not slot.future.cancelled()])
+        # Cancelled once more: an interrupted shutdown may have left one that is neither queued nor cancelled.
+        wait([slot.future for slot in self._slots if slot.future is not None and not slot.future.cancel()])
         for executor in (readers, writers):
             executor.shutdown()
         torch.cuda.synchronize(self._device)
 
     def close(self) -> None:
-        """Let go of all memory: a failed write's traceback may hold on to the pipeline itself."""
-        self._stages.clear()
-        self._results.clear()
-        self._accumulators.clear()
+        """Give all memory back: of an error that is held, the traceback holds the pipeline and views of its buffers."""
+        for stage in (*self._stages, *self._results, *self._accumulators, self._widened):
+            stage.close()
         self._inputs.clear()
         self._outputs.clear()
         self._slots.clear()
         self._spans.clear()
-        del self._widened
 
     def _drive(self, readers: ThreadPoolExecutor, writers: ThreadPoolExecutor) -> None:
         wanted = self._reads()
@@ -277,15 +281,16 @@ class _Pipeline:
                 yield block, index
 
     def _read(self, block: Block, index: int, slot: _Input) -> None:
-        started = time.perf_counter()
-        layout = self._task.layouts[index]
-        num_bytes = (block.end - block.begin) * stored_dtype(layout, block).itemsize
-        trash = self._task.files.new_trash()
-        self._extents.of(layout, block.lane).read(block.begin, block.end, slot.buffer.bytes[:num_bytes], trash, {})
-        seconds = time.perf_counter() - started
-        with self._lock, self._of_caller():
-            self._timings.reading += seconds / self._num_readers
-            self._progress(num_bytes)
+        with self._of_caller():
+            started = time.perf_counter()
+            layout = self._task.layouts[index]
+            num_bytes = (block.end - block.begin) * stored_dtype(layout, block).itemsize
+            trash = self._task.files.new_trash()
+            self._extents.of(layout, block.lane).read(block.begin, block.end, slot.buffer.bytes[:num_bytes], trash, {})
+            seconds = time.perf_counter() - started
+            with self._lock:
+                self._timings.reading += seconds / self._num_readers
+                self._progress(num_bytes)
 
     def _enter(self, block: Block, index: int, slot: _Input, stage: _Stage) -> None:
         """Queue one student's copy to the device and its update of every teacher."""
@@ -362,11 +367,11 @@ class _Pipeline:
 
     @contextlib.contextmanager
     def _of_caller(self) -> Iterator[None]:
-        """What is raised inside is the caller's, whatever its type."""
+        """What is raised inside is not the device's, whatever its type."""
         try:
             yield
         except BaseException as error:
-            self.error_of_caller = error
+            self.errors_of_caller.append(error)
             raise
 
     @contextlib.contextmanager

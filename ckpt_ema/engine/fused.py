@@ -50,7 +50,7 @@ def why_not(device: torch.device, teacher: torch.dtype, student: torch.dtype, *,
         try:
             with _syncs_allowed():
                 _reasons[key] = "" if _has_torchs_bits(*key) else "it rounds in another way than torch"
-        except torch.cuda.OutOfMemoryError as error:  # the next time there may be room
+        except torch.cuda.OutOfMemoryError as error:  # when it is asked again there may be room
             return str(error)
         except Exception as error:  # no Triton, no compiler for its launcher, a device it does not know: whatever it is
             _reasons[key] = f"{type(error).__name__}: {error}"
@@ -61,6 +61,9 @@ def why_not(device: torch.device, teacher: torch.dtype, student: torch.dtype, *,
 def _syncs_allowed() -> Iterator[None]:
     """A user who looks for waits shall not find this one: it comes once."""
     mode = torch.cuda.get_sync_debug_mode()
+    if not mode:  # setting it warns, whatever it is set to
+        yield
+        return
     torch.cuda.set_sync_debug_mode(0)
     try:
         yield
@@ -132,6 +135,7 @@ class FusedUpdates:
         key = tuple((t.data_ptr(), s.data_ptr(), t.stride(), s.stride(), t.shape, t.dtype, s.dtype) for t, s in pairs)
         # While a graph is captured no table can be brought to the device.
         if key != self._key and not torch.cuda.is_current_stream_capturing():
+            self._key = None  # until all of it is worked out
             self._divide(pairs)
             self._key = key
         return key == self._key

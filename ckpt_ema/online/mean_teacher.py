@@ -160,8 +160,10 @@ class MeanTeacher:
         """Count one training step; at every `interval`-th one fold the student in. True when the teacher changed.
 
         Snapshot tracks take one update each at every call, and are written where a file is due. Call it after
-        `optimizer.step()`. Raises CkptEmaError, the teacher, the tracks and the counters unchanged, where the student
-        is not finite or has lost or gained parameters; and, with the step counted, where a snapshot cannot be written.
+        `optimizer.step()`. Replayed in a CUDA graph it changes the teacher alone: steps are not counted, and the
+        interval, `on_nonfinite` and snapshots have no part in it. Raises CkptEmaError, the teacher, the tracks and the
+        counters unchanged, where the student is not finite or has lost or gained parameters; and, with the step
+        counted, where a snapshot cannot be written. With `device="cpu"` it may raise what `wait` raises.
         """
         self._refuse_swapped("update the teacher")
         step = self.num_steps + 1
@@ -213,6 +215,11 @@ class MeanTeacher:
         """
         if self._offload is not None:
             self._offload.wait()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copying and pickling take, when no thread changes it any more."""
+        self.wait()
+        return self.__dict__
 
     @torch.no_grad()
     def copy_student(self) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -38,7 +38,6 @@ class Offload:
 
     def __reduce__(self) -> tuple[type[Offload], tuple[()]]:
         """A copy of a teacher has a way of its own."""
-        self.wait()
         return Offload, ()
 
     def update(self, students: Sequence[torch.Tensor], is_parameter: Sequence[bool], fold: Fold) -> None:
@@ -94,13 +93,10 @@ class Offload:
         """Wait until the last update is in the teacher, and raise what it raised."""
         if self._folding is None:
             return
-        try:
-            self._folding.result()
-        finally:
-            # Whoever interrupts the waiting leaves something to wait for.
-            if self._folding.done():
-                self._folding = None
-                self._copied = []
+        # Whoever interrupts this leaves something to wait for, and an error to be raised.
+        wait([self._folding])
+        folding, self._folding, self._copied = self._folding, None, []
+        folding.result()
 
 
 def is_on_gpu(tensor: torch.Tensor) -> bool:
