@@ -51,7 +51,9 @@ def _as_paths(run: PathLike | Sequence[PathLike]) -> list[Path]:
 def _check_device(device: str) -> None:
     # Whether the GPU is there is asked when folding: a plan must not wait for torch.
     if device not in ("auto", "cpu", "cuda") and not (device.startswith("cuda:") and device[5:].isdigit()):
-        raise MisuseError(f"`--device` is {device!r}, and must be auto, cpu or cuda[:i]")
+        raise MisuseError(
+            f"`--device` is {device!r}, and must be auto, cpu or cuda[:i]", hint="pass for example `--device cuda:0`"
+        )
 
 
 def find_run(
