@@ -43,3 +43,8 @@ class NoUpdateError(NoCheckpointError):
 
 class MisuseError(CkptEmaError):
     """What was asked for makes no sense: wrong options rather than wrong files."""
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says, without the advice and the traces that some put below."""
+    return (str(error).splitlines() or [""])[0]

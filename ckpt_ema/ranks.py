@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Any
 
-from ckpt_ema.errors import CkptEmaError, MisuseError
+from ckpt_ema.errors import CkptEmaError, MisuseError, first_line
 
 POLL_SECONDS = 0.05
 CHECK_SECONDS = 1.0
@@ -190,7 +190,7 @@ class StoreRanks(Ranks):
         try:
             yield
         except RuntimeError as error:  # torch's DistError is one
-            what = (str(error).splitlines() or [""])[0]
+            what = first_line(error)
             raise OtherRankFailedError(
                 f"rank {self.number} of {self.count} cannot reach the first one: {what}"
             ) from None

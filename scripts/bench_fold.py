@@ -182,6 +182,15 @@ def median_ratio(one: list[dict[str, float]], other: list[dict[str, float]]) -> 
     return statistics.median(a["seconds"] / b["seconds"] for a, b in zip(one, other, strict=True))
 
 
+def print_rates(results: dict[str, list[dict[str, float]]], num_bytes: int, base: str) -> None:
+    """A table of what read `num_bytes`, against `base`."""
+    print(f"| | seconds | GB/s read | times {base} |")
+    print("|---|---|---|---|")
+    for name, items in results.items():
+        seconds, ratio = median_seconds(items), median_ratio(items, results[base])
+        print(f"| {name} | {seconds:.2f} | {num_bytes / seconds / 1e9:.2f} | {ratio:.2f} |", flush=True)
+
+
 def write_run(folder: Path, shapes: list[tuple[int, ...]], dtype: str, arguments: argparse.Namespace, how: str) -> Path:
     """Checkpoints of random numbers; written by their own libraries, in a process that gives its memory back."""
     if not (folder / "complete").exists():
@@ -277,11 +286,7 @@ def bench_cold(arguments: argparse.Namespace) -> dict[str, Any]:
         results = compare({name: Case(name, run, is_cold=True) for name in names}, arguments)
         size = sum(path.stat().st_size for path in run.glob("step_*"))
         print(f"\n{arguments.checkpoints} checkpoints of {size / arguments.checkpoints / 1e9:.2f} GB, {dtype}, cold\n")
-        print("| | seconds | GB/s read | times dd |")
-        print("|---|---|---|---|")
-        for name, items in results.items():
-            seconds, ratio = median_seconds(items), median_ratio(items, results["dd"])
-            print(f"| {name} | {seconds:.2f} | {size / seconds / 1e9:.2f} | {ratio:.2f} |", flush=True)
+        print_rates(results, size, "dd")
         rows[dtype] = {"run_bytes": size, "results": results}
         if not arguments.keep:
             shutil.rmtree(run)
@@ -319,11 +324,7 @@ def bench_cuda(arguments: argparse.Namespace) -> dict[str, Any]:
         results = compare(cases, arguments)
         size = sum(path.stat().st_size for path in run.glob("step_*"))
         print(f"\n{torch.cuda.get_device_name()}, {size / 1e9:.2f} GB of {dtype} checkpoints\n")
-        print("| | seconds | GB/s | times the pinned copy |")
-        print("|---|---|---|---|")
-        for name, items in results.items():
-            seconds, ratio = median_seconds(items), median_ratio(items, results["pinned copy"])
-            print(f"| {name} | {seconds:.2f} | {size / seconds / 1e9:.1f} | {ratio:.2f} |", flush=True)
+        print_rates(results, size, "pinned copy")
         rows[dtype] = {"device": torch.cuda.get_device_name(), "run_bytes": size, "results": results}
         if not arguments.keep:
             shutil.rmtree(run)

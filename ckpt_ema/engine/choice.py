@@ -15,7 +15,7 @@ from ckpt_ema.blocks import BlockPlan
 from ckpt_ema.engine import cpu, cuda
 from ckpt_ema.engine.contract import Engine, NonFiniteBlockError, Nowhere, Task, Teacher
 from ckpt_ema.engine.inputs import InputFiles
-from ckpt_ema.errors import CkptEmaError
+from ckpt_ema.errors import CkptEmaError, first_line
 from ckpt_ema.layouts import Layout
 from ckpt_ema.locations import RemotePath
 from ckpt_ema.profiles import Update
@@ -77,7 +77,7 @@ def choose_engine(
     except NonFiniteBlockError:
         return Choice(cpu.fold_blocks, "cpu", "the students are not finite")  # as the fold itself is going to say
     except (RuntimeError, CkptEmaError) as error:  # a driver too old, a device in use: no reason not to fold
-        return Choice(cpu.fold_blocks, "cpu", f"the probe failed: {(str(error).splitlines() or [''])[0]}")
+        return Choice(cpu.fold_blocks, "cpu", f"the probe failed: {first_line(error)}")
     if by_gpu.checksum != by_cpu.checksum:
         return Choice(cpu.fold_blocks, "cpu", f"{device} rounds in another way than the hook")
     rates = f"{by_gpu.rate:.1f} GB/s on {device}, {by_cpu.rate:.1f} on the CPU, in a probe"

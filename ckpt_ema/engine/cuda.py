@@ -26,7 +26,7 @@ from ckpt_ema.engine.arithmetic import comparable
 from ckpt_ema.engine.buffers import Buffer, torch_dtype
 from ckpt_ema.engine.contract import Task, Teacher, wait_whatever_comes, write_block
 from ckpt_ema.engine.inputs import ExtentTable, stored_dtype
-from ckpt_ema.errors import CkptEmaError, MisuseError
+from ckpt_ema.errors import CkptEmaError, MisuseError, first_line
 from ckpt_ema.timings import Timings
 
 # What is copied to the device at once; large enough for the link's full speed. A thread takes several times as long
@@ -82,7 +82,7 @@ def fold_blocks(
             pipeline = _Pipeline(task, cut, teachers, progress, device, timings, num_slots)
             break
         except RuntimeError as error:
-            reason = _first_line(error)
+            reason = first_line(error)
         # Behind the handler: what was allocated is held by the error until then.
         torch.cuda.empty_cache()
     if pipeline is None:
@@ -97,15 +97,11 @@ def fold_blocks(
     except RuntimeError as error:
         if any(error is each for each in pipeline.errors_of_caller):
             raise
-        raise CkptEmaError(f"{device} failed: {_first_line(error)}", hint="pass `--device cpu`") from error
+        raise CkptEmaError(f"{device} failed: {first_line(error)}", hint="pass `--device cpu`") from error
     finally:
         pipeline.close()
         torch.cuda.empty_cache()
     return timings
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0]
 
 
 def _is_for_gpu(lane: Lane) -> bool:
@@ -250,18 +246,14 @@ class _Pipeline:
         while True:
             while self._may_read(bool(pending)) and (item := next(wanted, None)) is not None:
                 slot = self._inputs.popleft()
-                started = time.perf_counter()
-                slot.copied.synchronize()  # the device has taken what was in it
-                self._timings.waiting += time.perf_counter() - started
+                self._wait(slot.copied.synchronize)  # the device has taken what was in it
                 slot.future = readers.submit(self._read, *item, slot)
                 pending.append((*item, slot))
             if not pending:
                 break
             block, index, slot = pending.popleft()
             assert slot.future is not None
-            started = time.perf_counter()
-            slot.future.result()
-            self._timings.waiting += time.perf_counter() - started
+            self._wait(slot.future.result)
             self._enter(block, index, slot, self._stages[number % NUM_STAGES])
             self._inputs.append(slot)
             number += 1
@@ -270,6 +262,12 @@ class _Pipeline:
         for output in self._outputs:
             if output.future is not None:
                 output.future.result()
+
+    def _wait(self, until: Callable[[], object]) -> None:
+        """Call what waits for the device or a buffer, and count the time."""
+        started = time.perf_counter()
+        until()
+        self._timings.waiting += time.perf_counter() - started
 
     def _may_read(self, has_pending: bool) -> bool:
         """Whether a buffer is there to be filled; the one whose copy was queued last is left to the device."""
@@ -332,9 +330,7 @@ class _Pipeline:
             self._outputs.rotate()
             result, slot = self._results[0], self._outputs[0]
             if slot.future is not None:
-                started = time.perf_counter()
-                slot.future.result()
-                self._timings.waiting += time.perf_counter() - started
+                self._wait(slot.future.result)
             with self._queued("computing", self._computing, result.used):
                 rounded = result.elements(lane.dtype, count)
                 rounded.copy_(accumulator.elements(lane.accumulate_dtype, count))
