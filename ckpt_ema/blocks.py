@@ -392,14 +392,15 @@ def _widest(lanes: Sequence[Lane]) -> tuple[int, int, int, int]:
 def _thread_buffers(lanes: Sequence[Lane], block_elements: int) -> tuple[int, int, int, int]:
     """Bytes of a thread's four buffers; a short lane of wide elements, such as counters, does not widen them."""
     needs = [
-        [size * min(block_elements, _padded(lane.num_elements)) for size in buffer_bytes_per_element(lane)]
+        [size * min(block_elements, padded(lane.num_elements)) for size in buffer_bytes_per_element(lane)]
         for lane in lanes
     ]
     raw, wide, widened, span = (max((need[i] for need in needs), default=0) for i in range(4))
     return raw, wide, widened, span
 
 
-def _padded(elements: int) -> int:
+def padded(elements: int) -> int:
+    """The number of elements of a buffer that holds so many."""
     return -(-elements // ELEMENT_MULTIPLE) * ELEMENT_MULTIPLE
 
 
@@ -456,5 +457,5 @@ def _check_budget(budget: int, least: int) -> None:
 
 def _whole_elements(elements: int, lanes: Sequence[Lane]) -> int:
     """A block's size as a multiple of ELEMENT_MULTIPLE, and no more than the longest lane needs."""
-    elements = min(elements, _padded(max((lane.num_elements for lane in lanes), default=1)))
+    elements = min(elements, padded(max((lane.num_elements for lane in lanes), default=1)))
     return max(ELEMENT_MULTIPLE, elements // ELEMENT_MULTIPLE * ELEMENT_MULTIPLE)

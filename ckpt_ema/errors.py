@@ -1,4 +1,4 @@
-"""The one error a user can meet, and its kind for misuse."""
+"""The errors that a user can meet, and what is said of another library's."""
 
 from __future__ import annotations
 

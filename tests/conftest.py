@@ -64,7 +64,7 @@ def raw_bytes(tensor: torch.Tensor) -> bytes:
     if not tensor.numel():
         return b""
     flat.copy_(tensor.detach().reshape(-1))
-    return bytes(flat.view(torch.uint8).tolist())
+    return flat.view(torch.uint8).numpy().tobytes()
 
 
 def save_students(folder: Path, count: int, *, suffix: str = ".safetensors") -> list[StateDict]:

@@ -191,6 +191,7 @@ def modelled(
         patch.setattr(torch.cuda, "Event", lambda **options: Event(device))
         patch.setattr(torch.cuda, "stream", stream)
         patch.setattr(torch.cuda, "current_stream", lambda device_=None: getattr(current, "stream", main))
+        patch.setattr(torch.cuda, "device", contextlib.nullcontext)
         patch.setattr(torch.cuda, "synchronize", lambda device_=None: device.run_all())
         patch.setattr(torch.cuda, "empty_cache", lambda: None)
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)

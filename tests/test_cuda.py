@@ -20,10 +20,10 @@ from safetensors.torch import save_file
 
 import ckpt_ema
 from ckpt_ema import CkptEmaError
-from ckpt_ema.blocks import Block
+from ckpt_ema.blocks import Block, BlockPlan
 from ckpt_ema.engine import choice, cpu, cuda
 from ckpt_ema.engine.choice import choose_engine
-from ckpt_ema.engine.contract import NonFiniteBlockError, Nowhere, Task
+from ckpt_ema.engine.contract import NonFiniteBlockError, Nowhere, Task, wait_whatever_comes
 from ckpt_ema.engine.inputs import InputFiles
 from tests.conftest import quiet_fold
 from tests.device_model import modelled
@@ -239,6 +239,35 @@ def test_a_smaller_block_is_tried_where_the_device_is_full(
         assert caught.value.details == ("CUDA out of memory, says the model",)
 
 
+def test_a_device_that_fails_is_said_to_fail(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not to be full; also where nothing can be done with it any more, or only what is done first fails."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("CUDA error: all devices are busy\nCompile with more patience")
+
+    for first in ("Stream", "synchronize"):
+        with modelled(monkeypatch, 0), monkeypatch.context() as patch:
+            for what in (first, "empty_cache", "mem_get_info"):
+                patch.setattr(torch.cuda, what, fail)
+            with pytest.raises(CkptEmaError) as caught:
+                fold_on_a_model(run, tmp_path / "t.safetensors", momentum=0.3, memory_budget_bytes=1 << 20)
+        assert str(caught.value) == "cpu failed: CUDA error: all devices are busy\n\nhint: pass `--device cpu`"
+
+
+def test_a_counter_does_not_make_every_block_smaller(tmp_path: Path) -> None:
+    """A buffer's elements are those of the widest tensors that it cannot hold whole, and every block fits in it."""
+    student = {"weight": torch.randn(1 << 18).to(torch.bfloat16), "steps": torch.tensor(3.0, dtype=torch.float64)}
+    student["bias"] = torch.zeros(3000)
+    for i in range(2):
+        save_file(student, tmp_path / f"step_{i}.safetensors")
+    lanes = ckpt_ema.plan(tmp_path, tmp_path / "t.safetensors").blocks.lanes
+    assert sorted(lane.dtype.itemsize for lane in lanes) == [2, 4, 8]
+    for num_bytes, elements in ((1 << 16, 1 << 15), (1 << 13, 1 << 11), (1 << 19, 1 << 18)):
+        assert cuda._elements_of_block(lanes, num_bytes) == elements
+        for lane in lanes:
+            assert min(elements, lane.num_elements) * lane.dtype.itemsize <= num_bytes
+
+
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("name", ["large.weight", "large.bfloat16"])
@@ -255,7 +284,7 @@ def test_the_first_number_that_is_none_is_found_on_a_model_too(
     assert caught.value.origin.layout == 2
     # The device has its memory back, though the error is at hand, and with it whatever its traceback holds.
     assert device.allocated
-    assert sum(storage.nbytes() for storage in device.allocated) < 100
+    assert not any(storage.nbytes() for storage in device.allocated)
     assert plan.layouts[0].schema.names[caught.value.origin.tensor] == name
 
 
@@ -281,20 +310,34 @@ def test_a_checkpoint_that_cannot_be_read_to_its_end_stops_it_on_a_model_too(
 
 
 @pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("where", ["progress", "finished", "writing"])
 def test_an_error_of_the_callers_own_is_not_called_the_devices(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, seed: int
 ) -> None:
-    """A RuntimeError out of a progress callback reaches whoever passed that, also where every thread raises one."""
+    """A RuntimeError out of what was passed reaches whoever passed that, also where every thread raises one."""
     plan = ckpt_ema.plan(run, tmp_path / "t.safetensors", momentum=0.3)
 
-    def fail(_: int) -> None:
+    def fail(*_: object) -> None:
         raise RuntimeError("mine")
 
-    gpu_lanes = replace(plan.blocks, lanes=tuple(lane for lane in plan.blocks.lanes if lane.is_plain_average))
+    def is_fine(*_: object) -> None:
+        pass
+
+    teacher = Nowhere()
+    if where == "writing":
+        monkeypatch.setattr(teacher, "write", fail)
+    blocks = only_for_gpu(plan.blocks)
     with modelled(monkeypatch, seed), InputFiles(plan.layouts) as files:
-        task = Task(gpu_lanes, plan.layouts, [teacher.updates for teacher in plan.teachers], files)
+        finished = fail if where == "finished" else is_fine
+        task = Task(blocks, plan.layouts, [teacher.updates for teacher in plan.teachers], files, finished)
+        progress = fail if where == "progress" else is_fine
         with pytest.raises(RuntimeError, match=r"^mine$"):
-            cuda.fold_blocks(task, [Nowhere()], fail, device=torch.device("cpu"), memory_budget_bytes=1 << 20)
+            cuda.fold_blocks(task, [teacher], progress, device=torch.device("cpu"), memory_budget_bytes=1 << 20)
+
+
+def only_for_gpu(blocks: BlockPlan) -> BlockPlan:
+    """The part of a plan that the GPU's engine does not leave to the CPU's."""
+    return replace(blocks, lanes=tuple(lane for lane in blocks.lanes if cuda._is_for_gpu(lane)))
 
 
 INTERRUPTED = """
@@ -306,6 +349,7 @@ from ckpt_ema.engine import cpu, cuda
 from ckpt_ema.engine.contract import Nowhere, Task
 from ckpt_ema.engine.inputs import InputFiles
 from tests.device_model import modelled
+from tests.test_cuda import only_for_gpu
 
 run, device = Path(sys.argv[1]), sys.argv[2]
 preadv = os.preadv
@@ -318,6 +362,14 @@ def slowly(*arguments):
     return preadv(*arguments)
 
 
+def alarm(*_):
+    raise TimeoutError
+
+
+if sys.argv[3] == "alarm":
+    signal.signal(signal.SIGINT, alarm)
+
+
 def interrupt():
     for _ in range(4):
         time.sleep(0.03)
@@ -326,7 +378,7 @@ def interrupt():
 
 patch.setattr(os, "preadv", slowly)
 with modelled(patch, 0), InputFiles(plan.layouts) as files:
-    task = Task(plan.blocks, plan.layouts, [teacher.updates for teacher in plan.teachers], files)
+    task = Task(only_for_gpu(plan.blocks), plan.layouts, [teacher.updates for teacher in plan.teachers], files)
     interrupting = threading.Timer(0.2, interrupt)
     interrupting.start()
     try:
@@ -336,7 +388,7 @@ with modelled(patch, 0), InputFiles(plan.layouts) as files:
             options = {"device": torch.device("cpu"), "memory_budget_bytes": 1 << 20}
             cuda.fold_blocks(task, [Nowhere()], lambda _: None, **options)
         print("was not interrupted")
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, TimeoutError):
         # What folds is about to end, having been told, or still reads.
         time.sleep(0.1)
         running = [thread.name for thread in threading.enumerate() if thread.name.startswith(("fold", "read", "write"))]
@@ -345,12 +397,28 @@ with modelled(patch, 0), InputFiles(plan.layouts) as files:
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_however_often_it_is_interrupted_nothing_runs_on(run: Path, device: str) -> None:
+@pytest.mark.parametrize("by", ["Ctrl-C", "alarm"])
+def test_however_often_it_is_interrupted_nothing_runs_on(run: Path, device: str, by: str) -> None:
     """A thread that outlived the fold would write to a file that is being discarded, or to another one."""
-    command = [sys.executable, "-c", INTERRUPTED, str(run), device]
+    command = [sys.executable, "-c", INTERRUPTED, str(run), device, by]
     root = Path(__file__).parent.parent
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, cwd=root)
     assert done.stdout == "interrupted [] False\n", done.stderr
+
+
+def test_waiting_goes_on_whatever_interrupts_it() -> None:
+    """Every wait comes to its end, and the last interrupt goes on its way."""
+    interrupts = [KeyboardInterrupt(), TimeoutError("of an alarm's handler")]
+    ended = []
+
+    def first() -> None:
+        if interrupts:
+            raise interrupts.pop(0)
+        ended.append("first")
+
+    with pytest.raises(TimeoutError, match="alarm"):
+        wait_whatever_comes([first, lambda: ended.append("second")])
+    assert ended == ["first", "second"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

@@ -99,11 +99,17 @@ def test_the_kernels_reach_every_element_once() -> None:
     assert done.stdout == "as they should be\n", done.stderr
 
 
+TYPES = {"float32": "*fp32", "bfloat16": "*bf16"}
+
+
+@pytest.mark.parametrize("kernel", ["update_many", "update_run"])
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize(
     ("teacher", "student"), [("float32", "float32"), ("float32", "bfloat16"), ("bfloat16", "bfloat16")]
 )
-def test_the_kernel_is_compiled_to_the_hooks_two_roundings(capability: int, teacher: str, student: str) -> None:
+def test_the_kernel_is_compiled_to_the_hooks_two_roundings(
+    capability: int, teacher: str, student: str, kernel: str
+) -> None:
     """A product that is rounded, then a multiply-add that is rounded once; 16 bytes at a time; nothing flushed to zero.
 
     Compiled for GPUs that need not be there (A100 and H100).
@@ -114,15 +120,18 @@ def test_the_kernel_is_compiled_to_the_hooks_two_roundings(capability: int, teac
 
     from ckpt_ema.engine import kernels
 
-    given = dict.fromkeys(("chunks", "teachers", "students", "counts"), "*i64") | {"keep": "fp32", "take": "fp32"}
-    constants = {
-        "teacher_dtype": getattr(triton.language, teacher),
-        "student_dtype": getattr(triton.language, student),
-        "lerp": False,
-        "block": BLOCK_ELEMENTS,
-    }
-    signature = given | dict.fromkeys(constants, "constexpr")
-    source = ASTSource(kernels.update_many, signature=signature, constexprs=constants)
+    constants = {"block": BLOCK_ELEMENTS}
+    if kernel == "update_many":
+        given = dict.fromkeys(("chunks", "teachers", "students", "counts"), "*i64")
+        dtypes = {"teacher_dtype": teacher, "student_dtype": student}
+        constants |= {name: getattr(triton.language, dtype) for name, dtype in dtypes.items()} | {"lerp": False}
+        aligned = {}
+    else:
+        given = {"teacher": TYPES[teacher], "student": TYPES[student], "count": "i64"}
+        # As Triton finds of the addresses that it is called with.
+        aligned = {(place,): [["tt.divisibility", 16]] for place in (0, 1)}
+    signature = given | {"keep": "fp32", "take": "fp32"} | dict.fromkeys(constants, "constexpr")
+    source = ASTSource(getattr(kernels, kernel), signature=signature, constexprs=constants, attrs=aligned)
     options = {"num_warps": fused.NUM_WARPS}
     program = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["ptx"]
     arithmetic = set(re.findall(r"(?:mul|add|sub|fma)[\w.]*\.f32\b", program))
@@ -155,6 +164,55 @@ def test_from_a_half_on_lerp_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -
         rule.Rule(lerp=True).average_all_([teacher], [student], momentum)
         assert torch.equal(teacher, torch.zeros(3).lerp(student, momentum))
     assert served == [0.1, 0.49]
+
+
+@pytest.fixture
+def has_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One that only says that no graph is captured, and how waits are to be treated; what it is told comes back."""
+    told: list[int] = []
+    monkeypatch.setattr(fused, "_reasons", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: told[-1] if told else 0)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", told.append)
+    return told
+
+
+def test_a_full_device_is_no_reason_for_good(monkeypatch: pytest.MonkeyPatch, has_a_gpu: list[int]) -> None:
+    """Any other is tried once."""
+    errors: list[Exception] = [torch.cuda.OutOfMemoryError("full"), ImportError("no Triton")]
+
+    def fail(*_: object) -> bool:
+        raise errors.pop(0)
+
+    monkeypatch.setattr(fused, "_has_torchs_bits", fail)
+    kind = torch.device("cuda", 0), torch.float32, torch.float32
+    assert [why_not(*kind) for _ in range(3)] == ["full", "ImportError: no Triton", "ImportError: no Triton"]
+    assert not has_a_gpu
+
+
+def test_who_looks_for_waits_does_not_find_the_trial(monkeypatch: pytest.MonkeyPatch, has_a_gpu: list[int]) -> None:
+    """It waits once, which is allowed for as long as it takes and not longer."""
+    has_a_gpu.append(2)
+    monkeypatch.setattr(fused, "_has_torchs_bits", lambda *_: has_a_gpu == [2, 0])
+    assert is_usable(torch.device("cuda", 0), torch.float32, torch.float32)
+    assert has_a_gpu == [2, 0, 2]
+
+
+@pytest.mark.usefixtures("has_a_gpu")
+def test_tables_that_could_not_be_made_are_not_taken_for_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the same tensors the next update tries again."""
+    pairs = [(torch.zeros(4), torch.ones(4))]
+    updates = FusedUpdates(lerp=False)
+    assert updates.prepare(pairs)
+    other = [(torch.zeros(8), torch.ones(8))]
+    with monkeypatch.context() as patch:
+        patch.setattr(updates, "_divide", lambda _: 1 / 0)
+        for _ in range(2):
+            with pytest.raises(ZeroDivisionError):
+                updates.prepare(other)
+            with pytest.raises(ZeroDivisionError):
+                updates.prepare(pairs)
+    assert updates.update_(other, 0.5, 0.5) == other
 
 
 def test_without_a_gpu_nothing_is_fused() -> None:

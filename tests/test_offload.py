@@ -290,7 +290,12 @@ def test_a_copy_of_a_teacher_goes_a_way_of_its_own(
 ) -> None:
     """Also where an update was under way: it is in both."""
     with modelled(monkeypatch, 0):
-        teacher = MeanTeacher(Student(torch.float32), momentum=0.1, device="cpu")
+        student = Student(torch.float32)
+        teacher = MeanTeacher(student, momentum=0.1, device="cpu")
+        teacher.update()
+        teacher.wait()
+        with torch.no_grad():
+            student.weight.add_(1)
         teacher.update()
         if not is_pending:
             teacher.wait()
@@ -298,7 +303,7 @@ def test_a_copy_of_a_teacher_goes_a_way_of_its_own(
         assert other._offload in set(offload._ALIVE) - {teacher._offload}
         assert_same_bits(clones(other), clones(teacher))
         other.update()
-        assert other.num_updates == 2
+        assert other.num_updates == 3
 
 
 def test_a_teacher_module_stays_where_it_is() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import random
+import re
 import signal
 import time
 import warnings
@@ -18,8 +19,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import ckpt_ema
-from ckpt_ema import CkptEmaError, MeanTeacher, MisuseError
+from ckpt_ema import CkptEmaError, MeanTeacher, MisuseError, Snapshots
+from ckpt_ema.engine import arithmetic
+from ckpt_ema.online import rule
 from tests.conftest import Outcome, assert_same_bits, quiet_fold, start_ranks
+from tests.test_snapshots import metadata
 
 MOMENTUM = 0.1
 
@@ -847,9 +851,107 @@ def test_sharded_replicated_and_bare_students_have_one_teacher(tmp_path: Path) -
     start_ranks("online_ranks.py", 2, tmp_path)
 
 
+@pytest.fixture
+def captured(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], contextlib.AbstractContextManager[None]]]:
+    """A context in which torch says that a CUDA graph is being captured."""
+
+    @contextlib.contextmanager
+    def capturing() -> Iterator[None]:
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.cuda, "is_initialized", lambda: True)
+            patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+            yield
+
+    return capturing
+
+
+def test_what_a_graph_would_do_wrongly_at_every_replay_is_not_captured(
+    student: Student, tmp_path: Path, captured: Any
+) -> None:
+    """The copy of the first update, tracks whose coefficients change, and what waits for the host."""
+    some: list[tuple[str, dict[str, Any], int]] = [
+        ("the first update, which copies the student,", {}, 0),
+        ("an update with `snapshots`", {"snapshots": Snapshots(tmp_path, every=100)}, 1),
+        ("an update with `on_nonfinite`", {"on_nonfinite": "skip"}, 1),
+        ('an update with `device="cpu"`', {"device": "cpu"}, 1),
+    ]
+    for what, options, num_before in some:
+        teacher = MeanTeacher(student, momentum=MOMENTUM, **options)
+        for _ in range(num_before):
+            teacher.update()
+        with captured(), pytest.raises(CkptEmaError, match=f"^{re.escape(what)} cannot be captured in a CUDA graph"):
+            teacher.update()
+        assert (teacher.num_steps, teacher.num_updates) == (num_before, num_before)
+        teacher.update()
+        assert teacher.num_updates == num_before + 1
+
+
+def test_a_captured_update_is_one_whatever_the_interval_and_no_formula_is_claimed_any_more(
+    student: Student, tmp_path: Path, captured: Any
+) -> None:
+    """How often a graph is replayed, nobody counts."""
+    teacher = MeanTeacher(student, momentum=MOMENTUM, interval=2)
+    for _ in range(4):
+        teacher.update()
+    assert metadata(teacher.save_snapshot(tmp_path, 4))["response"] is not None
+    with torch.no_grad():
+        student.scale.fill_(2.5)
+    with captured():
+        assert teacher.update()
+    assert teacher.tensors()["scale"].item() == pytest.approx(1.5 * (1 - MOMENTUM) + 2.5 * MOMENTUM)
+    assert (teacher.num_steps, teacher.num_updates) == (4, 2)
+    assert metadata(teacher.save_snapshot(tmp_path, 4))["response"] is None
+    teacher.copy_student()
+    assert metadata(teacher.save_snapshot(tmp_path, 4))["response"] is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_whatever_the_default_device_is(student: Student, dtype: torch.dtype) -> None:
+    """What an update needs besides the student's and the teacher's tensors is where these are."""
+    student = student.to(dtype)
+    teachers = [MeanTeacher(student, momentum=MOMENTUM) for _ in range(2)]
+    stalled = []
+    for teacher, device in zip(teachers, ("cpu", "meta"), strict=True):
+        for cached in (arithmetic.addr_has_the_hooks_bits, arithmetic._one, rule._pieces_have_the_hooks_bits):
+            cached.cache_clear()
+        with torch.device(device), torch.no_grad():
+            for number in range(3):
+                student.encoder.weight.fill_(number)
+                teacher.update()
+            stalled.append(teacher.stalled_fraction())
+    assert stalled[0] == stalled[1] > 0
+    assert_same_bits(*(teacher.tensors() for teacher in teachers))
+
+
 # --- on a GPU ---------------------------------------------------------------------------------------------------------
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and torch finds none here")
+
+
+@pytest.mark.parametrize("device", ["cpu", "cpu, as on a GPU", pytest.param("cuda", marks=needs_gpu)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.float8_e4m3fn])
+def test_one_number_that_is_none_among_many_is_found(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, device: str
+) -> None:
+    """In any tensor, at any place; the largest numbers that are some are not taken for one, nor is an empty tensor."""
+    if "as on a GPU" in device:
+        monkeypatch.setattr(rule, "_is_on_cpu", lambda tensor: False)
+    device = device.partition(",")[0]
+    greatest = torch.finfo(dtype).max
+    tensors = [
+        torch.full((size,), greatest, dtype=torch.float64, device=device).to(dtype) for size in (1, 0, 5000, 300_000)
+    ]
+    assert rule.is_finite(tensors)
+    tensors.append(torch.ones(7, 3, dtype=torch.float64, device=device).t())
+    assert rule.is_finite(tensors)
+    numbers = [torch.nan] if dtype is torch.float8_e4m3fn else [torch.nan, torch.inf, -torch.inf]
+    for number in numbers:
+        for tensor, place in ((tensors[0], 0), (tensors[2], 4999), (tensors[3], 123_457)):
+            before = tensor[place].clone()
+            tensor[place] = number
+            assert not rule.is_finite(tensors)
+            tensor[place] = before
+    assert rule.is_finite(tensors)
 
 
 @needs_gpu

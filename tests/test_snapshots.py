@@ -48,7 +48,8 @@ def walk(student: nn.Module, steps: int, *, first: int = 1) -> Iterator[int]:
         generator = torch.Generator().manual_seed(step)
         with torch.no_grad():
             for parameter in student.parameters():
-                parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter) / step)
+                # Divided here: a GPU multiplies by the reciprocal, which rounds in another way.
+                parameter.add_((torch.randn(parameter.shape, generator=generator) / step).to(parameter))
         yield step
 
 

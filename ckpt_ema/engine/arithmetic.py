@@ -34,9 +34,11 @@ def addr_has_the_hooks_bits(dtype: torch.dtype) -> bool:
     """
     if dtype not in (torch.float32, torch.float64):
         return False
-    generator = torch.Generator().manual_seed(0)
-    teacher, student = torch.randn(2, CHECKED_ELEMENTS, generator=generator, dtype=torch.float64).exp().to(dtype)
-    student = student * torch.where(torch.arange(CHECKED_ELEMENTS) % 2 == 0, -1.0, 1.0).to(dtype)
+    # On the CPU, whatever device is the default one.
+    generator = torch.Generator("cpu").manual_seed(0)
+    values = torch.randn(2, CHECKED_ELEMENTS, generator=generator, dtype=torch.float64, device="cpu")
+    teacher, student = values.exp().to(dtype)
+    student[::2] *= -1
     for keep, take in ((0.999, 0.001), (0.9, 0.1), (1 / 3, 2 / 3)):
         expected = teacher.clone().mul_(keep).add_(student, alpha=take)
         found = teacher.clone().view(1, -1).addr_(_one(dtype), student, beta=keep, alpha=take)
@@ -47,7 +49,7 @@ def addr_has_the_hooks_bits(dtype: torch.dtype) -> bool:
 
 @functools.cache
 def _one(dtype: torch.dtype) -> torch.Tensor:
-    return torch.ones(1, dtype=dtype)
+    return torch.ones(1, dtype=dtype, device="cpu")
 
 
 def sign_of_finiteness(elements: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,10 @@ from ckpt_ema.errors import CkptEmaError
 
 MAX_VIEWS = 16
 
+# At the first slice of all, older releases of torch (2.3 is one) look for numpy behind a lock that is waited for with
+# the interpreter's own held: two threads that come there at once wait for each other for ever. So one goes first.
+torch.empty(1, device="cpu")[:1]
+
 
 class Buffer:
     """A run of bytes, allocated once, seen as bytes and as a tensor of any dtype."""

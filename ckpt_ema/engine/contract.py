@@ -1,4 +1,4 @@
-"""What every engine does, and how it reports a teacher that is no teacher."""
+"""What every engine does, how it ends whatever interrupts it, and how it reports a teacher that is no teacher."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def write_block(teacher: Teacher, aliases: Sequence[Alias], content: memoryview,
 def wait_whatever_comes(waits: Sequence[Callable[[], object]]) -> None:
     """Call each until it returns, however often it is interrupted, and raise the last interrupt then.
 
-    An interrupt is what is no Exception: Ctrl-C, or what a handler of signals raises. Not for a thread's `join` alone:
-    an interrupted one takes a thread that runs for one that has ended.
+    None may raise anything of its own: whatever comes out of one is Ctrl-C, or what another handler of signals raised.
+    Not for a thread's `join` alone: an interrupted one takes a thread that runs for one that has ended.
     """
     interrupt: BaseException | None = None
     for wait in waits:
@@ -49,8 +49,6 @@ def wait_whatever_comes(waits: Sequence[Callable[[], object]]) -> None:
             try:
                 wait()
                 break
-            except Exception:
-                raise
             except BaseException as error:
                 interrupt = error
     if interrupt is not None:

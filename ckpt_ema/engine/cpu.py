@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 
-from ckpt_ema.blocks import ELEMENT_MULTIPLE, Block
+from ckpt_ema.blocks import Block, padded
 from ckpt_ema.engine.arithmetic import comparable, sign_of_finiteness, update_
 from ckpt_ema.engine.buffers import Buffer
 from ckpt_ema.engine.contract import (
@@ -147,29 +147,29 @@ class _BlockFolder:
     def _average(self, block: Block) -> None:
         lane = block.lane
         count = block.end - block.begin
-        padded = -(-count // ELEMENT_MULTIPLE) * ELEMENT_MULTIPLE
-        accumulators = [buffer.elements(lane.accumulate_dtype, padded) for buffer in self._accumulators]
+        size = padded(count)
+        accumulators = [buffer.elements(lane.accumulate_dtype, size) for buffer in self._accumulators]
         # The first input becomes the teacher: read straight into its place where it needs no conversion.
         if lane.input_dtypes[0] is lane.accumulate_dtype:
             self._read(self._layouts[0], block, self._accumulators[0])
         else:
             self._read(self._layouts[0], block, self._raw)
-            accumulators[0].copy_(self._raw.elements(lane.input_dtypes[0], padded))
+            accumulators[0].copy_(self._raw.elements(lane.input_dtypes[0], size))
         for accumulator in accumulators[1:]:
             accumulator.copy_(accumulators[0])
         rows = [accumulator.view(1, -1) for accumulator in accumulators]
         inputs = zip(self._layouts[1:], self._updates[1:], lane.input_dtypes[1:], strict=True)
         for layout, updates, dtype in inputs:
             self._read(layout, block, self._raw)
-            student = self._raw.elements(dtype, padded)
+            student = self._raw.elements(dtype, size)
             if dtype is not lane.accumulate_dtype:
-                student = self._widened.elements(lane.accumulate_dtype, padded).copy_(student)
+                student = self._widened.elements(lane.accumulate_dtype, size).copy_(student)
             for row, (keep, take) in zip(rows, updates, strict=True):
                 update_(row, student, keep, take)
         for teacher, accumulator, buffer in zip(self._teachers, accumulators, self._accumulators, strict=True):
             target, finished = accumulator, buffer
             if lane.dtype is not lane.accumulate_dtype:
-                target, finished = self._raw.elements(lane.dtype, padded), self._raw
+                target, finished = self._raw.elements(lane.dtype, size), self._raw
                 target.copy_(accumulator)
             if not _is_finite(target[:count]):
                 raise NonFiniteBlockError(self._find_origin(block, ~comparable(target[:count]).isfinite()))

@@ -1,8 +1,8 @@
 """The fold on a GPU: readers fill pinned buffers, streams copy in, compute and copy back, writers write.
 
-A single thread drives it and only queues work. Reads are handed out in the order in which the device needs them, so
-that the oldest one always has its buffer, and nothing ever waits for the device as a whole. Blocks are as large as a
-pinned buffer, so the model may be larger than the device's memory.
+A single thread drives it and only queues work. Reads are handed out in the order in which the device needs them, each
+with a buffer that the device has only to let go of, so that nothing ever waits for the device as a whole. Blocks are as
+large as a pinned buffer, so the model may be larger than the device's memory.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dataclasses import replace
 
 import torch
 
-from ckpt_ema.blocks import ELEMENT_MULTIPLE, Block, BlockPlan, Lane, buffer_bytes_per_element
+from ckpt_ema.blocks import ELEMENT_MULTIPLE, Block, BlockPlan, Lane, buffer_bytes_per_element, padded
 from ckpt_ema.dtypes import DType
 from ckpt_ema.engine import cpu, fused
 from ckpt_ema.engine.arithmetic import comparable
@@ -37,7 +37,7 @@ MIN_SLOTS = 8
 NUM_STAGES = 3
 NUM_RESULTS = 2
 MAX_READERS = 12
-MAX_WRITERS = 4
+MAX_WRITERS = 8
 # From so many teachers of 16-bit students on, torch's own calls, which read and write each teacher twice, keep an H100
 # longer than the link does (20 bytes of each at 3 TB/s, against 2 of the student at 50 GB/s). With fewer, compiling the
 # kernel that does it in one pass, about a second, costs more than it saves.
@@ -56,7 +56,8 @@ def fold_blocks(
 ) -> Timings:
     """The GPU's Engine; see there for the contract. What is copied, complex or not contiguous, the CPU does.
 
-    Raises CkptEmaError when the device has no room for the smaller of two block sizes.
+    Raises CkptEmaError when the device has no room for the smaller of two block sizes, fails, or makes a NaN or an
+    infinity where the CPU makes none.
     """
     plan = task.plan
     averaged = tuple(lane for lane in plan.lanes if _is_for_gpu(lane))
@@ -68,11 +69,10 @@ def fold_blocks(
         return timings
     slot_bytes = min(SLOT_BYTES, memory_budget_bytes // MIN_SLOTS)
     slot_bytes = 1 << max(0, slot_bytes.bit_length() - 1)  # torch pins powers of two, whatever is asked for
-    widest = max(buffer_bytes_per_element(lane)[0] for lane in averaged)
     num_slots = min(MAX_SLOTS, memory_budget_bytes // slot_bytes)
     pipeline = None
     for size in (slot_bytes, slot_bytes // 4):
-        elements = size // widest // ELEMENT_MULTIPLE * ELEMENT_MULTIPLE
+        elements = _elements_of_block(averaged, size)
         if not elements:
             raise MisuseError(
                 f"`--memory` is {memory_budget_bytes} bytes, too few for a GPU", hint="pass `--memory 64MiB`"
@@ -82,13 +82,15 @@ def fold_blocks(
             pipeline = _Pipeline(task, cut, teachers, progress, device, timings, num_slots)
             break
         except RuntimeError as error:
+            if not _is_lack_of_memory(error):
+                raise _failure(device, error) from error
             reason = first_line(error)
         # Behind the handler: what was allocated is held by the error until then.
-        torch.cuda.empty_cache()
+        _empty_cache()
     if pipeline is None:
-        free, total = torch.cuda.mem_get_info(device)
+        free, total = (num_bytes >> 20 for num_bytes in torch.cuda.mem_get_info(device))
         raise CkptEmaError(
-            f"{device} has no room for blocks of {size >> 10} KiB: {free >> 20} of {total >> 20} MiB are free",
+            f"{device} has no room for blocks of {size >> 10} KiB: {free} of {total} MiB are free",
             details=[reason],
             hint="free some of its memory, or pass `--device cpu`",
         )
@@ -97,15 +99,39 @@ def fold_blocks(
     except RuntimeError as error:
         if any(error is each for each in pipeline.errors_of_caller):
             raise
-        raise CkptEmaError(f"{device} failed: {first_line(error)}", hint="pass `--device cpu`") from error
+        raise _failure(device, error) from error
     finally:
         pipeline.close()
-        torch.cuda.empty_cache()
+        _empty_cache()
     return timings
 
 
 def _is_for_gpu(lane: Lane) -> bool:
     return lane.is_plain_average and lane.dtype.kind != "complex"
+
+
+def _elements_of_block(lanes: Sequence[Lane], num_bytes: int) -> int:
+    """As many as a buffer of `num_bytes` holds of every lane, but for those that it holds whole, such as counters."""
+    sizes = [(buffer_bytes_per_element(lane)[0], padded(lane.num_elements)) for lane in lanes]
+    longer = [size for size, count in sizes if size * count > num_bytes]
+    if not longer:
+        return max(count for _, count in sizes)
+    return num_bytes // max(longer) // ELEMENT_MULTIPLE * ELEMENT_MULTIPLE
+
+
+def _is_lack_of_memory(error: RuntimeError) -> bool:
+    # What is said of page-locked memory has no type of its own.
+    return isinstance(error, torch.cuda.OutOfMemoryError) or "out of memory" in str(error)
+
+
+def _failure(device: torch.device, error: RuntimeError) -> CkptEmaError:
+    return CkptEmaError(f"{device} failed: {first_line(error)}", hint="pass `--device cpu`")
+
+
+def _empty_cache() -> None:
+    # A device that failed fails here, too; what it failed of is being raised.
+    with contextlib.suppress(RuntimeError):
+        torch.cuda.empty_cache()
 
 
 class _Input:
@@ -156,6 +182,10 @@ class _Result(_Stage):
         super().__init__(num_bytes, device)
         self.extremes = torch.empty(2, dtype=torch.float64, device=device)
 
+    def close(self) -> None:
+        super().close()
+        self.extremes.untyped_storage().resize_(0)
+
 
 class _Pipeline:
     """The buffers and streams of one pass over the blocks.
@@ -177,16 +207,19 @@ class _Pipeline:
         self._task, self._plan, self._teachers = task, plan, teachers
         self._progress, self._device, self._timings = progress, device, timings
         self._extents = ExtentTable(task.files)
+        # Several teachers are several files, which are written at once.
+        num_outputs = num_slots // (4 if len(teachers) == 1 else 2)
         self._num_readers = min(MAX_READERS, max(2, plan.num_threads))
-        self._num_writers = min(MAX_WRITERS, max(1, plan.num_threads // 2))
+        self._num_writers = min(MAX_WRITERS, num_outputs, max(1, plan.num_threads // 2))
         self._lock = threading.Lock()
         self.errors_of_caller: list[BaseException] = []
         """What was raised in reading, writing and progress, and is not the device's."""
 
-        lanes, elements = plan.lanes, plan.block_elements
-        raw = elements * max(lane.input_itemsize for lane in lanes)
-        wide = elements * max(lane.accumulate_dtype.itemsize for lane in lanes)
-        out = elements * max(lane.dtype.itemsize for lane in lanes)
+        lanes = plan.lanes
+        counts = [min(plan.block_elements, padded(lane.num_elements)) for lane in lanes]
+        raw = max(count * lane.input_itemsize for count, lane in zip(counts, lanes, strict=True))
+        wide = max(count * lane.accumulate_dtype.itemsize for count, lane in zip(counts, lanes, strict=True))
+        out = max(count * lane.dtype.itemsize for count, lane in zip(counts, lanes, strict=True))
         self._stages = [_Stage(raw, device) for _ in range(NUM_STAGES)]
         self._results = deque(_Result(out, device) for _ in range(NUM_RESULTS))
         self._accumulators = [_Stage(wide, device) for _ in teachers]
@@ -196,7 +229,6 @@ class _Pipeline:
         for stream in streams:
             # The allocator may have given memory that the caller's own work has still to write to.
             stream.wait_stream(torch.cuda.current_stream(device))
-        num_outputs = num_slots // 4
         self._inputs = deque(_Input(raw) for _ in range(num_slots - num_outputs))
         self._outputs = deque(_Output(out) for _ in range(num_outputs))
         self._slots: list[_Input | _Output] = [*self._inputs, *self._outputs]
@@ -228,25 +260,27 @@ class _Pipeline:
         wait([slot.future for slot in self._slots if slot.future is not None and not slot.future.cancel()])
         for executor in (readers, writers):
             executor.shutdown()
-        torch.cuda.synchronize(self._device)
+        with contextlib.suppress(RuntimeError):  # a device that failed, which has been said
+            torch.cuda.synchronize(self._device)
 
     def close(self) -> None:
-        """Give all memory back: of an error that is held, the traceback holds the pipeline and views of its buffers."""
+        """Give all memory back, though the traceback of an error that is held has the pipeline and its buffers."""
         for stage in (*self._stages, *self._results, *self._accumulators, self._widened):
             stage.close()
-        self._inputs.clear()
-        self._outputs.clear()
+        for slot in self._slots:
+            slot.future = None
+            del slot.buffer
         self._slots.clear()
         self._spans.clear()
+        self.errors_of_caller.clear()
 
     def _drive(self, readers: ThreadPoolExecutor, writers: ThreadPoolExecutor) -> None:
         wanted = self._reads()
         pending: deque[tuple[Block, int, _Input]] = deque()
         number = 0
         while True:
-            while self._may_read(bool(pending)) and (item := next(wanted, None)) is not None:
+            while self._inputs and (item := next(wanted, None)) is not None:
                 slot = self._inputs.popleft()
-                self._wait(slot.copied.synchronize)  # the device has taken what was in it
                 slot.future = readers.submit(self._read, *item, slot)
                 pending.append((*item, slot))
             if not pending:
@@ -269,16 +303,13 @@ class _Pipeline:
         until()
         self._timings.waiting += time.perf_counter() - started
 
-    def _may_read(self, has_pending: bool) -> bool:
-        """Whether a buffer is there to be filled; the one whose copy was queued last is left to the device."""
-        return bool(self._inputs) and (not has_pending or self._inputs[0].copied.query())
-
     def _reads(self) -> Iterator[tuple[Block, int]]:
         for block in self._plan.blocks():
             for index in range(len(self._task.layouts)):
                 yield block, index
 
     def _read(self, block: Block, index: int, slot: _Input) -> None:
+        self._wait_until_copied(slot)  # the device has taken what was in it
         with self._of_caller():
             started = time.perf_counter()
             layout = self._task.layouts[index]
@@ -345,10 +376,11 @@ class _Pipeline:
             slot.future = writers.submit(self._write, teacher, block, slot, finished)
 
     def _write(self, teacher: Teacher, block: Block, slot: _Output, finished: _Countdown) -> None:
-        slot.copied.synchronize()
+        self._wait_until_copied(slot)
         if not all(map(math.isfinite, slot.extremes.tolist())):
             # The CPU folds this block once more, and finds the tensor and the checkpoint it came from.
-            cpu.refold(self._task, block)
+            with self._of_caller():
+                cpu.refold(self._task, block)
             raise CkptEmaError(
                 f"{self._device} made a NaN or an infinity where the CPU makes none", hint="pass `--device cpu`"
             )
@@ -360,6 +392,10 @@ class _Pipeline:
                 self._task.on_finished(block)
         with self._lock:
             self._timings.writing += (time.perf_counter() - started) / self._num_writers
+
+    def _wait_until_copied(self, slot: _Input | _Output) -> None:
+        with torch.cuda.device(self._device):  # a thread begins with the first GPU, which it might begin to use
+            slot.copied.synchronize()
 
     @contextlib.contextmanager
     def _of_caller(self) -> Iterator[None]:

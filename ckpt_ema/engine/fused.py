@@ -50,7 +50,7 @@ def why_not(device: torch.device, teacher: torch.dtype, student: torch.dtype, *,
         try:
             with _syncs_allowed():
                 _reasons[key] = "" if _has_torchs_bits(*key) else "it rounds in another way than torch"
-        except torch.cuda.OutOfMemoryError as error:  # when it is asked again there may be room
+        except torch.cuda.OutOfMemoryError as error:  # not for good: the next teacher, or the next fold, may have room
             return str(error)
         except Exception as error:  # no Triton, no compiler for its launcher, a device it does not know: whatever it is
             _reasons[key] = f"{type(error).__name__}: {error}"

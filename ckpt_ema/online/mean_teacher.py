@@ -160,12 +160,18 @@ class MeanTeacher:
         """Count one training step; at every `interval`-th one fold the student in. True when the teacher changed.
 
         Snapshot tracks take one update each at every call, and are written where a file is due. Call it after
-        `optimizer.step()`. Replayed in a CUDA graph it changes the teacher alone: steps are not counted, and the
-        interval, `on_nonfinite` and snapshots have no part in it. Raises CkptEmaError, the teacher, the tracks and the
-        counters unchanged, where the student is not finite or has lost or gained parameters; and, with the step
-        counted, where a snapshot cannot be written. With `device="cpu"` it may raise what `wait` raises.
+        `optimizer.step()`. Raises CkptEmaError, the teacher, the tracks and the counters unchanged, where the student
+        is not finite or has lost or gained parameters; and, with the step counted, where a snapshot cannot be written.
+        With `device="cpu"` it may raise what `wait` raises.
+
+        While a CUDA graph is captured it puts one update of the teacher into the graph, whatever the interval, and
+        counts nothing, nor does a replay. Keep this object as long as the graph. The first update, snapshots,
+        `on_nonfinite` and `device="cpu"` cannot be captured, and raise CkptEmaError.
         """
         self._refuse_swapped("update the teacher")
+        if _is_capturing():
+            self._capture()
+            return True
         step = self.num_steps + 1
         is_due = step % self.interval == 0
         if not is_due and self._tracks is None:
@@ -185,6 +191,24 @@ class MeanTeacher:
                 self._tracks.update(step)
             self._tracks.write_due(step, self._record(step, {}))
         return is_due and not is_left_out
+
+    def _capture(self) -> None:
+        obstacles = {
+            "the first update, which copies the student,": self._start is None,
+            "an update with `snapshots`": self._tracks is not None,
+            "an update with `on_nonfinite`": self._settings.on_nonfinite is not None,
+            'an update with `device="cpu"`': self._offload is not None,
+        }
+        for what, is_one in obstacles.items():
+            if is_one:
+                raise CkptEmaError(
+                    f"{what} cannot be captured in a CUDA graph",
+                    hint="call `teacher.update()` outside of `with torch.cuda.graph(...)`",
+                )
+        students, teachers = self._tensors()
+        self._fold(teachers, students, is_first=False)
+        # How often it is replayed nobody tells: from here on no formula describes the teacher.
+        self._copied = None
 
     def _average(self, students: list[torch.Tensor], teachers: list[torch.Tensor], step: int) -> None:
         fold = functools.partial(self._fold, teachers, is_first=self._start is None)
@@ -518,6 +542,12 @@ class MeanTeacher:
                 f"cannot {what} while the teacher's numbers are swapped into a module",
                 hint="do it after the `with teacher.swapped_into(...)` block",
             )
+
+
+def _is_capturing() -> bool:
+    # To ask where no GPU was used yet would begin to use one.
+    is_used = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return is_used and torch.cuda.is_current_stream_capturing()
 
 
 def _like(student: torch.Tensor, local: torch.Tensor) -> torch.Tensor:

@@ -91,11 +91,13 @@ class Offload:
 
     def wait(self) -> None:
         """Wait until the last update is in the teacher, and raise what it raised."""
-        if self._folding is None:
+        folding = self._folding
+        if folding is None:
             return
         # Whoever interrupts this leaves something to wait for, and an error to be raised.
-        wait([self._folding])
-        folding, self._folding, self._copied = self._folding, None, []
+        wait([folding])
+        if self._folding is folding:  # another thread may have waited for it, too
+            self._folding, self._copied = None, []
         folding.result()
 
 
@@ -105,7 +107,7 @@ def is_on_gpu(tensor: torch.Tensor) -> bool:
 
 
 def hold_back_all() -> None:
-    """The same for every teacher in host memory: somebody is about to write to a student that they may share."""
+    """Hold training back for every teacher in host memory: somebody is about to write to a student they may share."""
     for offload in list(_ALIVE):
         offload.hold_back()
 
@@ -117,8 +119,9 @@ def _fold_when_copied(
     staged: Sequence[torch.Tensor],
     fold: Fold,
 ) -> None:
-    for _, event in copied:
-        event.synchronize()
+    for device, event in copied:
+        with torch.cuda.device(device):  # a thread begins with the first GPU, which it might begin to use
+            event.synchronize()
     fold(staged)
 
 

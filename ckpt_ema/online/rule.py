@@ -18,12 +18,16 @@ GRAIN = 32768
 """Elements that torch gives a thread at least, a multiple of every vector: borders between threads fall on these."""
 
 
+NORMED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+"""Dtypes whose norms torch takes of many tensors at once."""
+
+
 class Rule:
     """`teacher = (1 - momentum) * teacher + momentum * student`, in the teacher's dtype.
 
     With the bits of `mul_(1 - momentum).add_(student, alpha=momentum)`, or of `lerp_(student, momentum)`. A GPU does
-    all tensors in one kernel where it can. What a CPU converts on the way goes through one buffer of BLOCK_ELEMENTS:
-    fresh memory costs as much as the update.
+    all tensors of a pair of dtypes in one kernel where it can. What a CPU converts on the way goes through one buffer
+    of BLOCK_ELEMENTS: fresh memory costs as much as the update.
     """
 
     def __init__(self, *, lerp: bool) -> None:
@@ -84,7 +88,8 @@ class Rule:
         scratch = self._scratch.get(teacher.dtype)
         if scratch is None:
             with torch.inference_mode(False):  # or no later update outside of it could use it
-                scratch = self._scratch[teacher.dtype] = torch.empty(BLOCK_ELEMENTS, dtype=teacher.dtype)
+                scratch = torch.empty(BLOCK_ELEMENTS, dtype=teacher.dtype, device="cpu")
+            self._scratch[teacher.dtype] = scratch
         return scratch[: student.numel()].view(student.shape).copy_(student)
 
 
@@ -112,8 +117,8 @@ def _pieces_have_the_hooks_bits(dtype: torch.dtype, num_threads: int) -> bool:
     if not addr_has_the_hooks_bits(dtype):
         return False
     count = GRAIN * (3 * num_threads - 1)
-    generator = torch.Generator().manual_seed(0)
-    teacher, student = torch.randn(2, count, generator=generator, dtype=dtype)
+    generator = torch.Generator("cpu").manual_seed(0)
+    teacher, student = torch.randn(2, count, generator=generator, dtype=dtype, device="cpu")
     expected = teacher.clone().mul_(0.999).add_(student, alpha=0.001)
     for begin, end in ((0, GRAIN * 2 * num_threads), (GRAIN * 2 * num_threads, count)):
         if begin < end:
@@ -174,8 +179,15 @@ def is_finite(tensors: Sequence[torch.Tensor]) -> bool:
     """Whether no tensor holds a NaN or an infinity; waits once for each GPU."""
     tensors = [tensor for tensor in tensors if tensor.numel()]
     signs: dict[torch.device, list[torch.Tensor]] = {}
+    alike: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
     for tensor in tensors:
-        signs.setdefault(tensor.device, []).append(sign_of_finiteness(tensor).abs().double())
+        if _is_on_cpu(tensor) or tensor.dtype not in NORMED:
+            signs.setdefault(tensor.device, []).append(sign_of_finiteness(tensor).abs().double())
+        else:
+            alike.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+    for (device, _), group in alike.items():
+        # A GPU does all of these in a few calls; a NaN or an infinity stays what it is in a sum of squares.
+        signs.setdefault(device, []).append(torch.stack(torch._foreach_norm(group)).double().sum())
     return all(math.isfinite(torch.stack(each).sum().item()) for each in signs.values()) or all(
         bool(comparable(tensor).isfinite().all()) for tensor in tensors
     )
