@@ -27,6 +27,7 @@ from bench_online import bench_online, bench_online_cuda
 from bench_sharded import bench_ranks, bench_sharded
 
 THREADS = len(os.sched_getaffinity(0))
+ON_GPU = {"device": "cuda"}
 
 
 def main() -> None:
@@ -53,17 +54,17 @@ def main() -> None:
     try:
         for name in arguments.only:
             figures[name] = SECTIONS[name](arguments)
+            if arguments.json:  # by and by: an hour's figures are not lost to what fails last
+                arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
     finally:
         if not arguments.keep:
             shutil.rmtree(arguments.inputs, ignore_errors=True)
     if arguments.plot and "fold" in figures:
         draw_bars(figures["fold"], FOLD_BARS, arguments.plot)
-    if arguments.plot and figures.get("cuda"):
+    if arguments.plot and figures.get("cuda"):  # none without a GPU
         draw_bars(figures["cuda"], CUDA_BARS, arguments.plot.with_name("cuda.svg"))
     if arguments.plot and "growth" in figures:
         draw_growth(figures, arguments.plot.with_name("growth.svg"))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
 
 
 def describe_machine() -> str:
@@ -112,7 +113,7 @@ def measure(what: str, run: str, output: str, options: str) -> None:
 def peak_memory_bytes() -> int:
     """Of this process; getrusage would take what its parent had for its own."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
+    return 1024 * int(next((line.split()[1] for line in lines if line.startswith("VmHWM")), "0"))  # 0: not told
 
 
 def touch_memory(output: Path, run: Path, num_teachers: int = 1) -> None:
@@ -183,8 +184,8 @@ def median_ratio(one: list[dict[str, float]], other: list[dict[str, float]]) -> 
 
 
 def print_rates(results: dict[str, list[dict[str, float]]], num_bytes: int, base: str) -> None:
-    """A table of what read `num_bytes`, against `base`."""
-    print(f"| | seconds | GB/s read | times {base} |")
+    """A table of what took `num_bytes` in, against `base`."""
+    print(f"| | seconds | GB/s | times {base} |")
     print("|---|---|---|---|")
     for name, items in results.items():
         seconds, ratio = median_seconds(items), median_ratio(items, results[base])
@@ -294,37 +295,58 @@ def bench_cold(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def bench_cuda(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The fold on a GPU against the copying that it cannot avoid; nothing where there is no GPU."""
-    import torch
-
-    if not torch.cuda.is_available():
-        print("\nno GPU here: the fold on a GPU was not measured", flush=True)
-        return {}
-    rows = {}
+    """The fold on a GPU against the copying that it cannot avoid, from a warm page cache."""
     momenta = [k / 10 for k in range(1, 9)]
-    on_gpu = {"device": "cuda"}
-    for dtype in ("float32", "bfloat16"):
-        run = write_run(arguments.inputs / f"cuda-{dtype}", layers(arguments.elements), dtype, arguments, "safetensors")
-        cases = {
+
+    def cases(run: Path) -> dict[str, Case]:
+        found = {
             "pinned copy": Case("pinned", run),
             "read": Case("read", run),
             "read and write": Case("floor", run),
             "fold on the CPU": Case("fold", run, {"device": "cpu"}),
-            "fold on the GPU": Case("fold", run, on_gpu),
-            "eight teachers on the GPU": Case("fold", run, {**on_gpu, "momentum": momenta}),
-            "loop on the GPU": Case("loop", run, on_gpu),
+            "fold on the GPU": Case("fold", run, ON_GPU),
+            "eight teachers on the GPU": Case("fold", run, {**ON_GPU, "momentum": momenta}),
+            "loop on the GPU": Case("loop", run, ON_GPU),
         }
         if importlib.util.find_spec("mergekit"):
-            cases["mergekit on the GPU"] = Case("mergekit", run, on_gpu)
-        cases |= {
-            "dd, cold": Case("dd", run, is_cold=True),
-            "fold on the CPU, cold": Case("fold", run, {"device": "cpu"}, is_cold=True),
-            "fold on the GPU, cold": Case("fold", run, on_gpu, is_cold=True),
+            found["mergekit on the GPU"] = Case("mergekit", run, ON_GPU)
+        return found
+
+    return compare_on_gpu(cases, "pinned copy", "warm page cache", arguments)
+
+
+def bench_cuda_cold(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The fold on a GPU against dd reading the same files from the disk."""
+
+    def cases(run: Path) -> dict[str, Case]:
+        return {
+            "dd": Case("dd", run, is_cold=True),
+            "fold on the CPU": Case("fold", run, {"device": "cpu"}, is_cold=True),
+            "fold on the GPU": Case("fold", run, ON_GPU, is_cold=True),
         }
-        results = compare(cases, arguments)
+
+    return compare_on_gpu(cases, "dd", "cold", arguments)
+
+
+def compare_on_gpu(
+    cases_of: Callable[[Path], dict[str, Case]], base: str, what: str, arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """One table per dtype; nothing where there is no GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        print(f"\nno GPU here: the fold on a GPU was not measured, {what}", flush=True)
+        return {}
+    rows = {}
+    for dtype in ("float32", "bfloat16"):
+        run = write_run(arguments.inputs / f"cuda-{dtype}", layers(arguments.elements), dtype, arguments, "safetensors")
+        results = compare(cases_of(run), arguments)
         size = sum(path.stat().st_size for path in run.glob("step_*"))
-        print(f"\n{torch.cuda.get_device_name()}, {size / 1e9:.2f} GB of {dtype} checkpoints\n")
-        print_rates(results, size, "pinned copy")
+        print(
+            f"\n{torch.cuda.get_device_name()}, {arguments.checkpoints} checkpoints, {size / 1e9:.2f} GB of {dtype},"
+            f" {what}\n"
+        )
+        print_rates(results, size, base)
         rows[dtype] = {"device": torch.cuda.get_device_name(), "run_bytes": size, "results": results}
         if not arguments.keep:
             shutil.rmtree(run)
@@ -518,6 +540,7 @@ SECTIONS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "growth": bench_growth,
     "start": bench_start,
     "cuda": bench_cuda,
+    "cuda-cold": bench_cuda_cold,
     "online": bench_online,
     "online-cuda": bench_online_cuda,
     "sharded": bench_sharded,

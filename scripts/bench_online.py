@@ -115,12 +115,16 @@ def _more_on_a_gpu(student: Any) -> dict[str, Callable[[], object]]:
         captured.update()
     in_host_memory = MeanTeacher(student, momentum=MOMENTUM, device="cpu")
 
+    def replay() -> None:
+        graph.replay()
+        assert captured.num_updates  # the graph writes to its tensors, which have to live as long
+
     def to_the_end() -> None:
         in_host_memory.update()
         in_host_memory.wait()
 
     return {
-        "ckpt-ema, in a CUDA graph": graph.replay,
+        "ckpt-ema, in a CUDA graph": replay,
         'ckpt-ema, device="cpu", to its end': to_the_end,
     }
 
