@@ -11,6 +11,7 @@ import contextlib
 import math
 import random
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -38,6 +39,7 @@ class Device:
         self.forgets = forgets
         self.streams: list[Stream] = []
         self.allocated: list[torch.UntypedStorage] = []
+        self.pinned: list[weakref.ref[torch.Tensor]] = []
         self.num_run = 0
         self._lock = threading.RLock()
 
@@ -176,6 +178,8 @@ def modelled(
     def unpinned(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         def made(*arguments: Any, pin_memory: bool = False, **options: Any) -> torch.Tensor:
             tensor = make(*arguments, **options)
+            if pin_memory:
+                device.pinned.append(weakref.ref(tensor))
             if "device" in options and not pin_memory:
                 if tensor.nbytes > largest_bytes:
                     raise torch.OutOfMemoryError("CUDA out of memory, says the model")

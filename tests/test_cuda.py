@@ -285,6 +285,10 @@ def test_the_first_number_that_is_none_is_found_on_a_model_too(
     # The device has its memory back, though the error is at hand, and with it whatever its traceback holds.
     assert device.allocated
     assert not any(storage.nbytes() for storage in device.allocated)
+    # And the host: what is left are two numbers for each finished block on its way.
+    assert len(device.pinned) > 8
+    left = [tensor for pinned in device.pinned if (tensor := pinned()) is not None]
+    assert all(tensor.nbytes == 16 for tensor in left)
     assert plan.layouts[0].schema.names[caught.value.origin.tensor] == name
 
 

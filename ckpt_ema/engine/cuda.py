@@ -134,26 +134,34 @@ def _empty_cache() -> None:
         torch.cuda.empty_cache()
 
 
-class _Input:
-    """A pinned buffer that is read into, and the moment from which it may be filled again."""
+class _Slot:
+    """A pinned buffer, when the device has copied its content, and the reading into it or the writing of it."""
+
+    buffer: Buffer
 
     def __init__(self, num_bytes: int) -> None:
-        self.buffer = Buffer(num_bytes, pinned=True)
+        self._num_bytes = num_bytes
         # Whoever waits for it sleeps: readers and writers need the cores.
         self.copied = torch.cuda.Event(blocking=True)
         self.future: Future[None] | None = None
-        """Its reading."""
+
+    def pin(self) -> None:
+        """Get the memory, where there is none yet: that takes as long as reading does, and threads do it at once."""
+        if not hasattr(self, "buffer"):
+            self.buffer = Buffer(self._num_bytes, pinned=True)
+
+    def close(self) -> None:
+        """Give the memory back, whoever holds this."""
+        self.future = None
+        vars(self).pop("buffer", None)
 
 
-class _Output:
-    """A pinned buffer for a finished block, the moment from which it can be written, and its writing."""
+class _Output(_Slot):
+    """One for a finished block, with its least and its greatest number."""
 
     def __init__(self, num_bytes: int) -> None:
-        self.buffer = Buffer(num_bytes, pinned=True)
+        super().__init__(num_bytes)
         self.extremes = torch.empty(2, dtype=torch.float64, device="cpu", pin_memory=True)
-        self.copied = torch.cuda.Event(blocking=True)
-        self.future: Future[None] | None = None
-        """Its writing."""
 
 
 class _Stage:
@@ -229,9 +237,9 @@ class _Pipeline:
         for stream in streams:
             # The allocator may have given memory that the caller's own work has still to write to.
             stream.wait_stream(torch.cuda.current_stream(device))
-        self._inputs = deque(_Input(raw) for _ in range(num_slots - num_outputs))
+        self._inputs = deque(_Slot(raw) for _ in range(num_slots - num_outputs))
         self._outputs = deque(_Output(out) for _ in range(num_outputs))
-        self._slots: list[_Input | _Output] = [*self._inputs, *self._outputs]
+        self._slots = [*self._inputs, *self._outputs]
         self._spans: deque[tuple[str, torch.cuda.Event, torch.cuda.Event]] = deque()
         self._fused = {
             (lane.accumulate_dtype, dtype)
@@ -268,16 +276,17 @@ class _Pipeline:
         for stage in (*self._stages, *self._results, *self._accumulators, self._widened):
             stage.close()
         for slot in self._slots:
-            slot.future = None
-            del slot.buffer
+            slot.close()
         self._slots.clear()
         self._spans.clear()
         self.errors_of_caller.clear()
 
     def _drive(self, readers: ThreadPoolExecutor, writers: ThreadPoolExecutor) -> None:
         wanted = self._reads()
-        pending: deque[tuple[Block, int, _Input]] = deque()
+        pending: deque[tuple[Block, int, _Slot]] = deque()
         number = 0
+        for output in self._outputs:
+            output.future = writers.submit(output.pin)
         while True:
             while self._inputs and (item := next(wanted, None)) is not None:
                 slot = self._inputs.popleft()
@@ -308,7 +317,8 @@ class _Pipeline:
             for index in range(len(self._task.layouts)):
                 yield block, index
 
-    def _read(self, block: Block, index: int, slot: _Input) -> None:
+    def _read(self, block: Block, index: int, slot: _Slot) -> None:
+        slot.pin()
         self._wait_until_copied(slot)  # the device has taken what was in it
         with self._of_caller():
             started = time.perf_counter()
@@ -321,7 +331,7 @@ class _Pipeline:
                 self._timings.reading += seconds / self._num_readers
                 self._progress(num_bytes)
 
-    def _enter(self, block: Block, index: int, slot: _Input, stage: _Stage) -> None:
+    def _enter(self, block: Block, index: int, slot: _Slot, stage: _Stage) -> None:
         """Queue one student's copy to the device and its update of every teacher."""
         lane, count = block.lane, block.end - block.begin
         stored = torch_dtype(stored_dtype(self._task.layouts[index], block))
@@ -393,7 +403,7 @@ class _Pipeline:
         with self._lock:
             self._timings.writing += (time.perf_counter() - started) / self._num_writers
 
-    def _wait_until_copied(self, slot: _Input | _Output) -> None:
+    def _wait_until_copied(self, slot: _Slot) -> None:
         with torch.cuda.device(self._device):  # a thread begins with the first GPU, which it might begin to use
             slot.copied.synchronize()
 
