@@ -28,6 +28,7 @@ from bench_sharded import bench_ranks, bench_sharded
 
 THREADS = len(os.sched_getaffinity(0))
 ON_GPU = {"device": "cuda"}
+EIGHT_MOMENTA = [k / 10 for k in range(1, 9)]
 
 
 def main() -> None:
@@ -296,7 +297,6 @@ def bench_cold(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def bench_cuda(arguments: argparse.Namespace) -> dict[str, Any]:
     """The fold on a GPU against the copying that it cannot avoid, from a warm page cache."""
-    momenta = [k / 10 for k in range(1, 9)]
 
     def cases(run: Path) -> dict[str, Case]:
         found = {
@@ -305,7 +305,7 @@ def bench_cuda(arguments: argparse.Namespace) -> dict[str, Any]:
             "read and write": Case("floor", run),
             "fold on the CPU": Case("fold", run, {"device": "cpu"}),
             "fold on the GPU": Case("fold", run, ON_GPU),
-            "eight teachers on the GPU": Case("fold", run, {**ON_GPU, "momentum": momenta}),
+            "eight teachers on the GPU": Case("fold", run, {**ON_GPU, "momentum": EIGHT_MOMENTA}),
             "loop on the GPU": Case("loop", run, ON_GPU),
         }
         if importlib.util.find_spec("mergekit"):
@@ -323,6 +323,7 @@ def bench_cuda_cold(arguments: argparse.Namespace) -> dict[str, Any]:
             "dd": Case("dd", run, is_cold=True),
             "fold on the CPU": Case("fold", run, {"device": "cpu"}, is_cold=True),
             "fold on the GPU": Case("fold", run, ON_GPU, is_cold=True),
+            "eight teachers on the GPU": Case("fold", run, {**ON_GPU, "momentum": EIGHT_MOMENTA}, is_cold=True),
         }
 
     return compare_on_gpu(cases, "dd", "cold", arguments)
@@ -360,12 +361,11 @@ def bench_teachers(arguments: argparse.Namespace) -> dict[str, Any]:
     print("| teachers | warm | times one | cold | times one |")
     print("|---|---|---|---|---|")
     run = write_run(arguments.inputs / "teachers", layers(arguments.elements / 5), "float32", arguments, "safetensors")
-    momenta = [k / 10 for k in range(1, 9)]
     cases = {}
     for is_cold in (False, True):
         for count in (1, 2, 4, 8):
             name = f"{count} {'cold' if is_cold else 'warm'}"
-            cases[name] = Case("fold", run, {"momentum": momenta[:count]}, is_cold)
+            cases[name] = Case("fold", run, {"momentum": EIGHT_MOMENTA[:count]}, is_cold)
     rows = compare(cases, arguments)
     for count in (1, 2, 4, 8):
         warm, cold = rows[f"{count} warm"], rows[f"{count} cold"]
