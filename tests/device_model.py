@@ -180,7 +180,8 @@ def modelled(
             tensor = make(*arguments, **options)
             if pin_memory:
                 device.pinned.append(weakref.ref(tensor))
-            if "device" in options and not pin_memory:
+            # The engine's device is an object; where the host is meant, that is said by name.
+            if isinstance(options.get("device"), torch.device) and not pin_memory:
                 if tensor.nbytes > largest_bytes:
                     raise torch.OutOfMemoryError("CUDA out of memory, says the model")
                 device.allocated.append(tensor.untyped_storage())

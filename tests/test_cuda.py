@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import functools
 import itertools
 import math
 import os
@@ -22,8 +24,9 @@ import ckpt_ema
 from ckpt_ema import CkptEmaError
 from ckpt_ema.blocks import Block, BlockPlan
 from ckpt_ema.engine import choice, cpu, cuda
+from ckpt_ema.engine.buffers import Buffer
 from ckpt_ema.engine.choice import choose_engine
-from ckpt_ema.engine.contract import NonFiniteBlockError, Nowhere, Task, wait_whatever_comes
+from ckpt_ema.engine.contract import Engine, Jobs, NonFiniteBlockError, Nowhere, Task, wait_whatever_comes
 from ckpt_ema.engine.inputs import InputFiles
 from tests.conftest import quiet_fold
 from tests.device_model import modelled
@@ -198,8 +201,10 @@ def test_on_a_model_of_a_gpu_buffers_are_used_again(
     """By more students and more teachers than there are buffers, into teachers that are wider than they."""
     options: dict[str, Any] = {"momentum": EIGHT_MOMENTA, "dtype": "float32", "memory_budget_bytes": num_slots << 14}
     expected = fold_on_cpu(long_run, tmp_path / "cpu-{momentum}.safetensors", **options)
-    with modelled(monkeypatch, seed):
+    with modelled(monkeypatch, seed) as device:
         assert fold_on_a_model(long_run, tmp_path / "t-{momentum}.safetensors", **options) == expected
+    # Each is made once, and two numbers for each that is written from.
+    assert len(device.pinned) <= num_slots + num_slots // 2
 
 
 @pytest.mark.parametrize("forgets", ["wait_event", "wait_stream", "synchronize"])
@@ -242,16 +247,98 @@ def test_a_smaller_block_is_tried_where_the_device_is_full(
 def test_a_device_that_fails_is_said_to_fail(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not to be full; also where nothing can be done with it any more, or only what is done first fails."""
 
-    def fail(*_: object, **__: object) -> None:
-        raise RuntimeError("CUDA error: all devices are busy\nCompile with more patience")
+    failed = "cpu failed: CUDA error: all devices are busy\n\nhint: pass `--device cpu`"
+    full = (
+        "cpu has no room for blocks of 32 KiB\n  CUDA error: out of memory\n\n"
+        "hint: free some of its memory, or pass `--device cpu`"
+    )
+    for first, reason, expected in (
+        ("Stream", "all devices are busy", failed),
+        ("synchronize", "all devices are busy", failed),
+        ("Stream", "out of memory", full),
+    ):
 
-    for first in ("Stream", "synchronize"):
+        def fail(*_: object, reason: str = reason, **__: object) -> None:
+            raise RuntimeError(f"CUDA error: {reason}\nCompile with more patience")
+
         with modelled(monkeypatch, 0), monkeypatch.context() as patch:
             for what in (first, "empty_cache", "mem_get_info"):
                 patch.setattr(torch.cuda, what, fail)
             with pytest.raises(CkptEmaError) as caught:
                 fold_on_a_model(run, tmp_path / "t.safetensors", momentum=0.3, memory_budget_bytes=1 << 20)
-        assert str(caught.value) == "cpu failed: CUDA error: all devices are busy\n\nhint: pass `--device cpu`"
+        assert str(caught.value) == expected
+
+
+def test_without_room_for_what_is_page_locked_it_says_so(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That is memory of the host, and the budget's to say."""
+    made = itertools.count()
+
+    def pin(self: Buffer, num_bytes: int, *, pinned: bool = False) -> None:
+        if pinned and next(made) == 5:
+            raise RuntimeError("CUDA error: out of memory\nCompile with more patience")
+        make(self, num_bytes, pinned=pinned)
+
+    make = Buffer.__init__
+    with modelled(monkeypatch, 0), monkeypatch.context() as patch:
+        patch.setattr(Buffer, "__init__", pin)
+        with pytest.raises(CkptEmaError, match=r"no room for a page-locked buffer of \d+ KiB: CUDA error") as caught:
+            fold_on_a_model(run, tmp_path / "t.safetensors", momentum=0.3, memory_budget_bytes=1 << 20)
+    assert caught.value.hint == "pass a smaller `--memory`, or `--device cpu`"
+
+
+ON_THE_MODEL = functools.partial(cuda.fold_blocks, device=torch.device("cpu"), memory_budget_bytes=1 << 20)
+
+
+@pytest.mark.parametrize(("engine", "name"), [(cpu.fold_blocks, "fold"), (ON_THE_MODEL, "read")])
+def test_interrupted_while_a_thread_starts_nothing_runs_on(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: Engine, name: str
+) -> None:
+    """A thread whose start does not come to its end runs, though nobody has it."""
+    plan = ckpt_ema.plan(run, tmp_path / "t.safetensors", momentum=0.3, memory_budget_bytes=1 << 20)
+    blocks = only_for_gpu(plan.blocks)
+    start, preadv, has_returned = threading.Thread.start, os.preadv, threading.Event()
+    late: list[str] = []
+
+    def interrupted(thread: threading.Thread) -> None:
+        start(thread)
+        if thread.name.startswith(name):
+            time.sleep(0.05)
+            raise KeyboardInterrupt
+
+    def slowly(*arguments: Any) -> int:
+        time.sleep(0.1)
+        late.extend([threading.current_thread().name] * has_returned.is_set())
+        return preadv(*arguments)
+
+    with modelled(monkeypatch, 0), monkeypatch.context() as patch:
+        patch.setattr(os, "preadv", slowly)
+        with InputFiles(plan.layouts) as files:
+            patch.setattr(threading.Thread, "start", interrupted)
+            task = Task(blocks, plan.layouts, [teacher.updates for teacher in plan.teachers], files)
+            with pytest.raises(KeyboardInterrupt):
+                engine(task, [Nowhere()], lambda _: None)
+            has_returned.set()
+            time.sleep(0.3)
+    assert not late
+
+
+def test_what_the_cpu_raises_of_a_block_it_folds_again_is_its_own(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The device made a NaN; what comes next is not its failure."""
+    broken = torch.load(run / "step_2.pt")
+    broken["model"]["large.weight"][777_777] = math.nan
+    torch.save(broken, run / "step_2.pt")
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("mine")
+
+    with modelled(monkeypatch, 0), monkeypatch.context() as patch:
+        patch.setattr(cpu, "refold", fail)
+        with pytest.raises(RuntimeError, match=r"^mine$"):
+            fold_on_a_model(run, tmp_path / "t.safetensors", momentum=0.3, memory_budget_bytes=1 << 20)
 
 
 def test_a_counter_does_not_make_every_block_smaller(tmp_path: Path) -> None:
@@ -285,10 +372,9 @@ def test_the_first_number_that_is_none_is_found_on_a_model_too(
     # The device has its memory back, though the error is at hand, and with it whatever its traceback holds.
     assert device.allocated
     assert not any(storage.nbytes() for storage in device.allocated)
-    # And the host: what is left are two numbers for each finished block on its way.
+    # And the host.
     assert len(device.pinned) > 8
-    left = [tensor for pinned in device.pinned if (tensor := pinned()) is not None]
-    assert all(tensor.nbytes == 16 for tensor in left)
+    assert all(pinned() is None for pinned in device.pinned)
     assert plan.layouts[0].schema.names[caught.value.origin.tensor] == name
 
 
@@ -408,6 +494,30 @@ def test_however_often_it_is_interrupted_nothing_runs_on(run: Path, device: str,
     root = Path(__file__).parent.parent
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, cwd=root)
     assert done.stdout == "interrupted [] False\n", done.stderr
+
+
+def test_what_has_ended_begins_no_job_and_is_at_none() -> None:
+    """Jobs that have begun come to their end before, also those that fail."""
+    jobs, begun, done = Jobs(), threading.Event(), []
+
+    def fail() -> None:
+        begun.set()
+        time.sleep(0.1)
+        done.append("failed")
+        raise OSError
+
+    def work() -> None:
+        with contextlib.suppress(OSError):
+            jobs.run(fail)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    begun.wait()
+    jobs.end()
+    assert done == ["failed"]
+    jobs.run(lambda: done.append("late"))
+    assert done == ["failed"]
+    thread.join()
 
 
 def test_waiting_goes_on_whatever_interrupts_it() -> None:

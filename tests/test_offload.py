@@ -9,6 +9,7 @@ import os
 import pickle
 import signal
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -82,9 +83,14 @@ def teacher_on_a_model(dtype: torch.dtype, options: dict[str, Any]) -> dict[str,
 
 
 @pytest.fixture
-def _all_on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def _all_on_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What is on the CPU is the model's."""
     monkeypatch.setattr(offload, "is_on_gpu", lambda tensor: True)
+    yield
+    # An optimizer of the next test would hold back for what is left under way, and there is no model any more.
+    for left in list(offload._ALIVE):
+        with contextlib.suppress(Exception):
+            left.wait()
 
 
 OPTIONS: list[dict[str, Any]] = [{}, {"interval": 3}, {"arithmetic": "lerp"}, {"skip_buffers": False}]
@@ -304,6 +310,34 @@ def test_a_copy_of_a_teacher_goes_a_way_of_its_own(
         assert_same_bits(clones(other), clones(teacher))
         other.update()
         assert other.num_updates == 3
+        other.wait()
+
+
+@pytest.mark.usefixtures("_all_on_gpu")
+def test_interrupted_while_the_thread_starts_an_update_does_not_come_by_and_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody would wait for it, and the counters know nothing of it."""
+    start = threading.Thread.start
+
+    def interrupted(thread: threading.Thread) -> None:
+        start(thread)
+        time.sleep(0.05)
+        raise KeyboardInterrupt
+
+    with modelled(monkeypatch, 0):
+        student = Student(torch.float32)
+        teacher = MeanTeacher(student, momentum=0.5, device="cpu")
+        before = clones(teacher)
+        with torch.no_grad():
+            student.weight.add_(1)
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                teacher.update()
+        time.sleep(0.1)
+        assert teacher.num_updates == 0
+        assert_same_bits(clones(teacher), before)
+        teacher.update()
+        assert torch.equal(teacher.tensors()["weight"], student.weight)
 
 
 def test_a_teacher_module_stays_where_it_is() -> None:

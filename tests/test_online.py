@@ -901,8 +901,17 @@ def test_a_captured_update_is_one_whatever_the_interval_and_no_formula_is_claime
     assert teacher.tensors()["scale"].item() == pytest.approx(1.5 * (1 - MOMENTUM) + 2.5 * MOMENTUM)
     assert (teacher.num_steps, teacher.num_updates) == (4, 2)
     assert metadata(teacher.save_snapshot(tmp_path, 4))["response"] is None
+    state = teacher.state_dict()
+    assert state["copied"] is None
+    # The graph is still there.
     teacher.copy_student()
-    assert metadata(teacher.save_snapshot(tmp_path, 4))["response"] is not None
+    assert metadata(teacher.save_snapshot(tmp_path, 4))["response"] is None
+    # It is not where the state goes.
+    other = MeanTeacher(student, momentum=MOMENTUM, interval=2)
+    other.load_state_dict(state)
+    assert metadata(other.save_snapshot(tmp_path, 4))["response"] is None
+    other.copy_student()
+    assert metadata(other.save_snapshot(tmp_path, 4))["response"] is not None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

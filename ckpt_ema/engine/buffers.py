@@ -24,7 +24,10 @@ class Buffer:
         size = max(num_bytes, 16 * ELEMENT_MULTIPLE)
         if pinned:  # page-locked, so that a GPU copies from it while the processor does something else
             self.tensor = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)
-            self.bytes = memoryview((ctypes.c_char * size).from_address(self.tensor.data_ptr())).cast("B")
+            array = (ctypes.c_char * size).from_address(self.tensor.data_ptr())
+            # Whoever holds a part of it holds the memory.
+            array.tensor = self.tensor  # type: ignore[attr-defined]
+            self.bytes = memoryview(array).cast("B")
         else:
             memory = bytearray(size)
             self.tensor = torch.frombuffer(memory, dtype=torch.uint8)

@@ -17,6 +17,7 @@ from ckpt_ema.blocks import Block, padded
 from ckpt_ema.engine.arithmetic import comparable, sign_of_finiteness, update_
 from ckpt_ema.engine.buffers import Buffer
 from ckpt_ema.engine.contract import (
+    Jobs,
     NonFinite,
     NonFiniteBlockError,
     Nowhere,
@@ -41,11 +42,12 @@ def fold_blocks(
     failures: list[BaseException] = []
     timings = Timings()
     lock = threading.Lock()
+    jobs = Jobs()
     ended = [threading.Event() for _ in range(plan.num_threads)]
 
     def work(end: threading.Event) -> None:
         try:
-            fold_all()
+            jobs.run(fold_all)
         except BaseException as error:
             blocks.stop()
             failures.append(error)
@@ -75,9 +77,8 @@ def fold_blocks(
     finally:
         # Also when the user interrupts the waiting: no thread may write to a file that is being discarded.
         blocks.stop()
-        begun = [end.wait for thread, end in zip(threads, ended, strict=True) if thread.ident is not None]
         try:
-            wait_whatever_comes(begun)
+            wait_whatever_comes([jobs.end])
         finally:
             torch.set_num_threads(threads_before)
     if failures:

@@ -14,8 +14,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -24,7 +25,7 @@ from ckpt_ema.dtypes import DType
 from ckpt_ema.engine import cpu, fused
 from ckpt_ema.engine.arithmetic import comparable
 from ckpt_ema.engine.buffers import Buffer, torch_dtype
-from ckpt_ema.engine.contract import Task, Teacher, wait_whatever_comes, write_block
+from ckpt_ema.engine.contract import Jobs, Task, Teacher, wait_whatever_comes, write_block
 from ckpt_ema.engine.inputs import ExtentTable, stored_dtype
 from ckpt_ema.errors import CkptEmaError, MisuseError, first_line
 from ckpt_ema.timings import Timings
@@ -88,9 +89,8 @@ def fold_blocks(
         # Behind the handler: what was allocated is held by the error until then.
         _empty_cache()
     if pipeline is None:
-        free, total = (num_bytes >> 20 for num_bytes in torch.cuda.mem_get_info(device))
         raise CkptEmaError(
-            f"{device} has no room for blocks of {size >> 10} KiB: {free} of {total} MiB are free",
+            f"{device} has no room for blocks of {size >> 10} KiB{_free_memory(device)}",
             details=[reason],
             hint="free some of its memory, or pass `--device cpu`",
         )
@@ -120,8 +120,16 @@ def _elements_of_block(lanes: Sequence[Lane], num_bytes: int) -> int:
 
 
 def _is_lack_of_memory(error: RuntimeError) -> bool:
-    # What is said of page-locked memory has no type of its own.
+    # Where there is no room for anything at all, nor for page-locked memory, it is no OutOfMemoryError.
     return isinstance(error, torch.cuda.OutOfMemoryError) or "out of memory" in str(error)
+
+
+def _free_memory(device: torch.device) -> str:
+    try:
+        free, total = torch.cuda.mem_get_info(device)
+    except RuntimeError:  # so full that it cannot be asked
+        return ""
+    return f": {free >> 20} of {total >> 20} MiB are free"
 
 
 def _failure(device: torch.device, error: RuntimeError) -> CkptEmaError:
@@ -147,12 +155,18 @@ class _Slot:
 
     def pin(self) -> None:
         """Get the memory, where there is none yet: that takes as long as reading does, and threads do it at once."""
-        if not hasattr(self, "buffer"):
+        if hasattr(self, "buffer"):
+            return
+        try:
             self.buffer = Buffer(self._num_bytes, pinned=True)
+        except RuntimeError as error:
+            raise CkptEmaError(
+                f"there is no room for a page-locked buffer of {self._num_bytes >> 10} KiB: {first_line(error)}",
+                hint="pass a smaller `--memory`, or `--device cpu`",
+            ) from error
 
     def close(self) -> None:
         """Give the memory back, whoever holds this."""
-        self.future = None
         vars(self).pop("buffer", None)
 
 
@@ -162,6 +176,10 @@ class _Output(_Slot):
     def __init__(self, num_bytes: int) -> None:
         super().__init__(num_bytes)
         self.extremes = torch.empty(2, dtype=torch.float64, device="cpu", pin_memory=True)
+
+    def close(self) -> None:
+        super().close()
+        del self.extremes
 
 
 class _Stage:
@@ -217,9 +235,10 @@ class _Pipeline:
         self._extents = ExtentTable(task.files)
         # Several teachers are several files, which are written at once.
         num_outputs = num_slots // (4 if len(teachers) == 1 else 2)
-        self._num_readers = min(MAX_READERS, max(2, plan.num_threads))
+        self._num_readers = min(MAX_READERS, num_slots - num_outputs, max(2, plan.num_threads))
         self._num_writers = min(MAX_WRITERS, num_outputs, max(1, plan.num_threads // 2))
         self._lock = threading.Lock()
+        self._jobs = Jobs()
         self.errors_of_caller: list[BaseException] = []
         """What was raised in reading, writing and progress, and is not the device's."""
 
@@ -262,10 +281,7 @@ class _Pipeline:
             wait_whatever_comes([functools.partial(self._end, readers, writers)])
 
     def _end(self, readers: ThreadPoolExecutor, writers: ThreadPoolExecutor) -> None:
-        for executor in (readers, writers):
-            executor.shutdown(wait=False, cancel_futures=True)
-        # Cancelled once more: an interrupted shutdown may have left one that is neither queued nor cancelled.
-        wait([slot.future for slot in self._slots if slot.future is not None and not slot.future.cancel()])
+        self._jobs.end()
         for executor in (readers, writers):
             executor.shutdown()
         with contextlib.suppress(RuntimeError):  # a device that failed, which has been said
@@ -277,20 +293,17 @@ class _Pipeline:
             stage.close()
         for slot in self._slots:
             slot.close()
-        self._slots.clear()
-        self._spans.clear()
-        self.errors_of_caller.clear()
 
     def _drive(self, readers: ThreadPoolExecutor, writers: ThreadPoolExecutor) -> None:
         wanted = self._reads()
         pending: deque[tuple[Block, int, _Slot]] = deque()
         number = 0
         for output in self._outputs:
-            output.future = writers.submit(output.pin)
+            output.future = self._submit(writers, output.pin)
         while True:
             while self._inputs and (item := next(wanted, None)) is not None:
                 slot = self._inputs.popleft()
-                slot.future = readers.submit(self._read, *item, slot)
+                slot.future = self._submit(readers, self._read, *item, slot)
                 pending.append((*item, slot))
             if not pending:
                 break
@@ -306,8 +319,11 @@ class _Pipeline:
             if output.future is not None:
                 output.future.result()
 
+    def _submit(self, executor: ThreadPoolExecutor, job: Callable[..., None], *arguments: Any) -> Future[None]:
+        return executor.submit(self._jobs.run, functools.partial(job, *arguments))
+
     def _wait(self, until: Callable[[], object]) -> None:
-        """Call what waits for the device or a buffer, and count the time."""
+        """Call what waits for a reading or a writing, and count the time."""
         started = time.perf_counter()
         until()
         self._timings.waiting += time.perf_counter() - started
@@ -383,7 +399,7 @@ class _Pipeline:
                 slot.extremes.copy_(result.extremes, non_blocking=True)
                 result.used.record(self._returning)
                 slot.copied.record(self._returning)
-            slot.future = writers.submit(self._write, teacher, block, slot, finished)
+            slot.future = self._submit(writers, self._write, teacher, block, slot, finished)
 
     def _write(self, teacher: Teacher, block: Block, slot: _Output, finished: _Countdown) -> None:
         self._wait_until_copied(slot)

@@ -97,7 +97,7 @@ class MeanTeacher:
         )
         self._rule = Rule(lerp=arithmetic == "lerp")
         self.num_steps = 0
-        """Calls of `update` that came to their end."""
+        """Calls of `update` that came to their end, but for captured ones."""
         self.num_updates = 0
         """Those that changed the teacher; the first of them copied the student."""
         self.num_skipped = 0
@@ -107,6 +107,8 @@ class MeanTeacher:
         self._start: Start | None = "teacher" if keep_teacher else None
         # The step whose student was copied last, and num_updates then.
         self._copied: tuple[int, int] | None = None
+        # Whether a graph may change the teacher, how often nobody tells: no formula describes it from then on.
+        self._is_captured = False
         self._is_swapped = False
         self._owns_tensors = teacher is None
         if teacher is not None and device is not None:
@@ -165,8 +167,8 @@ class MeanTeacher:
         With `device="cpu"` it may raise what `wait` raises.
 
         While a CUDA graph is captured it puts one update of the teacher into the graph, whatever the interval, and
-        counts nothing, nor does a replay. Keep this object as long as the graph. The first update, snapshots,
-        `on_nonfinite` and `device="cpu"` cannot be captured, and raise CkptEmaError.
+        counts nothing, nor does a replay. Keep this object as long as the graph. An update that would copy the student
+        (the first), snapshots, `on_nonfinite` and `device="cpu"` cannot be captured, and raise CkptEmaError.
         """
         self._refuse_swapped("update the teacher")
         if _is_capturing():
@@ -193,22 +195,19 @@ class MeanTeacher:
         return is_due and not is_left_out
 
     def _capture(self) -> None:
-        obstacles = {
-            "the first update, which copies the student,": self._start is None,
-            "an update with `snapshots`": self._tracks is not None,
-            "an update with `on_nonfinite`": self._settings.on_nonfinite is not None,
-            'an update with `device="cpu"`': self._offload is not None,
-        }
-        for what, is_one in obstacles.items():
+        outside = "call `teacher.update()` outside of `with torch.cuda.graph(...)`"
+        copy_first = "call `teacher.copy_student()` before `with torch.cuda.graph(...)`"
+        for what, is_one, hint in (
+            ("the first update, which copies the student,", self._start is None, copy_first),
+            ("an update with `snapshots`", self._tracks is not None, outside),
+            ("an update with `on_nonfinite`", self._settings.on_nonfinite is not None, outside),
+            ('an update with `device="cpu"`', self._offload is not None, outside),
+        ):
             if is_one:
-                raise CkptEmaError(
-                    f"{what} cannot be captured in a CUDA graph",
-                    hint="call `teacher.update()` outside of `with torch.cuda.graph(...)`",
-                )
+                raise CkptEmaError(f"{what} cannot be captured in a CUDA graph", hint=hint)
         students, teachers = self._tensors()
         self._fold(teachers, students, is_first=False)
-        # How often it is replayed nobody tells: from here on no formula describes the teacher.
-        self._copied = None
+        self._is_captured = True
 
     def _average(self, students: list[torch.Tensor], teachers: list[torch.Tensor], step: int) -> None:
         fold = functools.partial(self._fold, teachers, is_first=self._start is None)
@@ -252,8 +251,10 @@ class MeanTeacher:
         Snapshot tracks stay as they are.
         """
         self._begin("copy the student")
-        for student, teacher in zip(*self._tensors(), strict=True):
+        students, teachers = self._tensors()
+        for teacher, student in zip(teachers, students, strict=True):
             teacher.copy_(student)
+        self._rule.prepare(teachers, students)
         self._start, self._copied = "student", (self.num_steps, self.num_updates)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
@@ -327,7 +328,7 @@ class MeanTeacher:
         state: dict[str, Any] = {
             "version": STATE_VERSION,
             "start": self._start,
-            "copied": None if self._copied is None else list(self._copied),
+            "copied": None if self._copied is None or self._is_captured else list(self._copied),
             "skip_buffers": self.skip_buffers,
             **{name: getattr(self, name) for name in (*_COUNTERS, *_CONFIGURATION)},
         }
@@ -359,7 +360,7 @@ class MeanTeacher:
                 hint=f"make the MeanTeacher with skip_buffers={state['skip_buffers']}",
             )
         stored: Mapping[str, torch.Tensor] = state.get("tensors", {})
-        self._tracking.reshard()
+        students, teachers = self._tensors()
         if self._owns_tensors:
             check_fit({pair.names[0]: pair.local for pair in self._pairs}, stored)
         elif stored:
@@ -384,6 +385,7 @@ class MeanTeacher:
                 warnings.warn(f"the stored teacher is {dtypes[0]}, and goes on in {dtypes[1]}", stacklevel=3)
             for pair in self._pairs:
                 pair.local.copy_(local_part(stored[pair.names[0]]))
+        self._rule.prepare(teachers, students)
         self._start = state["start"]
         # A state of another momentum or interval is no average that a formula describes any more.
         copied = state.get("copied")
@@ -478,7 +480,7 @@ class MeanTeacher:
 
     def _response(self, step: int) -> Ema | None:
         """How the teacher depends on the student's path, where the step now is `step`; None unless that is exact."""
-        if self._copied is None or self._copied[0] % self.interval:
+        if self._is_captured or self._copied is None or self._copied[0] % self.interval:
             return None
         if any(pair.local.is_floating_point() and pair.local.itemsize < 4 for pair in self._pairs):
             return None  # most of its updates were lost

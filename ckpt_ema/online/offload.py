@@ -47,6 +47,11 @@ class Offload:
         no parameter is copied on the GPU first: the next forward changes it.
         """
         self.wait()
+        if self._worker is None:
+            worker = ThreadPoolExecutor(1, "ckpt-ema")
+            # Before there is anything to do: what a thread was handed is done also where its start is interrupted.
+            worker.submit(int).result()
+            self._worker = worker
         if not any(map(is_on_gpu, students)):
             fold([student.cpu() for student in students])
             return
@@ -64,8 +69,6 @@ class Offload:
             else:
                 staged.copy_(source)
         self._copied = [(device, self._copy_from(device, copies)) for device, copies in by_device.items()]
-        if self._worker is None:
-            self._worker = ThreadPoolExecutor(1, "ckpt-ema")
         # With the sources: their memory is not given to anybody else before it was read.
         self._folding = self._worker.submit(_fold_when_copied, self._copied, sources, self._staged, fold)
 
