@@ -269,23 +269,30 @@ def test_a_device_that_fails_is_said_to_fail(run: Path, tmp_path: Path, monkeypa
         assert str(caught.value) == expected
 
 
+@pytest.mark.parametrize(
+    ("reason", "message", "hint"),
+    [
+        ("out of memory", r"no room for a page-locked buffer of \d+ KiB: CUDA error", "pass a smaller `--memory`, or "),
+        ("illegal access", "cpu failed: CUDA error: illegal access", "pass "),
+    ],
+)
 def test_without_room_for_what_is_page_locked_it_says_so(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: str, message: str, hint: str
 ) -> None:
-    """That is memory of the host, and the budget's to say."""
+    """That is memory of the host, and the budget's to say; a device that fails there is not taken for it."""
     made = itertools.count()
 
     def pin(self: Buffer, num_bytes: int, *, pinned: bool = False) -> None:
         if pinned and next(made) == 5:
-            raise RuntimeError("CUDA error: out of memory\nCompile with more patience")
+            raise RuntimeError(f"CUDA error: {reason}\nCompile with more patience")
         make(self, num_bytes, pinned=pinned)
 
     make = Buffer.__init__
     with modelled(monkeypatch, 0), monkeypatch.context() as patch:
         patch.setattr(Buffer, "__init__", pin)
-        with pytest.raises(CkptEmaError, match=r"no room for a page-locked buffer of \d+ KiB: CUDA error") as caught:
+        with pytest.raises(CkptEmaError, match=message) as caught:
             fold_on_a_model(run, tmp_path / "t.safetensors", momentum=0.3, memory_budget_bytes=1 << 20)
-    assert caught.value.hint == "pass a smaller `--memory`, or `--device cpu`"
+    assert caught.value.hint == f"{hint}`--device cpu`"
 
 
 ON_THE_MODEL = functools.partial(cuda.fold_blocks, device=torch.device("cpu"), memory_budget_bytes=1 << 20)
@@ -339,6 +346,33 @@ def test_what_the_cpu_raises_of_a_block_it_folds_again_is_its_own(
         patch.setattr(cpu, "refold", fail)
         with pytest.raises(RuntimeError, match=r"^mine$"):
             fold_on_a_model(run, tmp_path / "t.safetensors", momentum=0.3, memory_budget_bytes=1 << 20)
+
+
+def test_a_part_of_a_page_locked_buffer_keeps_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever still reads into it would write to memory that is somebody else's by then."""
+    with modelled(monkeypatch, 0) as device:
+        buffer = Buffer(1 << 16, pinned=True)
+        part = buffer.bytes[5:7]
+        del buffer
+        assert device.pinned[0]() is not None
+        del part
+        assert device.pinned[0]() is None
+
+
+def test_a_failed_read_leaves_one_buffer_to_whoever_holds_the_error(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one that it was to fill."""
+
+    def fail(*_: object) -> int:
+        time.sleep(0.05)
+        raise OSError(errno.EIO, "Input/output error")
+
+    with modelled(monkeypatch, 0) as device, monkeypatch.context() as patch:
+        patch.setattr(os, "preadv", fail)
+        with pytest.raises(CkptEmaError, match="cannot read"):
+            fold_on_a_model(run, tmp_path / "t.safetensors", momentum=0.3, memory_budget_bytes=1 << 20)
+        assert sum(pinned() is not None for pinned in device.pinned) <= 1
 
 
 def test_a_counter_does_not_make_every_block_smaller(tmp_path: Path) -> None:

@@ -160,6 +160,8 @@ class _Slot:
         try:
             self.buffer = Buffer(self._num_bytes, pinned=True)
         except RuntimeError as error:
+            if not _is_lack_of_memory(error):
+                raise
             raise CkptEmaError(
                 f"there is no room for a page-locked buffer of {self._num_bytes >> 10} KiB: {first_line(error)}",
                 hint="pass a smaller `--memory`, or `--device cpu`",
@@ -167,6 +169,7 @@ class _Slot:
 
     def close(self) -> None:
         """Give the memory back, whoever holds this."""
+        self.future = None
         vars(self).pop("buffer", None)
 
 
@@ -288,11 +291,15 @@ class _Pipeline:
             torch.cuda.synchronize(self._device)
 
     def close(self) -> None:
-        """Give all memory back, though the traceback of an error that is held has the pipeline and its buffers."""
+        """Give all memory back, though the traceback of an error that is held has the pipeline.
+
+        But for the buffer that was being read into or written from when the error came up.
+        """
         for stage in (*self._stages, *self._results, *self._accumulators, self._widened):
             stage.close()
         for slot in self._slots:
             slot.close()
+        self.errors_of_caller.clear()
 
     def _drive(self, readers: ThreadPoolExecutor, writers: ThreadPoolExecutor) -> None:
         wanted = self._reads()

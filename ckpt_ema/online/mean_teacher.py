@@ -168,7 +168,8 @@ class MeanTeacher:
 
         While a CUDA graph is captured it puts one update of the teacher into the graph, whatever the interval, and
         counts nothing, nor does a replay. Keep this object as long as the graph. An update that would copy the student
-        (the first), snapshots, `on_nonfinite` and `device="cpu"` cannot be captured, and raise CkptEmaError.
+        (the first), snapshots, `on_nonfinite` and `device="cpu"` cannot be captured, and raise CkptEmaError. Behind
+        `load_state_dict` update once before: the graph would get torch's own calls, which take longer.
         """
         self._refuse_swapped("update the teacher")
         if _is_capturing():
@@ -198,10 +199,10 @@ class MeanTeacher:
         outside = "call `teacher.update()` outside of `with torch.cuda.graph(...)`"
         copy_first = "call `teacher.copy_student()` before `with torch.cuda.graph(...)`"
         for what, is_one, hint in (
-            ("the first update, which copies the student,", self._start is None, copy_first),
             ("an update with `snapshots`", self._tracks is not None, outside),
             ("an update with `on_nonfinite`", self._settings.on_nonfinite is not None, outside),
             ('an update with `device="cpu"`', self._offload is not None, outside),
+            ("the first update, which copies the student,", self._start is None, copy_first),
         ):
             if is_one:
                 raise CkptEmaError(f"{what} cannot be captured in a CUDA graph", hint=hint)
@@ -242,7 +243,10 @@ class MeanTeacher:
     def __getstate__(self) -> dict[str, Any]:
         """What copying and pickling take, when no thread changes it any more."""
         self.wait()
-        return self.__dict__
+        if not self._is_captured:
+            return self.__dict__
+        # No graph changes the copy; what one did to the numbers is in them.
+        return {**self.__dict__, "_copied": None, "_is_captured": False}
 
     @torch.no_grad()
     def copy_student(self) -> None:
@@ -360,7 +364,7 @@ class MeanTeacher:
                 hint=f"make the MeanTeacher with skip_buffers={state['skip_buffers']}",
             )
         stored: Mapping[str, torch.Tensor] = state.get("tensors", {})
-        students, teachers = self._tensors()
+        self._tracking.reshard()
         if self._owns_tensors:
             check_fit({pair.names[0]: pair.local for pair in self._pairs}, stored)
         elif stored:
@@ -385,7 +389,6 @@ class MeanTeacher:
                 warnings.warn(f"the stored teacher is {dtypes[0]}, and goes on in {dtypes[1]}", stacklevel=3)
             for pair in self._pairs:
                 pair.local.copy_(local_part(stored[pair.names[0]]))
-        self._rule.prepare(teachers, students)
         self._start = state["start"]
         # A state of another momentum or interval is no average that a formula describes any more.
         copied = state.get("copied")

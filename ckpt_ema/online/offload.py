@@ -47,14 +47,14 @@ class Offload:
         no parameter is copied on the GPU first: the next forward changes it.
         """
         self.wait()
+        if not any(map(is_on_gpu, students)):
+            fold([student.cpu() for student in students])
+            return
         if self._worker is None:
             worker = ThreadPoolExecutor(1, "ckpt-ema")
             # Before there is anything to do: what a thread was handed is done also where its start is interrupted.
             worker.submit(int).result()
             self._worker = worker
-        if not any(map(is_on_gpu, students)):
-            fold([student.cpu() for student in students])
-            return
         if not _fit(self._staged, students):
             with torch.inference_mode(False):
                 self._staged = [torch.empty_like(student, device="cpu", pin_memory=True) for student in students]
