@@ -139,7 +139,8 @@ def fold_on_a_model(run: Path, output: Path, **options: Any) -> list[bytes]:
 
     with InputFiles(plan.layouts) as files:
         updates = [teacher.updates for teacher in plan.teachers]
-        task = Task(plan.blocks, plan.layouts, updates, files, note)
+        # More threads than there may be cores.
+        task = Task(replace(plan.blocks, num_threads=5), plan.layouts, updates, files, note)
         budget = options["memory_budget_bytes"]
         cuda.fold_blocks(task, teachers, lambda _: None, device=torch.device("cpu"), memory_budget_bytes=budget)
     # Every byte of every lane is reported as finished once, and only when all teachers have it.
@@ -174,8 +175,7 @@ def test_on_a_model_of_a_gpu_nothing_is_used_before_it_is_there(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], seed: int
 ) -> None:
     """Whenever the device does what is queued, the bytes are the CPU's."""
-    # Room for more buffers on the host than on the device: neither may stand in for the other.
-    options = {"momentum": 0.3, "memory_budget_bytes": (2 << 20) - 1, **options}
+    options = {"momentum": 0.3, "memory_budget_bytes": 1 << 19, **options}
     expected = fold_on_cpu(run, tmp_path / "cpu-{momentum}.safetensors", **options)
     with modelled(monkeypatch, seed) as device:
         assert fold_on_a_model(run, tmp_path / "t-{momentum}.safetensors", **options) == expected
@@ -188,23 +188,23 @@ def long_run(tmp_path: Path) -> Path:
     folder = tmp_path / "long"
     folder.mkdir()
     for i in range(20):
-        student = {"weight": torch.randn(40_000, generator=torch.Generator().manual_seed(i)).to(torch.bfloat16)}
+        student = {"weight": torch.randn(100_000, generator=torch.Generator().manual_seed(i)).to(torch.bfloat16)}
         save_file(student, folder / f"step_{i}.safetensors")
     return folder
 
 
 @pytest.mark.parametrize("seed", range(12))
-@pytest.mark.parametrize("num_slots", [8, 15])
+@pytest.mark.parametrize("num_buffers", [8, 15])
 def test_on_a_model_of_a_gpu_buffers_are_used_again(
-    long_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_slots: int, seed: int
+    long_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_buffers: int, seed: int
 ) -> None:
     """By more students and more teachers than there are buffers, into teachers that are wider than they."""
-    options: dict[str, Any] = {"momentum": EIGHT_MOMENTA, "dtype": "float32", "memory_budget_bytes": num_slots << 14}
+    options: dict[str, Any] = {"momentum": EIGHT_MOMENTA, "dtype": "float32", "memory_budget_bytes": num_buffers << 13}
     expected = fold_on_cpu(long_run, tmp_path / "cpu-{momentum}.safetensors", **options)
     with modelled(monkeypatch, seed) as device:
         assert fold_on_a_model(long_run, tmp_path / "t-{momentum}.safetensors", **options) == expected
-    # Each is made once, and two numbers for each that is written from.
-    assert len(device.pinned) <= num_slots + num_slots // 2
+    # Each is made once.
+    assert len(device.pinned) <= num_buffers
 
 
 @pytest.mark.parametrize("forgets", ["wait_event", "wait_stream", "synchronize"])
@@ -232,13 +232,15 @@ def test_a_smaller_block_is_tried_where_the_device_is_full(
     options: dict[str, Any] = {"momentum": 0.3, "memory_budget_bytes": 1 << 20}
     expected = fold_on_cpu(run, tmp_path / "cpu.safetensors", **options)
     num_run = []
-    for largest_bytes in (1 << 30, 1 << 16):
+    for largest_bytes in (1 << 30, 1 << 18):
         with modelled(monkeypatch, 0, largest_bytes=largest_bytes) as device:
             assert fold_on_a_model(run, tmp_path / "t.safetensors", **options) == expected
             num_run.append(device.num_run)
-    assert 3 * num_run[0] < num_run[1]
+    assert 1.5 * num_run[0] < num_run[1]
     with modelled(monkeypatch, 0, largest_bytes=1 << 13):
-        with pytest.raises(CkptEmaError, match="has no room for blocks of 32 KiB: 1024 of 2048 MiB are free") as caught:
+        with pytest.raises(
+            CkptEmaError, match="has no room for blocks of 256 KiB: 1024 of 2048 MiB are free"
+        ) as caught:
             fold_on_a_model(run, tmp_path / "t.safetensors", **options)
         assert caught.value.hint == "free some of its memory, or pass `--device cpu`"
         assert caught.value.details == ("CUDA out of memory, says the model",)
@@ -249,7 +251,7 @@ def test_a_device_that_fails_is_said_to_fail(run: Path, tmp_path: Path, monkeypa
 
     failed = "cpu failed: CUDA error: all devices are busy\n\nhint: pass `--device cpu`"
     full = (
-        "cpu has no room for blocks of 32 KiB\n  CUDA error: out of memory\n\n"
+        "cpu has no room for blocks of 256 KiB\n  CUDA error: out of memory\n\n"
         "hint: free some of its memory, or pass `--device cpu`"
     )
     for first, reason, expected in (
@@ -407,7 +409,7 @@ def test_the_first_number_that_is_none_is_found_on_a_model_too(
     assert device.allocated
     assert not any(storage.nbytes() for storage in device.allocated)
     # And the host.
-    assert len(device.pinned) > 8
+    assert len(device.pinned) > 3
     assert all(pinned() is None for pinned in device.pinned)
     assert plan.layouts[0].schema.names[caught.value.origin.tensor] == name
 

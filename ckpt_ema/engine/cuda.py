@@ -1,8 +1,8 @@
-"""The fold on a GPU: readers fill pinned buffers, streams copy in, compute and copy back, writers write.
+"""The fold on a GPU: readers carry blocks to the device, streams compute, writers carry finished blocks back.
 
-A single thread drives it and only queues work. Reads are handed out in the order in which the device needs them, each
-with a buffer that the device has only to let go of, so that nothing ever waits for the device as a whole. Blocks are as
-large as a pinned buffer, so the model may be larger than the device's memory.
+Each reader takes one checkpoint's block at a time through two small page-locked buffers of its own into memory of the
+device, where a dozen blocks are in the making at once. A single thread queues the updates in the checkpoints' order;
+nothing ever waits for the device as a whole, and the model may be larger than its memory.
 """
 
 from __future__ import annotations
@@ -24,21 +24,22 @@ from ckpt_ema.blocks import ELEMENT_MULTIPLE, Block, BlockPlan, Lane, buffer_byt
 from ckpt_ema.dtypes import DType
 from ckpt_ema.engine import cpu, fused
 from ckpt_ema.engine.arithmetic import comparable
-from ckpt_ema.engine.buffers import Buffer, torch_dtype
+from ckpt_ema.engine.buffers import torch_dtype
 from ckpt_ema.engine.contract import Jobs, Task, Teacher, wait_whatever_comes, write_block
 from ckpt_ema.engine.inputs import ExtentTable, stored_dtype
+from ckpt_ema.engine.staging import StagingPair, is_lack_of_memory
 from ckpt_ema.errors import CkptEmaError, MisuseError, first_line
 from ckpt_ema.timings import Timings
 
-# What is copied to the device at once; large enough for the link's full speed. A thread takes several times as long
-# to read as many bytes as the link does to carry them: it takes many buffers being filled at once to keep that busy.
-SLOT_BYTES = 16 << 20
-MAX_SLOTS = 16
-MIN_SLOTS = 8
-NUM_STAGES = 3
-NUM_RESULTS = 2
-MAX_READERS = 12
+STAGING_BYTES = 4 << 20
+MAX_READERS = 16
 MAX_WRITERS = 8
+MIN_PAIRS = 4
+# What one update is queued for. A thread that queues has to take the interpreter's lock from a dozen others several
+# times, which takes as long for a small block as for a large one.
+STAGING_BUFFERS_PER_BLOCK = 8
+# Blocks on the device that are filled or waited for, beyond those that the readers are at.
+STAGES_AHEAD = 3
 # From so many teachers of 16-bit students on, torch's own calls, which read and write each teacher twice, keep an H100
 # longer than the link does (20 bytes of each at 3 TB/s, against 2 of the student at 50 GB/s). With fewer, compiling the
 # kernel that does it in one pass, about a second, costs more than it saves.
@@ -68,11 +69,12 @@ def fold_blocks(
         timings = cpu.fold_blocks(replace(task, plan=replace(plan, lanes=others)), teachers, progress)
     if not averaged:
         return timings
-    slot_bytes = min(SLOT_BYTES, memory_budget_bytes // MIN_SLOTS)
-    slot_bytes = 1 << max(0, slot_bytes.bit_length() - 1)  # torch pins powers of two, whatever is asked for
-    num_slots = min(MAX_SLOTS, memory_budget_bytes // slot_bytes)
+    staging_bytes = min(STAGING_BYTES, memory_budget_bytes // (2 * MIN_PAIRS))
+    staging_bytes = 1 << max(0, staging_bytes.bit_length() - 1)  # torch pins powers of two, whatever is asked for
+    num_pairs = memory_budget_bytes // (2 * staging_bytes)
+    block_bytes = staging_bytes * STAGING_BUFFERS_PER_BLOCK
     pipeline = None
-    for size in (slot_bytes, slot_bytes // 4):
+    for size in (block_bytes, block_bytes // 4):
         elements = _elements_of_block(averaged, size)
         if not elements:
             raise MisuseError(
@@ -80,10 +82,10 @@ def fold_blocks(
             )
         cut = replace(plan, lanes=averaged, block_elements=elements)
         try:
-            pipeline = _Pipeline(task, cut, teachers, progress, device, timings, num_slots)
+            pipeline = _Pipeline(task, cut, teachers, progress, device, timings, staging_bytes, num_pairs)
             break
         except RuntimeError as error:
-            if not _is_lack_of_memory(error):
+            if not is_lack_of_memory(error):
                 raise _failure(device, error) from error
             reason = first_line(error)
         # Behind the handler: what was allocated is held by the error until then.
@@ -119,11 +121,6 @@ def _elements_of_block(lanes: Sequence[Lane], num_bytes: int) -> int:
     return num_bytes // max(longer) // ELEMENT_MULTIPLE * ELEMENT_MULTIPLE
 
 
-def _is_lack_of_memory(error: RuntimeError) -> bool:
-    # Where there is no room for anything at all, nor for page-locked memory, it is no OutOfMemoryError.
-    return isinstance(error, torch.cuda.OutOfMemoryError) or "out of memory" in str(error)
-
-
 def _free_memory(device: torch.device) -> str:
     try:
         free, total = torch.cuda.mem_get_info(device)
@@ -142,56 +139,15 @@ def _empty_cache() -> None:
         torch.cuda.empty_cache()
 
 
-class _Slot:
-    """A pinned buffer, when the device has copied its content, and the reading into it or the writing of it."""
-
-    buffer: Buffer
-
-    def __init__(self, num_bytes: int) -> None:
-        self._num_bytes = num_bytes
-        # Whoever waits for it sleeps: readers and writers need the cores.
-        self.copied = torch.cuda.Event(blocking=True)
-        self.future: Future[None] | None = None
-
-    def pin(self) -> None:
-        """Get the memory, where there is none yet: that takes as long as reading does, and threads do it at once."""
-        if hasattr(self, "buffer"):
-            return
-        try:
-            self.buffer = Buffer(self._num_bytes, pinned=True)
-        except RuntimeError as error:
-            if not _is_lack_of_memory(error):
-                raise
-            raise CkptEmaError(
-                f"there is no room for a page-locked buffer of {self._num_bytes >> 10} KiB: {first_line(error)}",
-                hint="pass a smaller `--memory`, or `--device cpu`",
-            ) from error
-
-    def close(self) -> None:
-        """Give the memory back, whoever holds this."""
-        self.future = None
-        vars(self).pop("buffer", None)
-
-
-class _Output(_Slot):
-    """One for a finished block, with its least and its greatest number."""
-
-    def __init__(self, num_bytes: int) -> None:
-        super().__init__(num_bytes)
-        self.extremes = torch.empty(2, dtype=torch.float64, device="cpu", pin_memory=True)
-
-    def close(self) -> None:
-        super().close()
-        del self.extremes
-
-
-class _Stage:
-    """A buffer on the device, and when it is full and when it is free."""
+class _DeviceBlock:
+    """Memory for a block on the device."""
 
     def __init__(self, num_bytes: int, device: torch.device) -> None:
         self._memory = torch.empty(num_bytes, dtype=torch.uint8, device=device)
-        self.filled = torch.cuda.Event()
-        self.used = torch.cuda.Event()
+        # Whoever waits for an event sleeps: readers and writers need the cores.
+        self.filled = torch.cuda.Event(blocking=True)
+        self.future: Future[None] | None = None
+        """The reading into it or the writing out of it."""
 
     def bytes(self, count: int) -> torch.Tensor:
         return self._memory[:count]
@@ -201,11 +157,20 @@ class _Stage:
 
     def close(self) -> None:
         """Give the memory back, whatever views there are of it."""
+        self.future = None
         self._memory.untyped_storage().resize_(0)
 
 
-class _Result(_Stage):
-    """A finished block on the device, and its least and its greatest number: they say whether all of it is finite."""
+class _Stage(_DeviceBlock):
+    """One for a student's block, and when it is free again."""
+
+    def __init__(self, num_bytes: int, device: torch.device) -> None:
+        super().__init__(num_bytes, device)
+        self.used = torch.cuda.Event(blocking=True)
+
+
+class _Result(_DeviceBlock):
+    """One for a finished block, and its least and its greatest number: they say whether all of it is finite."""
 
     def __init__(self, num_bytes: int, device: torch.device) -> None:
         super().__init__(num_bytes, device)
@@ -230,16 +195,16 @@ class _Pipeline:
         progress: Callable[[int], None],
         device: torch.device,
         timings: Timings,
-        num_slots: int,
+        staging_bytes: int,
+        num_pairs: int,
     ) -> None:
-        """`plan` is the task's, cut into the device's blocks; `num_slots` pinned buffers of a block each."""
+        """`plan` is the task's, cut into the device's blocks; `num_pairs` of buffers of `staging_bytes` on the host."""
         self._task, self._plan, self._teachers = task, plan, teachers
         self._progress, self._device, self._timings = progress, device, timings
         self._extents = ExtentTable(task.files)
         # Several teachers are several files, which are written at once.
-        num_outputs = num_slots // (4 if len(teachers) == 1 else 2)
-        self._num_readers = min(MAX_READERS, num_slots - num_outputs, max(2, plan.num_threads))
-        self._num_writers = min(MAX_WRITERS, num_outputs, max(1, plan.num_threads // 2))
+        self._num_writers = min(MAX_WRITERS, num_pairs // (4 if len(teachers) == 1 else 2), plan.num_threads)
+        self._num_readers = min(MAX_READERS, num_pairs - self._num_writers, max(2, plan.num_threads))
         self._lock = threading.Lock()
         self._jobs = Jobs()
         self.errors_of_caller: list[BaseException] = []
@@ -250,19 +215,24 @@ class _Pipeline:
         raw = max(count * lane.input_itemsize for count, lane in zip(counts, lanes, strict=True))
         wide = max(count * lane.accumulate_dtype.itemsize for count, lane in zip(counts, lanes, strict=True))
         out = max(count * lane.dtype.itemsize for count, lane in zip(counts, lanes, strict=True))
-        self._stages = [_Stage(raw, device) for _ in range(NUM_STAGES)]
-        self._results = deque(_Result(out, device) for _ in range(NUM_RESULTS))
-        self._accumulators = [_Stage(wide, device) for _ in teachers]
-        self._widened = _Stage(wide, device)
+        self._stages = deque(_Stage(raw, device) for _ in range(self._num_readers + STAGES_AHEAD))
+        self._results = deque(_Result(out, device) for _ in range(self._num_writers + 1))
+        self._accumulators = [_DeviceBlock(wide, device) for _ in teachers]
+        self._widened = _DeviceBlock(wide, device)
+        self._blocks = [*self._stages, *self._results, *self._accumulators, self._widened]
         streams = [torch.cuda.Stream(device) for _ in range(3)]
         self._copying, self._computing, self._returning = streams
         for stream in streams:
             # The allocator may have given memory that the caller's own work has still to write to.
             stream.wait_stream(torch.cuda.current_stream(device))
-        self._inputs = deque(_Slot(raw) for _ in range(num_slots - num_outputs))
-        self._outputs = deque(_Output(out) for _ in range(num_outputs))
-        self._slots = [*self._inputs, *self._outputs]
-        self._spans: deque[tuple[str, torch.cuda.Event, torch.cuda.Event]] = deque()
+        self._spans: deque[tuple[str, torch.cuda.Event, torch.cuda.Event, float]] = deque()
+        note = functools.partial(self._note_span, "copying")
+        # The one used last is the next one to be used: the processor still has it in its cache.
+        self._uploads = [StagingPair(min(staging_bytes, raw), self._copying, note) for _ in range(self._num_readers)]
+        self._downloads = [
+            StagingPair(min(staging_bytes, out), self._returning, note) for _ in range(self._num_writers)
+        ]
+        self._pairs = [*self._uploads, *self._downloads]
         self._fused = {
             (lane.accumulate_dtype, dtype)
             for lane in lanes
@@ -295,44 +265,42 @@ class _Pipeline:
 
         But for the buffer that was being read into or written from when the error came up.
         """
-        for stage in (*self._stages, *self._results, *self._accumulators, self._widened):
-            stage.close()
-        for slot in self._slots:
-            slot.close()
+        for block in self._blocks:
+            block.close()
+        for pair in self._pairs:
+            pair.close()
         self.errors_of_caller.clear()
 
     def _drive(self, readers: ThreadPoolExecutor, writers: ThreadPoolExecutor) -> None:
         wanted = self._reads()
-        pending: deque[tuple[Block, int, _Slot]] = deque()
-        number = 0
-        for output in self._outputs:
-            output.future = self._submit(writers, output.pin)
+        pending: deque[tuple[Block, int, _Stage]] = deque()
         while True:
-            while self._inputs and (item := next(wanted, None)) is not None:
-                slot = self._inputs.popleft()
-                slot.future = self._submit(readers, self._read, *item, slot)
-                pending.append((*item, slot))
+            while self._stages and (item := next(wanted, None)) is not None:
+                stage = self._stages.popleft()
+                stage.future = self._submit(readers, self._read, *item, stage)
+                pending.append((*item, stage))
             if not pending:
                 break
-            block, index, slot = pending.popleft()
-            assert slot.future is not None
-            self._wait(slot.future.result)
-            self._enter(block, index, slot, self._stages[number % NUM_STAGES])
-            self._inputs.append(slot)
-            number += 1
+            block, index, stage = pending.popleft()
+            self._wait_for(stage)
+            self._enter(block, index, stage)
+            self._stages.append(stage)
             if index == len(self._task.layouts) - 1:
                 self._finish(block, writers)
-        for output in self._outputs:
-            if output.future is not None:
-                output.future.result()
+            if len(self._spans) > MAX_SPANS:
+                self._count_spans()
+        for result in self._results:
+            self._wait_for(result)
 
     def _submit(self, executor: ThreadPoolExecutor, job: Callable[..., None], *arguments: Any) -> Future[None]:
         return executor.submit(self._jobs.run, functools.partial(job, *arguments))
 
-    def _wait(self, until: Callable[[], object]) -> None:
-        """Call what waits for a reading or a writing, and count the time."""
+    def _wait_for(self, block: _DeviceBlock) -> None:
+        """Wait until nobody reads into it or writes out of it any more, and count the time."""
+        if block.future is None:
+            return
         started = time.perf_counter()
-        until()
+        block.future.result()
         self._timings.waiting += time.perf_counter() - started
 
     def _reads(self) -> Iterator[tuple[Block, int]]:
@@ -340,31 +308,41 @@ class _Pipeline:
             for index in range(len(self._task.layouts)):
                 yield block, index
 
-    def _read(self, block: Block, index: int, slot: _Slot) -> None:
-        slot.pin()
-        self._wait_until_copied(slot)  # the device has taken what was in it
-        with self._of_caller():
-            started = time.perf_counter()
-            layout = self._task.layouts[index]
-            num_bytes = (block.end - block.begin) * stored_dtype(layout, block).itemsize
-            trash = self._task.files.new_trash()
-            self._extents.of(layout, block.lane).read(block.begin, block.end, slot.buffer.bytes[:num_bytes], trash, {})
-            seconds = time.perf_counter() - started
-            with self._lock:
-                self._timings.reading += seconds / self._num_readers
-                self._progress(num_bytes)
+    def _read(self, block: Block, index: int, stage: _Stage) -> None:
+        """Carry one student's block to the device."""
+        layout = self._task.layouts[index]
+        itemsize = stored_dtype(layout, block).itemsize
+        num_bytes = (block.end - block.begin) * itemsize
+        extents = self._extents.of(layout, block.lane)
+        trash = self._task.files.new_trash()
+        seconds = 0.0
 
-    def _enter(self, block: Block, index: int, slot: _Slot, stage: _Stage) -> None:
-        """Queue one student's copy to the device and its update of every teacher."""
-        lane, count = block.lane, block.end - block.begin
-        stored = torch_dtype(stored_dtype(self._task.layouts[index], block))
-        num_bytes = count * stored.itemsize
-        with self._queued("copying", self._copying, stage.used):
-            stage.bytes(num_bytes).copy_(slot.buffer.tensor[:num_bytes], non_blocking=True)
-            slot.copied.record(self._copying)
+        def fill(buffer: memoryview, position: int) -> None:
+            nonlocal seconds
+            started = time.perf_counter()
+            first = block.begin + position // itemsize
+            try:
+                extents.read(first, first + len(buffer) // itemsize, buffer, trash, {})
+            except BaseException as error:
+                self.errors_of_caller.append(error)
+                raise
+            seconds += time.perf_counter() - started
+
+        with self._one_of(self._uploads) as pair, torch.cuda.stream(self._copying):
+            stage.used.synchronize()  # what the device had in it before
+            pair.upload(stage.bytes(num_bytes), fill)
             stage.filled.record(self._copying)
-        with self._queued("computing", self._computing, stage.filled):
-            student = stage.bytes(num_bytes).view(stored)
+        with self._of_caller(), self._lock:
+            self._timings.reading += seconds / self._num_readers
+            self._progress(num_bytes)
+
+    def _enter(self, block: Block, index: int, stage: _Stage) -> None:
+        """Queue one student's update of every teacher."""
+        lane, count = block.lane, block.end - block.begin
+        stored = stored_dtype(self._task.layouts[index], block)
+        self._computing.wait_event(stage.filled)
+        with self._queued():
+            student = stage.elements(stored, count)
             teachers = [accumulator.elements(lane.accumulate_dtype, count) for accumulator in self._accumulators]
             if index == 0:
                 for teacher in teachers:
@@ -385,50 +363,58 @@ class _Pipeline:
                 teacher.mul_(keep).add_(student, alpha=take)
 
     def _finish(self, block: Block, writers: ThreadPoolExecutor) -> None:
-        """Queue every teacher's rounding, its way back, and its writing."""
+        """Queue every teacher's rounding, and its way back."""
         lane, count = block.lane, block.end - block.begin
-        num_bytes = count * lane.dtype.itemsize
         finished = _Countdown(len(self._teachers))
         for teacher, accumulator in zip(self._teachers, self._accumulators, strict=True):
-            self._results.rotate()
-            self._outputs.rotate()
-            result, slot = self._results[0], self._outputs[0]
-            if slot.future is not None:
-                self._wait(slot.future.result)
-            with self._queued("computing", self._computing, result.used):
+            result = self._results.popleft()
+            self._wait_for(result)
+            with self._queued():
                 rounded = result.elements(lane.dtype, count)
                 rounded.copy_(accumulator.elements(lane.accumulate_dtype, count))
                 least, greatest = torch.aminmax(comparable(rounded))
                 result.extremes.copy_(torch.stack((least, greatest)))
                 result.filled.record(self._computing)
-            with self._queued("copying", self._returning, result.filled):
-                slot.buffer.tensor[:num_bytes].copy_(result.bytes(num_bytes), non_blocking=True)
-                slot.extremes.copy_(result.extremes, non_blocking=True)
-                result.used.record(self._returning)
-                slot.copied.record(self._returning)
-            slot.future = self._submit(writers, self._write, teacher, block, slot, finished)
+            result.future = self._submit(writers, self._write, teacher, block, result, finished)
+            self._results.append(result)
 
-    def _write(self, teacher: Teacher, block: Block, slot: _Output, finished: _Countdown) -> None:
-        self._wait_until_copied(slot)
-        if not all(map(math.isfinite, slot.extremes.tolist())):
+    def _write(self, teacher: Teacher, block: Block, result: _Result, finished: _Countdown) -> None:
+        """Carry one teacher's block back, and write it."""
+        with torch.cuda.stream(self._returning):
+            result.filled.synchronize()
+            is_finite = all(map(math.isfinite, result.extremes.tolist()))
+        if not is_finite:
             # The CPU folds this block once more, and finds the tensor and the checkpoint it came from.
             with self._of_caller():
                 cpu.refold(self._task, block)
             raise CkptEmaError(
                 f"{self._device} made a NaN or an infinity where the CPU makes none", hint="pass `--device cpu`"
             )
-        started = time.perf_counter()
-        content = slot.buffer.bytes[: (block.end - block.begin) * block.lane.dtype.itemsize]
-        with self._of_caller():
-            write_block(teacher, self._plan.aliases, content, block.position)
-            if finished.is_last():
+        seconds = 0.0
+
+        def take(content: memoryview, position: int) -> None:
+            nonlocal seconds
+            started = time.perf_counter()
+            with self._of_caller():
+                write_block(teacher, self._plan.aliases, content, block.position + position)
+            seconds += time.perf_counter() - started
+
+        with self._one_of(self._downloads) as pair, torch.cuda.stream(self._returning):
+            pair.download(result.bytes((block.end - block.begin) * block.lane.dtype.itemsize), take)
+        if finished.is_last():
+            with self._of_caller():
                 self._task.on_finished(block)
         with self._lock:
-            self._timings.writing += (time.perf_counter() - started) / self._num_writers
+            self._timings.writing += seconds / self._num_writers
 
-    def _wait_until_copied(self, slot: _Slot) -> None:
-        with torch.cuda.device(self._device):  # a thread begins with the first GPU, which it might begin to use
-            slot.copied.synchronize()
+    @contextlib.contextmanager
+    def _one_of(self, pairs: list[StagingPair]) -> Iterator[StagingPair]:
+        """A pair that nobody else has meanwhile; there are as many as threads."""
+        pair = pairs.pop()
+        try:
+            yield pair
+        finally:
+            pairs.append(pair)
 
     @contextlib.contextmanager
     def _of_caller(self) -> Iterator[None]:
@@ -440,23 +426,23 @@ class _Pipeline:
             raise
 
     @contextlib.contextmanager
-    def _queued(self, what: str, stream: torch.cuda.Stream, after: torch.cuda.Event) -> Iterator[None]:
-        """What is called inside is queued on `stream` behind `after`, and its time counted."""
+    def _queued(self) -> Iterator[None]:
+        """What is called inside is computed on the device when its turn comes, and its time counted."""
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        with torch.cuda.stream(stream):
-            stream.wait_event(after)
-            start.record(stream)
+        with torch.cuda.stream(self._computing):
+            start.record(self._computing)
             yield
-            end.record(stream)
-        self._spans.append((what, start, end))
-        if len(self._spans) > MAX_SPANS:
-            self._count_spans()
+            end.record(self._computing)
+        self._note_span("computing", start, end, 1)
+
+    def _note_span(self, what: str, start: torch.cuda.Event, end: torch.cuda.Event, factor: float) -> None:
+        self._spans.append((what, start, end, factor))
 
     def _count_spans(self) -> None:
         """Count the spans that are over, as far as the first that is not."""
         while self._spans and self._spans[0][2].query():
-            what, start, end = self._spans.popleft()
-            seconds = start.elapsed_time(end) / 1000
+            what, start, end, factor = self._spans.popleft()
+            seconds = start.elapsed_time(end) / 1000 * factor
             setattr(self._timings, what, getattr(self._timings, what) + seconds)
 
 
