@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from bench_candidates import CANDIDATES
+from bench_engine import bench_engine
 from bench_online import bench_online, bench_online_cuda
 from bench_sharded import bench_ranks, bench_sharded
 
@@ -329,6 +330,17 @@ def bench_cuda_cold(arguments: argparse.Namespace) -> dict[str, Any]:
     return compare_on_gpu(cases, "dd", "cold", arguments)
 
 
+def bench_parts(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What bounds the engines; see there."""
+
+    def write(dtype: str) -> Path:
+        return write_run(
+            arguments.inputs / f"engine-{dtype}", layers(arguments.elements), dtype, arguments, "safetensors"
+        )
+
+    return bench_engine(arguments, write)
+
+
 def compare_on_gpu(
     cases_of: Callable[[Path], dict[str, Case]], base: str, what: str, arguments: argparse.Namespace
 ) -> dict[str, Any]:
@@ -539,6 +551,7 @@ SECTIONS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "teachers": bench_teachers,
     "growth": bench_growth,
     "start": bench_start,
+    "engine": bench_parts,
     "cuda": bench_cuda,
     "cuda-cold": bench_cuda_cold,
     "online": bench_online,

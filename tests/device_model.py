@@ -186,7 +186,7 @@ def modelled(
                     raise torch.OutOfMemoryError("CUDA out of memory, says the model")
                 device.allocated.append(tensor.untyped_storage())
                 # Given back by whoever queued work on it, which is no reason to wait where the caller queues more.
-                device.queue(torch.cuda.current_stream(), lambda: tensor.fill_(77))
+                device.queue(torch.cuda.current_stream(), lambda: tensor.fill_(255))
             return tensor
 
         return made

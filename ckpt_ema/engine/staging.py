@@ -15,22 +15,26 @@ from ckpt_ema.engine.buffers import Buffer
 from ckpt_ema.errors import CkptEmaError, first_line
 
 
+NoteSpan = Callable[[torch.cuda.Event, torch.cuda.Event, float], None]
+"""Told of a copy: when it starts, when it ends, and how many copies as long as this one it stands for."""
+
+
 class StagingPair:
     """Two page-locked buffers that one thread at a time uses in turn."""
 
     def __init__(self, num_bytes: int, stream: torch.cuda.Stream, note: NoteSpan) -> None:
         """Of `num_bytes` each; copies are queued on `stream`, which is to be the current one of whoever uses it.
 
-        `note(start, end, bytes)` is told of some copies, one per block: their events, and the bytes that they stand
-        for, in copies of this size.
+        `note` is told of the first copy of every block: to time all of them would slow them down.
         """
         self._num_bytes, self._stream, self._note = num_bytes, stream, note
         self._slots = [_Slot(num_bytes), _Slot(num_bytes)]
 
     def upload(self, target: torch.Tensor, fill: Callable[[memoryview, int], None]) -> None:
-        """Fill `target`, bytes on the device of shape [n]: `fill(buffer, position)` gets each portion of it.
+        """Fill `target`, bytes on the device of shape [n]: `fill(buffer, position)` is called for each portion of it.
 
-        The last portions may still be on their way when it returns; `fill` is never called with a buffer that is.
+        The last portions may still be on their way when it returns: what is queued behind them on the stream comes
+        after them.
         """
         for begin in range(0, len(target), self._num_bytes):
             part = target[begin : begin + self._num_bytes]
@@ -63,7 +67,9 @@ class StagingPair:
         slot, _ = self._slots
         self._slots.reverse()
         slot.pin()
-        slot.copied.synchronize()
+        # Mostly long done; waiting would give the interpreter's lock away, for which all the others wait.
+        if not slot.copied.query():
+            slot.copied.synchronize()
         return slot
 
     def _copy(self, into: torch.Tensor, out_of: torch.Tensor, slot: _Slot, noted_bytes: int) -> None:
@@ -76,9 +82,6 @@ class StagingPair:
         else:
             into.copy_(out_of, non_blocking=True)
         slot.copied.record(self._stream)
-
-
-NoteSpan = Callable[[torch.cuda.Event, torch.cuda.Event, float], None]
 
 
 class _Slot:

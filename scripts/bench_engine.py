@@ -1,0 +1,165 @@
+"""What bounds an engine: the same fold with one thing of it changed at a time, its teachers forgotten.
+
+All variants live in one process and take turns, so that a machine that gets slower slows all of them; planning, page-
+locking and writing are not in the figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import os
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+MOMENTUM = 0.1
+
+
+def bench_engine(arguments: argparse.Namespace, write_run: Callable[[str], Path]) -> dict[str, Any]:
+    """Print one table per dtype and device; `write_run(dtype)` makes the checkpoints."""
+    import torch
+
+    rows: dict[str, Any] = {}
+    for dtype in ("float32", "bfloat16"):
+        run = write_run(dtype)
+        variants = {f"CPU: {name}": work for name, work in _on_cpu(run).items()}
+        if torch.cuda.is_available():
+            variants |= {f"GPU: {name}": work for name, work in _on_gpu(run).items()}
+        seconds: dict[str, list[float]] = {name: [] for name in variants}
+        for round_number in range(arguments.rounds + 1):
+            for name, work in variants.items():
+                took = work()
+                if round_number:  # the first one warms the page cache and locks pages
+                    seconds[name].append(took)
+        num_bytes = sum(path.stat().st_size for path in run.glob("step_*"))
+        print(f"\nthe engine alone, {num_bytes / 1e9:.2f} GB of {dtype}, warm page cache, nothing written\n")
+        print("| | GB/s |")
+        print("|---|---|")
+        for name, values in seconds.items():
+            print(f"| {name} | {num_bytes / statistics.median(values) / 1e9:.1f} |", flush=True)
+        rows[dtype] = {"run_bytes": num_bytes, "seconds": seconds}
+        if not arguments.keep:
+            shutil.rmtree(run)
+    return rows
+
+
+def _on_cpu(run: Path) -> dict[str, Callable[[], float]]:
+    from ckpt_ema.engine import cpu
+
+    cores = len(os.sched_getaffinity(0))
+    found = {"as it is": functools.partial(_seconds, run, cpu.fold_blocks)}
+    for threads in (1, 2, 4, 8, 16, 32):
+        if threads <= cores:
+            found[f"{threads} threads"] = functools.partial(_seconds, run, cpu.fold_blocks, num_threads=threads)
+    for elements in (128, 256, 1024, 2048):
+        found[f"blocks of {elements}k elements"] = functools.partial(
+            _seconds, run, cpu.fold_blocks, block_elements=elements << 10
+        )
+    return found
+
+
+def _on_gpu(run: Path) -> dict[str, Callable[[], float]]:
+    import torch
+
+    from ckpt_ema.engine import cuda, inputs, staging
+    from ckpt_ema.sizes import DEFAULT_MEMORY_BUDGET_BYTES
+
+    engine = functools.partial(
+        cuda.fold_blocks, device=torch.device("cuda:0"), memory_budget_bytes=DEFAULT_MEMORY_BUDGET_BYTES
+    )
+
+    def with_(module: Any, **values: Any) -> Callable[[], float]:
+        def work() -> float:
+            with _replaced(module, **values):
+                return _seconds(run, engine)
+
+        return work
+
+    def without_reading() -> float:
+        with _replaced(inputs.LaneExtents, read=lambda *arguments: None):
+            return _seconds(run, engine)
+
+    def without_copying() -> float:
+        def note_only(pair: Any, into: object, out_of: object, slot: Any, noted_bytes: int) -> None:
+            slot.copied.record(pair._stream)
+
+        # What is in the device's memory then may be no number.
+        with _replaced(staging.StagingPair, _copy=note_only), _replaced(cuda.math, isfinite=lambda number: True):
+            return _seconds(run, engine)
+
+    def switching(seconds: float) -> Callable[[], float]:
+        def work() -> float:
+            before = sys.getswitchinterval()
+            sys.setswitchinterval(seconds)
+            try:
+                return _seconds(run, engine)
+            finally:
+                sys.setswitchinterval(before)
+
+        return work
+
+    found: dict[str, Callable[[], float]] = {
+        "pinned copy alone": functools.partial(_copy_seconds, run),
+        "as it is": functools.partial(_seconds, run, engine),
+        "without reading": without_reading,
+        "without copying": without_copying,
+        "eight teachers": functools.partial(_seconds, run, engine, momentum=[k / 10 for k in range(1, 9)]),
+        "switching threads after 0.2 ms": switching(2e-4),
+    }
+    for readers in (4, 8, 12, 14):
+        found[f"{readers} readers"] = with_(cuda, MAX_READERS=readers)
+    for mib, per_block in ((1, 32), (2, 16), (8, 4)):
+        found[f"buffers of {mib} MiB"] = with_(cuda, STAGING_BYTES=mib << 20, STAGING_BUFFERS_PER_BLOCK=per_block)
+    for mib in (8, 16, 64):
+        found[f"blocks of {mib} MiB"] = with_(cuda, STAGING_BUFFERS_PER_BLOCK=mib // 4)
+    return found
+
+
+def _seconds(
+    run: Path, engine: Callable[..., Any], momentum: float | list[float] = MOMENTUM, **plan_changes: Any
+) -> float:
+    import ckpt_ema
+    from ckpt_ema.engine.contract import Nowhere, Task
+    from ckpt_ema.engine.inputs import InputFiles
+
+    plan = ckpt_ema.plan(run, run.parent / "teacher-{momentum}.safetensors", momentum=momentum)
+    blocks = plan.blocks
+    if "block_elements" in plan_changes:
+        raw, accumulator, widened, span = (
+            size * plan_changes["block_elements"] // blocks.block_elements for size in blocks.thread_buffers
+        )
+        plan_changes["thread_buffers"] = raw, accumulator, widened, span
+    with InputFiles(plan.layouts) as files:
+        updates = [teacher.updates for teacher in plan.teachers]
+        task = Task(replace(blocks, **plan_changes), plan.layouts, updates, files)
+        started = time.perf_counter()
+        engine(task, [Nowhere() for _ in plan.teachers], lambda num_bytes: None)
+        return time.perf_counter() - started
+
+
+def _copy_seconds(run: Path) -> float:
+    from bench_candidates import prepare_pinned
+
+    work = prepare_pinned(run, run)
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, **values: Any) -> Iterator[None]:
+    before = {name: getattr(owner, name) for name in values}
+    for name, value in values.items():
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(owner, name, value)
