@@ -14,7 +14,6 @@ import torch
 from ckpt_ema.engine.buffers import Buffer
 from ckpt_ema.errors import CkptEmaError, first_line
 
-
 NoteSpan = Callable[[torch.cuda.Event, torch.cuda.Event, float], None]
 """Told of a copy: when it starts, when it ends, and how many copies as long as this one it stands for."""
 
