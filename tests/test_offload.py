@@ -8,10 +8,13 @@ import gc
 import os
 import pickle
 import signal
+import subprocess
+import sys
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -252,6 +255,50 @@ def test_an_interrupted_waiting_leaves_something_to_wait_for(monkeypatch: pytest
         interrupt.join()
         goes_on.set()
         assert torch.allclose(teacher.tensors()["bias"], expected)
+
+
+FORKED = """
+import os, signal, sys, threading
+import pytest, torch
+from ckpt_ema import CkptEmaError, MeanTeacher
+from ckpt_ema.online import offload
+from tests.device_model import modelled
+from tests.test_offload import Student
+
+patch = pytest.MonkeyPatch()
+patch.setattr(offload, "is_on_gpu", lambda tensor: True)
+with modelled(patch, 0):
+    teacher = MeanTeacher(Student(torch.float32), momentum=0.5, device="cpu")
+    teacher.update()
+    teacher.wait()
+    goes_on = threading.Event()
+    if sys.argv[1] == "under way":
+        average = teacher._rule.average_all_
+        patch.setattr(teacher._rule, "average_all_", lambda *arguments: (goes_on.wait(20), average(*arguments)))
+        teacher.update()
+    child = os.fork()
+    if not child:
+        signal.alarm(10)
+        try:
+            print(len(teacher.tensors()), flush=True)
+        except CkptEmaError as error:
+            print(error, flush=True)
+        os._exit(0)
+    os.waitpid(child, 0)
+    goes_on.set()
+    print(len(teacher.tensors()))
+"""
+
+
+@pytest.mark.parametrize(("when", "says"), [("waited", "3"), ("under way", "forked while the teacher's update")])
+def test_a_forked_process_does_not_wait_for_a_thread_that_it_does_not_have(when: str, says: str) -> None:
+    """It says so; a teacher that was waited for is there, and in the process itself it goes on."""
+    root = Path(__file__).parent.parent
+    command = [sys.executable, "-c", FORKED, when]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, cwd=root)
+    first, *_, final = done.stdout.splitlines()
+    assert says in first, done
+    assert final == "3"
 
 
 def test_optimizers_are_held_back_once_and_no_longer_than_there_is_a_teacher() -> None:

@@ -8,12 +8,15 @@ Training goes on meanwhile; only the next step of an optimizer, which writes ove
 from __future__ import annotations
 
 import functools
+import os
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from ckpt_ema.errors import CkptEmaError
 
 Fold = Callable[[Sequence[torch.Tensor]], None]
 """Takes the student's tensors, in host memory, into the teacher."""
@@ -32,6 +35,9 @@ class Offload:
         """Copies that the next change of the student has to come behind."""
 
         self._folding: Future[None] | None = None
+        self._process = 0
+        """Of the thread that folds."""
+
         self._worker: ThreadPoolExecutor | None = None
         _ALIVE.add(self)
         _hold_optimizers_back()
@@ -70,6 +76,7 @@ class Offload:
                 staged.copy_(source)
         self._copied = [(device, self._copy_from(device, copies)) for device, copies in by_device.items()]
         # With the sources: their memory is not given to anybody else before it was read.
+        self._process = os.getpid()
         self._folding = self._worker.submit(_fold_when_copied, self._copied, sources, self._staged, fold)
 
     def _copy_from(self, device: torch.device, copies: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.cuda.Event:
@@ -93,10 +100,19 @@ class Offload:
             torch.cuda.current_stream(device).wait_event(event)
 
     def wait(self) -> None:
-        """Wait until the last update is in the teacher, and raise what it raised."""
+        """Wait until the last update is in the teacher, and raise what it raised.
+
+        Raises CkptEmaError in a process that was forked from the one where it is under way.
+        """
         folding = self._folding
         if folding is None:
             return
+        if not folding.done() and os.getpid() != self._process:
+            # The thread is not in this process, and its teacher may be half changed: waiting would never end.
+            raise CkptEmaError(
+                "this process was forked while the teacher's update was under way",
+                hint="call `teacher.wait()` before what forks",
+            )
         # Whoever interrupts this leaves something to wait for, and an error to be raised.
         wait([folding])
         if self._folding is folding:  # another thread may have waited for it, too
