@@ -11,12 +11,12 @@ class Timings:
 
     reading: float = 0.0
     copying: float = 0.0
-    """Between host and device; 0 on the CPU."""
+    """Waiting for a copy between host and device, without what goes on beside reading; 0 on the CPU."""
 
     computing: float = 0.0
     writing: float = 0.0
     waiting: float = 0.0
-    """For the device or for a buffer; 0 on the CPU, where a thread does one thing after the other."""
+    """The thread that queues work for the device, until there is some; 0 on the CPU."""
 
     def shares(self) -> dict[str, float]:
         """What was done and its share of the time, for all that took any."""

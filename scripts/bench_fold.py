@@ -1,8 +1,8 @@
 """The benchmark of the fold: every figure of the README's tables comes from here.
 
-Each measurement is a process of its own that imports torch first and then times the work alone. The candidates of a
-comparison run in turn, round by round; ratios are taken within a round and their median is printed, so that a machine
-that gets slower slows all of them. The first round is not counted.
+Each measurement (but for `engine` and `online`) is a process of its own that imports torch first and then times the
+work alone. The candidates of a comparison run in turn, round by round; ratios are taken within a round and their median
+is printed, so that a machine that gets slower slows all of them. The first round is not counted.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--inputs", type=Path, default=Path("/tmp"), help="folder for the folder of checkpoints")
     parser.add_argument("--outputs", type=Path, default=Path("/dev/shm"), help="folder for the teachers, on a tmpfs")
-    parser.add_argument("--checkpoints", type=int, default=6)
+    parser.add_argument("--checkpoints", type=positive, default=6)
     parser.add_argument("--elements", type=float, default=335e6, help="parameters of the model")
-    parser.add_argument("--rounds", type=int, default=5, help="counted rounds")
+    parser.add_argument("--rounds", type=positive, default=5, help="counted rounds")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     parser.add_argument("--plot", type=Path, help="also draw the fold's figures here, growth and GPU beside it")
     parser.add_argument("--only", nargs="*", choices=list(SECTIONS), default=list(SECTIONS))
@@ -67,6 +67,13 @@ def main() -> None:
         draw_bars(figures["cuda"], CUDA_BARS, arguments.plot.with_name("cuda.svg"))
     if arguments.plot and "growth" in figures:
         draw_growth(figures, arguments.plot.with_name("growth.svg"))
+
+
+def positive(text: str) -> int:
+    """A number of 1 or more; argparse says what it is not."""
+    if int(text) < 1:
+        raise ValueError(text)
+    return int(text)
 
 
 def describe_machine() -> str:
@@ -196,7 +203,9 @@ def print_rates(results: dict[str, list[dict[str, float]]], num_bytes: int, base
 
 def write_run(folder: Path, shapes: list[tuple[int, ...]], dtype: str, arguments: argparse.Namespace, how: str) -> Path:
     """Checkpoints of random numbers; written by their own libraries, in a process that gives its memory back."""
-    if not (folder / "complete").exists():
+    settings = json.dumps([str(folder), shapes, dtype, arguments.checkpoints, how])
+    complete = folder / "complete"
+    if not complete.exists() or complete.read_text() != settings:  # kept by a call with other options
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         code = (
@@ -210,9 +219,8 @@ def write_run(folder: Path, shapes: list[tuple[int, ...]], dtype: str, arguments
             "    if how == 'safetensors': save_file(student, f'{folder}/step_{k}.safetensors')\n"
             "    else: torch.save({'model': student, 'step': k}, f'{folder}/step_{k}.pt')\n"
         )
-        settings = json.dumps([str(folder), shapes, dtype, arguments.checkpoints, how])
         subprocess.run([sys.executable, "-c", code], input=settings, text=True, check=True)
-        (folder / "complete").touch()
+        complete.write_text(settings)
     for path in folder.glob("step_*"):
         warm(path)
     return folder

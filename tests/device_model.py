@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import random
+import sys
 import threading
 import weakref
 from collections import deque
@@ -121,10 +122,10 @@ class Event:
         return self.moment is None or self.moment.is_over
 
     def elapsed_time(self, end: Event) -> float:
-        """Milliseconds, of which a model has none."""
+        """Milliseconds: whatever was timed took one."""
         assert self.query()
         assert end.query()
-        return 0.0
+        return 1.0
 
 
 class Queueing(TorchDispatchMode):
@@ -166,7 +167,21 @@ def modelled(
     current = threading.local()
 
     @contextlib.contextmanager
-    def stream(chosen: Stream) -> Iterator[None]:
+    def on_device(_: object) -> Iterator[None]:
+        current.depth = getattr(current, "depth", 0) + 1
+        try:
+            yield
+        finally:
+            current.depth -= 1
+
+    def stream(chosen: Stream) -> contextlib.AbstractContextManager[None]:
+        # Leaving a stream goes back to the device from before, and takes memory of that where it is another one.
+        is_ours = sys._getframe(1).f_globals["__name__"].startswith("ckpt_ema.")
+        assert not is_ours or getattr(current, "depth", 0), "a stream without its device"
+        return on_stream(chosen)
+
+    @contextlib.contextmanager
+    def on_stream(chosen: Stream) -> Iterator[None]:
         before = getattr(current, "stream", main)
         current.stream = chosen
         try:
@@ -184,9 +199,9 @@ def modelled(
             if isinstance(options.get("device"), torch.device) and not pin_memory:
                 if tensor.nbytes > largest_bytes:
                     raise torch.OutOfMemoryError("CUDA out of memory, says the model")
-                device.allocated.append(tensor.untyped_storage())
+                device.allocated.append(storage := tensor.untyped_storage())
                 # Given back by whoever queued work on it, which is no reason to wait where the caller queues more.
-                device.queue(torch.cuda.current_stream(), lambda: tensor.fill_(255))
+                device.queue(torch.cuda.current_stream(), lambda: storage.nbytes() and tensor.fill_(255))
             return tensor
 
         return made
@@ -196,7 +211,7 @@ def modelled(
         patch.setattr(torch.cuda, "Event", lambda **options: Event(device))
         patch.setattr(torch.cuda, "stream", stream)
         patch.setattr(torch.cuda, "current_stream", lambda device_=None: getattr(current, "stream", main))
-        patch.setattr(torch.cuda, "device", contextlib.nullcontext)
+        patch.setattr(torch.cuda, "device", on_device)
         patch.setattr(torch.cuda, "synchronize", lambda device_=None: device.run_all())
         patch.setattr(torch.cuda, "empty_cache", lambda: None)
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)

@@ -1,9 +1,7 @@
-"""What every engine does, how it ends whatever interrupts it, and how it reports a teacher that is no teacher."""
+"""What every engine does, and how it reports a teacher that is no teacher."""
 
 from __future__ import annotations
 
-import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -13,8 +11,6 @@ from ckpt_ema.engine.inputs import InputFiles
 from ckpt_ema.layouts import Layout
 from ckpt_ema.profiles import Update
 from ckpt_ema.timings import Timings
-
-POLL_SECONDS = 0.005
 
 
 class Teacher(Protocol):
@@ -39,55 +35,6 @@ def write_block(teacher: Teacher, aliases: Sequence[Alias], content: memoryview,
         end = min(alias.original + alias.num_bytes, position + len(content))
         if begin < end:
             teacher.write(content[begin - position : end - position], begin - alias.original + alias.begin)
-
-
-class Jobs:
-    """What an engine's threads are at, so that none is at anything any more when the engine returns.
-
-    Threads by themselves do not tell: one whose start is interrupted runs, and nobody has it.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._count = 0
-        self._is_over = False
-
-    def run(self, job: Callable[[], None]) -> None:
-        """Do `job`, in any thread, unless `end` was called."""
-        with self._lock:
-            if self._is_over:
-                return
-            self._count += 1
-        try:
-            job()
-        finally:
-            with self._lock:
-                self._count -= 1
-
-    def end(self) -> None:
-        """Let none begin any more, and wait for those that have begun; to be called again where it is interrupted."""
-        with self._lock:
-            self._is_over = True
-        while self._count:
-            time.sleep(POLL_SECONDS)
-
-
-def wait_whatever_comes(waits: Sequence[Callable[[], object]]) -> None:
-    """Call each until it returns, however often it is interrupted, and raise the last interrupt then.
-
-    None may raise anything of its own: whatever comes out of one is Ctrl-C, or what another handler of signals raised.
-    Not for a thread's `join` alone: an interrupted one takes a thread that runs for one that has ended.
-    """
-    interrupt: BaseException | None = None
-    for wait in waits:
-        while True:
-            try:
-                wait()
-                break
-            except BaseException as error:
-                interrupt = error
-    if interrupt is not None:
-        raise interrupt
 
 
 def _forget(block: Block) -> None:

@@ -17,17 +17,16 @@ from ckpt_ema.blocks import Block, padded
 from ckpt_ema.engine.arithmetic import comparable, sign_of_finiteness, update_
 from ckpt_ema.engine.buffers import Buffer
 from ckpt_ema.engine.contract import (
-    Jobs,
     NonFinite,
     NonFiniteBlockError,
     Nowhere,
     Task,
     Teacher,
-    wait_whatever_comes,
     write_block,
 )
 from ckpt_ema.engine.gather import gather_block
 from ckpt_ema.engine.inputs import ExtentTable, Scatters, stored_dtype
+from ckpt_ema.engine.workers import Jobs, start, wait_whatever_comes
 from ckpt_ema.layouts import Layout
 from ckpt_ema.timings import Timings
 
@@ -71,7 +70,7 @@ def fold_blocks(
     threads = [threading.Thread(target=work, args=(end,), name="fold", daemon=True) for end in ended]
     try:
         for thread in threads:
-            thread.start()
+            start(thread)
         for end in ended:
             end.wait()
     finally:

@@ -1,8 +1,8 @@
 """The fold on a GPU: readers carry blocks to the device, streams compute, writers carry finished blocks back.
 
 Each reader takes one checkpoint's block at a time through two small page-locked buffers of its own into memory of the
-device, where a dozen blocks are in the making at once. A single thread queues the updates in the checkpoints' order;
-nothing ever waits for the device as a whole, and the model may be larger than its memory.
+device, where as many blocks as there are readers are in the making at once. A single thread queues the updates in the
+checkpoints' order; nothing ever waits for the device as a whole, and the model may be larger than its memory.
 """
 
 from __future__ import annotations
@@ -14,21 +14,30 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
+from typing import TypeVar
 
 import torch
 
-from ckpt_ema.blocks import ELEMENT_MULTIPLE, Block, BlockPlan, Lane, buffer_bytes_per_element, padded
+from ckpt_ema.blocks import (
+    ELEMENT_MULTIPLE,
+    REMOTE_READ_BYTES,
+    Block,
+    BlockPlan,
+    Lane,
+    buffer_bytes_per_element,
+    padded,
+)
 from ckpt_ema.dtypes import DType
 from ckpt_ema.engine import cpu, fused
 from ckpt_ema.engine.arithmetic import comparable
 from ckpt_ema.engine.buffers import torch_dtype
-from ckpt_ema.engine.contract import Jobs, Task, Teacher, wait_whatever_comes, write_block
+from ckpt_ema.engine.contract import Task, Teacher, write_block
 from ckpt_ema.engine.inputs import ExtentTable, stored_dtype
 from ckpt_ema.engine.staging import StagingPair, is_lack_of_memory
+from ckpt_ema.engine.workers import Ticket, Workers, wait_whatever_comes
 from ckpt_ema.errors import CkptEmaError, MisuseError, first_line
+from ckpt_ema.locations import RemotePath
 from ckpt_ema.timings import Timings
 
 STAGING_BYTES = 4 << 20
@@ -38,13 +47,15 @@ MIN_PAIRS = 4
 # What one update is queued for. A thread that queues has to take the interpreter's lock from a dozen others several
 # times, which takes as long for a small block as for a large one.
 STAGING_BUFFERS_PER_BLOCK = 8
-# Blocks on the device that are filled or waited for, beyond those that the readers are at.
-STAGES_AHEAD = 3
+# Students' blocks on the device beyond those that the readers are at.
+INCOMING_AHEAD = 3
+# A device where a gigabyte is not free, since something trains on it, has as a rule room for a sixteenth of that.
+SMALLER = 16
 # From so many teachers of 16-bit students on, torch's own calls, which read and write each teacher twice, keep an H100
 # longer than the link does (20 bytes of each at 3 TB/s, against 2 of the student at 50 GB/s). With fewer, compiling the
 # kernel that does it in one pass, about a second, costs more than it saves.
 FUSED_FROM_TEACHERS = 6
-# Timed spans of the device from which on those that are over are counted.
+# Timed spans of computing from which on those that are over are counted.
 MAX_SPANS = 256
 
 
@@ -69,12 +80,14 @@ def fold_blocks(
         timings = cpu.fold_blocks(replace(task, plan=replace(plan, lanes=others)), teachers, progress)
     if not averaged:
         return timings
-    staging_bytes = min(STAGING_BYTES, memory_budget_bytes // (2 * MIN_PAIRS))
+    is_remote = any(isinstance(file.path, RemotePath) for layout in task.layouts for file in layout.files)
+    most = REMOTE_READ_BYTES if is_remote else STAGING_BYTES
+    staging_bytes = min(most, memory_budget_bytes // (2 * MIN_PAIRS))
     staging_bytes = 1 << max(0, staging_bytes.bit_length() - 1)  # torch pins powers of two, whatever is asked for
     num_pairs = memory_budget_bytes // (2 * staging_bytes)
     block_bytes = staging_bytes * STAGING_BUFFERS_PER_BLOCK
     pipeline = None
-    for size in (block_bytes, block_bytes // 4):
+    for size in (block_bytes, block_bytes // SMALLER):
         elements = _elements_of_block(averaged, size)
         if not elements:
             raise MisuseError(
@@ -139,15 +152,11 @@ def _empty_cache() -> None:
         torch.cuda.empty_cache()
 
 
-class _DeviceBlock:
+class _DeviceBuffer:
     """Memory for a block on the device."""
 
     def __init__(self, num_bytes: int, device: torch.device) -> None:
         self._memory = torch.empty(num_bytes, dtype=torch.uint8, device=device)
-        # Whoever waits for an event sleeps: readers and writers need the cores.
-        self.filled = torch.cuda.Event(blocking=True)
-        self.future: Future[None] | None = None
-        """The reading into it or the writing out of it."""
 
     def bytes(self, count: int) -> torch.Tensor:
         return self._memory[:count]
@@ -157,11 +166,27 @@ class _DeviceBlock:
 
     def close(self) -> None:
         """Give the memory back, whatever views there are of it."""
-        self.future = None
         self._memory.untyped_storage().resize_(0)
 
 
-class _Stage(_DeviceBlock):
+B = TypeVar("B", bound=_DeviceBuffer)
+
+
+class _Exchanged(_DeviceBuffer):
+    """One that a thread fills or empties: when it is full, and what the thread is at."""
+
+    def __init__(self, num_bytes: int, device: torch.device) -> None:
+        super().__init__(num_bytes, device)
+        # Whoever waits for an event sleeps: readers and writers need the cores.
+        self.filled = torch.cuda.Event(blocking=True)
+        self.ticket: Ticket | None = None
+
+    def close(self) -> None:
+        self.ticket = None
+        super().close()
+
+
+class _Incoming(_Exchanged):
     """One for a student's block, and when it is free again."""
 
     def __init__(self, num_bytes: int, device: torch.device) -> None:
@@ -169,16 +194,16 @@ class _Stage(_DeviceBlock):
         self.used = torch.cuda.Event(blocking=True)
 
 
-class _Result(_DeviceBlock):
-    """One for a finished block, and its least and its greatest number: they say whether all of it is finite."""
+class _Outgoing(_Exchanged):
+    """One for a finished block; on the host, its least and its greatest number: they say whether all is finite."""
 
     def __init__(self, num_bytes: int, device: torch.device) -> None:
         super().__init__(num_bytes, device)
-        self.extremes = torch.empty(2, dtype=torch.float64, device=device)
+        self.extremes = torch.empty(2, dtype=torch.float64, device="cpu", pin_memory=True)
 
     def close(self) -> None:
         super().close()
-        self.extremes.untyped_storage().resize_(0)
+        vars(self).pop("extremes", None)
 
 
 class _Pipeline:
@@ -206,33 +231,42 @@ class _Pipeline:
         self._num_writers = min(MAX_WRITERS, num_pairs // (4 if len(teachers) == 1 else 2), plan.num_threads)
         self._num_readers = min(MAX_READERS, num_pairs - self._num_writers, max(2, plan.num_threads))
         self._lock = threading.Lock()
-        self._jobs = Jobs()
         self.errors_of_caller: list[BaseException] = []
         """What was raised in reading, writing and progress, and is not the device's."""
 
-        lanes = plan.lanes
-        counts = [min(plan.block_elements, padded(lane.num_elements)) for lane in lanes]
+        self._failures: list[BaseException] = []
+        """What any thread raised."""
+
+        self._buffers: list[_DeviceBuffer] = []
+        self._uploads: list[StagingPair] = []
+        self._downloads: list[StagingPair] = []
+        try:
+            self._allocate(staging_bytes)
+        except BaseException:
+            self.close()
+            raise
+
+    def _allocate(self, staging_bytes: int) -> None:
+        device, lanes, teachers = self._device, self._plan.lanes, self._teachers
+        counts = [min(self._plan.block_elements, padded(lane.num_elements)) for lane in lanes]
         raw = max(count * lane.input_itemsize for count, lane in zip(counts, lanes, strict=True))
         wide = max(count * lane.accumulate_dtype.itemsize for count, lane in zip(counts, lanes, strict=True))
         out = max(count * lane.dtype.itemsize for count, lane in zip(counts, lanes, strict=True))
-        self._stages = deque(_Stage(raw, device) for _ in range(self._num_readers + STAGES_AHEAD))
-        self._results = deque(_Result(out, device) for _ in range(self._num_writers + 1))
-        self._accumulators = [_DeviceBlock(wide, device) for _ in teachers]
-        self._widened = _DeviceBlock(wide, device)
-        self._blocks = [*self._stages, *self._results, *self._accumulators, self._widened]
+        self._incoming = deque(self._made(_Incoming, raw) for _ in range(self._num_readers + INCOMING_AHEAD))
+        self._outgoing = deque(self._made(_Outgoing, out) for _ in range(self._num_writers + 1))
+        self._accumulators = [self._made(_DeviceBuffer, wide) for _ in teachers]
+        self._widened = self._made(_DeviceBuffer, wide)
         streams = [torch.cuda.Stream(device) for _ in range(3)]
         self._copying, self._computing, self._returning = streams
         for stream in streams:
             # The allocator may have given memory that the caller's own work has still to write to.
             stream.wait_stream(torch.cuda.current_stream(device))
-        self._spans: deque[tuple[str, torch.cuda.Event, torch.cuda.Event, float]] = deque()
-        note = functools.partial(self._note_span, "copying")
+        self._spans: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
         # The one used last is the next one to be used: the processor still has it in its cache.
-        self._uploads = [StagingPair(min(staging_bytes, raw), self._copying, note) for _ in range(self._num_readers)]
+        self._uploads = [StagingPair(min(staging_bytes, raw), device, self._copying) for _ in range(self._num_readers)]
         self._downloads = [
-            StagingPair(min(staging_bytes, out), self._returning, note) for _ in range(self._num_writers)
+            StagingPair(min(staging_bytes, out), device, self._returning) for _ in range(self._num_writers)
         ]
-        self._pairs = [*self._uploads, *self._downloads]
         self._fused = {
             (lane.accumulate_dtype, dtype)
             for lane in lanes
@@ -242,21 +276,28 @@ class _Pipeline:
         }
         """Dtypes of teacher and student that one kernel does in one pass."""
 
+    def _made(self, kind: type[B], num_bytes: int) -> B:
+        """A buffer that `close` gives back, however many of them there are."""
+        buffer = kind(num_bytes, self._device)
+        self._buffers.append(buffer)
+        return buffer
+
     def run(self) -> None:
         """Fold every block; nothing of it runs any more on return, on the device or off."""
-        readers = ThreadPoolExecutor(self._num_readers, "read")
-        writers = ThreadPoolExecutor(self._num_writers, "write")
+        readers = Workers(self._num_readers, "read", self._failures)
+        writers = Workers(self._num_writers, "write", self._failures)
+        ends = [readers.end, writers.end, self._finish_queued]
         try:
-            self._drive(readers, writers)
-            torch.cuda.synchronize(self._device)
-            self._count_spans()
+            with torch.cuda.device(self._device):
+                self._drive(readers, writers)
+                torch.cuda.synchronize(self._device)
+                self._count_spans()
         finally:
-            wait_whatever_comes([functools.partial(self._end, readers, writers)])
+            wait_whatever_comes(ends)
+        for pairs in (self._uploads, self._downloads):
+            self._timings.copying += sum(pair.waiting_seconds for pair in pairs) / len(pairs)
 
-    def _end(self, readers: ThreadPoolExecutor, writers: ThreadPoolExecutor) -> None:
-        self._jobs.end()
-        for executor in (readers, writers):
-            executor.shutdown()
+    def _finish_queued(self) -> None:
         with contextlib.suppress(RuntimeError):  # a device that failed, which has been said
             torch.cuda.synchronize(self._device)
 
@@ -265,50 +306,50 @@ class _Pipeline:
 
         But for the buffer that was being read into or written from when the error came up.
         """
-        for block in self._blocks:
-            block.close()
-        for pair in self._pairs:
+        for buffer in self._buffers:
+            buffer.close()
+        for pair in (*self._uploads, *self._downloads):
             pair.close()
         self.errors_of_caller.clear()
+        self._failures.clear()
 
-    def _drive(self, readers: ThreadPoolExecutor, writers: ThreadPoolExecutor) -> None:
+    def _drive(self, readers: Workers, writers: Workers) -> None:
         wanted = self._reads()
-        pending: deque[tuple[Block, int, _Stage]] = deque()
+        pending: deque[tuple[Block, int, _Incoming]] = deque()
         while True:
-            while self._stages and (item := next(wanted, None)) is not None:
-                stage = self._stages.popleft()
-                stage.future = self._submit(readers, self._read, *item, stage)
-                pending.append((*item, stage))
+            while self._incoming and (item := next(wanted, None)) is not None:
+                buffer = self._incoming.popleft()
+                buffer.ticket = readers.submit(functools.partial(self._read, *item, buffer))
+                pending.append((*item, buffer))
             if not pending:
                 break
-            block, index, stage = pending.popleft()
-            self._wait_for(stage)
-            self._enter(block, index, stage)
-            self._stages.append(stage)
+            block, index, buffer = pending.popleft()
+            self._wait_for(buffer)
+            self._enter(block, index, buffer)
+            self._incoming.append(buffer)
             if index == len(self._task.layouts) - 1:
                 self._finish(block, writers)
             if len(self._spans) > MAX_SPANS:
                 self._count_spans()
-        for result in self._results:
-            self._wait_for(result)
+        for outgoing in self._outgoing:
+            self._wait_for(outgoing)
 
-    def _submit(self, executor: ThreadPoolExecutor, job: Callable[..., None], *arguments: Any) -> Future[None]:
-        return executor.submit(self._jobs.run, functools.partial(job, *arguments))
-
-    def _wait_for(self, block: _DeviceBlock) -> None:
-        """Wait until nobody reads into it or writes out of it any more, and count the time."""
-        if block.future is None:
-            return
-        started = time.perf_counter()
-        block.future.result()
-        self._timings.waiting += time.perf_counter() - started
+    def _wait_for(self, buffer: _Exchanged) -> None:
+        """Wait until no thread fills or empties it any more, and count the time; raise what any thread raised."""
+        ticket, buffer.ticket = buffer.ticket, None
+        if ticket is not None:
+            started = time.perf_counter()
+            ticket.wait()
+            self._timings.waiting += time.perf_counter() - started
+        if self._failures:
+            raise self._failures[0]
 
     def _reads(self) -> Iterator[tuple[Block, int]]:
         for block in self._plan.blocks():
             for index in range(len(self._task.layouts)):
                 yield block, index
 
-    def _read(self, block: Block, index: int, stage: _Stage) -> None:
+    def _read(self, block: Block, index: int, buffer: _Incoming) -> None:
         """Carry one student's block to the device."""
         layout = self._task.layouts[index]
         itemsize = stored_dtype(layout, block).itemsize
@@ -317,39 +358,38 @@ class _Pipeline:
         trash = self._task.files.new_trash()
         seconds = 0.0
 
-        def fill(buffer: memoryview, position: int) -> None:
+        def fill(staged: memoryview, position: int) -> None:
             nonlocal seconds
             started = time.perf_counter()
             first = block.begin + position // itemsize
-            try:
-                extents.read(first, first + len(buffer) // itemsize, buffer, trash, {})
-            except BaseException as error:
-                self.errors_of_caller.append(error)
-                raise
+            with self._of_caller():
+                extents.read(first, first + len(staged) // itemsize, staged, trash, {})
             seconds += time.perf_counter() - started
 
-        with self._one_of(self._uploads) as pair, torch.cuda.stream(self._copying):
-            stage.used.synchronize()  # what the device had in it before
-            pair.upload(stage.bytes(num_bytes), fill)
-            stage.filled.record(self._copying)
+        with torch.cuda.device(self._device):
+            buffer.used.synchronize()  # what the device had in it before
+        with self._one_of(self._uploads) as pair:
+            pair.upload(buffer.bytes(num_bytes), fill)
+        with torch.cuda.device(self._device):
+            buffer.filled.record(self._copying)
         with self._of_caller(), self._lock:
             self._timings.reading += seconds / self._num_readers
             self._progress(num_bytes)
 
-    def _enter(self, block: Block, index: int, stage: _Stage) -> None:
+    def _enter(self, block: Block, index: int, buffer: _Incoming) -> None:
         """Queue one student's update of every teacher."""
         lane, count = block.lane, block.end - block.begin
         stored = stored_dtype(self._task.layouts[index], block)
-        self._computing.wait_event(stage.filled)
+        self._computing.wait_event(buffer.filled)
         with self._queued():
-            student = stage.elements(stored, count)
+            student = buffer.elements(stored, count)
             teachers = [accumulator.elements(lane.accumulate_dtype, count) for accumulator in self._accumulators]
             if index == 0:
                 for teacher in teachers:
                     teacher.copy_(student)
             else:
                 self._update(teachers, student, index, lane)
-            stage.used.record(self._computing)
+            buffer.used.record(self._computing)
 
     def _update(self, teachers: Sequence[torch.Tensor], student: torch.Tensor, index: int, lane: Lane) -> None:
         is_fused = (lane.accumulate_dtype, lane.input_dtypes[index]) in self._fused
@@ -362,28 +402,27 @@ class _Pipeline:
             else:
                 teacher.mul_(keep).add_(student, alpha=take)
 
-    def _finish(self, block: Block, writers: ThreadPoolExecutor) -> None:
+    def _finish(self, block: Block, writers: Workers) -> None:
         """Queue every teacher's rounding, and its way back."""
         lane, count = block.lane, block.end - block.begin
         finished = _Countdown(len(self._teachers))
         for teacher, accumulator in zip(self._teachers, self._accumulators, strict=True):
-            result = self._results.popleft()
-            self._wait_for(result)
+            buffer = self._outgoing.popleft()
+            self._wait_for(buffer)
             with self._queued():
-                rounded = result.elements(lane.dtype, count)
+                rounded = buffer.elements(lane.dtype, count)
                 rounded.copy_(accumulator.elements(lane.accumulate_dtype, count))
-                least, greatest = torch.aminmax(comparable(rounded))
-                result.extremes.copy_(torch.stack((least, greatest)))
-                result.filled.record(self._computing)
-            result.future = self._submit(writers, self._write, teacher, block, result, finished)
-            self._results.append(result)
+                extremes = torch.stack(torch.aminmax(comparable(rounded)))
+                buffer.extremes.copy_(extremes.double(), non_blocking=True)
+                buffer.filled.record(self._computing)
+            buffer.ticket = writers.submit(functools.partial(self._write, teacher, block, buffer, finished))
+            self._outgoing.append(buffer)
 
-    def _write(self, teacher: Teacher, block: Block, result: _Result, finished: _Countdown) -> None:
+    def _write(self, teacher: Teacher, block: Block, buffer: _Outgoing, finished: _Countdown) -> None:
         """Carry one teacher's block back, and write it."""
-        with torch.cuda.stream(self._returning):
-            result.filled.synchronize()
-            is_finite = all(map(math.isfinite, result.extremes.tolist()))
-        if not is_finite:
+        with torch.cuda.device(self._device):
+            buffer.filled.synchronize()
+        if not _is_finite(buffer.extremes):
             # The CPU folds this block once more, and finds the tensor and the checkpoint it came from.
             with self._of_caller():
                 cpu.refold(self._task, block)
@@ -392,15 +431,15 @@ class _Pipeline:
             )
         seconds = 0.0
 
-        def take(content: memoryview, position: int) -> None:
+        def put(content: memoryview, position: int) -> None:
             nonlocal seconds
             started = time.perf_counter()
             with self._of_caller():
                 write_block(teacher, self._plan.aliases, content, block.position + position)
             seconds += time.perf_counter() - started
 
-        with self._one_of(self._downloads) as pair, torch.cuda.stream(self._returning):
-            pair.download(result.bytes((block.end - block.begin) * block.lane.dtype.itemsize), take)
+        with self._one_of(self._downloads) as pair:
+            pair.download(buffer.bytes((block.end - block.begin) * block.lane.dtype.itemsize), put)
         if finished.is_last():
             with self._of_caller():
                 self._task.on_finished(block)
@@ -433,17 +472,17 @@ class _Pipeline:
             start.record(self._computing)
             yield
             end.record(self._computing)
-        self._note_span("computing", start, end, 1)
-
-    def _note_span(self, what: str, start: torch.cuda.Event, end: torch.cuda.Event, factor: float) -> None:
-        self._spans.append((what, start, end, factor))
+        self._spans.append((start, end))
 
     def _count_spans(self) -> None:
         """Count the spans that are over, as far as the first that is not."""
-        while self._spans and self._spans[0][2].query():
-            what, start, end, factor = self._spans.popleft()
-            seconds = start.elapsed_time(end) / 1000 * factor
-            setattr(self._timings, what, getattr(self._timings, what) + seconds)
+        while self._spans and self._spans[0][1].query():
+            start, end = self._spans.popleft()
+            self._timings.computing += start.elapsed_time(end) / 1000
+
+
+def _is_finite(extremes: torch.Tensor) -> bool:
+    return all(map(math.isfinite, extremes.tolist()))
 
 
 class _Countdown:

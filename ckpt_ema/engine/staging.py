@@ -7,27 +7,25 @@ way. Threads filled buffers of 16 MiB at 31 GB/s, and of 4 MiB at 49.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import time
+from collections.abc import Callable, Iterator
 
 import torch
 
 from ckpt_ema.engine.buffers import Buffer
 from ckpt_ema.errors import CkptEmaError, first_line
 
-NoteSpan = Callable[[torch.cuda.Event, torch.cuda.Event, float], None]
-"""Told of a copy: when it starts, when it ends, and how many copies as long as this one it stands for."""
-
 
 class StagingPair:
     """Two page-locked buffers that one thread at a time uses in turn."""
 
-    def __init__(self, num_bytes: int, stream: torch.cuda.Stream, note: NoteSpan) -> None:
-        """Of `num_bytes` each; copies are queued on `stream`, which is to be the current one of whoever uses it.
-
-        `note` is told of the first copy of every block: to time all of them would slow them down.
-        """
-        self._num_bytes, self._stream, self._note = num_bytes, stream, note
+    def __init__(self, num_bytes: int, device: torch.device, stream: torch.cuda.Stream) -> None:
+        """Of `num_bytes` each; copies are queued on `stream`, which is one of `device`'s."""
+        self._num_bytes, self._device, self._stream = num_bytes, device, stream
         self._slots = [_Slot(num_bytes), _Slot(num_bytes)]
+        self.waiting_seconds = 0.0
+        """How long copies were waited for."""
 
     def upload(self, target: torch.Tensor, fill: Callable[[memoryview, int], None]) -> None:
         """Fill `target`, bytes on the device of shape [n]: `fill(buffer, position)` is called for each portion of it.
@@ -35,26 +33,28 @@ class StagingPair:
         The last portions may still be on their way when it returns: what is queued behind them on the stream comes
         after them.
         """
-        for begin in range(0, len(target), self._num_bytes):
-            part = target[begin : begin + self._num_bytes]
-            slot = self._next()
-            fill(slot.buffer.bytes[: len(part)], begin)
-            self._copy(part, slot.buffer.tensor[: len(part)], slot, len(target) if begin == 0 else 0)
+        with queueing(self._device, self._stream):
+            for begin in range(0, len(target), self._num_bytes):
+                part = target[begin : begin + self._num_bytes]
+                slot = self._next()
+                fill(slot.buffer.bytes[: len(part)], begin)
+                self._copy(part, slot.buffer.tensor[: len(part)], slot)
 
-    def download(self, source: torch.Tensor, take: Callable[[memoryview, int], None]) -> None:
-        """Pass `source`, bytes on the device of shape [n], on to `take(content, position)`, each portion of it."""
+    def download(self, source: torch.Tensor, put: Callable[[memoryview, int], None]) -> None:
+        """Pass `source`, bytes on the device of shape [n], on to `put(content, position)`, each portion of it."""
         ahead: tuple[_Slot, int] | None = None
-        for begin in range(0, len(source), self._num_bytes):
-            part = source[begin : begin + self._num_bytes]
-            slot = self._next()
-            self._copy(slot.buffer.tensor[: len(part)], part, slot, len(source) if begin == 0 else 0)
+        with queueing(self._device, self._stream):
+            for begin in range(0, len(source), self._num_bytes):
+                part = source[begin : begin + self._num_bytes]
+                slot = self._next()
+                self._copy(slot.buffer.tensor[: len(part)], part, slot)
+                if ahead is not None:
+                    self._wait_for(ahead[0])
+                    put(ahead[0].buffer.bytes[: self._num_bytes], ahead[1])
+                ahead = slot, begin
             if ahead is not None:
-                ahead[0].copied.synchronize()
-                take(ahead[0].buffer.bytes[: self._num_bytes], ahead[1])
-            ahead = slot, begin
-        if ahead is not None:
-            ahead[0].copied.synchronize()
-            take(ahead[0].buffer.bytes[: len(source) - ahead[1]], ahead[1])
+                self._wait_for(ahead[0])
+                put(ahead[0].buffer.bytes[: len(source) - ahead[1]], ahead[1])
 
     def close(self) -> None:
         """Give the memory back, whoever holds this, but for what a call that failed was at."""
@@ -68,19 +68,26 @@ class StagingPair:
         slot.pin()
         # Mostly long done; waiting would give the interpreter's lock away, for which all the others wait.
         if not slot.copied.query():
-            slot.copied.synchronize()
+            self._wait_for(slot)
         return slot
 
-    def _copy(self, into: torch.Tensor, out_of: torch.Tensor, slot: _Slot, noted_bytes: int) -> None:
-        if noted_bytes:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record(self._stream)
-            into.copy_(out_of, non_blocking=True)
-            end.record(self._stream)
-            self._note(start, end, noted_bytes / len(into))
-        else:
-            into.copy_(out_of, non_blocking=True)
+    def _copy(self, into: torch.Tensor, out_of: torch.Tensor, slot: _Slot) -> None:
+        into.copy_(out_of, non_blocking=True)
         slot.copied.record(self._stream)
+
+    def _wait_for(self, slot: _Slot) -> None:
+        started = time.perf_counter()
+        slot.copied.synchronize()
+        self.waiting_seconds += time.perf_counter() - started
+
+
+@contextlib.contextmanager
+def queueing(device: torch.device, stream: torch.cuda.Stream) -> Iterator[None]:
+    """What is called inside is queued on `stream`, one of `device`'s."""
+    # The device by itself as well: a thread begins with the first one, and to leave a stream is to go back there, which
+    # takes memory of it.
+    with torch.cuda.device(device), torch.cuda.stream(stream):
+        yield
 
 
 class _Slot:

@@ -86,7 +86,8 @@ class Offload:
         stream.wait_stream(torch.cuda.current_stream(device))
         # The thread sleeps until then: the others have work to do.
         event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-        with torch.cuda.stream(stream):
+        # The device by itself as well: to leave a stream is to go back to the device from before, taking memory of it.
+        with torch.cuda.device(device), torch.cuda.stream(stream):
             for staged, source in copies:
                 staged.copy_(source, non_blocking=True)
             event.record(stream)

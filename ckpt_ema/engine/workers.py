@@ -1,0 +1,135 @@
+"""Threads for engines: jobs in, none of them at anything any more when the engine returns, whatever interrupts it."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+from ckpt_ema.errors import CkptEmaError
+
+POLL_SECONDS = 0.005
+
+
+class Jobs:
+    """What an engine's threads are at, so that none is at anything any more when the engine returns.
+
+    Threads by themselves do not tell: one whose start is interrupted runs, and nobody has it.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._count = 0
+        self._is_over = False
+
+    def run(self, job: Callable[[], None]) -> None:
+        """Do `job`, in any thread, unless `end` was called."""
+        with self._lock:
+            if self._is_over:
+                return
+            self._count += 1
+        try:
+            job()
+        finally:
+            with self._lock:
+                self._count -= 1
+
+    def end(self) -> None:
+        """Let none begin any more, and wait for those that have begun; to be called again where it is interrupted."""
+        with self._lock:
+            self._is_over = True
+        while self._count:
+            time.sleep(POLL_SECONDS)
+
+
+class Ticket:
+    """A job that was handed to Workers."""
+
+    def __init__(self, job: Callable[[], None]) -> None:
+        self.job = job
+        self._done: queue.SimpleQueue[None] = queue.SimpleQueue()
+
+    def wait(self) -> None:
+        """Wait until it was done, or failed; to be called once."""
+        self._done.get()
+
+    def tell(self) -> None:
+        """Let go whoever waits."""
+        self._done.put(None)
+
+
+class Workers:
+    """Threads that do jobs in the order in which they are handed out.
+
+    What ThreadPoolExecutor does, with queues that are written in C: its locks are taken in Python, where Ctrl-C may
+    come between one and what gives it back, and whoever waits for that waits for ever.
+    """
+
+    def __init__(self, count: int, name: str, failures: list[BaseException]) -> None:
+        """Up to `count` threads, started when there is something to do. What jobs raise is added to `failures`."""
+        self._count, self._name, self._failures = count, name, failures
+        self._threads: list[threading.Thread] = []
+        self._jobs = Jobs()
+        self._queue: queue.SimpleQueue[Ticket | None] = queue.SimpleQueue()
+
+    def submit(self, job: Callable[[], None]) -> Ticket:
+        """Have `job` done; raises CkptEmaError where the system has no threads left."""
+        ticket = Ticket(job)
+        self._queue.put(ticket)
+        if len(self._threads) < self._count:
+            name = f"{self._name}-{len(self._threads)}"
+            thread = threading.Thread(target=self._work, name=name, daemon=True)
+            self._threads.append(thread)
+            start(thread)
+        return ticket
+
+    def end(self) -> None:
+        """Return when none does anything any more, and let none begin; to be called again where it is interrupted."""
+        self._jobs.end()
+        for _ in range(self._count):
+            self._queue.put(None)
+
+    def _work(self) -> None:
+        while (ticket := self._queue.get()) is not None:
+            try:
+                self._jobs.run(ticket.job)
+            except BaseException as error:
+                self._failures.append(error)
+            ticket.tell()
+            del ticket  # what its job holds is not held while there is nothing to do
+
+
+def start(thread: threading.Thread) -> None:
+    """Start it; raises CkptEmaError where the system has none left."""
+    try:
+        thread.start()
+    except RuntimeError as error:
+        raise CkptEmaError(
+            f"cannot start a thread: {error}",
+            hint="see how many you may have: `ulimit -u`, or pass a smaller `--memory`",
+        ) from error
+
+
+def wait_whatever_comes(waits: Sequence[Callable[[], object]]) -> None:
+    """Call each until it returns, however often it is interrupted, and raise the last interrupt then.
+
+    None may raise anything of its own: whatever comes out of one is Ctrl-C, or what another handler of signals raised.
+    Each may be called once more after it returned. Signals that follow each other within microseconds get out: between
+    two lines of ours, and between what would go on from there.
+    """
+    interrupt: BaseException | None = None
+    left = list(reversed(waits))
+    while left:
+        try:
+            while left:
+                try:
+                    while left:
+                        left[-1]()
+                        left.pop()
+                except BaseException as error:
+                    interrupt = error
+        except BaseException as error:
+            interrupt = error
+    if interrupt is not None:
+        raise interrupt
