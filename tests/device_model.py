@@ -43,6 +43,24 @@ class Device:
         self.pinned: list[weakref.ref[torch.Tensor]] = []
         self.num_run = 0
         self._lock = threading.RLock()
+        self._named = threading.local()
+
+    @contextlib.contextmanager
+    def named(self, _: object) -> Iterator[None]:
+        """torch.cuda.device, of a model."""
+        self._named.depth = getattr(self._named, "depth", 0) + 1
+        try:
+            yield
+        finally:
+            self._named.depth -= 1
+
+    def check_named(self) -> None:
+        """That our code, two calls up, said which device it is about.
+
+        A thread begins with the first one, and takes memory of it by waiting there or by coming back from a stream.
+        """
+        is_ours = sys._getframe(2).f_globals["__name__"].startswith("ckpt_ema.")
+        assert not is_ours or getattr(self._named, "depth", 0), "a device that is not named"
 
     def queue(self, stream: Stream, work: Callable[[], object] | Moment) -> None:
         """Let `stream` do `work`, or wait for a moment, when its turn comes."""
@@ -114,6 +132,7 @@ class Event:
 
     def synchronize(self) -> None:
         """Wait for what was recorded last."""
+        self.device.check_named()
         if (moment := self.moment) is not None and self.device.forgets != "synchronize":
             self.device.run_until(lambda: moment.is_over)
 
@@ -166,18 +185,8 @@ def modelled(
     main = Stream(device)
     current = threading.local()
 
-    @contextlib.contextmanager
-    def on_device(_: object) -> Iterator[None]:
-        current.depth = getattr(current, "depth", 0) + 1
-        try:
-            yield
-        finally:
-            current.depth -= 1
-
     def stream(chosen: Stream) -> contextlib.AbstractContextManager[None]:
-        # Leaving a stream goes back to the device from before, and takes memory of that where it is another one.
-        is_ours = sys._getframe(1).f_globals["__name__"].startswith("ckpt_ema.")
-        assert not is_ours or getattr(current, "depth", 0), "a stream without its device"
+        device.check_named()
         return on_stream(chosen)
 
     @contextlib.contextmanager
@@ -211,7 +220,7 @@ def modelled(
         patch.setattr(torch.cuda, "Event", lambda **options: Event(device))
         patch.setattr(torch.cuda, "stream", stream)
         patch.setattr(torch.cuda, "current_stream", lambda device_=None: getattr(current, "stream", main))
-        patch.setattr(torch.cuda, "device", on_device)
+        patch.setattr(torch.cuda, "device", device.named)
         patch.setattr(torch.cuda, "synchronize", lambda device_=None: device.run_all())
         patch.setattr(torch.cuda, "empty_cache", lambda: None)
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
