@@ -85,7 +85,7 @@ def fold_blocks(
     staging_bytes = min(most, memory_budget_bytes // (2 * MIN_PAIRS))
     staging_bytes = 1 << max(0, staging_bytes.bit_length() - 1)  # torch pins powers of two, whatever is asked for
     num_pairs = memory_budget_bytes // (2 * staging_bytes)
-    block_bytes = staging_bytes * STAGING_BUFFERS_PER_BLOCK
+    block_bytes = min(staging_bytes, STAGING_BYTES) * STAGING_BUFFERS_PER_BLOCK
     pipeline = None
     for size in (block_bytes, block_bytes // SMALLER):
         elements = _elements_of_block(averaged, size)
