@@ -430,6 +430,37 @@ def test_a_fold_leaves_nothing_to_the_garbage_collector(
         gc.enable()
 
 
+@pytest.mark.parametrize("name", ["read", "write", "fold"])
+def test_without_threads_it_says_so_and_keeps_nothing(
+    long_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """It is no failure of the device."""
+    plan = ckpt_ema.plan(long_run, tmp_path / "t.safetensors", momentum=0.3)
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name.startswith(name):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    gc.collect()
+    gc.disable()
+    try:
+        with modelled(monkeypatch, 0), InputFiles(plan.layouts) as files, monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refuse)
+            teacher = Nowhere()
+            kept = weakref.ref(teacher)
+            task = Task(plan.blocks, plan.layouts, [each.updates for each in plan.teachers], files)
+            engine = cpu.fold_blocks if name == "fold" else ON_THE_MODEL
+            with pytest.raises(CkptEmaError, match="cannot start a thread: can't start new thread") as caught:
+                engine(task, [teacher], lambda _: None)
+            assert "ulimit -u" in caught.value.hint
+            del teacher, caught
+            assert kept() is None
+    finally:
+        gc.enable()
+
+
 def test_writers_beside_each_other_and_what_they_fail_of(
     long_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import queue
 import threading
 import time
@@ -69,7 +70,7 @@ class Workers:
     def __init__(self, count: int, name: str, failures: list[BaseException]) -> None:
         """Up to `count` threads, started when there is something to do. What jobs raise is added to `failures`."""
         self._count, self._name, self._failures = count, name, failures
-        self._threads: list[threading.Thread] = []
+        self._num_threads = 0
         self._jobs = Jobs()
         self._queue: queue.SimpleQueue[Ticket | None] = queue.SimpleQueue()
 
@@ -77,11 +78,10 @@ class Workers:
         """Have `job` done; raises CkptEmaError where the system has no threads left."""
         ticket = Ticket(job)
         self._queue.put(ticket)
-        if len(self._threads) < self._count:
-            name = f"{self._name}-{len(self._threads)}"
-            thread = threading.Thread(target=self._work, name=name, daemon=True)
-            self._threads.append(thread)
-            start(thread)
+        if self._num_threads < self._count:
+            name = f"{self._name}-{self._num_threads}"
+            self._num_threads += 1
+            start(threading.Thread(target=self._work, name=name, daemon=True))
         return ticket
 
     def end(self) -> None:
@@ -92,12 +92,16 @@ class Workers:
 
     def _work(self) -> None:
         while (ticket := self._queue.get()) is not None:
-            try:
-                self._jobs.run(ticket.job)
-            except BaseException as error:
-                self._failures.append(error)
+            self._jobs.run(functools.partial(self._do, ticket.job))
             ticket.tell()
             del ticket  # what its job holds is not held while there is nothing to do
+
+    def _do(self, job: Callable[[], None]) -> None:
+        # Within what `end` waits for: whoever clears the failures then has all of them.
+        try:
+            job()
+        except BaseException as error:
+            self._failures.append(error)
 
 
 def start(thread: threading.Thread) -> None:
