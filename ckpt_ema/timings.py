@@ -16,7 +16,7 @@ class Timings:
     computing: float = 0.0
     writing: float = 0.0
     waiting: float = 0.0
-    """The thread that queues work for the device, until there is some; 0 on the CPU."""
+    """The thread that queues work for the device, until a reader or a writer is done; 0 on the CPU."""
 
     def shares(self) -> dict[str, float]:
         """What was done and its share of the time, for all that took any."""

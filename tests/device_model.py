@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo  # which the first dispatch mode imports else: what it leaves then holds the frames around it
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 

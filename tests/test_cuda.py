@@ -482,7 +482,8 @@ def test_writers_beside_each_other_and_what_they_fail_of(
 
     def fail(*_: object) -> None:
         arrived.append(1)
-        while len(arrived) < 2:
+        deadline = time.monotonic() + 20
+        while len(arrived) < 2 and time.monotonic() < deadline:
             time.sleep(0.001)
         writers[threading.current_thread().name] = len(read)
         raise CkptEmaError("the disk is full")
