@@ -19,7 +19,6 @@ from ckpt_ema.catalogue import TeacherTensor
 from ckpt_ema.dtypes import BY_NAME, DType
 from ckpt_ema.errors import MisuseError
 from ckpt_ema.layouts import Layout
-from ckpt_ema.locations import RemotePath
 from ckpt_ema.remote_store import MAX_REQUEST_BYTES
 
 Accumulate = Literal["float32", "float64", "student"]
@@ -227,7 +226,7 @@ def plan_blocks(
     )
     stretches = _stretches([tensor for tensor in ordered if tensor.index not in aliases_of], offsets, scattered, stored)
     lanes = tuple(_lane(stretch, offsets, scattered, layouts, accumulate) for stretch in stretches)
-    is_remote = any(isinstance(file.path, RemotePath) for layout in layouts for file in layout.files)
+    is_remote = any(layout.is_remote for layout in layouts)
     size_blocks = _size_remote_blocks if is_remote else _size_blocks
     block_elements, threads = size_blocks(lanes, memory_budget_bytes, num_threads, num_teachers)
     bytes_to_read = sum(lane.num_elements * dtype.itemsize for lane in lanes for dtype in lane.input_dtypes)

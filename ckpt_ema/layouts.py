@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from ckpt_ema.assembly import AssembledTensor, Box, Geometry, Runs, StoredTensor
 from ckpt_ema.byte_ranges import SourceFile, TensorRange
 from ckpt_ema.dtypes import DType
+from ckpt_ema.locations import RemotePath
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,11 @@ class Layout:
     files: tuple[SourceFile, ...]
     file_indices: array[int]
     begins: array[int]
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether any of it lies behind a URL."""
+        return any(isinstance(file.path, RemotePath) for file in self.files)
 
     def place(self, index: int) -> tuple[int, int]:
         """(file, first byte) of a tensor's first piece."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 MOMENTUM = 0.1
+EIGHT_MOMENTA = [k / 10 for k in range(1, 9)]
 
 
 def prepare_fold(run: Path, output: Path, **options: Any) -> Callable[[], None]:

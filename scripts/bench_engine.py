@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-MOMENTUM = 0.1
+from bench_candidates import EIGHT_MOMENTA, MOMENTUM, prepare_pinned
 
 
 def bench_engine(arguments: argparse.Namespace, write_run: Callable[[str], Path]) -> dict[str, Any]:
@@ -75,9 +75,9 @@ def _on_gpu(run: Path) -> dict[str, Callable[[], float]]:
         cuda.fold_blocks, device=torch.device("cuda:0"), memory_budget_bytes=DEFAULT_MEMORY_BUDGET_BYTES
     )
 
-    def with_(module: Any, **values: Any) -> Callable[[], float]:
+    def with_(**values: int) -> Callable[[], float]:
         def work() -> float:
-            with _replaced(module, **values):
+            with _replaced(cuda, **values):
                 return _seconds(run, engine)
 
         return work
@@ -112,15 +112,15 @@ def _on_gpu(run: Path) -> dict[str, Callable[[], float]]:
         "as it is": functools.partial(_seconds, run, engine),
         "without reading": without_reading,
         "without copying": without_copying,
-        "eight teachers": functools.partial(_seconds, run, engine, momentum=[k / 10 for k in range(1, 9)]),
+        "eight teachers": functools.partial(_seconds, run, engine, momentum=EIGHT_MOMENTA),
         "switching threads after 0.2 ms": switching(2e-4),
     }
     for readers in (4, 8, 12, 14):
-        found[f"{readers} readers"] = with_(cuda, MAX_READERS=readers)
+        found[f"{readers} readers"] = with_(MAX_READERS=readers)
     for mib, per_block in ((1, 32), (2, 16), (8, 4)):
-        found[f"buffers of {mib} MiB"] = with_(cuda, STAGING_BYTES=mib << 20, STAGING_BUFFERS_PER_BLOCK=per_block)
+        found[f"buffers of {mib} MiB"] = with_(STAGING_BYTES=mib << 20, STAGING_BUFFERS_PER_BLOCK=per_block)
     for mib in (8, 16, 64):
-        found[f"blocks of {mib} MiB"] = with_(cuda, STAGING_BUFFERS_PER_BLOCK=mib // 4)
+        found[f"blocks of {mib} MiB"] = with_(STAGING_BUFFERS_PER_BLOCK=mib // 4)
     return found
 
 
@@ -147,8 +147,6 @@ def _seconds(
 
 
 def _copy_seconds(run: Path) -> float:
-    from bench_candidates import prepare_pinned
-
     work = prepare_pinned(run, run)
     started = time.perf_counter()
     work()

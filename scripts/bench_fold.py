@@ -22,14 +22,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench_candidates import CANDIDATES
+from bench_candidates import CANDIDATES, EIGHT_MOMENTA
 from bench_engine import bench_engine
 from bench_online import bench_online, bench_online_cuda
 from bench_sharded import bench_ranks, bench_sharded
 
 THREADS = len(os.sched_getaffinity(0))
 ON_GPU = {"device": "cuda"}
-EIGHT_MOMENTA = [k / 10 for k in range(1, 9)]
 
 
 def main() -> None:

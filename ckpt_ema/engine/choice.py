@@ -17,7 +17,6 @@ from ckpt_ema.engine.contract import Engine, NonFiniteBlockError, Nowhere, Task,
 from ckpt_ema.engine.inputs import InputFiles
 from ckpt_ema.errors import CkptEmaError, first_line
 from ckpt_ema.layouts import Layout
-from ckpt_ema.locations import RemotePath
 from ckpt_ema.profiles import Update
 
 PROBED_BYTES = 512 << 20
@@ -66,7 +65,7 @@ def choose_engine(
     on_gpu = functools.partial(cuda.fold_blocks, device=device, memory_budget_bytes=memory_budget_bytes)
     if wanted != "auto":
         return Choice(on_gpu, str(device), "asked for")
-    if any(isinstance(file.path, RemotePath) for layout in layouts for file in layout.files):
+    if any(layout.is_remote for layout in layouts):
         return Choice(cpu.fold_blocks, "cpu", "the inputs are remote: the network is what takes the time")
     if plan.bytes_to_read < 10 * PROBED_BYTES:
         return Choice(cpu.fold_blocks, "cpu", "too little to read for a GPU to pay")

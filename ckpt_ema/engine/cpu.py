@@ -16,14 +16,7 @@ import torch
 from ckpt_ema.blocks import Block, padded
 from ckpt_ema.engine.arithmetic import comparable, sign_of_finiteness, update_
 from ckpt_ema.engine.buffers import Buffer
-from ckpt_ema.engine.contract import (
-    NonFinite,
-    NonFiniteBlockError,
-    Nowhere,
-    Task,
-    Teacher,
-    write_block,
-)
+from ckpt_ema.engine.contract import NonFinite, NonFiniteBlockError, Nowhere, Task, Teacher, write_block
 from ckpt_ema.engine.gather import gather_block
 from ckpt_ema.engine.inputs import ExtentTable, Scatters, stored_dtype
 from ckpt_ema.engine.workers import Jobs, start, wait_whatever_comes

@@ -37,15 +37,14 @@ from ckpt_ema.engine.inputs import ExtentTable, stored_dtype
 from ckpt_ema.engine.staging import StagingPair, is_lack_of_memory
 from ckpt_ema.engine.workers import Ticket, Workers, wait_whatever_comes
 from ckpt_ema.errors import CkptEmaError, MisuseError, first_line
-from ckpt_ema.locations import RemotePath
 from ckpt_ema.timings import Timings
 
 STAGING_BYTES = 4 << 20
 MAX_READERS = 16
 MAX_WRITERS = 8
 MIN_PAIRS = 4
-# What one update is queued for. A thread that queues has to take the interpreter's lock from a dozen others several
-# times, which takes as long for a small block as for a large one.
+# What one update is queued for. Queueing took as long for a small block as for a large one: as it seems, since the
+# interpreter's lock has to be taken from a dozen others several times.
 STAGING_BUFFERS_PER_BLOCK = 8
 # Students' blocks on the device beyond those that the readers are at.
 INCOMING_AHEAD = 3
@@ -80,8 +79,7 @@ def fold_blocks(
         timings = cpu.fold_blocks(replace(task, plan=replace(plan, lanes=others)), teachers, progress)
     if not averaged:
         return timings
-    is_remote = any(isinstance(file.path, RemotePath) for layout in task.layouts for file in layout.files)
-    most = REMOTE_READ_BYTES if is_remote else STAGING_BYTES
+    most = REMOTE_READ_BYTES if any(layout.is_remote for layout in task.layouts) else STAGING_BYTES
     staging_bytes = min(most, memory_budget_bytes // (2 * MIN_PAIRS))
     staging_bytes = 1 << max(0, staging_bytes.bit_length() - 1)  # torch pins powers of two, whatever is asked for
     num_pairs = memory_budget_bytes // (2 * staging_bytes)
@@ -169,7 +167,7 @@ class _DeviceBuffer:
         self._memory.untyped_storage().resize_(0)
 
 
-B = TypeVar("B", bound=_DeviceBuffer)
+Kind = TypeVar("Kind", bound=_DeviceBuffer)
 
 
 class _Exchanged(_DeviceBuffer):
@@ -276,7 +274,7 @@ class _Pipeline:
         }
         """Dtypes of teacher and student that one kernel does in one pass."""
 
-    def _made(self, kind: type[B], num_bytes: int) -> B:
+    def _made(self, kind: type[Kind], num_bytes: int) -> Kind:
         """A buffer that `close` gives back, however many of them there are."""
         buffer = kind(num_bytes, self._device)
         self._buffers.append(buffer)
@@ -366,11 +364,9 @@ class _Pipeline:
                 extents.read(first, first + len(staged) // itemsize, staged, trash, {})
             seconds += time.perf_counter() - started
 
-        with torch.cuda.device(self._device):
+        with torch.cuda.device(self._device), self._one_of(self._uploads) as pair:
             buffer.used.synchronize()  # what the device had in it before
-        with self._one_of(self._uploads) as pair:
             pair.upload(buffer.bytes(num_bytes), fill)
-        with torch.cuda.device(self._device):
             buffer.filled.record(self._copying)
         with self._of_caller(), self._lock:
             self._timings.reading += seconds / self._num_readers

@@ -16,6 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from ckpt_ema.engine.staging import queueing
 from ckpt_ema.errors import CkptEmaError
 
 Fold = Callable[[Sequence[torch.Tensor]], None]
@@ -86,8 +87,7 @@ class Offload:
         stream.wait_stream(torch.cuda.current_stream(device))
         # The thread sleeps until then: the others have work to do.
         event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-        # The device by itself as well: to leave a stream is to go back to the device from before, taking memory of it.
-        with torch.cuda.device(device), torch.cuda.stream(stream):
+        with queueing(device, stream):
             for staged, source in copies:
                 staged.copy_(source, non_blocking=True)
             event.record(stream)
