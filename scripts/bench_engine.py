@@ -68,7 +68,7 @@ def _on_cpu(run: Path) -> dict[str, Callable[[], float]]:
 def _on_gpu(run: Path) -> dict[str, Callable[[], float]]:
     import torch
 
-    from ckpt_ema.engine import cuda, inputs, staging
+    from ckpt_ema.engine import cuda, inputs, outline, staging
     from ckpt_ema.sizes import DEFAULT_MEMORY_BUDGET_BYTES
 
     engine = functools.partial(
@@ -77,7 +77,7 @@ def _on_gpu(run: Path) -> dict[str, Callable[[], float]]:
 
     def with_(**values: int) -> Callable[[], float]:
         def work() -> float:
-            with _replaced(cuda, **values):
+            with _replaced(outline, **values):
                 return _seconds(run, engine)
 
         return work

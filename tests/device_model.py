@@ -41,6 +41,7 @@ class Device:
         self.forgets = forgets
         self.streams: list[Stream] = []
         self.allocated: list[torch.UntypedStorage] = []
+        self.allocated_bytes = 0
         self.pinned: list[weakref.ref[torch.Tensor]] = []
         self.num_run = 0
         self._lock = threading.RLock()
@@ -176,11 +177,17 @@ def _put(into: Any, made: Any) -> None:
 
 @contextlib.contextmanager
 def modelled(
-    monkeypatch: pytest.MonkeyPatch, seed: int, *, forgets: str = "", largest_bytes: float = math.inf
+    monkeypatch: pytest.MonkeyPatch,
+    seed: int,
+    *,
+    forgets: str = "",
+    largest_bytes: float = math.inf,
+    free_bytes: int = 1 << 30,
 ) -> Iterator[Device]:
     """torch.cuda's streams are the model's for as long as this lasts, and pinned memory is plain.
 
-    Nothing that is allocated on a device that is named may be larger than `largest_bytes`.
+    Nothing that is allocated on a device that is named may be larger than `largest_bytes`; the device says that
+    `free_bytes` are free.
     """
     device = Device(seed, forgets=forgets)
     main = Stream(device)
@@ -210,6 +217,7 @@ def modelled(
                 if tensor.nbytes > largest_bytes:
                     raise torch.OutOfMemoryError("CUDA out of memory, says the model")
                 device.allocated.append(storage := tensor.untyped_storage())
+                device.allocated_bytes += tensor.nbytes
                 # Given back by whoever queued work on it, which is no reason to wait where the caller queues more.
                 device.queue(torch.cuda.current_stream(), lambda: storage.nbytes() and tensor.fill_(255))
             return tensor
@@ -225,7 +233,7 @@ def modelled(
         patch.setattr(torch.cuda, "synchronize", lambda device_=None: device.run_all())
         patch.setattr(torch.cuda, "empty_cache", lambda: None)
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-        patch.setattr(torch.cuda, "mem_get_info", lambda device_=None: (1 << 30, 2 << 30))
+        patch.setattr(torch.cuda, "mem_get_info", lambda device_=None: (free_bytes, 2 << 30))
         patch.setattr(torch, "empty", unpinned(torch.empty))
         patch.setattr(torch, "empty_like", unpinned(torch.empty_like))
         yield device

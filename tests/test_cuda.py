@@ -9,6 +9,7 @@ import gc
 import itertools
 import math
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -18,21 +19,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 import torch
 from safetensors.torch import save_file
 
 import ckpt_ema
 from ckpt_ema import CkptEmaError
-from ckpt_ema.blocks import Block, BlockPlan
-from ckpt_ema.engine import choice, cpu, cuda
+from ckpt_ema.blocks import REMOTE_READ_BYTES, Block, BlockPlan
+from ckpt_ema.engine import choice, cpu, cuda, outline
 from ckpt_ema.engine.buffers import Buffer
 from ckpt_ema.engine.choice import choose_engine
 from ckpt_ema.engine.contract import Engine, NonFiniteBlockError, Nowhere, Task
 from ckpt_ema.engine.inputs import InputFiles, LaneExtents
-from ckpt_ema.engine.workers import Jobs, wait_whatever_comes
+from ckpt_ema.engine.staging import StagingPair
+from ckpt_ema.engine.workers import Jobs, Ticket, wait_whatever_comes
+from ckpt_ema.locations import as_path
 from tests.conftest import quiet_fold
-from tests.device_model import modelled
+from tests.device_model import Event, modelled
 from tests.test_many_teachers import MOMENTA, varied_student
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and torch finds none here")
@@ -110,7 +114,7 @@ def test_a_full_device_is_a_clear_error(run: Path, tmp_path: Path) -> None:
     """A smaller block is tried, then the command says what is free; nothing is written."""
     torch.cuda.set_per_process_memory_fraction(1e-6)
     try:
-        with pytest.raises(CkptEmaError, match="has no room for blocks of"):
+        with pytest.raises(CkptEmaError, match=r"has no room for \d+ KiB: \d+ of"):
             quiet_fold(run, tmp_path / "t.safetensors", momentum=0.5, device="cuda")
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
@@ -267,10 +271,36 @@ def test_a_smaller_block_is_tried_where_the_device_is_full(
             num_run.append(device.num_run)
     assert 3 * num_run[0] < num_run[1]
     with modelled(monkeypatch, 0, largest_bytes=1 << 13):
-        with pytest.raises(CkptEmaError, match="has no room for blocks of 64 KiB: 1024 of 2048 MiB are free") as caught:
+        with pytest.raises(CkptEmaError, match=r"has no room for \d+ KiB: 1024 of 2048 MiB are free") as caught:
             fold_on_a_model(run, tmp_path / "t.safetensors", **options)
         assert caught.value.hint == "free some of its memory, or pass `--device cpu`"
         assert caught.value.details == ("CUDA out of memory, says the model",)
+
+
+@pytest.mark.parametrize("momentum", [0.3, [0.3, 0.1, 0.01]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e5m2])
+def test_half_of_what_is_free_is_left_to_whoever_trains_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, momentum: Any, dtype: torch.dtype
+) -> None:
+    """Blocks are as large as that allows, down to a sixteenth: below that it would take longer than on the CPU."""
+    run = tmp_path / "run"
+    run.mkdir()
+    for i in range(2):
+        save_file({"a": torch.full((3 << 19,), float(i)).to(dtype)}, run / f"step_{i}.safetensors")
+    plan = ckpt_ema.plan(run, tmp_path / "{momentum}.safetensors", momentum=momentum, memory_budget_bytes=1 << 20)
+
+    def taken(free_bytes: int) -> int:
+        with modelled(monkeypatch, 0, free_bytes=free_bytes) as device, InputFiles(plan.layouts) as files:
+            task = Task(plan.blocks, plan.layouts, [teacher.updates for teacher in plan.teachers], files)
+            options: dict[str, Any] = {"device": torch.device("cpu"), "memory_budget_bytes": 1 << 20}
+            cuda.fold_blocks(task, [Nowhere() for _ in plan.teachers], lambda _: None, **options)
+        return device.allocated_bytes
+
+    most = taken(1 << 40)
+    assert taken(2 * most) == most
+    for free_bytes in (2 * most - 1, most, most // 3):
+        assert taken(free_bytes) <= free_bytes // 2 < 2.1 * taken(free_bytes)
+    assert taken(1) == pytest.approx(most / 16, rel=0.2)
 
 
 def test_a_device_that_fails_is_said_to_fail(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,7 +308,7 @@ def test_a_device_that_fails_is_said_to_fail(run: Path, tmp_path: Path, monkeypa
 
     failed = "cpu failed: CUDA error: all devices are busy\n\nhint: pass `--device cpu`"
     full = (
-        "cpu has no room for blocks of 64 KiB\n  CUDA error: out of memory\n\n"
+        "cpu has no room for N KiB\n  CUDA error: out of memory\n\n"
         "hint: free some of its memory, or pass `--device cpu`"
     )
     for first, reason, expected in (
@@ -295,7 +325,7 @@ def test_a_device_that_fails_is_said_to_fail(run: Path, tmp_path: Path, monkeypa
                 patch.setattr(torch.cuda, what, fail)
             with pytest.raises(CkptEmaError) as caught:
                 fold_on_a_model(run, tmp_path / "t.safetensors", momentum=0.3, memory_budget_bytes=1 << 20)
-        assert str(caught.value) == expected
+        assert re.sub(r"\d+ KiB", "N KiB", str(caught.value)) == expected
         # Though the error is at hand, and with it what was being made.
         assert len(device.allocated) > 3
         assert not any(storage.nbytes() for storage in device.allocated)
@@ -461,12 +491,62 @@ def test_without_threads_it_says_so_and_keeps_nothing(
         gc.enable()
 
 
+def test_interrupted_while_its_first_thread_starts_it_keeps_nothing(
+    long_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python counts that thread among those to come for ever, with all that was handed to it."""
+    plan = ckpt_ema.plan(long_run, tmp_path / "t.safetensors", momentum=0.3)
+    before = dict(threading._limbo)  # type: ignore[attr-defined]
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    gc.collect()
+    gc.disable()
+    try:
+        with modelled(monkeypatch, 0), InputFiles(plan.layouts) as files, monkeypatch.context() as patch:
+            patch.setattr(threading, "_start_new_thread", interrupt)
+            teacher = Nowhere()
+            kept = weakref.ref(teacher)
+            updates = [each.updates for each in plan.teachers]
+            task = Task(only_for_gpu(plan.blocks), plan.layouts, updates, files)
+            with contextlib.suppress(KeyboardInterrupt):
+                ON_THE_MODEL(task, [teacher], lambda _: None)
+            del teacher
+            assert kept() is None
+    finally:
+        gc.enable()
+        limbo = threading._limbo  # type: ignore[attr-defined]
+        assert len(limbo) > len(before)  # or this would try nothing
+        for thread in set(limbo) - set(before):
+            del limbo[thread]
+
+
+@pytest.mark.parametrize("is_done_first", [False, True])
+def test_everybody_who_waits_for_a_job_is_let_go(is_done_first: bool) -> None:
+    """Also who waits beside another, and again."""
+    ticket = Ticket()
+    threads = [threading.Thread(target=ticket.wait, daemon=True) for _ in range(3)]
+    if is_done_first:
+        ticket.tell()
+    for thread in threads:
+        thread.start()
+    if not is_done_first:
+        time.sleep(0.05)
+        assert all(thread.is_alive() for thread in threads)
+        ticket.tell()
+    for thread in threads:
+        thread.join(20)
+        assert not thread.is_alive()
+    ticket.wait()
+
+
 def test_writers_beside_each_other_and_what_they_fail_of(
     long_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Several write one teacher; a full disk is said at once, not when a writer's turn comes again."""
     options: dict[str, Any] = {"momentum": 0.3, "memory_budget_bytes": 1 << 20}
-    monkeypatch.setattr(cuda, "STAGING_BYTES", 1 << 11)
+    monkeypatch.setattr(outline, "STAGING_BYTES", 1 << 11)
     expected = fold_on_cpu(long_run, tmp_path / "cpu.safetensors", **options)
     for seed in range(8):
         with modelled(monkeypatch, seed):
@@ -515,6 +595,93 @@ def test_what_the_device_computes_is_counted_once(
     assert min(timings.reading, timings.copying, timings.writing, timings.waiting) > 0
 
 
+def test_waiting_for_copies_is_counted_as_copying_both_ways(
+    long_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Threads wait beside each other, and so their number divides it."""
+    plan = ckpt_ema.plan(long_run, tmp_path / "t.safetensors", momentum=0.3)
+
+    blocks = replace(only_for_gpu(plan.blocks), num_threads=4)
+
+    def copying_per_use(way: str) -> float:
+        """Where each use of a pair waits for a minute, one way."""
+        uses: list[StagingPair] = []
+        carry = getattr(StagingPair, way)
+
+        def slowly(pair: StagingPair, *arguments: Any) -> None:
+            uses.append(pair)
+            carry(pair, *arguments)
+            pair.waiting_seconds += 60
+
+        with modelled(monkeypatch, 0), InputFiles(plan.layouts) as files, monkeypatch.context() as patch:
+            patch.setattr(StagingPair, way, slowly)
+            task = Task(blocks, plan.layouts, [teacher.updates for teacher in plan.teachers], files)
+            timings = ON_THE_MODEL(task, [Nowhere()], lambda _: None)
+        return timings.copying / len(uses)
+
+    # A megabyte has room for four pairs: three for readers, one for a writer.
+    assert copying_per_use("upload") == pytest.approx(60 / 3, rel=0.01)
+    assert copying_per_use("download") == pytest.approx(60, rel=0.01)
+
+
+def test_a_pair_waits_for_no_longer_than_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And counts that: of five portions up, the last two are still under way on return; down, none is."""
+    with modelled(monkeypatch, 0) as device:
+        device.eagerness = 0.0
+        stream = torch.cuda.Stream()
+        waits: list[float] = []
+        synchronize = Event.synchronize
+
+        def slowly(event: Event) -> None:
+            started = time.perf_counter()
+            time.sleep(0.01)
+            synchronize(event)
+            waits.append(time.perf_counter() - started)
+
+        monkeypatch.setattr(Event, "synchronize", slowly)
+        pair = StagingPair(8, torch.device("cpu"), stream)
+        there = torch.empty(37, dtype=torch.uint8)
+        for carry, count in ((pair.upload, 3), (pair.download, 5)):
+            waits.clear()
+            before = pair.waiting_seconds
+            carry(there, lambda content, position: None)
+            device.run_all()
+            assert len(waits) == count
+            assert sum(waits) <= pair.waiting_seconds - before < sum(waits) + 0.01
+
+
+def test_larger_requests_take_no_more_of_the_device(tmp_path: Path) -> None:
+    """A store behind a network is asked for more at once, which the host's memory holds."""
+    save_file({"weight": torch.zeros(1 << 24)}, tmp_path / "step_0.safetensors")
+    save_file({"weight": torch.zeros(1 << 24)}, tmp_path / "step_1.safetensors")
+    blocks = replace(ckpt_ema.plan(tmp_path, tmp_path / "t.safetensors").blocks, num_threads=32)
+    budget = 256 << 20
+    near, far = (
+        outline.outlines(blocks, memory_budget_bytes=budget, free_bytes=1 << 40, is_remote=is_remote)[0]
+        for is_remote in (False, True)
+    )
+    assert near.staging_bytes == 4 << 20
+    assert far.staging_bytes == REMOTE_READ_BYTES
+    assert near.plan == far.plan
+    assert far.device_bytes <= near.device_bytes
+    for each in (near, far):
+        assert (each.num_readers + each.num_writers) * 2 * each.staging_bytes <= budget
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_run_behind_urls_folds_to_the_same_bytes_on_a_model(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """Requests of another size than on a disk, also one that fills several buffers."""
+    fsspec.filesystem("memory").put(str(run), "/on-a-model", recursive=True)
+    expected = fold_on_cpu(run, tmp_path / "cpu.safetensors", momentum=0.3, memory_budget_bytes=1 << 20)
+    monkeypatch.setattr(outline, "REMOTE_READ_BYTES", 1 << (11 + seed))
+    url = as_path("memory://on-a-model")
+    with modelled(monkeypatch, seed):
+        found = fold_on_a_model(url, tmp_path / "t.safetensors", momentum=0.3, memory_budget_bytes=1 << 20)
+    assert found == expected
+
+
 def test_a_counter_does_not_make_every_block_smaller(tmp_path: Path) -> None:
     """A buffer's elements are those of the widest tensors that it cannot hold whole, and every block fits in it."""
     student = {"weight": torch.randn(1 << 18).to(torch.bfloat16), "steps": torch.tensor(3.0, dtype=torch.float64)}
@@ -524,7 +691,7 @@ def test_a_counter_does_not_make_every_block_smaller(tmp_path: Path) -> None:
     lanes = ckpt_ema.plan(tmp_path, tmp_path / "t.safetensors").blocks.lanes
     assert sorted(lane.dtype.itemsize for lane in lanes) == [2, 4, 8]
     for num_bytes, elements in ((1 << 16, 1 << 15), (1 << 13, 1 << 11), (1 << 19, 1 << 18)):
-        assert cuda._elements_of_block(lanes, num_bytes) == elements
+        assert outline._elements_of_block(lanes, num_bytes) == elements
         for lane in lanes:
             assert min(elements, lane.num_elements) * lane.dtype.itemsize <= num_bytes
 
@@ -618,7 +785,7 @@ import ckpt_ema
 from ckpt_ema.engine import cpu, cuda
 from ckpt_ema.engine.contract import Nowhere, Task
 from ckpt_ema.engine.inputs import InputFiles
-from tests.device_model import modelled
+from tests.device_model import Event, modelled
 from tests.test_cuda import only_for_gpu
 
 run, device = Path(sys.argv[1]), sys.argv[2]
@@ -684,7 +851,7 @@ import ckpt_ema
 from ckpt_ema.engine import cpu, cuda
 from ckpt_ema.engine.contract import Nowhere, Task
 from ckpt_ema.engine.inputs import InputFiles
-from tests.device_model import modelled
+from tests.device_model import Event, modelled
 from tests.test_cuda import only_for_gpu
 
 run, left = Path(sys.argv[1]), int(sys.argv[3])

@@ -992,6 +992,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "engine.buffers",
         "engine.arithmetic",
         "engine.kernels",
+        "engine.outline",
         "engine.workers",
         "provenance",
     ),

@@ -257,6 +257,121 @@ def test_an_interrupted_waiting_leaves_something_to_wait_for(monkeypatch: pytest
         assert torch.allclose(teacher.tensors()["bias"], expected)
 
 
+CAUGHT_WITH_A_LOCK = """
+import threading, time
+import pytest, torch
+from ckpt_ema import MeanTeacher
+from ckpt_ema.online import offload
+from tests.device_model import modelled
+from tests.test_offload import Student
+
+patch = pytest.MonkeyPatch()
+patch.setattr(offload, "is_on_gpu", lambda tensor: True)
+
+
+def enter(condition):
+    entered = condition._lock.__enter__()
+    if threading.get_ident() == threading.main_thread().ident:
+        raise KeyboardInterrupt  # a signal that is handled right behind the call
+    return entered
+
+
+with modelled(patch, 0):
+    teacher = MeanTeacher(Student(torch.float32), momentum=0.5, device="cpu")
+    teacher.update()
+    teacher.wait()
+    average = teacher._rule.average_all_
+    patch.setattr(teacher._rule, "average_all_", lambda *arguments: (time.sleep(0.3), average(*arguments)))
+    teacher.update()
+    with pytest.MonkeyPatch.context() as locks:
+        locks.setattr(threading.Condition, "__enter__", enter)
+        try:
+            teacher.wait()
+        except KeyboardInterrupt:
+            pass
+    teacher.wait()
+    teacher.update()
+    print(len(teacher.tensors()))
+"""
+
+
+def test_interrupted_with_a_lock_in_hand_the_next_wait_and_the_exit_come_to_an_end() -> None:
+    """The lock is given back by nobody; neither the thread nor whoever waits for it may want it."""
+    assert _run_script(CAUGHT_WITH_A_LOCK).stdout == "3\n"
+
+
+ENDING = """
+import time
+import pytest, torch
+from ckpt_ema import MeanTeacher
+from ckpt_ema.online import offload
+from tests.device_model import modelled
+from tests.test_offload import Student
+
+patch = pytest.MonkeyPatch()
+patch.setattr(offload, "is_on_gpu", lambda tensor: True)
+teachers = []
+model = modelled(patch, 0)
+model.__enter__()  # for as long as there is this process
+for _ in range(3):
+    teacher = MeanTeacher(Student(torch.float32), momentum=0.5, device="cpu")
+    teacher.update()
+    teacher.wait()
+    teachers.append(teacher)
+
+
+def slowly(*_):
+    time.sleep(0.3)
+    print("came to its end", flush=True)
+
+
+def fail(*_):
+    time.sleep(0.1)
+    raise MemoryError("no room")
+
+
+for teacher, average in zip(teachers, (slowly, fail, slowly)):
+    patch.setattr(teacher._rule, "average_all_", average)
+    teacher.update()
+"""
+
+
+def test_what_is_under_way_when_the_process_ends_comes_to_its_end_and_its_error_is_told() -> None:
+    """The last update of a training is followed by no other that would raise it."""
+    done = _run_script(ENDING)
+    assert done.stdout == "came to its end\n" * 2
+    assert "MemoryError: no room" in done.stderr
+
+
+def _run_script(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    root = Path(__file__).parent.parent
+    command = [sys.executable, "-c", script, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, cwd=root)
+
+
+@pytest.mark.usefixtures("_all_on_gpu")
+@pytest.mark.parametrize("is_failing", [False, True])
+def test_no_thread_outlives_its_teacher(monkeypatch: pytest.MonkeyPatch, is_failing: bool) -> None:
+    """Nor does it keep the teacher, or an error that it raised."""
+    before = set(threading.enumerate())
+    with modelled(monkeypatch, 0):
+        teacher = MeanTeacher(Student(torch.float32), momentum=0.5, device="cpu")
+        teacher.update()
+        teacher.wait()
+        (thread,) = set(threading.enumerate()) - before
+        kept = weakref.ref(teacher._offload)
+        if is_failing:
+            teacher._rule.average_all_ = lambda *_: 1 / 0  # type: ignore[method-assign]
+            teacher.update()
+            with pytest.raises(ZeroDivisionError):
+                teacher.wait()
+        del teacher
+        gc.collect()
+        assert kept() is None
+        thread.join(20)
+        assert not thread.is_alive()
+
+
 FORKED = """
 import os, signal, sys, threading
 import pytest, torch
@@ -293,9 +408,7 @@ with modelled(patch, 0):
 @pytest.mark.parametrize(("when", "says"), [("waited", "3"), ("under way", "forked while the teacher's update")])
 def test_a_forked_process_does_not_wait_for_a_thread_that_it_does_not_have(when: str, says: str) -> None:
     """It says so; a teacher that was waited for is there, and in the process itself it goes on."""
-    root = Path(__file__).parent.parent
-    command = [sys.executable, "-c", FORKED, when]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, cwd=root)
+    done = _run_script(FORKED, when)
     first, *_, final = done.stdout.splitlines()
     assert says in first, done
     assert final == "3"

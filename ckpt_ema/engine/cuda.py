@@ -19,37 +19,18 @@ from typing import TypeVar
 
 import torch
 
-from ckpt_ema.blocks import (
-    ELEMENT_MULTIPLE,
-    REMOTE_READ_BYTES,
-    Block,
-    BlockPlan,
-    Lane,
-    buffer_bytes_per_element,
-    padded,
-)
-from ckpt_ema.dtypes import DType
+from ckpt_ema.blocks import Block, Lane
+from ckpt_ema.dtypes import BY_NAME, DType
 from ckpt_ema.engine import cpu, fused
-from ckpt_ema.engine.arithmetic import comparable
 from ckpt_ema.engine.buffers import torch_dtype
 from ckpt_ema.engine.contract import Task, Teacher, write_block
 from ckpt_ema.engine.inputs import ExtentTable, stored_dtype
+from ckpt_ema.engine.outline import Outline, outlines
 from ckpt_ema.engine.staging import StagingPair, is_lack_of_memory
 from ckpt_ema.engine.workers import Ticket, Workers, wait_whatever_comes
-from ckpt_ema.errors import CkptEmaError, MisuseError, first_line
+from ckpt_ema.errors import CkptEmaError, first_line
 from ckpt_ema.timings import Timings
 
-STAGING_BYTES = 4 << 20
-MAX_READERS = 16
-MAX_WRITERS = 8
-MIN_PAIRS = 4
-# What one update is queued for. Queueing took as long for a small block as for a large one: as it seems, since the
-# interpreter's lock has to be taken from a dozen others several times.
-STAGING_BUFFERS_PER_BLOCK = 8
-# Students' blocks on the device beyond those that the readers are at.
-INCOMING_AHEAD = 3
-# A device where a gigabyte is not free, since something trains on it, has as a rule room for a sixteenth of that.
-SMALLER = 16
 # From so many teachers of 16-bit students on, torch's own calls, which read and write each teacher twice, keep an H100
 # longer than the link does (20 bytes of each at 3 TB/s, against 2 of the student at 50 GB/s). With fewer, compiling the
 # kernel that does it in one pass, about a second, costs more than it saves.
@@ -79,21 +60,16 @@ def fold_blocks(
         timings = cpu.fold_blocks(replace(task, plan=replace(plan, lanes=others)), teachers, progress)
     if not averaged:
         return timings
-    most = REMOTE_READ_BYTES if any(layout.is_remote for layout in task.layouts) else STAGING_BYTES
-    staging_bytes = min(most, memory_budget_bytes // (2 * MIN_PAIRS))
-    staging_bytes = 1 << max(0, staging_bytes.bit_length() - 1)  # torch pins powers of two, whatever is asked for
-    num_pairs = memory_budget_bytes // (2 * staging_bytes)
-    block_bytes = min(staging_bytes, STAGING_BYTES) * STAGING_BUFFERS_PER_BLOCK
+    sizes = outlines(
+        replace(plan, lanes=averaged),
+        memory_budget_bytes=memory_budget_bytes,
+        free_bytes=_free_bytes(device),
+        is_remote=any(layout.is_remote for layout in task.layouts),
+    )
     pipeline = None
-    for size in (block_bytes, block_bytes // SMALLER):
-        elements = _elements_of_block(averaged, size)
-        if not elements:
-            raise MisuseError(
-                f"`--memory` is {memory_budget_bytes} bytes, too few for a GPU", hint="pass `--memory 64MiB`"
-            )
-        cut = replace(plan, lanes=averaged, block_elements=elements)
+    for outline in sizes:
         try:
-            pipeline = _Pipeline(task, cut, teachers, progress, device, timings, staging_bytes, num_pairs)
+            pipeline = _Pipeline(task, outline, teachers, progress, device, timings)
             break
         except RuntimeError as error:
             if not is_lack_of_memory(error):
@@ -103,7 +79,7 @@ def fold_blocks(
         _empty_cache()
     if pipeline is None:
         raise CkptEmaError(
-            f"{device} has no room for blocks of {size >> 10} KiB{_free_memory(device)}",
+            f"{device} has no room for {outline.device_bytes >> 10} KiB{_free_memory(device)}",
             details=[reason],
             hint="free some of its memory, or pass `--device cpu`",
         )
@@ -123,13 +99,12 @@ def _is_for_gpu(lane: Lane) -> bool:
     return lane.is_plain_average and lane.dtype.kind != "complex"
 
 
-def _elements_of_block(lanes: Sequence[Lane], num_bytes: int) -> int:
-    """As many as a buffer of `num_bytes` holds of every lane, but for those that it holds whole, such as counters."""
-    sizes = [(buffer_bytes_per_element(lane)[0], padded(lane.num_elements)) for lane in lanes]
-    longer = [size for size, count in sizes if size * count > num_bytes]
-    if not longer:
-        return max(count for _, count in sizes)
-    return num_bytes // max(longer) // ELEMENT_MULTIPLE * ELEMENT_MULTIPLE
+def _free_bytes(device: torch.device) -> int:
+    _empty_cache()  # what torch keeps for later is free, too
+    try:
+        return torch.cuda.mem_get_info(device)[0]
+    except RuntimeError:  # so full that it cannot be asked
+        return 0
 
 
 def _free_memory(device: torch.device) -> str:
@@ -207,27 +182,22 @@ class _Outgoing(_Exchanged):
 class _Pipeline:
     """The buffers and streams of one pass over the blocks.
 
-    While it runs it allocates a few bytes per block, and for 8-bit teachers a block in float32.
+    While it runs it allocates a few bytes per block.
     """
 
     def __init__(
         self,
         task: Task,
-        plan: BlockPlan,
+        outline: Outline,
         teachers: Sequence[Teacher],
         progress: Callable[[int], None],
         device: torch.device,
         timings: Timings,
-        staging_bytes: int,
-        num_pairs: int,
     ) -> None:
-        """`plan` is the task's, cut into the device's blocks; `num_pairs` of buffers of `staging_bytes` on the host."""
-        self._task, self._plan, self._teachers = task, plan, teachers
+        self._task, self._plan, self._teachers = task, outline.plan, teachers
         self._progress, self._device, self._timings = progress, device, timings
         self._extents = ExtentTable(task.files)
-        # Several teachers are several files, which are written at once.
-        self._num_writers = min(MAX_WRITERS, num_pairs // (4 if len(teachers) == 1 else 2), plan.num_threads)
-        self._num_readers = min(MAX_READERS, num_pairs - self._num_writers, max(2, plan.num_threads))
+        self._num_readers, self._num_writers = outline.num_readers, outline.num_writers
         self._lock = threading.Lock()
         self.errors_of_caller: list[BaseException] = []
         """What was raised in reading, writing and progress, and is not the device's."""
@@ -239,21 +209,18 @@ class _Pipeline:
         self._uploads: list[StagingPair] = []
         self._downloads: list[StagingPair] = []
         try:
-            self._allocate(staging_bytes)
+            self._allocate(outline)
         except BaseException:
             self.close()
             raise
 
-    def _allocate(self, staging_bytes: int) -> None:
+    def _allocate(self, outline: Outline) -> None:
         device, lanes, teachers = self._device, self._plan.lanes, self._teachers
-        counts = [min(self._plan.block_elements, padded(lane.num_elements)) for lane in lanes]
-        raw = max(count * lane.input_itemsize for count, lane in zip(counts, lanes, strict=True))
-        wide = max(count * lane.accumulate_dtype.itemsize for count, lane in zip(counts, lanes, strict=True))
-        out = max(count * lane.dtype.itemsize for count, lane in zip(counts, lanes, strict=True))
-        self._incoming = deque(self._made(_Incoming, raw) for _ in range(self._num_readers + INCOMING_AHEAD))
-        self._outgoing = deque(self._made(_Outgoing, out) for _ in range(self._num_writers + 1))
-        self._accumulators = [self._made(_DeviceBuffer, wide) for _ in teachers]
+        raw, wide, out = outline.raw_bytes, outline.wide_bytes, outline.out_bytes
+        self._incoming = deque(self._made(_Incoming, raw) for _ in range(outline.num_incoming))
+        self._outgoing = deque(self._made(_Outgoing, out) for _ in range(outline.num_outgoing))
         self._widened = self._made(_DeviceBuffer, wide)
+        self._accumulators = [self._made(_DeviceBuffer, wide) for _ in teachers]
         streams = [torch.cuda.Stream(device) for _ in range(3)]
         self._copying, self._computing, self._returning = streams
         for stream in streams:
@@ -261,9 +228,11 @@ class _Pipeline:
             stream.wait_stream(torch.cuda.current_stream(device))
         self._spans: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
         # The one used last is the next one to be used: the processor still has it in its cache.
-        self._uploads = [StagingPair(min(staging_bytes, raw), device, self._copying) for _ in range(self._num_readers)]
+        self._uploads = [
+            StagingPair(min(outline.staging_bytes, raw), device, self._copying) for _ in range(outline.num_readers)
+        ]
         self._downloads = [
-            StagingPair(min(staging_bytes, out), device, self._returning) for _ in range(self._num_writers)
+            StagingPair(min(outline.staging_bytes, out), device, self._returning) for _ in range(outline.num_writers)
         ]
         self._fused = {
             (lane.accumulate_dtype, dtype)
@@ -408,7 +377,9 @@ class _Pipeline:
             with self._queued():
                 rounded = buffer.elements(lane.dtype, count)
                 rounded.copy_(accumulator.elements(lane.accumulate_dtype, count))
-                extremes = torch.stack(torch.aminmax(comparable(rounded)))
+                if rounded.dtype.itemsize == 1:  # 8-bit floats know no order; float32 holds all of them
+                    rounded = self._widened.elements(BY_NAME["float32"], count).copy_(rounded)
+                extremes = torch.stack(torch.aminmax(rounded))
                 buffer.extremes.copy_(extremes.double(), non_blocking=True)
                 buffer.filled.record(self._computing)
             buffer.ticket = writers.submit(functools.partial(self._write, teacher, block, buffer, finished))

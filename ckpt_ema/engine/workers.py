@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import queue
 import threading
@@ -11,6 +12,7 @@ from collections.abc import Callable, Sequence
 from ckpt_ema.errors import CkptEmaError
 
 POLL_SECONDS = 0.005
+LOOK_SECONDS = 0.1
 
 
 class Jobs:
@@ -45,19 +47,26 @@ class Jobs:
 
 
 class Ticket:
-    """A job that was handed to Workers."""
+    """Whether a job that was handed to Workers was done."""
 
-    def __init__(self, job: Callable[[], None]) -> None:
-        self.job = job
-        self._done: queue.SimpleQueue[None] = queue.SimpleQueue()
+    def __init__(self) -> None:
+        self.is_done = False
+        """Or has failed; also asked in a process that was forked meanwhile."""
+
+        self._told: queue.SimpleQueue[None] = queue.SimpleQueue()
 
     def wait(self) -> None:
-        """Wait until it was done, or failed; to be called once."""
-        self._done.get()
+        """Wait until it is done; may be interrupted, and called again, by several threads at once."""
+        # Looked for now and then: what was told to one who waits is not told to another, nor to whoever is interrupted
+        # with it in hand.
+        while not self.is_done:
+            with contextlib.suppress(queue.Empty):
+                self._told.get(timeout=LOOK_SECONDS)
 
     def tell(self) -> None:
         """Let go whoever waits."""
-        self._done.put(None)
+        self.is_done = True
+        self._told.put(None)
 
 
 class Workers:
@@ -72,29 +81,39 @@ class Workers:
         self._count, self._name, self._failures = count, name, failures
         self._num_threads = 0
         self._jobs = Jobs()
-        self._queue: queue.SimpleQueue[Ticket | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[Callable[[], None], Ticket] | None] = queue.SimpleQueue()
 
     def submit(self, job: Callable[[], None]) -> Ticket:
         """Have `job` done; raises CkptEmaError where the system has no threads left."""
-        ticket = Ticket(job)
-        self._queue.put(ticket)
+        ticket = Ticket()
+        self._queue.put((job, ticket))
         if self._num_threads < self._count:
             name = f"{self._name}-{self._num_threads}"
             self._num_threads += 1
             start(threading.Thread(target=self._work, name=name, daemon=True))
         return ticket
 
-    def end(self) -> None:
-        """Return when none does anything any more, and let none begin; to be called again where it is interrupted."""
-        self._jobs.end()
+    def dismiss(self) -> None:
+        """Let the threads end behind what was handed out; takes no lock, so that a finalizer may call it."""
         for _ in range(self._count):
             self._queue.put(None)
 
+    def end(self) -> None:
+        """Return when none does anything any more, and let none begin; to be called again where it is interrupted."""
+        self._jobs.end()
+        # Where no thread could be started, nobody else takes the jobs out, and what they hold would be held.
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._queue.get_nowait()
+        self.dismiss()
+
     def _work(self) -> None:
-        while (ticket := self._queue.get()) is not None:
-            self._jobs.run(functools.partial(self._do, ticket.job))
+        while (item := self._queue.get()) is not None:
+            job, ticket = item
+            self._jobs.run(functools.partial(self._do, job))
+            # What a job holds is not held while there is nothing to do.
+            del item, job
             ticket.tell()
-            del ticket  # what its job holds is not held while there is nothing to do
 
     def _do(self, job: Callable[[], None]) -> None:
         # Within what `end` waits for: whoever clears the failures then has all of them.

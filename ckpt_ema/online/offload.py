@@ -7,16 +7,18 @@ Training goes on meanwhile; only the next step of an optimizer, which writes ove
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import functools
 import os
 import weakref
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ckpt_ema.engine.staging import queueing
+from ckpt_ema.engine.workers import Ticket, Workers
 from ckpt_ema.errors import CkptEmaError
 
 Fold = Callable[[Sequence[torch.Tensor]], None]
@@ -35,13 +37,16 @@ class Offload:
         self._copied: list[tuple[torch.device, torch.cuda.Event]] = []
         """Copies that the next change of the student has to come behind."""
 
-        self._folding: Future[None] | None = None
+        self._pending: tuple[Ticket, list[BaseException]] | None = None
+        """The update that is under way or has not been waited for yet, and what it raised."""
+
         self._process = 0
         """Of the thread that folds."""
 
-        self._worker: ThreadPoolExecutor | None = None
+        self._worker: Workers | None = None
         _ALIVE.add(self)
         _hold_optimizers_back()
+        _wait_at_exit()
 
     def __reduce__(self) -> tuple[type[Offload], tuple[()]]:
         """A copy of a teacher has a way of its own."""
@@ -58,10 +63,7 @@ class Offload:
             fold([student.cpu() for student in students])
             return
         if self._worker is None:
-            worker = ThreadPoolExecutor(1, "ckpt-ema")
-            # Before there is anything to do: what a thread was handed is done also where its start is interrupted.
-            worker.submit(int).result()
-            self._worker = worker
+            self._worker = self._started_worker()
         if not _fit(self._staged, students):
             with torch.inference_mode(False):
                 self._staged = [torch.empty_like(student, device="cpu", pin_memory=True) for student in students]
@@ -78,7 +80,17 @@ class Offload:
         self._copied = [(device, self._copy_from(device, copies)) for device, copies in by_device.items()]
         # With the sources: their memory is not given to anybody else before it was read.
         self._process = os.getpid()
-        self._folding = self._worker.submit(_fold_when_copied, self._copied, sources, self._staged, fold)
+        failures: list[BaseException] = []
+        job = functools.partial(_fold_when_copied, self._copied, sources, self._staged, fold, failures)
+        self._pending = self._worker.submit(job), failures
+
+    def _started_worker(self) -> Workers:
+        worker = Workers(1, "ckpt-ema", [])
+        ending = weakref.finalize(self, worker.dismiss)
+        ending.atexit = False  # nothing is told to threads that the interpreter is about to end
+        # Before there is anything to do: what a thread was handed is done also where its start is interrupted.
+        worker.submit(lambda: None).wait()
+        return worker
 
     def _copy_from(self, device: torch.device, copies: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.cuda.Event:
         stream = self._streams.get(device)
@@ -105,20 +117,22 @@ class Offload:
 
         Raises CkptEmaError in a process that was forked from the one where it is under way.
         """
-        folding = self._folding
-        if folding is None:
+        pending = self._pending
+        if pending is None:
             return
-        if not folding.done() and os.getpid() != self._process:
+        ticket, failures = pending
+        if not ticket.is_done and os.getpid() != self._process:
             # The thread is not in this process, and its teacher may be half changed: waiting would never end.
             raise CkptEmaError(
                 "this process was forked while the teacher's update was under way",
                 hint="call `teacher.wait()` before what forks",
             )
         # Whoever interrupts this leaves something to wait for, and an error to be raised.
-        wait([folding])
-        if self._folding is folding:  # another thread may have waited for it, too
-            self._folding, self._copied = None, []
-        folding.result()
+        ticket.wait()
+        if self._pending is pending:  # another thread may have waited for it, too
+            self._pending, self._copied = None, []
+        if failures:
+            raise failures[0]
 
 
 def is_on_gpu(tensor: torch.Tensor) -> bool:
@@ -138,11 +152,15 @@ def _fold_when_copied(
     sources: Sequence[torch.Tensor],
     staged: Sequence[torch.Tensor],
     fold: Fold,
+    failures: list[BaseException],
 ) -> None:
-    for device, event in copied:
-        with torch.cuda.device(device):  # a thread begins with the first GPU, which it might begin to use
-            event.synchronize()
-    fold(staged)
+    try:
+        for device, event in copied:
+            with torch.cuda.device(device):  # a thread begins with the first GPU, which it might begin to use
+                event.synchronize()
+        fold(staged)
+    except BaseException as error:
+        failures.append(error)
 
 
 def _fit(staged: Sequence[torch.Tensor], students: Sequence[torch.Tensor]) -> bool:
@@ -162,3 +180,16 @@ def _hold_optimizers_back() -> None:
         hold_back_all()
 
     register_optimizer_step_pre_hook(before_step)
+
+
+@functools.cache
+def _wait_at_exit() -> None:
+    """When the process ends: updates under way come to their end, and Python prints what one of them raised."""
+
+    def wait_for_all() -> None:
+        with contextlib.ExitStack() as stack:  # for each, whatever comes of another
+            for offload in list(_ALIVE):
+                if offload._process == os.getpid():  # a process that was forked has no thread
+                    stack.callback(offload.wait)
+
+    atexit.register(wait_for_all)

@@ -1,0 +1,114 @@
+"""How much of everything the fold on a GPU takes: the memory's budget and what is free in, sizes and numbers out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from ckpt_ema.blocks import ELEMENT_MULTIPLE, REMOTE_READ_BYTES, BlockPlan, Lane, buffer_bytes_per_element, padded
+from ckpt_ema.errors import MisuseError
+
+STAGING_BYTES = 4 << 20
+MAX_READERS = 16
+MAX_WRITERS = 8
+MIN_PAIRS = 4
+# What one update is queued for. Queueing took as long for a small block as for a large one: as it seems, since the
+# interpreter's lock has to be taken from a dozen others several times.
+STAGING_BUFFERS_PER_BLOCK = 8
+# Students' blocks on the device beyond those that the readers are at.
+INCOMING_AHEAD = 3
+# Blocks a sixteenth as large are the smallest that are planned where little of the device's memory is free, and what is
+# tried in the place of any that found no room after all.
+SMALLER = 16
+
+
+@dataclass(frozen=True)
+class Outline:
+    """Buffers of the fold on a GPU, on the host and on the device."""
+
+    plan: BlockPlan
+    """What to fold, cut into the device's blocks."""
+
+    staging_bytes: int
+    """Of each buffer on the host; a reader or a writer has two."""
+
+    num_readers: int
+    num_writers: int
+
+    raw_bytes: int
+    """Of each buffer on the device for a student's block."""
+
+    wide_bytes: int
+    """Of each for what is computed: every teacher's block, and a widened student's."""
+
+    out_bytes: int
+    """Of each for a finished block."""
+
+    @property
+    def num_incoming(self) -> int:
+        """How many there are for students' blocks."""
+        return self.num_readers + INCOMING_AHEAD
+
+    @property
+    def num_outgoing(self) -> int:
+        """How many there are for finished blocks."""
+        return self.num_writers + 1
+
+    @property
+    def device_bytes(self) -> int:
+        """Of all buffers on the device together."""
+        return (
+            self.num_incoming * self.raw_bytes
+            + (self.plan.num_teachers + 1) * self.wide_bytes
+            + self.num_outgoing * self.out_bytes
+        )
+
+
+def outlines(plan: BlockPlan, *, memory_budget_bytes: int, free_bytes: int, is_remote: bool) -> list[Outline]:
+    """What to try, in this order: the first has room in half of the device's `free_bytes`, the next one is smaller.
+
+    Raises MisuseError where the budget of the host's memory is too small for any block.
+    """
+    most = REMOTE_READ_BYTES if is_remote else STAGING_BYTES
+    staging_bytes = min(most, memory_budget_bytes // (2 * MIN_PAIRS))
+    staging_bytes = 1 << max(0, staging_bytes.bit_length() - 1)  # torch pins powers of two, whatever is asked for
+    num_pairs = memory_budget_bytes // (2 * staging_bytes)
+
+    def outline(block_bytes: int) -> Outline:
+        cut = replace(plan, block_elements=_elements_of_block(plan.lanes, block_bytes))
+        return _outline(cut, staging_bytes, num_pairs)
+
+    block_bytes = min(staging_bytes, STAGING_BYTES) * STAGING_BUFFERS_PER_BLOCK
+    least = block_bytes // SMALLER
+    # What trains on the device goes on to take memory.
+    while block_bytes > least and outline(block_bytes).device_bytes > free_bytes // 2:
+        block_bytes //= 2
+    tries = [outline(size) for size in (block_bytes, block_bytes // SMALLER)]
+    if not tries[0].plan.block_elements:
+        raise MisuseError(f"`--memory` is {memory_budget_bytes} bytes, too few for a GPU", hint="pass `--memory 64MiB`")
+    return [each for each in tries if each.plan.block_elements]
+
+
+def _outline(plan: BlockPlan, staging_bytes: int, num_pairs: int) -> Outline:
+    # Several teachers are several files, which are written at once.
+    num_writers = min(MAX_WRITERS, num_pairs // (4 if plan.num_teachers == 1 else 2), plan.num_threads)
+    num_readers = min(MAX_READERS, num_pairs - num_writers, max(2, plan.num_threads))
+    counts = [(lane, min(plan.block_elements, padded(lane.num_elements))) for lane in plan.lanes]
+    return Outline(
+        plan,
+        staging_bytes,
+        num_readers,
+        num_writers,
+        raw_bytes=max(count * lane.input_itemsize for lane, count in counts),
+        wide_bytes=max(count * lane.accumulate_dtype.itemsize for lane, count in counts),
+        out_bytes=max(count * lane.dtype.itemsize for lane, count in counts),
+    )
+
+
+def _elements_of_block(lanes: Sequence[Lane], num_bytes: int) -> int:
+    """As many as a buffer of `num_bytes` holds of every lane, but for those that it holds whole, such as counters."""
+    sizes = [(buffer_bytes_per_element(lane)[0], padded(lane.num_elements)) for lane in lanes]
+    longer = [size for size, count in sizes if size * count > num_bytes]
+    if not longer:
+        return max(count for _, count in sizes)
+    return num_bytes // max(longer) // ELEMENT_MULTIPLE * ELEMENT_MULTIPLE
