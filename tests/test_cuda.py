@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 import ckpt_ema
 from ckpt_ema import CkptEmaError
 from ckpt_ema.blocks import REMOTE_READ_BYTES, Block, BlockPlan
-from ckpt_ema.engine import choice, cpu, cuda, outline
+from ckpt_ema.engine import choice, cpu, cuda, device_plan
 from ckpt_ema.engine.buffers import Buffer
 from ckpt_ema.engine.choice import choose_engine
 from ckpt_ema.engine.contract import Engine, NonFiniteBlockError, Nowhere, Task
@@ -282,7 +282,7 @@ def test_a_smaller_block_is_tried_where_the_device_is_full(
 def test_half_of_what_is_free_is_left_to_whoever_trains_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, momentum: Any, dtype: torch.dtype
 ) -> None:
-    """Blocks are as large as that allows, down to a sixteenth: below that it would take longer than on the CPU."""
+    """Blocks are as large as that allows, down to a sixteenth, which is tried whatever is said to be free."""
     run = tmp_path / "run"
     run.mkdir()
     for i in range(2):
@@ -546,7 +546,7 @@ def test_writers_beside_each_other_and_what_they_fail_of(
 ) -> None:
     """Several write one teacher; a full disk is said at once, not when a writer's turn comes again."""
     options: dict[str, Any] = {"momentum": 0.3, "memory_budget_bytes": 1 << 20}
-    monkeypatch.setattr(outline, "STAGING_BYTES", 1 << 11)
+    monkeypatch.setattr(device_plan, "STAGING_BYTES", 1 << 11)
     expected = fold_on_cpu(long_run, tmp_path / "cpu.safetensors", **options)
     for seed in range(8):
         with modelled(monkeypatch, seed):
@@ -657,12 +657,12 @@ def test_larger_requests_take_no_more_of_the_device(tmp_path: Path) -> None:
     blocks = replace(ckpt_ema.plan(tmp_path, tmp_path / "t.safetensors").blocks, num_threads=32)
     budget = 256 << 20
     near, far = (
-        outline.outlines(blocks, memory_budget_bytes=budget, free_bytes=1 << 40, is_remote=is_remote)[0]
+        device_plan.plan_for_device(blocks, memory_budget_bytes=budget, free_bytes=1 << 40, is_remote=is_remote)[0]
         for is_remote in (False, True)
     )
     assert near.staging_bytes == 4 << 20
     assert far.staging_bytes == REMOTE_READ_BYTES
-    assert near.plan == far.plan
+    assert near.blocks == far.blocks
     assert far.device_bytes <= near.device_bytes
     for each in (near, far):
         assert (each.num_readers + each.num_writers) * 2 * each.staging_bytes <= budget
@@ -672,14 +672,28 @@ def test_larger_requests_take_no_more_of_the_device(tmp_path: Path) -> None:
 def test_a_run_behind_urls_folds_to_the_same_bytes_on_a_model(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
-    """Requests of another size than on a disk, also one that fills several buffers."""
-    fsspec.filesystem("memory").put(str(run), "/on-a-model", recursive=True)
+    """In requests of another size than on a disk: as large as the engine's buffers then are."""
+    memory = fsspec.filesystem("memory")
+    memory.put(str(run), "/on-a-model", recursive=True)
     expected = fold_on_cpu(run, tmp_path / "cpu.safetensors", momentum=0.3, memory_budget_bytes=1 << 20)
-    monkeypatch.setattr(outline, "REMOTE_READ_BYTES", 1 << (11 + seed))
-    url = as_path("memory://on-a-model")
+    request_bytes = 1 << (11 + seed)
+    monkeypatch.setattr(device_plan, "REMOTE_READ_BYTES", request_bytes)
+    portions: set[int] = set()
+    read = LaneExtents.read
+
+    def note(extents: LaneExtents, first: int, stop: int, buffer: memoryview, *arguments: Any) -> None:
+        if threading.current_thread().name.startswith("read"):
+            portions.add(len(buffer))
+        read(extents, first, stop, buffer, *arguments)
+
+    monkeypatch.setattr(LaneExtents, "read", note)
     with modelled(monkeypatch, seed):
-        found = fold_on_a_model(url, tmp_path / "t.safetensors", momentum=0.3, memory_budget_bytes=1 << 20)
+        found = fold_on_a_model(
+            as_path("memory://on-a-model"), tmp_path / "t.safetensors", momentum=0.3, memory_budget_bytes=1 << 20
+        )
+    memory.rm("/on-a-model", recursive=True)
     assert found == expected
+    assert max(portions) == request_bytes
 
 
 def test_a_counter_does_not_make_every_block_smaller(tmp_path: Path) -> None:
@@ -691,7 +705,7 @@ def test_a_counter_does_not_make_every_block_smaller(tmp_path: Path) -> None:
     lanes = ckpt_ema.plan(tmp_path, tmp_path / "t.safetensors").blocks.lanes
     assert sorted(lane.dtype.itemsize for lane in lanes) == [2, 4, 8]
     for num_bytes, elements in ((1 << 16, 1 << 15), (1 << 13, 1 << 11), (1 << 19, 1 << 18)):
-        assert outline._elements_of_block(lanes, num_bytes) == elements
+        assert device_plan._elements_of_block(lanes, num_bytes) == elements
         for lane in lanes:
             assert min(elements, lane.num_elements) * lane.dtype.itemsize <= num_bytes
 
@@ -785,7 +799,7 @@ import ckpt_ema
 from ckpt_ema.engine import cpu, cuda
 from ckpt_ema.engine.contract import Nowhere, Task
 from ckpt_ema.engine.inputs import InputFiles
-from tests.device_model import Event, modelled
+from tests.device_model import modelled
 from tests.test_cuda import only_for_gpu
 
 run, device = Path(sys.argv[1]), sys.argv[2]
@@ -851,7 +865,7 @@ import ckpt_ema
 from ckpt_ema.engine import cpu, cuda
 from ckpt_ema.engine.contract import Nowhere, Task
 from ckpt_ema.engine.inputs import InputFiles
-from tests.device_model import Event, modelled
+from tests.device_model import modelled
 from tests.test_cuda import only_for_gpu
 
 run, left = Path(sys.argv[1]), int(sys.argv[3])

@@ -992,7 +992,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "engine.buffers",
         "engine.arithmetic",
         "engine.kernels",
-        "engine.outline",
+        "engine.device_plan",
         "engine.workers",
         "provenance",
     ),

@@ -23,6 +23,7 @@ from torch import nn
 from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 from ckpt_ema import CkptEmaError, MeanTeacher, MisuseError
+from ckpt_ema.engine.workers import Ticket, Workers
 from ckpt_ema.online import offload
 from tests.conftest import assert_same_bits
 from tests.device_model import modelled
@@ -349,10 +350,92 @@ def _run_script(script: str, *arguments: str) -> subprocess.CompletedProcess[str
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, cwd=root)
 
 
+FORKED_AWAY = """
+import os, sys, time
+import pytest, torch
+from ckpt_ema import MeanTeacher
+from ckpt_ema.online import offload
+from tests.device_model import modelled
+from tests.test_offload import Student
+
+patch = pytest.MonkeyPatch()
+patch.setattr(offload, "is_on_gpu", lambda tensor: True)
+with modelled(patch, 0):
+    teacher = MeanTeacher(Student(torch.float32), momentum=0.5, device="cpu")
+    teacher.update()
+    teacher.wait()
+    patch.setattr(teacher._rule, "average_all_", lambda *_: time.sleep(0.5))
+    teacher.update()
+    child = os.fork()
+    if not child:
+        sys.exit(3)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_a_forked_process_ends_without_the_update_that_is_under_way() -> None:
+    """It is not its own, and there is nothing to tell."""
+    done = _run_script(FORKED_AWAY)
+    assert (done.stdout, done.stderr) == ("3\n", "")
+
+
+@pytest.mark.usefixtures("_all_on_gpu")
+@pytest.mark.parametrize("waits_before", [False, True])
+@pytest.mark.parametrize("when", ["before", "behind"])
+def test_an_update_that_is_interrupted_while_it_is_handed_out_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch, when: str, waits_before: bool
+) -> None:
+    """Or the next one would copy the student to where the thread still reads; a handler of signals may wait as well."""
+    submit = Workers.submit
+
+    def interrupted(workers: Workers, job: Callable[[], None]) -> Ticket:
+        monkeypatch.setattr(Workers, "submit", submit)
+        if when == "before" and waits_before:
+            teacher.wait()
+            return submit(workers, job)
+        if when == "before":
+            raise KeyboardInterrupt
+        ticket = submit(workers, job)
+        if waits_before:
+            teacher.wait()
+            return ticket
+        raise KeyboardInterrupt
+
+    with modelled(monkeypatch, 0):
+        student = Student(torch.float32)
+        teacher = MeanTeacher(student, momentum=0.5, device="cpu")
+        teacher.update()
+        teacher.wait()
+        average = teacher._rule.average_all_
+        folded: list[float] = []
+
+        def slowly(teachers: Any, students: Any, *arguments: Any) -> None:
+            time.sleep(0.1)
+            folded.append(float(students[1].mean()))
+            average(teachers, students, *arguments)
+
+        monkeypatch.setattr(teacher._rule, "average_all_", slowly)
+        monkeypatch.setattr(Workers, "submit", interrupted)
+        expected = []
+        for number in (1.0, 100.0):
+            with torch.no_grad():
+                teacher.wait()
+                student.bias.fill_(number)
+            if number == 1.0 and not waits_before:
+                with pytest.raises(KeyboardInterrupt):
+                    teacher.update()
+            else:
+                teacher.update()
+            if number == 100.0 or waits_before or when == "behind":
+                expected.append(number)
+        teacher.wait()
+        assert folded == expected
+
+
 @pytest.mark.usefixtures("_all_on_gpu")
 @pytest.mark.parametrize("is_failing", [False, True])
 def test_no_thread_outlives_its_teacher(monkeypatch: pytest.MonkeyPatch, is_failing: bool) -> None:
-    """Nor does it keep the teacher, or an error that it raised."""
+    """Nor does it keep the teacher, nor an error that it raised: page-locked memory is given back at once."""
     before = set(threading.enumerate())
     with modelled(monkeypatch, 0):
         teacher = MeanTeacher(Student(torch.float32), momentum=0.5, device="cpu")
@@ -360,14 +443,18 @@ def test_no_thread_outlives_its_teacher(monkeypatch: pytest.MonkeyPatch, is_fail
         teacher.wait()
         (thread,) = set(threading.enumerate()) - before
         kept = weakref.ref(teacher._offload)
-        if is_failing:
-            teacher._rule.average_all_ = lambda *_: 1 / 0  # type: ignore[method-assign]
-            teacher.update()
-            with pytest.raises(ZeroDivisionError):
-                teacher.wait()
-        del teacher
-        gc.collect()
-        assert kept() is None
+        gc.collect()  # before: the model's own circles
+        gc.disable()
+        try:
+            if is_failing:
+                teacher._rule.average_all_ = lambda *_: 1 / 0  # type: ignore[method-assign]
+                teacher.update()
+                with pytest.raises(ZeroDivisionError):
+                    teacher.wait()
+            del teacher
+            assert kept() is None
+        finally:
+            gc.enable()
         thread.join(20)
         assert not thread.is_alive()
 

@@ -24,8 +24,8 @@ from ckpt_ema.dtypes import BY_NAME, DType
 from ckpt_ema.engine import cpu, fused
 from ckpt_ema.engine.buffers import torch_dtype
 from ckpt_ema.engine.contract import Task, Teacher, write_block
+from ckpt_ema.engine.device_plan import DevicePlan, plan_for_device
 from ckpt_ema.engine.inputs import ExtentTable, stored_dtype
-from ckpt_ema.engine.outline import Outline, outlines
 from ckpt_ema.engine.staging import StagingPair, is_lack_of_memory
 from ckpt_ema.engine.workers import Ticket, Workers, wait_whatever_comes
 from ckpt_ema.errors import CkptEmaError, first_line
@@ -60,16 +60,17 @@ def fold_blocks(
         timings = cpu.fold_blocks(replace(task, plan=replace(plan, lanes=others)), teachers, progress)
     if not averaged:
         return timings
-    sizes = outlines(
+    memory = _free_and_total_bytes(device)
+    plans = plan_for_device(
         replace(plan, lanes=averaged),
         memory_budget_bytes=memory_budget_bytes,
-        free_bytes=_free_bytes(device),
+        free_bytes=memory[0] if memory else 0,
         is_remote=any(layout.is_remote for layout in task.layouts),
     )
     pipeline = None
-    for outline in sizes:
+    for device_plan in plans:
         try:
-            pipeline = _Pipeline(task, outline, teachers, progress, device, timings)
+            pipeline = _Pipeline(task, device_plan, teachers, progress, device, timings)
             break
         except RuntimeError as error:
             if not is_lack_of_memory(error):
@@ -78,8 +79,10 @@ def fold_blocks(
         # Behind the handler: what was allocated is held by the error until then.
         _empty_cache()
     if pipeline is None:
+        memory = _free_and_total_bytes(device)
+        free = f": {memory[0] >> 20} of {memory[1] >> 20} MiB are free" if memory else ""
         raise CkptEmaError(
-            f"{device} has no room for {outline.device_bytes >> 10} KiB{_free_memory(device)}",
+            f"{device} has no room for {device_plan.device_bytes >> 10} KiB{free}",
             details=[reason],
             hint="free some of its memory, or pass `--device cpu`",
         )
@@ -99,20 +102,12 @@ def _is_for_gpu(lane: Lane) -> bool:
     return lane.is_plain_average and lane.dtype.kind != "complex"
 
 
-def _free_bytes(device: torch.device) -> int:
+def _free_and_total_bytes(device: torch.device) -> tuple[int, int] | None:
     _empty_cache()  # what torch keeps for later is free, too
     try:
-        return torch.cuda.mem_get_info(device)[0]
+        return torch.cuda.mem_get_info(device)
     except RuntimeError:  # so full that it cannot be asked
-        return 0
-
-
-def _free_memory(device: torch.device) -> str:
-    try:
-        free, total = torch.cuda.mem_get_info(device)
-    except RuntimeError:  # so full that it cannot be asked
-        return ""
-    return f": {free >> 20} of {total >> 20} MiB are free"
+        return None
 
 
 def _failure(device: torch.device, error: RuntimeError) -> CkptEmaError:
@@ -154,10 +149,6 @@ class _Exchanged(_DeviceBuffer):
         self.filled = torch.cuda.Event(blocking=True)
         self.ticket: Ticket | None = None
 
-    def close(self) -> None:
-        self.ticket = None
-        super().close()
-
 
 class _Incoming(_Exchanged):
     """One for a student's block, and when it is free again."""
@@ -188,16 +179,16 @@ class _Pipeline:
     def __init__(
         self,
         task: Task,
-        outline: Outline,
+        device_plan: DevicePlan,
         teachers: Sequence[Teacher],
         progress: Callable[[int], None],
         device: torch.device,
         timings: Timings,
     ) -> None:
-        self._task, self._plan, self._teachers = task, outline.plan, teachers
+        self._task, self._plan, self._teachers = task, device_plan.blocks, teachers
         self._progress, self._device, self._timings = progress, device, timings
         self._extents = ExtentTable(task.files)
-        self._num_readers, self._num_writers = outline.num_readers, outline.num_writers
+        self._num_readers, self._num_writers = device_plan.num_readers, device_plan.num_writers
         self._lock = threading.Lock()
         self.errors_of_caller: list[BaseException] = []
         """What was raised in reading, writing and progress, and is not the device's."""
@@ -209,16 +200,16 @@ class _Pipeline:
         self._uploads: list[StagingPair] = []
         self._downloads: list[StagingPair] = []
         try:
-            self._allocate(outline)
+            self._allocate(device_plan)
         except BaseException:
             self.close()
             raise
 
-    def _allocate(self, outline: Outline) -> None:
+    def _allocate(self, plan: DevicePlan) -> None:
         device, lanes, teachers = self._device, self._plan.lanes, self._teachers
-        raw, wide, out = outline.raw_bytes, outline.wide_bytes, outline.out_bytes
-        self._incoming = deque(self._made(_Incoming, raw) for _ in range(outline.num_incoming))
-        self._outgoing = deque(self._made(_Outgoing, out) for _ in range(outline.num_outgoing))
+        raw, wide, out = plan.raw_bytes, plan.wide_bytes, plan.out_bytes
+        self._incoming = deque(self._made(_Incoming, raw) for _ in range(plan.num_incoming))
+        self._outgoing = deque(self._made(_Outgoing, out) for _ in range(plan.num_outgoing))
         self._widened = self._made(_DeviceBuffer, wide)
         self._accumulators = [self._made(_DeviceBuffer, wide) for _ in teachers]
         streams = [torch.cuda.Stream(device) for _ in range(3)]
@@ -229,10 +220,10 @@ class _Pipeline:
         self._spans: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
         # The one used last is the next one to be used: the processor still has it in its cache.
         self._uploads = [
-            StagingPair(min(outline.staging_bytes, raw), device, self._copying) for _ in range(outline.num_readers)
+            StagingPair(min(plan.staging_bytes, raw), device, self._copying) for _ in range(plan.num_readers)
         ]
         self._downloads = [
-            StagingPair(min(outline.staging_bytes, out), device, self._returning) for _ in range(outline.num_writers)
+            StagingPair(min(plan.staging_bytes, out), device, self._returning) for _ in range(plan.num_writers)
         ]
         self._fused = {
             (lane.accumulate_dtype, dtype)

@@ -128,10 +128,7 @@ def start(thread: threading.Thread) -> None:
     try:
         thread.start()
     except RuntimeError as error:
-        raise CkptEmaError(
-            f"cannot start a thread: {error}",
-            hint="see how many you may have: `ulimit -u`, or pass a smaller `--memory`",
-        ) from error
+        raise CkptEmaError(f"cannot start a thread: {error}", hint="see how many you may have: `ulimit -u`") from error
 
 
 def wait_whatever_comes(waits: Sequence[Callable[[], object]]) -> None:

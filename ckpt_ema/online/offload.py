@@ -18,7 +18,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ckpt_ema.engine.staging import queueing
-from ckpt_ema.engine.workers import Ticket, Workers
+from ckpt_ema.engine.workers import Workers
 from ckpt_ema.errors import CkptEmaError
 
 Fold = Callable[[Sequence[torch.Tensor]], None]
@@ -34,11 +34,8 @@ class Offload:
     def __init__(self) -> None:
         self._staged: list[torch.Tensor] = []
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
-        self._copied: list[tuple[torch.device, torch.cuda.Event]] = []
-        """Copies that the next change of the student has to come behind."""
-
-        self._pending: tuple[Ticket, list[BaseException]] | None = None
-        """The update that is under way or has not been waited for yet, and what it raised."""
+        self._pending: _Update | None = None
+        """The one that is under way, or has not been waited for yet."""
 
         self._process = 0
         """Of the thread that folds."""
@@ -77,19 +74,21 @@ class Offload:
                 by_device.setdefault(source.device, []).append((staged, source))
             else:
                 staged.copy_(source)
-        self._copied = [(device, self._copy_from(device, copies)) for device, copies in by_device.items()]
-        # With the sources: their memory is not given to anybody else before it was read.
+        copied = [(device, self._copy_from(device, copies)) for device, copies in by_device.items()]
+        update = _Update(copied, sources, self._staged, fold)
         self._process = os.getpid()
-        failures: list[BaseException] = []
-        job = functools.partial(_fold_when_copied, self._copied, sources, self._staged, fold, failures)
-        self._pending = self._worker.submit(job), failures
+        # Before it is handed out: whoever is interrupted behind that leaves something to wait for. And again: a handler
+        # of signals that came between may have waited, for nothing.
+        self._pending = update
+        self._worker.submit(update.run)
+        self._pending = update
 
     def _started_worker(self) -> Workers:
-        worker = Workers(1, "ckpt-ema", [])
+        worker = Workers(1, "ckpt-ema", [])  # an update keeps what it fails of
         ending = weakref.finalize(self, worker.dismiss)
         ending.atexit = False  # nothing is told to threads that the interpreter is about to end
         # Before there is anything to do: what a thread was handed is done also where its start is interrupted.
-        worker.submit(lambda: None).wait()
+        worker.submit(_do_nothing).wait()
         return worker
 
     def _copy_from(self, device: torch.device, copies: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.cuda.Event:
@@ -107,9 +106,10 @@ class Offload:
 
     def hold_back(self) -> None:
         """What training queues from now on comes behind the copy; the host does not wait."""
-        if not self._copied or torch.cuda.is_current_stream_capturing():  # a graph cannot wait for what is outside
+        pending = self._pending
+        if pending is None or torch.cuda.is_current_stream_capturing():  # a graph cannot wait for what is outside
             return
-        for device, event in self._copied:
+        for device, event in pending.copied:
             torch.cuda.current_stream(device).wait_event(event)
 
     def wait(self) -> None:
@@ -120,19 +120,25 @@ class Offload:
         pending = self._pending
         if pending is None:
             return
-        ticket, failures = pending
-        if not ticket.is_done and os.getpid() != self._process:
-            # The thread is not in this process, and its teacher may be half changed: waiting would never end.
-            raise CkptEmaError(
-                "this process was forked while the teacher's update was under way",
-                hint="call `teacher.wait()` before what forks",
-            )
-        # Whoever interrupts this leaves something to wait for, and an error to be raised.
-        ticket.wait()
+        if not pending.is_done:
+            if os.getpid() != self._process:
+                # The thread is not in this process, and its teacher may be half changed: waiting would never end.
+                raise CkptEmaError(
+                    "this process was forked while the teacher's update was under way",
+                    hint="call `teacher.wait()` before what forks",
+                )
+            # Comes behind it. Where the update was interrupted before it was handed out, there is nothing to wait for.
+            assert self._worker is not None
+            self._worker.submit(_do_nothing).wait()
+        # Whoever interrupts the above leaves something to wait for, and an error to be raised.
         if self._pending is pending:  # another thread may have waited for it, too
-            self._pending, self._copied = None, []
-        if failures:
-            raise failures[0]
+            self._pending = None
+        failure, pending.failure = pending.failure, None
+        if failure is not None:
+            try:
+                raise failure
+            finally:  # or it would hold itself, and the student's copy with it
+                del failure
 
 
 def is_on_gpu(tensor: torch.Tensor) -> bool:
@@ -146,21 +152,43 @@ def hold_back_all() -> None:
         offload.hold_back()
 
 
-@torch.no_grad()
-def _fold_when_copied(
-    copied: Sequence[tuple[torch.device, torch.cuda.Event]],
-    sources: Sequence[torch.Tensor],
-    staged: Sequence[torch.Tensor],
-    fold: Fold,
-    failures: list[BaseException],
-) -> None:
-    try:
-        for device, event in copied:
-            with torch.cuda.device(device):  # a thread begins with the first GPU, which it might begin to use
-                event.synchronize()
-        fold(staged)
-    except BaseException as error:
-        failures.append(error)
+class _Update:
+    """A student on its way into the teacher."""
+
+    def __init__(
+        self,
+        copied: Sequence[tuple[torch.device, torch.cuda.Event]],
+        sources: list[torch.Tensor],
+        staged: Sequence[torch.Tensor],
+        fold: Fold,
+    ) -> None:
+        """`staged` is folded when all is `copied` to there; `sources`, out of which, are held until then."""
+        self.copied = copied
+        """Copies that the next change of the student has to come behind."""
+
+        self.is_done = False
+        """Or has failed; also asked in a process that was forked meanwhile."""
+
+        self.failure: BaseException | None = None
+        self._sources, self._staged, self._fold = sources, staged, fold
+
+    def run(self) -> None:
+        """In the thread: fold it, and keep the error."""
+        try:
+            for device, event in self.copied:
+                with torch.cuda.device(device):  # a thread begins with the first GPU, which it might begin to use
+                    event.synchronize()
+            with torch.no_grad():
+                self._fold(self._staged)
+        except BaseException as error:
+            self.failure = error
+        # Of the device's memory there may be little.
+        self._sources.clear()
+        self.is_done = True
+
+
+def _do_nothing() -> None:
+    pass
 
 
 def _fit(staged: Sequence[torch.Tensor], students: Sequence[torch.Tensor]) -> bool:
@@ -184,7 +212,10 @@ def _hold_optimizers_back() -> None:
 
 @functools.cache
 def _wait_at_exit() -> None:
-    """When the process ends: updates under way come to their end, and Python prints what one of them raised."""
+    """When the interpreter ends, updates under way come to their end, and Python prints what one of them raised.
+
+    Of teachers that are there then. Processes that multiprocessing forks end without that.
+    """
 
     def wait_for_all() -> None:
         with contextlib.ExitStack() as stack:  # for each, whatever comes of another

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ckpt_ema.blocks import ELEMENT_MULTIPLE, REMOTE_READ_BYTES, BlockPlan, Lane, buffer_bytes_per_element, padded
-from ckpt_ema.errors import MisuseError
 
 STAGING_BYTES = 4 << 20
 MAX_READERS = 16
@@ -17,23 +16,26 @@ MIN_PAIRS = 4
 STAGING_BUFFERS_PER_BLOCK = 8
 # Students' blocks on the device beyond those that the readers are at.
 INCOMING_AHEAD = 3
-# Blocks a sixteenth as large are the smallest that are planned where little of the device's memory is free, and what is
-# tried in the place of any that found no room after all.
+# Blocks a sixteenth as large are the smallest, where little of the device's memory is free; they are tried, too, where
+# larger ones found no room after all.
 SMALLER = 16
 
 
-@dataclass(frozen=True)
-class Outline:
-    """Buffers of the fold on a GPU, on the host and on the device."""
+@dataclass(frozen=True, slots=True)
+class DevicePlan:
+    """Blocks of the fold on a GPU, and its buffers on the host and on the device."""
 
-    plan: BlockPlan
+    blocks: BlockPlan
     """What to fold, cut into the device's blocks."""
 
     staging_bytes: int
     """Of each buffer on the host; a reader or a writer has two."""
 
     num_readers: int
+    """How many threads carry students' blocks to the device."""
+
     num_writers: int
+    """How many carry finished blocks back."""
 
     raw_bytes: int
     """Of each buffer on the device for a student's block."""
@@ -59,43 +61,42 @@ class Outline:
         """Of all buffers on the device together."""
         return (
             self.num_incoming * self.raw_bytes
-            + (self.plan.num_teachers + 1) * self.wide_bytes
+            + (self.blocks.num_teachers + 1) * self.wide_bytes
             + self.num_outgoing * self.out_bytes
         )
 
 
-def outlines(plan: BlockPlan, *, memory_budget_bytes: int, free_bytes: int, is_remote: bool) -> list[Outline]:
-    """What to try, in this order: the first has room in half of the device's `free_bytes`, the next one is smaller.
+def plan_for_device(
+    blocks: BlockPlan, *, memory_budget_bytes: int, free_bytes: int, is_remote: bool
+) -> list[DevicePlan]:
+    """What to try, in this order: the largest blocks that fit in half of the device's `free_bytes`, the smallest.
 
-    Raises MisuseError where the budget of the host's memory is too small for any block.
+    That is one where it is the same. Of the host's memory it takes no more than the budget.
     """
     most = REMOTE_READ_BYTES if is_remote else STAGING_BYTES
     staging_bytes = min(most, memory_budget_bytes // (2 * MIN_PAIRS))
     staging_bytes = 1 << max(0, staging_bytes.bit_length() - 1)  # torch pins powers of two, whatever is asked for
     num_pairs = memory_budget_bytes // (2 * staging_bytes)
 
-    def outline(block_bytes: int) -> Outline:
-        cut = replace(plan, block_elements=_elements_of_block(plan.lanes, block_bytes))
-        return _outline(cut, staging_bytes, num_pairs)
+    def plan(block_bytes: int) -> DevicePlan:
+        cut = replace(blocks, block_elements=_elements_of_block(blocks.lanes, block_bytes))
+        return _with_buffers(cut, staging_bytes, num_pairs)
 
     block_bytes = min(staging_bytes, STAGING_BYTES) * STAGING_BUFFERS_PER_BLOCK
     least = block_bytes // SMALLER
     # What trains on the device goes on to take memory.
-    while block_bytes > least and outline(block_bytes).device_bytes > free_bytes // 2:
+    while block_bytes > least and plan(block_bytes).device_bytes > free_bytes // 2:
         block_bytes //= 2
-    tries = [outline(size) for size in (block_bytes, block_bytes // SMALLER)]
-    if not tries[0].plan.block_elements:
-        raise MisuseError(f"`--memory` is {memory_budget_bytes} bytes, too few for a GPU", hint="pass `--memory 64MiB`")
-    return [each for each in tries if each.plan.block_elements]
+    return [plan(size) for size in dict.fromkeys((block_bytes, least))]
 
 
-def _outline(plan: BlockPlan, staging_bytes: int, num_pairs: int) -> Outline:
+def _with_buffers(blocks: BlockPlan, staging_bytes: int, num_pairs: int) -> DevicePlan:
     # Several teachers are several files, which are written at once.
-    num_writers = min(MAX_WRITERS, num_pairs // (4 if plan.num_teachers == 1 else 2), plan.num_threads)
-    num_readers = min(MAX_READERS, num_pairs - num_writers, max(2, plan.num_threads))
-    counts = [(lane, min(plan.block_elements, padded(lane.num_elements))) for lane in plan.lanes]
-    return Outline(
-        plan,
+    num_writers = min(MAX_WRITERS, num_pairs // (4 if blocks.num_teachers == 1 else 2), blocks.num_threads)
+    num_readers = min(MAX_READERS, num_pairs - num_writers, max(2, blocks.num_threads))
+    counts = [(lane, min(blocks.block_elements, padded(lane.num_elements))) for lane in blocks.lanes]
+    return DevicePlan(
+        blocks,
         staging_bytes,
         num_readers,
         num_writers,
@@ -106,9 +107,12 @@ def _outline(plan: BlockPlan, staging_bytes: int, num_pairs: int) -> Outline:
 
 
 def _elements_of_block(lanes: Sequence[Lane], num_bytes: int) -> int:
-    """As many as a buffer of `num_bytes` holds of every lane, but for those that it holds whole, such as counters."""
+    """As many as a buffer of `num_bytes` holds of every lane, but for those that it holds whole, such as counters.
+
+    At least the fewest that a block may have.
+    """
     sizes = [(buffer_bytes_per_element(lane)[0], padded(lane.num_elements)) for lane in lanes]
     longer = [size for size, count in sizes if size * count > num_bytes]
     if not longer:
         return max(count for _, count in sizes)
-    return num_bytes // max(longer) // ELEMENT_MULTIPLE * ELEMENT_MULTIPLE
+    return max(1, num_bytes // max(longer) // ELEMENT_MULTIPLE) * ELEMENT_MULTIPLE
