@@ -42,6 +42,7 @@ class Device:
         self.streams: list[Stream] = []
         self.allocated: list[torch.UntypedStorage] = []
         self.allocated_bytes = 0
+        self.keeps_none = False
         self.pinned: list[weakref.ref[torch.Tensor]] = []
         self.num_run = 0
         self._lock = threading.RLock()
@@ -231,9 +232,10 @@ def modelled(
         patch.setattr(torch.cuda, "current_stream", lambda device_=None: getattr(current, "stream", main))
         patch.setattr(torch.cuda, "device", device.named)
         patch.setattr(torch.cuda, "synchronize", lambda device_=None: device.run_all())
-        patch.setattr(torch.cuda, "empty_cache", lambda: None)
+        patch.setattr(torch.cuda, "empty_cache", lambda: setattr(device, "keeps_none", True))
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-        patch.setattr(torch.cuda, "mem_get_info", lambda device_=None: (free_bytes, 2 << 30))
+        # What torch keeps for later is taken, as far as the device knows.
+        patch.setattr(torch.cuda, "mem_get_info", lambda device_=None: (free_bytes * device.keeps_none, 2 << 30))
         patch.setattr(torch, "empty", unpinned(torch.empty))
         patch.setattr(torch, "empty_like", unpinned(torch.empty_like))
         yield device

@@ -33,7 +33,7 @@ from ckpt_ema.engine.choice import choose_engine
 from ckpt_ema.engine.contract import Engine, NonFiniteBlockError, Nowhere, Task
 from ckpt_ema.engine.inputs import InputFiles, LaneExtents
 from ckpt_ema.engine.staging import StagingPair
-from ckpt_ema.engine.workers import Jobs, Ticket, wait_whatever_comes
+from ckpt_ema.engine.workers import Jobs, Ticket, start, wait_whatever_comes
 from ckpt_ema.locations import as_path
 from tests.conftest import quiet_fold
 from tests.device_model import Event, modelled
@@ -328,6 +328,8 @@ def test_a_device_that_fails_is_said_to_fail(run: Path, tmp_path: Path, monkeypa
         assert re.sub(r"\d+ KiB", "N KiB", str(caught.value)) == expected
         # Though the error is at hand, and with it what was being made.
         assert len(device.allocated) > 3
+        if expected is full:  # nobody knows how full: as little as possible
+            assert device.allocated_bytes < 1 << 20
         assert not any(storage.nbytes() for storage in device.allocated)
 
 
@@ -522,6 +524,20 @@ def test_interrupted_while_its_first_thread_starts_it_keeps_nothing(
             del limbo[thread]
 
 
+def test_an_interrupt_while_a_thread_starts_is_no_lack_of_threads() -> None:
+    """Between a lock that is given back and what takes it again, it makes that fail of something else."""
+
+    class Thread(threading.Thread):
+        def start(self) -> None:
+            try:
+                raise KeyboardInterrupt
+            finally:
+                threading.Lock().release()
+
+    with pytest.raises(KeyboardInterrupt):
+        start(Thread())
+
+
 @pytest.mark.parametrize("is_done_first", [False, True])
 def test_everybody_who_waits_for_a_job_is_let_go(is_done_first: bool) -> None:
     """Also who waits beside another, and again."""
@@ -664,6 +680,8 @@ def test_larger_requests_take_no_more_of_the_device(tmp_path: Path) -> None:
     assert far.staging_bytes == REMOTE_READ_BYTES
     assert near.blocks == far.blocks
     assert far.device_bytes <= near.device_bytes
+    # 19 blocks of students, 9 that are finished, and the teacher's and a widened one of what is computed.
+    assert (near.num_readers, near.num_writers, near.device_bytes) == (16, 8, (19 + 9 + 2) * 32 << 20)
     for each in (near, far):
         assert (each.num_readers + each.num_writers) * 2 * each.staging_bytes <= budget
 

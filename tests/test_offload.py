@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import copy
 import gc
@@ -92,7 +93,7 @@ def _all_on_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(offload, "is_on_gpu", lambda tensor: True)
     yield
     # An optimizer of the next test would hold back for what is left under way, and there is no model any more.
-    for left in list(offload._ALIVE):
+    for left in offload._alive():
         with contextlib.suppress(Exception):
             left.wait()
 
@@ -135,21 +136,46 @@ def test_beside_a_student_on_the_cpu_it_is_any_other_teacher() -> None:
 
 
 @pytest.mark.usefixtures("_all_on_gpu")
-def test_what_goes_wrong_in_the_thread_is_told_by_whoever_looks_next(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And not lost with the thread."""
+@pytest.mark.parametrize("error", [MemoryError("no room"), SystemExit("no room")])
+def test_what_goes_wrong_in_the_thread_is_told_by_whoever_looks_next(
+    monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    """And not lost with the thread, whatever it is; nor told twice."""
     with modelled(monkeypatch, 0):
         teacher = MeanTeacher(Student(torch.float32), momentum=0.1, device="cpu")
         teacher.update()
         teacher.wait()
 
         def fail(*_: Any) -> None:
-            raise MemoryError("no room")
+            raise error
 
         monkeypatch.setattr(teacher._rule, "average_all_", fail)
         teacher.update()
-        with pytest.raises(MemoryError, match="no room"):
+        with pytest.raises(type(error), match="no room"):
             teacher.tensors()
         assert teacher.tensors().keys() == {"weight", "bias", "tied"}
+
+
+@pytest.mark.usefixtures("_all_on_gpu")
+def test_a_first_update_that_fails_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next one copies the student; it does not average into what the teacher was made with."""
+    with modelled(monkeypatch, 0):
+        student = Student(torch.float32)
+        teacher = MeanTeacher(student, momentum=0.5, device="cpu")
+        prepare = teacher._rule.prepare
+
+        def fail_once(*arguments: Any) -> None:
+            monkeypatch.setattr(teacher._rule, "prepare", prepare)
+            raise MemoryError("no room")
+
+        monkeypatch.setattr(teacher._rule, "prepare", fail_once)
+        with pytest.raises(MemoryError):
+            teacher.update()
+        assert teacher.num_updates == 0
+        with torch.no_grad():
+            student.bias.fill_(3.0)
+        teacher.update()
+        assert teacher.tensors()["bias"].tolist() == [3.0] * 17
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -250,10 +276,15 @@ def test_an_interrupted_waiting_leaves_something_to_wait_for(monkeypatch: pytest
         expected = teacher.tensors()["bias"] + 1
         teacher.update()
         interrupt = threading.Timer(0.1, os.kill, [os.getpid(), signal.SIGINT])
-        interrupt.start()
-        with pytest.raises(KeyboardInterrupt):
-            teacher.wait()
-        interrupt.join()
+        # Whoever is started in the background by a shell script ignores Ctrl-C.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            interrupt.start()
+            with pytest.raises(KeyboardInterrupt):
+                teacher.wait()
+            interrupt.join()
+        finally:
+            signal.signal(signal.SIGINT, before)
         goes_on.set()
         assert torch.allclose(teacher.tensors()["bias"], expected)
 
@@ -302,7 +333,7 @@ def test_interrupted_with_a_lock_in_hand_the_next_wait_and_the_exit_come_to_an_e
 
 
 ENDING = """
-import time
+import os, signal, sys, threading, time
 import pytest, torch
 from ckpt_ema import MeanTeacher
 from ckpt_ema.online import offload
@@ -314,7 +345,7 @@ patch.setattr(offload, "is_on_gpu", lambda tensor: True)
 teachers = []
 model = modelled(patch, 0)
 model.__enter__()  # for as long as there is this process
-for _ in range(3):
+for _ in range(4):
     teacher = MeanTeacher(Student(torch.float32), momentum=0.5, device="cpu")
     teacher.update()
     teacher.wait()
@@ -323,7 +354,7 @@ for _ in range(3):
 
 def slowly(*_):
     time.sleep(0.3)
-    print("came to its end", flush=True)
+    os.write(1, b"came to its end\\n")  # at once, while another does
 
 
 def fail(*_):
@@ -331,17 +362,104 @@ def fail(*_):
     raise MemoryError("no room")
 
 
-for teacher, average in zip(teachers, (slowly, fail, slowly)):
+def fail_as_well(*_):
+    raise OSError("nor a file")
+
+
+for teacher, average in zip(teachers, (slowly, fail, fail_as_well, slowly)):
     patch.setattr(teacher._rule, "average_all_", average)
     teacher.update()
+if sys.argv[1] == "Ctrl-C":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    timer = threading.Timer(0.1, os.kill, [os.getpid(), signal.SIGINT])
+    timer.daemon = True  # or its end would be waited for before all else
+    timer.start()
 """
 
 
-def test_what_is_under_way_when_the_process_ends_comes_to_its_end_and_its_error_is_told() -> None:
-    """The last update of a training is followed by no other that would raise it."""
-    done = _run_script(ENDING)
+@pytest.mark.parametrize("how", ["by itself", "Ctrl-C"])
+def test_what_is_under_way_when_the_process_ends_comes_to_its_end_and_its_error_is_told(how: str) -> None:
+    """The last update of a training is followed by no other that would raise it; one that is cut off aborts."""
+    done = _run_script(ENDING, how)
     assert done.stdout == "came to its end\n" * 2
     assert "MemoryError: no room" in done.stderr
+    assert "OSError: nor a file" in done.stderr
+    assert done.returncode in (0, -signal.SIGINT)
+
+
+LET_GO = """
+import sys, time
+import pytest, torch
+from ckpt_ema import MeanTeacher
+from ckpt_ema.online import offload
+from tests.device_model import modelled
+from tests.test_offload import Student
+
+patch = pytest.MonkeyPatch()
+patch.setattr(offload, "is_on_gpu", lambda tensor: True)
+
+
+class Large:
+    def __del__(self):
+        time.sleep(0.3)
+        print("let go", flush=True)
+
+
+model = modelled(patch, 0)
+model.__enter__()  # for as long as there is this process
+teacher = MeanTeacher(Student(torch.float32), momentum=0.5, device="cpu")
+teacher.update()
+teacher.wait()
+teacher._rule.average_all_ = lambda *_, large=Large(): time.sleep(0.1)
+teacher.update()
+del teacher
+if sys.argv[1] == "later":
+    time.sleep(0.2)
+"""
+
+
+@pytest.mark.parametrize("when", ["at once", "later"])
+def test_a_thread_that_lets_go_of_a_teacher_when_the_process_ends_is_waited_for(when: str) -> None:
+    """The last one who had it is the update: it would be ended while it gives memory back."""
+    assert _run_script(LET_GO, when).stdout == "let go\n"
+
+
+@pytest.mark.usefixtures("_all_on_gpu")
+def test_threads_that_have_ended_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A notebook makes many teachers."""
+    with modelled(monkeypatch, 0):
+        for _ in range(20):
+            teacher = MeanTeacher(Student(torch.float32), momentum=0.5, device="cpu")
+            teacher.update()
+            (thread,) = (worker for worker in offload._WORKERS if worker is teacher._offload._worker)
+            del teacher
+            gc.collect()
+            deadline = time.monotonic() + 20
+            while thread.are_alive and time.monotonic() < deadline:
+                time.sleep(0.001)
+        assert len([worker for worker in offload._WORKERS if not worker.are_alive]) <= 1
+
+
+def test_a_teacher_that_is_made_beside_an_optimizers_step_does_not_disturb_it() -> None:
+    """In another thread: what goes through all teachers is not changed under its hands."""
+    goes_on = True
+
+    def make() -> None:
+        while goes_on:
+            kept = [offload.Offload() for _ in range(50)]
+            del kept
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    thread = threading.Thread(target=make)
+    thread.start()
+    try:
+        for _ in range(3000):
+            offload.hold_back_all()
+    finally:
+        goes_on = False
+        thread.join()
+        sys.setswitchinterval(before)
 
 
 def _run_script(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -364,8 +482,11 @@ with modelled(patch, 0):
     teacher = MeanTeacher(Student(torch.float32), momentum=0.5, device="cpu")
     teacher.update()
     teacher.wait()
-    patch.setattr(teacher._rule, "average_all_", lambda *_: time.sleep(0.5))
+    patch.setattr(teacher._rule, "average_all_", lambda *_: time.sleep(0.5) or 1 / int(sys.argv[1]))
     teacher.update()
+    if sys.argv[1] == "0":
+        while not teacher._offload._pending.is_done:
+            time.sleep(0.01)
     child = os.fork()
     if not child:
         sys.exit(3)
@@ -373,10 +494,44 @@ with modelled(patch, 0):
 """
 
 
-def test_a_forked_process_ends_without_the_update_that_is_under_way() -> None:
-    """It is not its own, and there is nothing to tell."""
-    done = _run_script(FORKED_AWAY)
-    assert (done.stdout, done.stderr) == ("3\n", "")
+@pytest.mark.parametrize("is_failing", [False, True])
+def test_a_forked_process_ends_without_what_is_under_way_and_tells_nothing(is_failing: bool) -> None:
+    """It is not its own: its error is told by the process that waits for it."""
+    done = _run_script(FORKED_AWAY, "0" if is_failing else "1")
+    assert done.stdout == "3\n"
+    assert done.stderr.count("ZeroDivisionError: ") == int(is_failing), done.stderr
+
+
+BEHIND = """
+import atexit
+import pytest, torch
+from ckpt_ema import CkptEmaError, MeanTeacher
+from ckpt_ema.online import offload
+from tests.device_model import modelled
+from tests.test_offload import Student
+
+
+def save():
+    try:
+        teacher.update()
+        print(len(teacher.tensors()), flush=True)
+    except CkptEmaError as error:  # newer Pythons start no thread any more
+        print(str(error).splitlines()[0], flush=True)
+
+
+atexit.register(save)
+patch = pytest.MonkeyPatch()
+patch.setattr(offload, "is_on_gpu", lambda tensor: True)
+model = modelled(patch, 0)
+model.__enter__()  # for as long as there is this process
+teacher = MeanTeacher(Student(torch.float32), momentum=0.5, device="cpu")
+teacher.update()
+"""
+
+
+def test_whoever_updates_behind_the_end_of_its_thread_does_not_wait_for_ever() -> None:
+    """What was to happen at exit before there was a teacher happens after its end."""
+    assert _run_script(BEHIND).stdout.startswith(("3", "cannot start a thread"))
 
 
 @pytest.mark.usefixtures("_all_on_gpu")
@@ -419,7 +574,6 @@ def test_an_update_that_is_interrupted_while_it_is_handed_out_is_waited_for(
         expected = []
         for number in (1.0, 100.0):
             with torch.no_grad():
-                teacher.wait()
                 student.bias.fill_(number)
             if number == 1.0 and not waits_before:
                 with pytest.raises(KeyboardInterrupt):
@@ -428,8 +582,8 @@ def test_an_update_that_is_interrupted_while_it_is_handed_out_is_waited_for(
                 teacher.update()
             if number == 100.0 or waits_before or when == "behind":
                 expected.append(number)
-        teacher.wait()
-        assert folded == expected
+            teacher.wait()
+            assert folded == expected
 
 
 @pytest.mark.usefixtures("_all_on_gpu")
@@ -460,7 +614,7 @@ def test_no_thread_outlives_its_teacher(monkeypatch: pytest.MonkeyPatch, is_fail
 
 
 FORKED = """
-import os, signal, sys, threading
+import os, signal, sys, threading, time
 import pytest, torch
 from ckpt_ema import CkptEmaError, MeanTeacher
 from ckpt_ema.online import offload
@@ -478,9 +632,15 @@ with modelled(patch, 0):
         average = teacher._rule.average_all_
         patch.setattr(teacher._rule, "average_all_", lambda *arguments: (goes_on.wait(20), average(*arguments)))
         teacher.update()
+    if sys.argv[1] == "done":
+        teacher.update()
+        while not teacher._offload._pending.is_done:
+            time.sleep(0.01)
     child = os.fork()
     if not child:
         signal.alarm(10)
+        if sys.argv[1] == "waited":
+            teacher.update()
         try:
             print(len(teacher.tensors()), flush=True)
         except CkptEmaError as error:
@@ -492,7 +652,7 @@ with modelled(patch, 0):
 """
 
 
-@pytest.mark.parametrize(("when", "says"), [("waited", "3"), ("under way", "forked while the teacher's update")])
+@pytest.mark.parametrize(("when", "says"), [("waited", "3"), ("done", "3"), ("under way", "was forked while")])
 def test_a_forked_process_does_not_wait_for_a_thread_that_it_does_not_have(when: str, says: str) -> None:
     """It says so; a teacher that was waited for is there, and in the process itself it goes on."""
     done = _run_script(FORKED, when)
@@ -502,13 +662,13 @@ def test_a_forked_process_does_not_wait_for_a_thread_that_it_does_not_have(when:
 
 
 def test_optimizers_are_held_back_once_and_no_longer_than_there_is_a_teacher() -> None:
-    """A notebook that makes a teacher per run collects neither hooks nor teachers."""
+    """A notebook that makes a teacher per run collects neither hooks, nor what happens at exit, nor teachers."""
     teachers = [MeanTeacher(Student(torch.float32), device="cpu") for _ in range(2)]
-    count = len(_global_optimizer_pre_hooks)
+    counts = len(_global_optimizer_pre_hooks), atexit._ncallbacks()  # type: ignore[attr-defined]
     teachers.append(MeanTeacher(Student(torch.float32), device="cpu"))
-    assert len(_global_optimizer_pre_hooks) == count
+    assert (len(_global_optimizer_pre_hooks), atexit._ncallbacks()) == counts  # type: ignore[attr-defined]
     kept = [weakref.ref(teacher._offload) for teacher in teachers]
-    assert {reference() for reference in kept} <= set(offload._ALIVE)
+    assert {reference() for reference in kept} <= set(offload._alive())
     teachers.clear()
     gc.collect()
     assert not any(reference() for reference in kept)
@@ -553,7 +713,7 @@ def test_a_copy_of_a_teacher_goes_a_way_of_its_own(
         if not is_pending:
             teacher.wait()
         other = again(teacher)
-        assert other._offload in set(offload._ALIVE) - {teacher._offload}
+        assert other._offload in set(offload._alive()) - {teacher._offload}
         assert_same_bits(clones(other), clones(teacher))
         other.update()
         assert other.num_updates == 3

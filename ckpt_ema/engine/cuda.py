@@ -144,26 +144,27 @@ class _Exchanged(_DeviceBuffer):
     """One that a thread fills or empties: when it is full, and what the thread is at."""
 
     def __init__(self, num_bytes: int, device: torch.device) -> None:
-        super().__init__(num_bytes, device)
         # Whoever waits for an event sleeps: readers and writers need the cores.
         self.filled = torch.cuda.Event(blocking=True)
         self.ticket: Ticket | None = None
+        # Last, here and below: what fails before has no memory that somebody would have to give back.
+        super().__init__(num_bytes, device)
 
 
 class _Incoming(_Exchanged):
     """One for a student's block, and when it is free again."""
 
     def __init__(self, num_bytes: int, device: torch.device) -> None:
-        super().__init__(num_bytes, device)
         self.used = torch.cuda.Event(blocking=True)
+        super().__init__(num_bytes, device)
 
 
 class _Outgoing(_Exchanged):
     """One for a finished block; on the host, its least and its greatest number: they say whether all is finite."""
 
     def __init__(self, num_bytes: int, device: torch.device) -> None:
-        super().__init__(num_bytes, device)
         self.extremes = torch.empty(2, dtype=torch.float64, device="cpu", pin_memory=True)
+        super().__init__(num_bytes, device)
 
     def close(self) -> None:
         super().close()

@@ -71,7 +71,7 @@ def plan_for_device(
 ) -> list[DevicePlan]:
     """What to try, in this order: the largest blocks that fit in half of the device's `free_bytes`, the smallest.
 
-    That is one where it is the same. Of the host's memory it takes no more than the budget.
+    That is one where they are the same. Of the host's memory it takes no more than the budget.
     """
     most = REMOTE_READ_BYTES if is_remote else STAGING_BYTES
     staging_bytes = min(most, memory_budget_bytes // (2 * MIN_PAIRS))
@@ -87,7 +87,8 @@ def plan_for_device(
     # What trains on the device goes on to take memory.
     while block_bytes > least and plan(block_bytes).device_bytes > free_bytes // 2:
         block_bytes //= 2
-    return [plan(size) for size in dict.fromkeys((block_bytes, least))]
+    first, smallest = plan(block_bytes), plan(least)
+    return [first, smallest] if smallest.device_bytes < first.device_bytes else [first]
 
 
 def _with_buffers(blocks: BlockPlan, staging_bytes: int, num_pairs: int) -> DevicePlan:

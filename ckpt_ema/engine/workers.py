@@ -79,7 +79,7 @@ class Workers:
     def __init__(self, count: int, name: str, failures: list[BaseException]) -> None:
         """Up to `count` threads, started when there is something to do. What jobs raise is added to `failures`."""
         self._count, self._name, self._failures = count, name, failures
-        self._num_threads = 0
+        self._threads: list[threading.Thread] = []
         self._jobs = Jobs()
         self._queue: queue.SimpleQueue[tuple[Callable[[], None], Ticket] | None] = queue.SimpleQueue()
 
@@ -87,16 +87,26 @@ class Workers:
         """Have `job` done; raises CkptEmaError where the system has no threads left."""
         ticket = Ticket()
         self._queue.put((job, ticket))
-        if self._num_threads < self._count:
-            name = f"{self._name}-{self._num_threads}"
-            self._num_threads += 1
-            start(threading.Thread(target=self._work, name=name, daemon=True))
+        if len(self._threads) < self._count:
+            thread = threading.Thread(target=self._work, name=f"{self._name}-{len(self._threads)}", daemon=True)
+            self._threads.append(thread)
+            start(thread)
         return ticket
 
     def dismiss(self) -> None:
         """Let the threads end behind what was handed out; takes no lock, so that a finalizer may call it."""
         for _ in range(self._count):
             self._queue.put(None)
+
+    @property
+    def are_alive(self) -> bool:
+        """Whether any thread has not ended yet."""
+        return any(thread.is_alive() for thread in self._threads)
+
+    def wait_for_threads(self) -> None:
+        """Wait until all have ended, once they were dismissed; to be called again where it is interrupted."""
+        while self.are_alive:
+            time.sleep(POLL_SECONDS)
 
     def end(self) -> None:
         """Return when none does anything any more, and let none begin; to be called again where it is interrupted."""
@@ -128,6 +138,9 @@ def start(thread: threading.Thread) -> None:
     try:
         thread.start()
     except RuntimeError as error:
+        # An interrupt between a lock and its use makes it an error to give that back.
+        if error.__context__ is not None:
+            raise error.__context__ from None
         raise CkptEmaError(f"cannot start a thread: {error}", hint="see how many you may have: `ulimit -u`") from error
 
 

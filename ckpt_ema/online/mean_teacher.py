@@ -217,6 +217,8 @@ class MeanTeacher:
         else:
             is_parameter = [isinstance(pair.student.tensor, torch.nn.Parameter) for pair in self._pairs]
             self._offload.update(students, is_parameter, fold)
+            if self._start is None:
+                self._offload.wait()  # one that fails is no copy to average on from
         self.num_updates += 1
         if self._start is None:
             self._start, self._copied = "student", (step, self.num_updates)
@@ -232,9 +234,10 @@ class MeanTeacher:
     def wait(self) -> None:
         """Wait until the teacher has what the last `update` brought; nothing to wait for without `device="cpu"`.
 
-        With it `update` returns while the student is still being copied out. A step of any optimizer of torch's comes
-        behind that by itself, and whatever reads the teacher here waits. Call this before you change the student in
-        another way: load a state dict into it, write to a parameter, replay a CUDA graph with the optimizer's step.
+        With it `update`, from the second one on, returns while the student is still being copied out. A step of any
+        optimizer of torch's comes behind that by itself, and whatever reads the teacher here waits. Call this before
+        you change the student in another way: load a state dict into it, write to a parameter, replay a CUDA graph
+        with the optimizer's step.
         Raises what went wrong while that update was folded, as the next `update` does.
         """
         if self._offload is not None:

@@ -8,9 +8,9 @@ Training goes on meanwhile; only the next step of an optimizer, which writes ove
 from __future__ import annotations
 
 import atexit
-import contextlib
 import functools
 import os
+import sys
 import weakref
 from collections.abc import Callable, Sequence
 
@@ -18,7 +18,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ckpt_ema.engine.staging import queueing
-from ckpt_ema.engine.workers import Workers
+from ckpt_ema.engine.workers import Workers, wait_whatever_comes
 from ckpt_ema.errors import CkptEmaError
 
 Fold = Callable[[Sequence[torch.Tensor]], None]
@@ -41,9 +41,9 @@ class Offload:
         """Of the thread that folds."""
 
         self._worker: Workers | None = None
-        _ALIVE.add(self)
+        _ALIVE[id(self)] = self
         _hold_optimizers_back()
-        _wait_at_exit()
+        _finish_at_exit()
 
     def __reduce__(self) -> tuple[type[Offload], tuple[()]]:
         """A copy of a teacher has a way of its own."""
@@ -59,7 +59,7 @@ class Offload:
         if not any(map(is_on_gpu, students)):
             fold([student.cpu() for student in students])
             return
-        if self._worker is None:
+        if self._worker is None or os.getpid() != self._process:
             self._worker = self._started_worker()
         if not _fit(self._staged, students):
             with torch.inference_mode(False):
@@ -76,7 +76,6 @@ class Offload:
                 staged.copy_(source)
         copied = [(device, self._copy_from(device, copies)) for device, copies in by_device.items()]
         update = _Update(copied, sources, self._staged, fold)
-        self._process = os.getpid()
         # Before it is handed out: whoever is interrupted behind that leaves something to wait for. And again: a handler
         # of signals that came between may have waited, for nothing.
         self._pending = update
@@ -85,8 +84,12 @@ class Offload:
 
     def _started_worker(self) -> Workers:
         worker = Workers(1, "ckpt-ema", [])  # an update keeps what it fails of
-        ending = weakref.finalize(self, worker.dismiss)
-        ending.atexit = False  # nothing is told to threads that the interpreter is about to end
+        self._process = os.getpid()
+        weakref.finalize(self, worker.dismiss)
+        for other in list(_WORKERS):
+            if not other.are_alive:
+                _WORKERS.discard(other)
+        _WORKERS.add(worker)
         # Before there is anything to do: what a thread was handed is done also where its start is interrupted.
         worker.submit(_do_nothing).wait()
         return worker
@@ -133,12 +136,12 @@ class Offload:
         # Whoever interrupts the above leaves something to wait for, and an error to be raised.
         if self._pending is pending:  # another thread may have waited for it, too
             self._pending = None
-        failure, pending.failure = pending.failure, None
-        if failure is not None:
-            try:
-                raise failure
-            finally:  # or it would hold itself, and the student's copy with it
-                del failure
+        pending.tell()
+
+    def tell(self) -> None:
+        """Raise what the last update failed of, if nobody has been told; waits for nothing."""
+        if self._pending is not None:
+            self._pending.tell()
 
 
 def is_on_gpu(tensor: torch.Tensor) -> bool:
@@ -148,7 +151,7 @@ def is_on_gpu(tensor: torch.Tensor) -> bool:
 
 def hold_back_all() -> None:
     """Hold training back for every teacher in host memory: somebody is about to write to a student they may share."""
-    for offload in list(_ALIVE):
+    for offload in _alive():
         offload.hold_back()
 
 
@@ -186,6 +189,15 @@ class _Update:
         self._sources.clear()
         self.is_done = True
 
+    def tell(self) -> None:
+        """Raise what it failed of, once."""
+        failure, self.failure = self.failure, None
+        if failure is not None:
+            try:
+                raise failure
+            finally:  # or it would hold itself, and the student's copy with it
+                del failure
+
 
 def _do_nothing() -> None:
     pass
@@ -197,7 +209,14 @@ def _fit(staged: Sequence[torch.Tensor], students: Sequence[torch.Tensor]) -> bo
     )
 
 
-_ALIVE: weakref.WeakSet[Offload] = weakref.WeakSet()
+_ALIVE: weakref.WeakValueDictionary[int, Offload] = weakref.WeakValueDictionary()
+_WORKERS: set[Workers] = set()
+"""Whose threads may not have ended yet."""
+
+
+def _alive() -> list[Offload]:
+    # In one call of C: another thread may make one meanwhile.
+    return [offload for reference in _ALIVE.valuerefs() if (offload := reference()) is not None]
 
 
 @functools.cache
@@ -211,16 +230,28 @@ def _hold_optimizers_back() -> None:
 
 
 @functools.cache
-def _wait_at_exit() -> None:
-    """When the interpreter ends, updates under way come to their end, and Python prints what one of them raised.
+def _finish_at_exit() -> None:
+    """When the interpreter ends, updates under way come to their end, and what they failed of is printed.
 
     Of teachers that are there then. Processes that multiprocessing forks end without that.
     """
+    atexit.register(_finish_all)
 
-    def wait_for_all() -> None:
-        with contextlib.ExitStack() as stack:  # for each, whatever comes of another
-            for offload in list(_ALIVE):
-                if offload._process == os.getpid():  # a process that was forked has no thread
-                    stack.callback(offload.wait)
 
-    atexit.register(wait_for_all)
+def _finish_all() -> None:
+    # Of this process: one that was forked has the other's teachers, but not its threads.
+    offloads = [offload for offload in _alive() if offload._process == os.getpid()]
+    workers = list(_WORKERS)
+    for worker in workers:
+        worker.dismiss()
+    try:
+        # For the threads themselves, whatever comes: one that is at an update, or lets go of a teacher that is nowhere
+        # any more, would be ended amid torch's code, which aborts the process.
+        wait_whatever_comes([worker.wait_for_threads for worker in workers])
+    finally:
+        for offload in offloads:
+            offload._worker = None  # for updates behind this
+            try:
+                offload.tell()
+            except BaseException as error:  # there may be several, and nobody to raise them to
+                sys.excepthook(type(error), error, error.__traceback__)
