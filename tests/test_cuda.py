@@ -500,14 +500,15 @@ def test_interrupted_while_its_first_thread_starts_it_keeps_nothing(
     plan = ckpt_ema.plan(long_run, tmp_path / "t.safetensors", momentum=0.3)
     before = dict(threading._limbo)  # type: ignore[attr-defined]
 
-    def interrupt(*_: object) -> None:
+    def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     gc.collect()
     gc.disable()
     try:
         with modelled(monkeypatch, 0), InputFiles(plan.layouts) as files, monkeypatch.context() as patch:
-            patch.setattr(threading, "_start_new_thread", interrupt)
+            named = "_start_joinable_thread" if hasattr(threading, "_start_joinable_thread") else "_start_new_thread"
+            patch.setattr(threading, named, interrupt)
             teacher = Nowhere()
             kept = weakref.ref(teacher)
             updates = [each.updates for each in plan.teachers]
