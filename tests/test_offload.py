@@ -503,9 +503,10 @@ def test_a_forked_process_ends_without_what_is_under_way_and_tells_nothing(is_fa
 
 
 BEHIND = """
-import atexit
+import atexit, sys
 import pytest, torch
 from ckpt_ema import CkptEmaError, MeanTeacher
+from ckpt_ema.engine.workers import Workers
 from ckpt_ema.online import offload
 from tests.device_model import modelled
 from tests.test_offload import Student
@@ -526,12 +527,21 @@ model = modelled(patch, 0)
 model.__enter__()  # for as long as there is this process
 teacher = MeanTeacher(Student(torch.float32), momentum=0.5, device="cpu")
 teacher.update()
+if sys.argv[1] == "interrupted":
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as handing_out, pytest.raises(KeyboardInterrupt):
+        handing_out.setattr(Workers, "submit", interrupt)
+        teacher.update()
 """
 
 
-def test_whoever_updates_behind_the_end_of_its_thread_does_not_wait_for_ever() -> None:
+@pytest.mark.parametrize("how", ["", "interrupted"])
+def test_whoever_updates_behind_the_end_of_its_thread_does_not_wait_for_ever(how: str) -> None:
     """What was to happen at exit before there was a teacher happens after its end."""
-    assert _run_script(BEHIND).stdout.startswith(("3", "cannot start a thread"))
+    assert _run_script(BEHIND, how).stdout.startswith(("3", "cannot start a thread"))
 
 
 @pytest.mark.usefixtures("_all_on_gpu")

@@ -138,10 +138,11 @@ class Offload:
             self._pending = None
         pending.tell()
 
-    def tell(self) -> None:
-        """Raise what the last update failed of, if nobody has been told; waits for nothing."""
-        if self._pending is not None:
-            self._pending.tell()
+    def finish(self) -> None:
+        """Raise what the last update failed of, if nobody has been told; its thread has ended."""
+        pending, self._pending, self._worker = self._pending, None, None
+        if pending is not None:
+            pending.tell()
 
 
 def is_on_gpu(tensor: torch.Tensor) -> bool:
@@ -250,8 +251,7 @@ def _finish_all() -> None:
         wait_whatever_comes([worker.wait_for_threads for worker in workers])
     finally:
         for offload in offloads:
-            offload._worker = None  # for updates behind this
             try:
-                offload.tell()
+                offload.finish()
             except BaseException as error:  # there may be several, and nobody to raise them to
                 sys.excepthook(type(error), error, error.__traceback__)
