@@ -161,8 +161,12 @@ def _span_of_part(run: Path, count: int, num_threads: int, number: int) -> tuple
     with InputFiles(plan.layouts) as files:
         task = Task(blocks, plan.layouts, [teacher.updates for teacher in plan.teachers], files)
         # Not the first fold of a process, which the others' figures are not, either.
-        cpu.fold_blocks(task, [Nowhere()], lambda num_bytes: None)
-        _barriers[0].wait(timeout=300)
+        try:
+            cpu.fold_blocks(task, [Nowhere()], lambda num_bytes: None)
+        except BaseException:
+            _barriers[0].abort()
+            raise
+        _barriers[0].wait()
         started = time.perf_counter()  # one clock for all processes
         cpu.fold_blocks(task, [Nowhere()], lambda num_bytes: None)
         return started, time.perf_counter()

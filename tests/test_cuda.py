@@ -537,6 +537,11 @@ def test_an_interrupt_while_a_thread_starts_is_no_lack_of_threads() -> None:
 
     with pytest.raises(KeyboardInterrupt):
         start(Thread())
+    try:
+        raise KeyError("somebody's own")
+    except KeyError:  # while it is handled, there is no thread left
+        with pytest.raises(CkptEmaError, match="cannot start a thread: threads can only be"):
+            start(threading.current_thread())
 
 
 @pytest.mark.parametrize("is_done_first", [False, True])

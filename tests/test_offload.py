@@ -425,6 +425,87 @@ def test_a_thread_that_lets_go_of_a_teacher_when_the_process_ends_is_waited_for(
 
 
 @pytest.mark.usefixtures("_all_on_gpu")
+def test_an_update_within_an_update_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a handler of signals makes one, behind the handing out of the first."""
+    submit = Workers.submit
+
+    def interrupted(workers: Workers, job: Callable[[], None]) -> Ticket:
+        monkeypatch.setattr(Workers, "submit", submit)
+        ticket = submit(workers, job)
+        teacher.update()
+        return ticket
+
+    with modelled(monkeypatch, 0):
+        teacher = MeanTeacher(Student(torch.float32), momentum=0.5, device="cpu")
+        teacher.update()
+        done: list[int] = []
+
+        def slowly(*_: Any) -> None:
+            time.sleep(0.1)
+            done.append(1)
+
+        monkeypatch.setattr(teacher._rule, "average_all_", slowly)
+        monkeypatch.setattr(Workers, "submit", interrupted)
+        teacher.update()
+        teacher.wait()
+        assert len(done) == 2
+
+
+STUCK = """
+import os, signal, threading, time
+import pytest, torch
+from ckpt_ema import MeanTeacher
+from ckpt_ema.online import offload
+from tests.device_model import modelled
+from tests.test_offload import Student
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+patch = pytest.MonkeyPatch()
+patch.setattr(offload, "is_on_gpu", lambda tensor: True)
+model = modelled(patch, 0)
+model.__enter__()  # for as long as there is this process
+teacher = MeanTeacher(Student(torch.float32), momentum=0.5, device="cpu")
+teacher.update()
+teacher._rule.average_all_ = lambda *_: time.sleep(1000)
+teacher.update()
+
+
+def interrupt():
+    for _ in range(3):
+        time.sleep(0.3)
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+threading.Thread(target=interrupt, daemon=True).start()
+"""
+
+
+def test_a_device_that_hangs_is_left_with_the_third_interrupt() -> None:
+    """Who ends a training does not have to look for the number of its process."""
+    assert "KeyboardInterrupt" in _run_script(STUCK).stderr
+
+
+@pytest.mark.usefixtures("_all_on_gpu")
+def test_threads_of_teachers_that_start_beside_each_other_are_all_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or the end of the process would cut one off."""
+    submit = Workers.submit
+
+    def beside(workers: Workers, job: Callable[[], None]) -> Ticket:
+        monkeypatch.setattr(Workers, "submit", submit)
+        other = offload.Offload()
+        other._started_worker()
+        assert workers in offload._WORKERS
+        return submit(workers, job)
+
+    with modelled(monkeypatch, 0):
+        monkeypatch.setattr(Workers, "submit", beside)
+        teacher = MeanTeacher(Student(torch.float32), momentum=0.5, device="cpu")
+        teacher.update()
+        assert teacher._offload is not None
+        assert teacher._offload._worker in offload._WORKERS
+
+
+@pytest.mark.usefixtures("_all_on_gpu")
 def test_threads_that_have_ended_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """A notebook makes many teachers."""
     with modelled(monkeypatch, 0):
@@ -435,9 +516,9 @@ def test_threads_that_have_ended_are_not_kept(monkeypatch: pytest.MonkeyPatch) -
             del teacher
             gc.collect()
             deadline = time.monotonic() + 20
-            while thread.are_alive and time.monotonic() < deadline:
+            while not thread.have_ended and time.monotonic() < deadline:
                 time.sleep(0.001)
-        assert len([worker for worker in offload._WORKERS if not worker.are_alive]) <= 1
+        assert len([worker for worker in offload._WORKERS if worker.have_ended]) <= 1
 
 
 def test_a_teacher_that_is_made_beside_an_optimizers_step_does_not_disturb_it() -> None:
@@ -503,7 +584,7 @@ def test_a_forked_process_ends_without_what_is_under_way_and_tells_nothing(is_fa
 
 
 BEHIND = """
-import atexit, sys
+import atexit, os, sys, time
 import pytest, torch
 from ckpt_ema import CkptEmaError, MeanTeacher
 from ckpt_ema.engine.workers import Workers
@@ -516,6 +597,8 @@ def save():
     try:
         teacher.update()
         print(len(teacher.tensors()), flush=True)
+        teacher._rule.average_all_ = lambda *_: time.sleep(0.3) or os.write(1, b"to its end")
+        teacher.update()
     except CkptEmaError as error:  # newer Pythons start no thread any more
         print(str(error).splitlines()[0], flush=True)
 
@@ -540,8 +623,8 @@ if sys.argv[1] == "interrupted":
 
 @pytest.mark.parametrize("how", ["", "interrupted"])
 def test_whoever_updates_behind_the_end_of_its_thread_does_not_wait_for_ever(how: str) -> None:
-    """What was to happen at exit before there was a teacher happens after its end."""
-    assert _run_script(BEHIND, how).stdout.startswith(("3", "cannot start a thread"))
+    """What was to happen at exit before there was a teacher happens after its end; no update is cut off there."""
+    assert _run_script(BEHIND, how).stdout.startswith(("3\nto its end", "cannot start a thread"))
 
 
 @pytest.mark.usefixtures("_all_on_gpu")
@@ -597,8 +680,8 @@ def test_an_update_that_is_interrupted_while_it_is_handed_out_is_waited_for(
 
 
 @pytest.mark.usefixtures("_all_on_gpu")
-@pytest.mark.parametrize("is_failing", [False, True])
-def test_no_thread_outlives_its_teacher(monkeypatch: pytest.MonkeyPatch, is_failing: bool) -> None:
+@pytest.mark.parametrize("last", ["waited for", "not waited for", "failed"])
+def test_no_thread_outlives_its_teacher(monkeypatch: pytest.MonkeyPatch, last: str) -> None:
     """Nor does it keep the teacher, nor an error that it raised: page-locked memory is given back at once."""
     before = set(threading.enumerate())
     with modelled(monkeypatch, 0):
@@ -610,7 +693,12 @@ def test_no_thread_outlives_its_teacher(monkeypatch: pytest.MonkeyPatch, is_fail
         gc.collect()  # before: the model's own circles
         gc.disable()
         try:
-            if is_failing:
+            if last == "not waited for":
+                teacher.update()
+                assert teacher._offload is not None
+                while not teacher._offload._pending.is_done:  # type: ignore[union-attr]
+                    time.sleep(0.001)
+            if last == "failed":
                 teacher._rule.average_all_ = lambda *_: 1 / 0  # type: ignore[method-assign]
                 teacher.update()
                 with pytest.raises(ZeroDivisionError):

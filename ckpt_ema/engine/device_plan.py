@@ -69,9 +69,10 @@ class DevicePlan:
 def plan_for_device(
     blocks: BlockPlan, *, memory_budget_bytes: int, free_bytes: int, is_remote: bool
 ) -> list[DevicePlan]:
-    """What to try, in this order: the largest blocks that fit in half of the device's `free_bytes`, the smallest.
+    """What to try, in this order: blocks halved until half of the device's `free_bytes` has room for all, the smallest.
 
-    That is one where they are the same. Of the host's memory it takes no more than the budget.
+    That is one where they are the same, also where there is no room for these. Of the host's memory it takes no more
+    than the budget.
     """
     most = REMOTE_READ_BYTES if is_remote else STAGING_BYTES
     staging_bytes = min(most, memory_budget_bytes // (2 * MIN_PAIRS))
@@ -110,7 +111,7 @@ def _with_buffers(blocks: BlockPlan, staging_bytes: int, num_pairs: int) -> Devi
 def _elements_of_block(lanes: Sequence[Lane], num_bytes: int) -> int:
     """As many as a buffer of `num_bytes` holds of every lane, but for those that it holds whole, such as counters.
 
-    At least the fewest that a block may have.
+    At least ELEMENT_MULTIPLE.
     """
     sizes = [(buffer_bytes_per_element(lane)[0], padded(lane.num_elements)) for lane in lanes]
     longer = [size for size, count in sizes if size * count > num_bytes]

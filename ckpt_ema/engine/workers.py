@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import queue
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -79,7 +80,11 @@ class Workers:
     def __init__(self, count: int, name: str, failures: list[BaseException]) -> None:
         """Up to `count` threads, started when there is something to do. What jobs raise is added to `failures`."""
         self._count, self._name, self._failures = count, name, failures
-        self._threads: list[threading.Thread] = []
+        self._num_threads = 0
+        # Of threads; asked of these themselves, since Ctrl-C amid `Thread.is_alive` makes it say no from then on.
+        self._begun: list[None] = []
+        self._ended: list[None] = []
+        self._is_dismissed = False
         self._jobs = Jobs()
         self._queue: queue.SimpleQueue[tuple[Callable[[], None], Ticket] | None] = queue.SimpleQueue()
 
@@ -87,25 +92,26 @@ class Workers:
         """Have `job` done; raises CkptEmaError where the system has no threads left."""
         ticket = Ticket()
         self._queue.put((job, ticket))
-        if len(self._threads) < self._count:
-            thread = threading.Thread(target=self._work, name=f"{self._name}-{len(self._threads)}", daemon=True)
-            self._threads.append(thread)
-            start(thread)
+        if self._num_threads < self._count:
+            name = f"{self._name}-{self._num_threads}"
+            self._num_threads += 1
+            start(threading.Thread(target=self._work, name=name, daemon=True))
         return ticket
 
     def dismiss(self) -> None:
         """Let the threads end behind what was handed out; takes no lock, so that a finalizer may call it."""
+        self._is_dismissed = True
         for _ in range(self._count):
             self._queue.put(None)
 
     @property
-    def are_alive(self) -> bool:
-        """Whether any thread has not ended yet."""
-        return any(thread.is_alive() for thread in self._threads)
+    def have_ended(self) -> bool:
+        """Whether they were dismissed, and all that have ever done anything are at their end."""
+        return self._is_dismissed and len(self._begun) == len(self._ended)
 
     def wait_for_threads(self) -> None:
-        """Wait until all have ended, once they were dismissed; to be called again where it is interrupted."""
-        while self.are_alive:
+        """Wait until they have ended, once they were dismissed; to be called again where it is interrupted."""
+        while not self.have_ended:
             time.sleep(POLL_SECONDS)
 
     def end(self) -> None:
@@ -118,12 +124,14 @@ class Workers:
         self.dismiss()
 
     def _work(self) -> None:
+        self._begun.append(None)
         while (item := self._queue.get()) is not None:
             job, ticket = item
             self._jobs.run(functools.partial(self._do, job))
             # What a job holds is not held while there is nothing to do.
             del item, job
             ticket.tell()
+        self._ended.append(None)
 
     def _do(self, job: Callable[[], None]) -> None:
         # Within what `end` waits for: whoever clears the failures then has all of them.
@@ -135,11 +143,12 @@ class Workers:
 
 def start(thread: threading.Thread) -> None:
     """Start it; raises CkptEmaError where the system has none left."""
+    handled = sys.exc_info()[1]
     try:
         thread.start()
     except RuntimeError as error:
         # An interrupt between a lock and its use makes it an error to give that back.
-        if error.__context__ is not None:
+        if error.__context__ is not handled and error.__context__ is not None:
             raise error.__context__ from None
         raise CkptEmaError(f"cannot start a thread: {error}", hint="see how many you may have: `ulimit -u`") from error
 

@@ -234,10 +234,10 @@ class MeanTeacher:
     def wait(self) -> None:
         """Wait until the teacher has what the last `update` brought; nothing to wait for without `device="cpu"`.
 
-        With it `update`, from the second one on, returns while the student is still being copied out. A step of any
-        optimizer of torch's comes behind that by itself, and whatever reads the teacher here waits. Call this before
-        you change the student in another way: load a state dict into it, write to a parameter, replay a CUDA graph
-        with the optimizer's step.
+        With it `update`, but for one that copies the student, returns while that is still being copied out. A step of
+        any optimizer of torch's comes behind that by itself, and whatever reads the teacher here waits. Call this
+        before you change the student in another way: load a state dict into it, write to a parameter, replay a CUDA
+        graph with the optimizer's step.
         Raises what went wrong while that update was folded, as the next `update` does.
         """
         if self._offload is not None:

@@ -18,7 +18,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ckpt_ema.engine.staging import queueing
-from ckpt_ema.engine.workers import Workers, wait_whatever_comes
+from ckpt_ema.engine.workers import Workers
 from ckpt_ema.errors import CkptEmaError
 
 Fold = Callable[[Sequence[torch.Tensor]], None]
@@ -30,6 +30,9 @@ class Offload:
 
     It holds page-locked memory for one student in its own dtype (torch takes powers of two of it for each tensor).
     """
+
+    _is_at_exit = False
+    """Whether nobody is going to wait for threads any more."""
 
     def __init__(self) -> None:
         self._staged: list[torch.Tensor] = []
@@ -80,16 +83,19 @@ class Offload:
         # of signals that came between may have waited, for nothing.
         self._pending = update
         self._worker.submit(update.run)
-        self._pending = update
+        if self._pending is None:
+            self._pending = update
+        if Offload._is_at_exit:
+            self.wait()
 
     def _started_worker(self) -> Workers:
         worker = Workers(1, "ckpt-ema", [])  # an update keeps what it fails of
         self._process = os.getpid()
         weakref.finalize(self, worker.dismiss)
         for other in list(_WORKERS):
-            if not other.are_alive:
-                _WORKERS.discard(other)
-        _WORKERS.add(worker)
+            if other.have_ended:
+                _WORKERS.pop(other, None)
+        _WORKERS[worker] = self._process
         # Before there is anything to do: what a thread was handed is done also where its start is interrupted.
         worker.submit(_do_nothing).wait()
         return worker
@@ -110,7 +116,8 @@ class Offload:
     def hold_back(self) -> None:
         """What training queues from now on comes behind the copy; the host does not wait."""
         pending = self._pending
-        if pending is None or torch.cuda.is_current_stream_capturing():  # a graph cannot wait for what is outside
+        # A process that was forked has no GPU; a graph cannot wait for what is outside.
+        if pending is None or os.getpid() != self._process or torch.cuda.is_current_stream_capturing():
             return
         for device, event in pending.copied:
             torch.cuda.current_stream(device).wait_event(event)
@@ -186,8 +193,8 @@ class _Update:
                 self._fold(self._staged)
         except BaseException as error:
             self.failure = error
-        # Of the device's memory there may be little.
-        self._sources.clear()
+        # Of the device's memory there may be little, and the fold has the teacher, which has this.
+        del self._sources, self._staged, self._fold
         self.is_done = True
 
     def tell(self) -> None:
@@ -211,8 +218,8 @@ def _fit(staged: Sequence[torch.Tensor], students: Sequence[torch.Tensor]) -> bo
 
 
 _ALIVE: weakref.WeakValueDictionary[int, Offload] = weakref.WeakValueDictionary()
-_WORKERS: set[Workers] = set()
-"""Whose threads may not have ended yet."""
+_WORKERS: dict[Workers, int] = {}
+"""Whose threads may not have ended yet, and the process that has them."""
 
 
 def _alive() -> list[Offload]:
@@ -234,7 +241,8 @@ def _hold_optimizers_back() -> None:
 def _finish_at_exit() -> None:
     """When the interpreter ends, updates under way come to their end, and what they failed of is printed.
 
-    Of teachers that are there then. Processes that multiprocessing forks end without that.
+    Of teachers that are there then. Processes that multiprocessing forks end without that. Ctrl-C does not shorten it,
+    but the third one does: it aborts the process.
     """
     atexit.register(_finish_all)
 
@@ -242,16 +250,24 @@ def _finish_at_exit() -> None:
 def _finish_all() -> None:
     # Of this process: one that was forked has the other's teachers, but not its threads.
     offloads = [offload for offload in _alive() if offload._process == os.getpid()]
-    workers = list(_WORKERS)
+    workers = [worker for worker, process in list(_WORKERS.items()) if process == os.getpid()]
     for worker in workers:
         worker.dismiss()
-    try:
-        # For the threads themselves, whatever comes: one that is at an update, or lets go of a teacher that is nowhere
-        # any more, would be ended amid torch's code, which aborts the process.
-        wait_whatever_comes([worker.wait_for_threads for worker in workers])
-    finally:
-        for offload in offloads:
-            try:
-                offload.finish()
-            except BaseException as error:  # there may be several, and nobody to raise them to
-                sys.excepthook(type(error), error, error.__traceback__)
+    Offload._is_at_exit = True
+    interrupt: BaseException | None = None
+    for _ in range(3):
+        try:
+            # For the threads themselves: one that is at an update, or lets go of a teacher that is nowhere any more,
+            # would be ended amid torch's code, which aborts the process.
+            for worker in workers:
+                worker.wait_for_threads()
+            break
+        except BaseException as error:  # a device that hangs can be left all the same
+            interrupt = error
+    for offload in offloads:
+        try:
+            offload.finish()
+        except BaseException as error:  # there may be several, and nobody to raise them to
+            sys.excepthook(type(error), error, error.__traceback__)
+    if interrupt is not None:
+        raise interrupt
