@@ -289,18 +289,30 @@ def test_an_interrupted_waiting_leaves_something_to_wait_for(monkeypatch: pytest
         assert torch.allclose(teacher.tensors()["bias"], expected)
 
 
-CAUGHT_WITH_A_LOCK = """
-import threading, time
+ON_A_MODEL = """
+import atexit, os, signal, sys, threading, time
 import pytest, torch
-from ckpt_ema import MeanTeacher
+from ckpt_ema import CkptEmaError, MeanTeacher
+from ckpt_ema.engine.workers import Workers
 from ckpt_ema.online import offload
 from tests.device_model import modelled
 from tests.test_offload import Student
 
 patch = pytest.MonkeyPatch()
 patch.setattr(offload, "is_on_gpu", lambda tensor: True)
+model = modelled(patch, 0)
+model.__enter__()  # for as long as there is this process
+"""
 
 
+def _run_script(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """In a process of its own, behind what all of them begin with."""
+    root = Path(__file__).parent.parent
+    command = [sys.executable, "-c", ON_A_MODEL + script, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, cwd=root)
+
+
+CAUGHT_WITH_A_LOCK = """
 def enter(condition):
     entered = condition._lock.__enter__()
     if threading.get_ident() == threading.main_thread().ident:
@@ -308,22 +320,21 @@ def enter(condition):
     return entered
 
 
-with modelled(patch, 0):
-    teacher = MeanTeacher(Student(torch.float32), momentum=0.5, device="cpu")
-    teacher.update()
-    teacher.wait()
-    average = teacher._rule.average_all_
-    patch.setattr(teacher._rule, "average_all_", lambda *arguments: (time.sleep(0.3), average(*arguments)))
-    teacher.update()
-    with pytest.MonkeyPatch.context() as locks:
-        locks.setattr(threading.Condition, "__enter__", enter)
-        try:
-            teacher.wait()
-        except KeyboardInterrupt:
-            pass
-    teacher.wait()
-    teacher.update()
-    print(len(teacher.tensors()))
+teacher = MeanTeacher(Student(torch.float32), momentum=0.5, device="cpu")
+teacher.update()
+teacher.wait()
+average = teacher._rule.average_all_
+patch.setattr(teacher._rule, "average_all_", lambda *arguments: (time.sleep(0.3), average(*arguments)))
+teacher.update()
+with pytest.MonkeyPatch.context() as locks:
+    locks.setattr(threading.Condition, "__enter__", enter)
+    try:
+        teacher.wait()
+    except KeyboardInterrupt:
+        pass
+teacher.wait()
+teacher.update()
+print(len(teacher.tensors()))
 """
 
 
@@ -333,18 +344,7 @@ def test_interrupted_with_a_lock_in_hand_the_next_wait_and_the_exit_come_to_an_e
 
 
 ENDING = """
-import os, signal, sys, threading, time
-import pytest, torch
-from ckpt_ema import MeanTeacher
-from ckpt_ema.online import offload
-from tests.device_model import modelled
-from tests.test_offload import Student
-
-patch = pytest.MonkeyPatch()
-patch.setattr(offload, "is_on_gpu", lambda tensor: True)
 teachers = []
-model = modelled(patch, 0)
-model.__enter__()  # for as long as there is this process
 for _ in range(4):
     teacher = MeanTeacher(Student(torch.float32), momentum=0.5, device="cpu")
     teacher.update()
@@ -388,25 +388,12 @@ def test_what_is_under_way_when_the_process_ends_comes_to_its_end_and_its_error_
 
 
 LET_GO = """
-import sys, time
-import pytest, torch
-from ckpt_ema import MeanTeacher
-from ckpt_ema.online import offload
-from tests.device_model import modelled
-from tests.test_offload import Student
-
-patch = pytest.MonkeyPatch()
-patch.setattr(offload, "is_on_gpu", lambda tensor: True)
-
-
 class Large:
     def __del__(self):
         time.sleep(0.3)
         print("let go", flush=True)
 
 
-model = modelled(patch, 0)
-model.__enter__()  # for as long as there is this process
 teacher = MeanTeacher(Student(torch.float32), momentum=0.5, device="cpu")
 teacher.update()
 teacher.wait()
@@ -452,18 +439,7 @@ def test_an_update_within_an_update_is_waited_for(monkeypatch: pytest.MonkeyPatc
 
 
 STUCK = """
-import os, signal, threading, time
-import pytest, torch
-from ckpt_ema import MeanTeacher
-from ckpt_ema.online import offload
-from tests.device_model import modelled
-from tests.test_offload import Student
-
 signal.signal(signal.SIGINT, signal.default_int_handler)
-patch = pytest.MonkeyPatch()
-patch.setattr(offload, "is_on_gpu", lambda tensor: True)
-model = modelled(patch, 0)
-model.__enter__()  # for as long as there is this process
 teacher = MeanTeacher(Student(torch.float32), momentum=0.5, device="cpu")
 teacher.update()
 teacher._rule.average_all_ = lambda *_: time.sleep(1000)
@@ -512,13 +488,15 @@ def test_threads_that_have_ended_are_not_kept(monkeypatch: pytest.MonkeyPatch) -
         for _ in range(20):
             teacher = MeanTeacher(Student(torch.float32), momentum=0.5, device="cpu")
             teacher.update()
-            (thread,) = (worker for worker in offload._WORKERS if worker is teacher._offload._worker)
+            assert teacher._offload is not None
+            worker = teacher._offload._worker
+            assert worker in offload._WORKERS
             del teacher
             gc.collect()
             deadline = time.monotonic() + 20
-            while not thread.have_ended and time.monotonic() < deadline:
+            while not worker.have_ended and time.monotonic() < deadline:
                 time.sleep(0.001)
-        assert len([worker for worker in offload._WORKERS if worker.have_ended]) <= 1
+        assert len([each for each in offload._WORKERS if each.have_ended]) <= 1
 
 
 def test_a_teacher_that_is_made_beside_an_optimizers_step_does_not_disturb_it() -> None:
@@ -543,35 +521,19 @@ def test_a_teacher_that_is_made_beside_an_optimizers_step_does_not_disturb_it() 
         sys.setswitchinterval(before)
 
 
-def _run_script(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    root = Path(__file__).parent.parent
-    command = [sys.executable, "-c", script, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, cwd=root)
-
-
 FORKED_AWAY = """
-import os, sys, time
-import pytest, torch
-from ckpt_ema import MeanTeacher
-from ckpt_ema.online import offload
-from tests.device_model import modelled
-from tests.test_offload import Student
-
-patch = pytest.MonkeyPatch()
-patch.setattr(offload, "is_on_gpu", lambda tensor: True)
-with modelled(patch, 0):
-    teacher = MeanTeacher(Student(torch.float32), momentum=0.5, device="cpu")
-    teacher.update()
-    teacher.wait()
-    patch.setattr(teacher._rule, "average_all_", lambda *_: time.sleep(0.5) or 1 / int(sys.argv[1]))
-    teacher.update()
-    if sys.argv[1] == "0":
-        while not teacher._offload._pending.is_done:
-            time.sleep(0.01)
-    child = os.fork()
-    if not child:
-        sys.exit(3)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+teacher = MeanTeacher(Student(torch.float32), momentum=0.5, device="cpu")
+teacher.update()
+teacher.wait()
+patch.setattr(teacher._rule, "average_all_", lambda *_: time.sleep(0.5) or 1 / int(sys.argv[1]))
+teacher.update()
+if sys.argv[1] == "0":
+    while not teacher._offload._pending.is_done:
+        time.sleep(0.01)
+child = os.fork()
+if not child:
+    sys.exit(3)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 
 
@@ -584,15 +546,6 @@ def test_a_forked_process_ends_without_what_is_under_way_and_tells_nothing(is_fa
 
 
 BEHIND = """
-import atexit, os, sys, time
-import pytest, torch
-from ckpt_ema import CkptEmaError, MeanTeacher
-from ckpt_ema.engine.workers import Workers
-from ckpt_ema.online import offload
-from tests.device_model import modelled
-from tests.test_offload import Student
-
-
 def save():
     try:
         teacher.update()
@@ -604,10 +557,6 @@ def save():
 
 
 atexit.register(save)
-patch = pytest.MonkeyPatch()
-patch.setattr(offload, "is_on_gpu", lambda tensor: True)
-model = modelled(patch, 0)
-model.__enter__()  # for as long as there is this process
 teacher = MeanTeacher(Student(torch.float32), momentum=0.5, device="cpu")
 teacher.update()
 if sys.argv[1] == "interrupted":
@@ -712,45 +661,38 @@ def test_no_thread_outlives_its_teacher(monkeypatch: pytest.MonkeyPatch, last: s
 
 
 FORKED = """
-import os, signal, sys, threading, time
-import pytest, torch
-from ckpt_ema import CkptEmaError, MeanTeacher
-from ckpt_ema.online import offload
-from tests.device_model import modelled
-from tests.test_offload import Student
-
-patch = pytest.MonkeyPatch()
-patch.setattr(offload, "is_on_gpu", lambda tensor: True)
-with modelled(patch, 0):
-    teacher = MeanTeacher(Student(torch.float32), momentum=0.5, device="cpu")
+teacher = MeanTeacher(Student(torch.float32), momentum=0.5, device="cpu")
+teacher.update()
+teacher.wait()
+goes_on = threading.Event()
+if sys.argv[1] == "under way":
+    average = teacher._rule.average_all_
+    patch.setattr(teacher._rule, "average_all_", lambda *arguments: (goes_on.wait(20), average(*arguments)))
     teacher.update()
-    teacher.wait()
-    goes_on = threading.Event()
-    if sys.argv[1] == "under way":
-        average = teacher._rule.average_all_
-        patch.setattr(teacher._rule, "average_all_", lambda *arguments: (goes_on.wait(20), average(*arguments)))
+if sys.argv[1] == "done":
+    teacher.update()
+    while not teacher._offload._pending.is_done:
+        time.sleep(0.01)
+child = os.fork()
+if not child:
+    signal.alarm(10)
+    if sys.argv[1] == "waited":
         teacher.update()
-    if sys.argv[1] == "done":
-        teacher.update()
-        while not teacher._offload._pending.is_done:
-            time.sleep(0.01)
-    child = os.fork()
-    if not child:
-        signal.alarm(10)
-        if sys.argv[1] == "waited":
-            teacher.update()
-        try:
-            print(len(teacher.tensors()), flush=True)
-        except CkptEmaError as error:
-            print(error, flush=True)
-        os._exit(0)
-    os.waitpid(child, 0)
-    goes_on.set()
-    print(len(teacher.tensors()))
+    try:
+        print(len(teacher.tensors()), flush=True)
+    except CkptEmaError as error:
+        print(error, flush=True)
+    os._exit(0)
+os.waitpid(child, 0)
+goes_on.set()
+print(len(teacher.tensors()))
 """
 
 
-@pytest.mark.parametrize(("when", "says"), [("waited", "3"), ("done", "3"), ("under way", "was forked while")])
+@pytest.mark.parametrize(
+    ("when", "says"),
+    [("waited", "3"), ("done", "3"), ("under way", "forked while the teacher's update")],
+)
 def test_a_forked_process_does_not_wait_for_a_thread_that_it_does_not_have(when: str, says: str) -> None:
     """It says so; a teacher that was waited for is there, and in the process itself it goes on."""
     done = _run_script(FORKED, when)
