@@ -1,13 +1,14 @@
 """The benchmark of the fold: every figure of the README's tables comes from here.
 
-Each measurement (but for `engine` and `online`) is a process of its own that imports torch first and then times the
-work alone. The candidates of a comparison run in turn, round by round; ratios are taken within a round and their median
-is printed, so that a machine that gets slower slows all of them. The first round is not counted.
+Each measurement (but for `engine` and `online`, on a GPU as well) is a process of its own that imports torch first and
+then times the work alone. The candidates of a comparison run in turn, round by round; ratios are taken within a round
+and their median is printed, so that a machine that gets slower slows all of them. The first round is not counted.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import json
 import os
@@ -337,15 +338,15 @@ def bench_cuda_cold(arguments: argparse.Namespace) -> dict[str, Any]:
     return compare_on_gpu(cases, "dd", "cold", arguments)
 
 
-def bench_parts(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What bounds the engines; see there."""
+def bench_parts(device: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """What bounds the engine for a device; see there."""
 
     def write(dtype: str) -> Path:
         return write_run(
             arguments.inputs / f"engine-{dtype}", layers(arguments.elements), dtype, arguments, "safetensors"
         )
 
-    return bench_engine(arguments, write)
+    return bench_engine(arguments, write, device)
 
 
 def compare_on_gpu(
@@ -558,7 +559,8 @@ SECTIONS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "teachers": bench_teachers,
     "growth": bench_growth,
     "start": bench_start,
-    "engine": bench_parts,
+    "engine": functools.partial(bench_parts, "cpu"),
+    "engine-cuda": functools.partial(bench_parts, "cuda"),
     "cuda": bench_cuda,
     "cuda-cold": bench_cuda_cold,
     "online": bench_online,

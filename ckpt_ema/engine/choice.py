@@ -19,8 +19,12 @@ from ckpt_ema.errors import CkptEmaError, first_line
 from ckpt_ema.layouts import Layout
 from ckpt_ema.profiles import Update
 
-PROBED_BYTES = 512 << 20
-"""Bytes read by one engine in a probe; a fold of less than ten times as many is not worth one."""
+PROBED_BYTES = 1 << 30
+"""Bytes read at once in a probe; a fold of less than PROBES_PER_FOLD times as many is not worth one."""
+
+PROBES_PER_FOLD = 20
+SMALL_PROBES = 8
+"""As many small probes make one large."""
 
 SUMMED_BYTES = 1 << 20
 
@@ -67,7 +71,7 @@ def choose_engine(
         return Choice(on_gpu, str(device), "asked for")
     if any(layout.is_remote for layout in layouts):
         return Choice(cpu.fold_blocks, "cpu", "the inputs are remote: the network is what takes the time")
-    if plan.bytes_to_read < 10 * PROBED_BYTES:
+    if plan.bytes_to_read < PROBES_PER_FOLD * PROBED_BYTES:
         return Choice(cpu.fold_blocks, "cpu", "too little to read for a GPU to pay")
     probe = _Probe(plan, layouts, updates)
     try:
@@ -108,36 +112,48 @@ class Probed(NamedTuple):
     """What a probe of one engine found."""
 
     rate: float
-    """Gigabytes read per second."""
+    """Gigabytes per second at which it would read all of the fold's inputs, its start included."""
 
     checksum: int
     """Of all teachers' bytes and their positions."""
 
 
 class _Probe:
-    """The first blocks of a fold, folded and forgotten."""
+    """The first blocks of a fold, folded and forgotten: a few, and more.
+
+    What an engine takes to start is told from what each byte takes. A GPU's memory is taken and given back within the
+    time in which it folds a gigabyte; a whole fold pays for that once.
+    """
 
     def __init__(self, plan: BlockPlan, layouts: Sequence[Layout], updates: Sequence[Sequence[Update]]) -> None:
-        self._plan, self._num_bytes = _start_of(plan, PROBED_BYTES // max(1, len(layouts)))
-        self._num_bytes *= len(layouts)
+        self._bytes_to_read = plan.bytes_to_read
+        self._few, self._more = (
+            _start_of(plan, num_bytes // max(1, len(layouts)))
+            for num_bytes in (PROBED_BYTES // SMALL_PROBES, PROBED_BYTES)
+        )
         self._layouts, self._updates = layouts, updates
 
     def run(self, engine: Engine) -> Probed:
-        """Fold with `engine` twice: the first run warms the page cache and the device, the second is timed."""
+        """Fold with `engine`: once to warm the page cache and the device, and once for the time."""
         sums = [Checksum() for _ in self._updates]
-        self._seconds(engine, sums)
-        seconds = self._seconds(engine, [Nowhere() for _ in self._updates])
-        return Probed(self._num_bytes / max(seconds, 1e-9) / 1e9, sum(each.total for each in sums))
+        nowhere = [Nowhere() for _ in self._updates]
+        self._seconds(engine, self._few, sums)
+        self._seconds(engine, self._more, nowhere)
+        few, more = (self._seconds(engine, plan, nowhere) for plan in (self._few, self._more))
+        few_bytes, more_bytes = (plan.bytes_to_read for plan in (self._few, self._more))
+        seconds_per_byte = max(0.0, more - few) / max(1, more_bytes - few_bytes)
+        seconds = more + (self._bytes_to_read - more_bytes) * seconds_per_byte
+        return Probed(self._bytes_to_read / max(seconds, 1e-9) / 1e9, sum(each.total for each in sums))
 
-    def _seconds(self, engine: Engine, teachers: Sequence[Teacher]) -> float:
+    def _seconds(self, engine: Engine, plan: BlockPlan, teachers: Sequence[Teacher]) -> float:
         with InputFiles(self._layouts) as files:
             started = time.perf_counter()
-            engine(Task(self._plan, self._layouts, self._updates, files), teachers, lambda num_bytes: None)
+            engine(Task(plan, self._layouts, self._updates, files), teachers, lambda num_bytes: None)
             return time.perf_counter() - started
 
 
-def _start_of(plan: BlockPlan, num_bytes: int) -> tuple[BlockPlan, int]:
-    """The plan's averaged, contiguous lanes up to `num_bytes` of one student, and how many these are."""
+def _start_of(plan: BlockPlan, num_bytes: int) -> BlockPlan:
+    """The plan's averaged, contiguous lanes up to `num_bytes` of one student."""
     lanes = []
     taken = 0
     for lane in plan.lanes:
@@ -148,4 +164,5 @@ def _start_of(plan: BlockPlan, num_bytes: int) -> tuple[BlockPlan, int]:
         whole = [start for start in lane.starts[:-1] if start < elements]
         lanes.append(replace(lane, tensors=lane.tensors[: len(whole)], starts=(*whole, elements), span=(0, elements)))
         taken += elements * lane.student_dtype.itemsize
-    return replace(plan, lanes=tuple(lanes), aliases=()), taken
+    bytes_to_read = sum(lane.num_elements * dtype.itemsize for lane in lanes for dtype in lane.input_dtypes)
+    return replace(plan, lanes=tuple(lanes), aliases=(), bytes_to_read=bytes_to_read)

@@ -1,8 +1,8 @@
 """The fold on a GPU: readers carry blocks to the device, streams compute, writers carry finished blocks back.
 
-Each reader takes one checkpoint's block at a time through two small page-locked buffers of its own into memory of the
-device, where as many blocks as there are readers are in the making at once. A single thread queues the updates in the
-checkpoints' order; nothing ever waits for the device as a whole, and the model may be larger than its memory.
+Each reader takes one checkpoint's block at a time, through small page-locked buffers, into memory of the device, where
+as many blocks as there are readers are in the making at once. A single thread queues the updates in the checkpoints'
+order; nothing ever waits for the device as a whole, and the model may be larger than its memory.
 """
 
 from __future__ import annotations
@@ -26,15 +26,16 @@ from ckpt_ema.engine.buffers import torch_dtype
 from ckpt_ema.engine.contract import Task, Teacher, write_block
 from ckpt_ema.engine.device_plan import DevicePlan, plan_for_device
 from ckpt_ema.engine.inputs import ExtentTable, stored_dtype
-from ckpt_ema.engine.staging import StagingPair, is_lack_of_memory
+from ckpt_ema.engine.staging import StagingBuffers, is_lack_of_memory
 from ckpt_ema.engine.workers import Ticket, Workers, wait_whatever_comes
 from ckpt_ema.errors import CkptEmaError, first_line
 from ckpt_ema.timings import Timings
 
-# From so many teachers of 16-bit students on, torch's own calls, which read and write each teacher twice, keep an H100
-# longer than the link does (20 bytes of each at 3 TB/s, against 2 of the student at 50 GB/s). With fewer, compiling the
-# kernel that does it in one pass, about a second, costs more than it saves.
-FUSED_FROM_TEACHERS = 6
+# What an H100 and its link reach. torch's own calls read and write each teacher twice; where that keeps the device
+# longer than the link does by more than it takes to import Triton and to compile, its kernel does it in one pass.
+LINK_BYTES_PER_SECOND = 50e9
+DEVICE_BYTES_PER_SECOND = 3e12
+COMPILING_SECONDS = 2.0
 # Timed spans of computing from which on those that are over are counted.
 MAX_SPANS = 256
 
@@ -98,6 +99,19 @@ def fold_blocks(
     return timings
 
 
+def seconds_saved_by_kernel(lanes: Sequence[Lane], num_teachers: int) -> float:
+    """How much longer the device would be at torch's own updates of so many teachers than the link is at the inputs."""
+    seconds = 0.0
+    for lane in lanes:
+        for dtype in lane.input_dtypes:
+            # mul_ reads and writes the teacher, add_ reads it and the student, and writes it.
+            moved_bytes = 5 * lane.accumulate_dtype.itemsize * num_teachers
+            seconds += lane.num_elements * (
+                moved_bytes / DEVICE_BYTES_PER_SECOND - dtype.itemsize / LINK_BYTES_PER_SECOND
+            )
+    return seconds
+
+
 def _is_for_gpu(lane: Lane) -> bool:
     return lane.is_plain_average and lane.dtype.kind != "complex"
 
@@ -136,6 +150,9 @@ class _DeviceBuffer:
         """Give the memory back, whatever views there are of it."""
         self._memory.untyped_storage().resize_(0)
 
+
+Span = tuple[torch.cuda.Event, torch.cuda.Event]
+"""From which moment on the device computed, and until when."""
 
 Kind = TypeVar("Kind", bound=_DeviceBuffer)
 
@@ -198,8 +215,7 @@ class _Pipeline:
         """What any thread raised."""
 
         self._buffers: list[_DeviceBuffer] = []
-        self._uploads: list[StagingPair] = []
-        self._downloads: list[StagingPair] = []
+        self._staging: list[StagingBuffers] = []
         try:
             self._allocate(device_plan)
         except BaseException:
@@ -218,19 +234,16 @@ class _Pipeline:
         for stream in streams:
             # The allocator may have given memory that the caller's own work has still to write to.
             stream.wait_stream(torch.cuda.current_stream(device))
-        self._spans: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
-        # The one used last is the next one to be used: the processor still has it in its cache.
-        self._uploads = [
-            StagingPair(min(plan.staging_bytes, raw), device, self._copying) for _ in range(plan.num_readers)
-        ]
-        self._downloads = [
-            StagingPair(min(plan.staging_bytes, out), device, self._returning) for _ in range(plan.num_writers)
-        ]
+        self._spans: deque[Span] = deque()
+        self._counted_spans: list[Span] = []
+        self._uploads = StagingBuffers(plan.num_uploads, min(plan.staging_bytes, raw), device, self._copying)
+        self._downloads = StagingBuffers(plan.num_writers, min(plan.staging_bytes, out), device, self._returning)
+        self._staging = [self._uploads, self._downloads]
         self._fused = {
             (lane.accumulate_dtype, dtype)
             for lane in lanes
             for dtype in lane.input_dtypes
-            if len(teachers) >= FUSED_FROM_TEACHERS
+            if seconds_saved_by_kernel(lanes, len(teachers)) > COMPILING_SECONDS
             and fused.is_usable(device, torch_dtype(lane.accumulate_dtype), torch_dtype(dtype))
         }
         """Dtypes of teacher and student that one kernel does in one pass."""
@@ -253,8 +266,8 @@ class _Pipeline:
                 self._count_spans()
         finally:
             wait_whatever_comes(ends)
-        for pairs in (self._uploads, self._downloads):
-            self._timings.copying += sum(pair.waiting_seconds for pair in pairs) / len(pairs)
+        self._timings.copying += self._uploads.waiting_seconds / self._num_readers
+        self._timings.copying += self._downloads.waiting_seconds / self._num_writers
 
     def _finish_queued(self) -> None:
         with contextlib.suppress(RuntimeError):  # a device that failed, which has been said
@@ -267,8 +280,8 @@ class _Pipeline:
         """
         for buffer in self._buffers:
             buffer.close()
-        for pair in (*self._uploads, *self._downloads):
-            pair.close()
+        for buffers in self._staging:
+            buffers.close()
         self.errors_of_caller.clear()
         self._failures.clear()
 
@@ -325,9 +338,9 @@ class _Pipeline:
                 extents.read(first, first + len(staged) // itemsize, staged, trash, {})
             seconds += time.perf_counter() - started
 
-        with torch.cuda.device(self._device), self._one_of(self._uploads) as pair:
+        with torch.cuda.device(self._device):
             buffer.used.synchronize()  # what the device had in it before
-            pair.upload(buffer.bytes(num_bytes), fill)
+            self._uploads.upload(buffer.bytes(num_bytes), fill)
             buffer.filled.record(self._copying)
         with self._of_caller(), self._lock:
             self._timings.reading += seconds / self._num_readers
@@ -397,22 +410,12 @@ class _Pipeline:
                 write_block(teacher, self._plan.aliases, content, block.position + position)
             seconds += time.perf_counter() - started
 
-        with self._one_of(self._downloads) as pair:
-            pair.download(buffer.bytes((block.end - block.begin) * block.lane.dtype.itemsize), put)
+        self._downloads.download(buffer.bytes((block.end - block.begin) * block.lane.dtype.itemsize), put)
         if finished.is_last():
             with self._of_caller():
                 self._task.on_finished(block)
         with self._lock:
             self._timings.writing += seconds / self._num_writers
-
-    @contextlib.contextmanager
-    def _one_of(self, pairs: list[StagingPair]) -> Iterator[StagingPair]:
-        """A pair that nobody else has meanwhile; there are as many as threads."""
-        pair = pairs.pop()
-        try:
-            yield pair
-        finally:
-            pairs.append(pair)
 
     @contextlib.contextmanager
     def _of_caller(self) -> Iterator[None]:
@@ -426,7 +429,7 @@ class _Pipeline:
     @contextlib.contextmanager
     def _queued(self) -> Iterator[None]:
         """What is called inside is computed on the device when its turn comes, and its time counted."""
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start, end = self._counted_spans.pop() if self._counted_spans else _new_span()
         with torch.cuda.stream(self._computing):
             start.record(self._computing)
             yield
@@ -436,8 +439,13 @@ class _Pipeline:
     def _count_spans(self) -> None:
         """Count the spans that are over, as far as the first that is not."""
         while self._spans and self._spans[0][1].query():
-            start, end = self._spans.popleft()
+            start, end = span = self._spans.popleft()
             self._timings.computing += start.elapsed_time(end) / 1000
+            self._counted_spans.append(span)
+
+
+def _new_span() -> Span:
+    return torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
 
 
 def _is_finite(extremes: torch.Tensor) -> bool:

@@ -7,13 +7,16 @@ from dataclasses import dataclass, replace
 
 from ckpt_ema.blocks import ELEMENT_MULTIPLE, REMOTE_READ_BYTES, BlockPlan, Lane, buffer_bytes_per_element, padded
 
+# See `staging`.
 STAGING_BYTES = 4 << 20
 MAX_READERS = 16
 MAX_WRITERS = 8
-MIN_PAIRS = 4
+# Page-locked buffers beyond those that readers fill: their copies are under way.
+STAGING_AHEAD = 2
+MIN_BUFFERS = 8
 # What one update is queued for. Queueing took as long for a small block as for a large one: as it seems, since the
 # interpreter's lock has to be taken from a dozen others several times.
-STAGING_BUFFERS_PER_BLOCK = 8
+STAGING_BUFFERS_PER_BLOCK = 16
 # Students' blocks on the device beyond those that the readers are at.
 INCOMING_AHEAD = 3
 # Blocks a sixteenth as large are the smallest, where little of the device's memory is free; they are tried, too, where
@@ -29,7 +32,7 @@ class DevicePlan:
     """What to fold, cut into the device's blocks."""
 
     staging_bytes: int
-    """Of each buffer on the host; a reader or a writer has two."""
+    """Of each buffer on the host."""
 
     num_readers: int
     """How many threads carry students' blocks to the device."""
@@ -45,6 +48,11 @@ class DevicePlan:
 
     out_bytes: int
     """Of each for a finished block."""
+
+    @property
+    def num_uploads(self) -> int:
+        """How many buffers on the host carry to the device; each writer has one that carries back."""
+        return self.num_readers + STAGING_AHEAD
 
     @property
     def num_incoming(self) -> int:
@@ -75,13 +83,13 @@ def plan_for_device(
     than the budget.
     """
     most = REMOTE_READ_BYTES if is_remote else STAGING_BYTES
-    staging_bytes = min(most, memory_budget_bytes // (2 * MIN_PAIRS))
+    staging_bytes = min(most, memory_budget_bytes // MIN_BUFFERS)
     staging_bytes = 1 << max(0, staging_bytes.bit_length() - 1)  # torch pins powers of two, whatever is asked for
-    num_pairs = memory_budget_bytes // (2 * staging_bytes)
+    num_buffers = memory_budget_bytes // staging_bytes
 
     def plan(block_bytes: int) -> DevicePlan:
         cut = replace(blocks, block_elements=_elements_of_block(blocks.lanes, block_bytes))
-        return _with_buffers(cut, staging_bytes, num_pairs)
+        return _with_buffers(cut, staging_bytes, num_buffers)
 
     block_bytes = min(staging_bytes, STAGING_BYTES) * STAGING_BUFFERS_PER_BLOCK
     least = block_bytes // SMALLER
@@ -92,10 +100,10 @@ def plan_for_device(
     return [first, smallest] if smallest.device_bytes < first.device_bytes else [first]
 
 
-def _with_buffers(blocks: BlockPlan, staging_bytes: int, num_pairs: int) -> DevicePlan:
+def _with_buffers(blocks: BlockPlan, staging_bytes: int, num_buffers: int) -> DevicePlan:
     # Several teachers are several files, which are written at once.
-    num_writers = min(MAX_WRITERS, num_pairs // (4 if blocks.num_teachers == 1 else 2), blocks.num_threads)
-    num_readers = min(MAX_READERS, num_pairs - num_writers, max(2, blocks.num_threads))
+    num_writers = min(MAX_WRITERS, num_buffers // (8 if blocks.num_teachers == 1 else 4), blocks.num_threads)
+    num_readers = min(MAX_READERS, num_buffers - num_writers - STAGING_AHEAD, max(2, blocks.num_threads))
     counts = [(lane, min(blocks.block_elements, padded(lane.num_elements))) for lane in blocks.lanes]
     return DevicePlan(
         blocks,

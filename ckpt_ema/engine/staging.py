@@ -1,14 +1,16 @@
-"""Bytes between the host and a GPU: blocks go through two small page-locked buffers of a thread, a portion at a time.
+"""Bytes between the host and a GPU: blocks go through page-locked buffers that threads take in turn, by portions.
 
-While one buffer is filled, the other is copied. They are small so that they stay in the processor's cache: what preadv
-writes there and the device fetches does not go through memory, where readers and the device would be in each other's
-way. Threads filled buffers of 16 MiB at 31 GB/s, and of 4 MiB at 49.
+The buffers are few and small, so that they stay in the processor's cache: what preadv writes there and the device
+fetches does not go through memory, where readers and the device would be in each other's way. Twelve threads filled
+buffers of 16 MiB at 31 GB/s, and of 4 MiB at 49. They are not smaller, since each portion takes the
+interpreter's lock several times.
 """
 
 from __future__ import annotations
 
 import contextlib
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 
 import torch
@@ -17,68 +19,65 @@ from ckpt_ema.engine.buffers import Buffer
 from ckpt_ema.errors import CkptEmaError, first_line
 
 
-class StagingPair:
-    """Two page-locked buffers that one thread at a time uses in turn."""
+class StagingBuffers:
+    """Page-locked buffers; at most as many threads use them at once as there are buffers."""
 
-    def __init__(self, num_bytes: int, device: torch.device, stream: torch.cuda.Stream) -> None:
-        """Of `num_bytes` each; copies are queued on `stream`, which is one of `device`'s."""
+    def __init__(self, count: int, num_bytes: int, device: torch.device, stream: torch.cuda.Stream) -> None:
+        """`count` of `num_bytes` each; copies are queued on `stream`, which is one of `device`'s."""
         self._num_bytes, self._device, self._stream = num_bytes, device, stream
-        self._slots = [_Slot(num_bytes), _Slot(num_bytes)]
-        self.waiting_seconds = 0.0
-        """How long copies were waited for."""
+        self._slots = [_Slot(num_bytes) for _ in range(count)]
+        # The one whose copy was queued first comes first; a deque needs no lock.
+        self._free = deque(self._slots)
+
+    @property
+    def waiting_seconds(self) -> float:
+        """How long all threads together waited for copies."""
+        return sum(slot.waiting_seconds for slot in self._slots)
 
     def upload(self, target: torch.Tensor, fill: Callable[[memoryview, int], None]) -> None:
         """Fill `target`, bytes on the device of shape [n]: `fill(buffer, position)` is called for each portion of it.
 
-        The last portions may still be on their way when it returns: what is queued behind them on the stream comes
-        after them.
+        Its portions may still be on their way when it returns: what is queued behind them on the stream comes after
+        them.
         """
+        size = len(target)
         with queueing(self._device, self._stream):
-            for begin in range(0, len(target), self._num_bytes):
-                part = target[begin : begin + self._num_bytes]
-                slot = self._next()
-                fill(slot.buffer.bytes[: len(part)], begin)
-                self._copy(part, slot.buffer.tensor[: len(part)], slot)
+            for begin in range(0, size, self._num_bytes):
+                count = min(self._num_bytes, size - begin)
+                with self._one() as slot:
+                    # Mostly long done; waiting would give the interpreter's lock away, for which all the others wait.
+                    if not slot.copied.query():
+                        slot.wait()
+                    fill(slot.buffer.bytes[:count], begin)
+                    self._copy(target[begin : begin + count], slot.buffer.tensor[:count], slot)
 
     def download(self, source: torch.Tensor, put: Callable[[memoryview, int], None]) -> None:
         """Pass `source`, bytes on the device of shape [n], on to `put(content, position)`, each portion of it."""
-        ahead: tuple[_Slot, int] | None = None
-        with queueing(self._device, self._stream):
-            for begin in range(0, len(source), self._num_bytes):
-                part = source[begin : begin + self._num_bytes]
-                slot = self._next()
-                self._copy(slot.buffer.tensor[: len(part)], part, slot)
-                if ahead is not None:
-                    self._wait_for(ahead[0])
-                    put(ahead[0].buffer.bytes[: self._num_bytes], ahead[1])
-                ahead = slot, begin
-            if ahead is not None:
-                self._wait_for(ahead[0])
-                put(ahead[0].buffer.bytes[: len(source) - ahead[1]], ahead[1])
+        size = len(source)
+        with queueing(self._device, self._stream), self._one() as slot:
+            for begin in range(0, size, self._num_bytes):
+                count = min(self._num_bytes, size - begin)
+                self._copy(slot.buffer.tensor[:count], source[begin : begin + count], slot)
+                slot.wait()
+                put(slot.buffer.bytes[:count], begin)
 
     def close(self) -> None:
         """Give the memory back, whoever holds this, but for what a call that failed was at."""
         for slot in self._slots:
             vars(slot).pop("buffer", None)
 
-    def _next(self) -> _Slot:
-        """The buffer whose turn it is, with nothing on its way into it or out of it."""
-        slot, _ = self._slots
-        self._slots.reverse()
-        slot.pin()
-        # Mostly long done; waiting would give the interpreter's lock away, for which all the others wait.
-        if not slot.copied.query():
-            self._wait_for(slot)
-        return slot
-
     def _copy(self, into: torch.Tensor, out_of: torch.Tensor, slot: _Slot) -> None:
         into.copy_(out_of, non_blocking=True)
         slot.copied.record(self._stream)
 
-    def _wait_for(self, slot: _Slot) -> None:
-        started = time.perf_counter()
-        slot.copied.synchronize()
-        self.waiting_seconds += time.perf_counter() - started
+    @contextlib.contextmanager
+    def _one(self) -> Iterator[_Slot]:
+        slot = self._free.popleft()
+        try:
+            slot.pin()
+            yield slot
+        finally:
+            self._free.append(slot)
 
 
 @contextlib.contextmanager
@@ -99,6 +98,13 @@ class _Slot:
         self._num_bytes = num_bytes
         # Whoever waits for it sleeps: readers and writers need the cores.
         self.copied = torch.cuda.Event(blocking=True)
+        self.waiting_seconds = 0.0
+
+    def wait(self) -> None:
+        """Until what was queued for it last is done."""
+        started = time.perf_counter()
+        self.copied.synchronize()
+        self.waiting_seconds += time.perf_counter() - started
 
     def pin(self) -> None:
         """Get the memory, where there is none yet: that takes as long as reading does, and small folds need little."""
