@@ -251,7 +251,7 @@ def plan_of_rank(plan: BlockPlan, number: int, count: int) -> BlockPlan:
         if begin < end:
             lanes.append(replace(lane, span=(begin, end)))
         before += lane.num_elements * cost
-    return _with_lanes(plan, lanes)
+    return with_lanes(plan, lanes)
 
 
 def without(plan: BlockPlan, finished: Sequence[tuple[int, int]]) -> BlockPlan:
@@ -267,7 +267,7 @@ def without(plan: BlockPlan, finished: Sequence[tuple[int, int]]) -> BlockPlan:
             lanes.append(_between(lane, first, min(begin, stop)))
             first = max(first, end)
         lanes.append(_between(lane, first, stop))
-    return _with_lanes(plan, [lane for lane in lanes if lane.span[0] < lane.span[1]])
+    return with_lanes(plan, [lane for lane in lanes if lane.span[0] < lane.span[1]])
 
 
 def _between(lane: Lane, begin: int, end: int) -> Lane:
@@ -276,7 +276,8 @@ def _between(lane: Lane, begin: int, end: int) -> Lane:
     return replace(lane, span=((begin - lane.begin) // size, -(-(end - lane.begin) // size)))
 
 
-def _with_lanes(plan: BlockPlan, lanes: Sequence[Lane]) -> BlockPlan:
+def with_lanes(plan: BlockPlan, lanes: Sequence[Lane]) -> BlockPlan:
+    """The plan with these lanes, which are some of its own or parts of them, alone."""
     to_read = sum((lane.span[1] - lane.span[0]) * sum(d.itemsize for d in lane.input_dtypes) for lane in lanes)
     return replace(plan, lanes=tuple(lanes), bytes_to_read=to_read)
 

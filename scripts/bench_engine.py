@@ -42,12 +42,13 @@ def bench_engine(arguments: argparse.Namespace, write_run: Callable[[str], Path]
                 if round_number:  # the first one warms the page cache and locks pages
                     seconds[name].append(took)
         num_bytes = sum(path.stat().st_size for path in run.glob("step_*"))
-        print(f"\nthe engine for {device}, {num_bytes / 1e9:.2f} GB of {dtype}, warm page cache, nothing written\n")
+        name_of_device = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+        print(f"\nthe engine on {name_of_device}, {num_bytes / 1e9:.2f} GB of {dtype}, warm, nothing written\n")
         print("| | GB/s |")
         print("|---|---|")
         for name, values in seconds.items():
             print(f"| {name} | {num_bytes / statistics.median(values) / 1e9:.1f} |", flush=True)
-        rows[dtype] = {"run_bytes": num_bytes, "seconds": seconds}
+        rows[dtype] = {"device": name_of_device, "run_bytes": num_bytes, "seconds": seconds}
         if not arguments.keep:
             shutil.rmtree(run)
     return rows
@@ -123,6 +124,8 @@ def _on_gpu(run: Path) -> dict[str, Callable[[], float]]:
     }
     for readers in (4, 8, 12, 14):
         found[f"{readers} readers"] = with_(MAX_READERS=readers)
+    for ahead in (0, 8):
+        found[f"{ahead} buffers ahead"] = with_(STAGING_AHEAD=ahead)
     for mib in (1, 2, 8, 16):
         # As many threads as there are with the default: larger ones need more memory for that.
         budget = max(DEFAULT_MEMORY_BUDGET_BYTES, DEFAULT_MEMORY_BUDGET_BYTES * mib // 4)

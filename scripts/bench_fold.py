@@ -339,7 +339,7 @@ def bench_cuda_cold(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def bench_parts(device: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """What bounds the engine for a device; see there."""
+    """What bounds an engine; see `bench_engine`."""
 
     def write(dtype: str) -> Path:
         return write_run(

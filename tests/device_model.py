@@ -45,6 +45,7 @@ class Device:
         self.keeps_none = False
         self.pinned: list[weakref.ref[torch.Tensor]] = []
         self.num_run = 0
+        self.num_timed = 0
         self._lock = threading.RLock()
         self._named = threading.local()
 
@@ -124,12 +125,15 @@ class Stream:
 class Event:
     """torch.cuda.Event, of a model."""
 
-    def __init__(self, device: Device) -> None:
+    def __init__(self, device: Device, *, is_timed: bool = False) -> None:
         self.device = device
+        self.is_timed = is_timed
+        device.num_timed += is_timed
         self.moment: Moment | None = None
 
     def record(self, stream: Stream) -> None:
         """It happens when `stream` has done all that is queued there now."""
+        assert not self.is_timed or self.query(), "a time that is still to come is taken again"
         self.moment = moment = Moment()
         self.device.queue(stream, lambda: setattr(moment, "is_over", True))
 
@@ -227,7 +231,7 @@ def modelled(
 
     with monkeypatch.context() as patch:
         patch.setattr(torch.cuda, "Stream", lambda device_=None: Stream(device))
-        patch.setattr(torch.cuda, "Event", lambda **options: Event(device))
+        patch.setattr(torch.cuda, "Event", lambda enable_timing=False, **_: Event(device, is_timed=enable_timing))
         patch.setattr(torch.cuda, "stream", stream)
         patch.setattr(torch.cuda, "current_stream", lambda device_=None: getattr(current, "stream", main))
         patch.setattr(torch.cuda, "device", device.named)

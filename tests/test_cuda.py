@@ -7,6 +7,7 @@ import errno
 import functools
 import gc
 import itertools
+import json
 import math
 import os
 import subprocess
@@ -16,6 +17,7 @@ import time
 import weakref
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import fsspec
@@ -25,8 +27,9 @@ from safetensors.torch import save_file
 
 import ckpt_ema
 from ckpt_ema import CkptEmaError
-from ckpt_ema.blocks import REMOTE_READ_BYTES, Block, BlockPlan
-from ckpt_ema.engine import choice, cpu, cuda, device_plan
+from ckpt_ema.blocks import REMOTE_READ_BYTES, Block, BlockPlan, with_lanes
+from ckpt_ema.dtypes import BY_NAME
+from ckpt_ema.engine import choice, cpu, cuda, device_plan, fused
 from ckpt_ema.engine.buffers import Buffer
 from ckpt_ema.engine.choice import choose_engine
 from ckpt_ema.engine.contract import Engine, NonFiniteBlockError, Nowhere, Task
@@ -34,6 +37,7 @@ from ckpt_ema.engine.inputs import InputFiles, LaneExtents
 from ckpt_ema.engine.staging import StagingBuffers
 from ckpt_ema.engine.workers import Jobs, Ticket, start, wait_whatever_comes
 from ckpt_ema.locations import as_path
+from ckpt_ema.records import FoldPlan
 from ckpt_ema.sizes import DEFAULT_MEMORY_BUDGET_BYTES
 from tests.conftest import quiet_fold
 from tests.device_model import Event, modelled
@@ -74,10 +78,20 @@ def test_the_gpu_writes_what_the_cpu_writes(
 ) -> None:
     """Byte for byte, whatever the blocks and the dtypes, and whether torch's calls or our kernel computed it."""
     monkeypatch.setattr(cuda, "COMPILING_SECONDS", -math.inf if by == "kernel" else math.inf)
+    launches: list[int] = []
+    update_run = fused.update_run_
+
+    def count(*arguments: Any) -> None:
+        launches.append(1)
+        update_run(*arguments)
+
+    monkeypatch.setattr(fused, "update_run_", count)
     options = {"momentum": 0.3, "memory_budget_bytes": budget, **options}
     gpu = quiet_fold(run, tmp_path / "gpu-{momentum}.safetensors", device="cuda", **options)
     on_cpu = quiet_fold(run, tmp_path / "cpu-{momentum}.safetensors", device="cpu", **options)
     assert gpu.device == "cuda:0"
+    can_launch = fused.is_usable(torch.device("cuda:0"), torch.float32, torch.float32)
+    assert bool(launches) == (by == "kernel" and can_launch and options.get("accumulate") != "float64")
     for one, other in zip(gpu.plan.teachers, on_cpu.plan.teachers, strict=True):
         assert one.output.read_bytes() == other.output.read_bytes()
 
@@ -135,9 +149,9 @@ def test_a_gpu_that_is_not_there_is_a_clear_error(run: Path, tmp_path: Path) -> 
 @needs_gpu
 def test_auto_takes_what_a_probe_found_faster(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And says what it measured."""
-    monkeypatch.setattr(choice, "PROBED_BYTES", 1 << 20)
+    monkeypatch.setattr(choice, "MIN_BYTES", 1)
     report = quiet_fold(run, tmp_path / "t.safetensors", momentum=0.5)
-    assert "in a probe" in report.device_reason
+    assert "expected from a probe" in report.device_reason
 
 
 def fold_on_a_model(run: Path, output: Path, **options: Any) -> list[bytes]:
@@ -607,11 +621,11 @@ def test_writers_beside_each_other_and_what_they_fail_of(
 def test_what_the_device_computes_is_counted_once(
     long_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each update and each rounding, of which there are more than are kept to be counted."""
+    """Each update and each rounding, of which there are more than are kept to be counted; events are used again."""
     plan = ckpt_ema.plan(long_run, tmp_path / "t.safetensors", momentum=0.3)
-    monkeypatch.setattr(cuda, "MAX_SPANS", 16)
+    monkeypatch.setattr(cuda, "MAX_INTERVALS", 16)
     finished: list[Block] = []
-    with modelled(monkeypatch, 0), InputFiles(plan.layouts) as files:
+    with modelled(monkeypatch, 0) as device, InputFiles(plan.layouts) as files:
         updates = [teacher.updates for teacher in plan.teachers]
         task = Task(plan.blocks, plan.layouts, updates, files, finished.append)
         options = {"device": torch.device("cpu"), "memory_budget_bytes": 1 << 16}
@@ -619,6 +633,8 @@ def test_what_the_device_computes_is_counted_once(
     assert len(finished) > 1
     assert timings.computing == pytest.approx(len(finished) * (len(plan.layouts) + 1) / 1000)
     assert min(timings.reading, timings.copying, timings.writing, timings.waiting) > 0
+    # Some more than MAX_INTERVALS, where the device lags behind.
+    assert device.num_timed // 2 < len(finished) * (len(plan.layouts) + 1) / 2
 
 
 def test_waiting_for_copies_is_counted_as_copying_both_ways(
@@ -629,17 +645,17 @@ def test_waiting_for_copies_is_counted_as_copying_both_ways(
     blocks = replace(only_for_gpu(plan.blocks), num_threads=4)
 
     def copying_per_use(way: str) -> float:
-        """Where a buffer waits for a minute in each use, one way."""
+        """Where each use of the buffers is a minute of waiting, one way."""
         uses: list[StagingBuffers] = []
         carry = getattr(StagingBuffers, way)
 
         def slowly(buffers: StagingBuffers, *arguments: Any) -> None:
             uses.append(buffers)
             carry(buffers, *arguments)
-            buffers._slots[0].waiting_seconds += 60
 
         with modelled(monkeypatch, 0), InputFiles(plan.layouts) as files, monkeypatch.context() as patch:
             patch.setattr(StagingBuffers, way, slowly)
+            patch.setattr(StagingBuffers, "waiting_seconds", property(lambda buffers: 60 * uses.count(buffers)))
             task = Task(blocks, plan.layouts, [teacher.updates for teacher in plan.teachers], files)
             timings = ON_THE_MODEL(task, [Nowhere()], lambda _: None)
         return timings.copying / len(uses)
@@ -650,7 +666,7 @@ def test_waiting_for_copies_is_counted_as_copying_both_ways(
 
 
 def test_a_buffer_waits_for_no_longer_than_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And counts that: of five portions up, through three buffers, three are under way on return; down, none is."""
+    """And counts that: five portions up through three buffers wait twice; down, each is waited for."""
     with modelled(monkeypatch, 0) as device:
         device.eagerness = 0.0
         stream = torch.cuda.Stream()
@@ -676,7 +692,7 @@ def test_a_buffer_waits_for_no_longer_than_it_needs(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_buffer_whose_filling_failed_is_there_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another thread finds as many as before, and what it carries arrives."""
+    """Whoever comes next finds it, and what is carried then arrives."""
     with modelled(monkeypatch, 0) as device:
         buffers = StagingBuffers(1, 8, torch.device("cpu"), torch.cuda.Stream())
         there = torch.zeros(20, dtype=torch.uint8)
@@ -843,7 +859,7 @@ def test_an_error_of_the_callers_own_is_not_called_the_devices(
 
 def only_for_gpu(blocks: BlockPlan) -> BlockPlan:
     """The part of a plan that the GPU's engine does not leave to the CPU's."""
-    return replace(blocks, lanes=tuple(lane for lane in blocks.lanes if cuda._is_for_gpu(lane)))
+    return replace(blocks, lanes=tuple(lane for lane in blocks.lanes if cuda.is_for_gpu(lane)))
 
 
 INTERRUPTED = """
@@ -1011,58 +1027,157 @@ def test_without_a_gpu_auto_is_the_cpu(run: Path, tmp_path: Path) -> None:
 
 
 def test_a_probe_folds_the_first_blocks_and_forgets_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It reads no more than it is to, of every lane from its start, and leaves no file."""
-    monkeypatch.setattr(choice, "PROBED_BYTES", 3 << 20)
+    """It compares no more than it is to, of each lane from its start, and leaves no file."""
+    monkeypatch.setattr(choice, "COMPARED_BYTES", 3 << 20)
     folder = tmp_path / "run"
     folder.mkdir()
     for i in range(3):
-        values = torch.full((1 << 19,), float(i))
-        save_file({"a": values, "b": values.clone(), "c": values.to(torch.bfloat16)}, folder / f"step_{i}.safetensors")
+        values = torch.full((1 << 17,), float(i))
+        student = {"a": values, "b": values.clone(), "c": values.to(torch.bfloat16), "steps": torch.tensor(i)}
+        save_file({**student, "turned": values.to(torch.complex64)}, folder / f"step_{i}.safetensors")
     plan = ckpt_ema.plan(folder, momentum=[0.5, 0.25])
     updates = [teacher.updates for teacher in plan.teachers]
     read: list[int] = []
 
     def engine(*arguments: Any) -> Any:
-        return cpu.fold_blocks(*arguments[:-1], read.append)
+        return cpu.fold_blocks(*arguments[:-1], lambda num_bytes: (read.append(num_bytes), arguments[-1](num_bytes)))
 
-    found = choice._Probe(plan.blocks, plan.layouts, updates).run(engine)
-    assert found.rate > 0
-    assert sum(read) == 2 * (1 + 1 / choice.SMALL_PROBES) * (3 << 20)
+    probe = choice._Probe(plan.blocks, plan.layouts, updates)
+    assert probe.bytes_to_read == 3 * (10 << 17)
+    found = probe.checksum(engine)
+    # Three students of two tensors in float32 and one in bfloat16, of each dtype as much as of the others.
+    assert sorted(read) == [3 * 2 * 104_858, 3 * 4 * 209_716]
+    read.clear()
+    assert probe.rate(engine) > 0
+    assert sum(read) == probe.bytes_to_read
     assert sorted(tmp_path.iterdir()) == [folder]
     for threads in (1, 3):
         other = ckpt_ema.plan(folder, momentum=[0.5, 0.25], num_threads=threads, memory_budget_bytes=1 << 20)
-        assert choice._Probe(other.blocks, other.layouts, updates).run(engine).checksum == found.checksum
+        assert choice._Probe(other.blocks, other.layouts, updates).checksum(engine) == found
     changed = [tuple(update._replace(take=update.take + 1e-7) for update in each) for each in updates]
-    assert choice._Probe(plan.blocks, plan.layouts, changed).run(engine).checksum != found.checksum
+    assert choice._Probe(plan.blocks, plan.layouts, changed).checksum(engine) != found
 
 
-@pytest.mark.parametrize(("num_megabytes", "faster"), [(20, "cpu"), (2000, "cuda:0")])
-def test_auto_weighs_what_starting_takes_against_what_a_byte_takes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_megabytes: int, faster: str
+@pytest.fixture
+def huge(tmp_path: Path) -> FoldPlan:
+    """A plan of two students of 100 GB, of which the files have the names and no bytes."""
+    for step in range(2):
+        header = json.dumps({"a": {"dtype": "F32", "shape": [25 * 10**9], "data_offsets": [0, 10**11]}}).encode()
+        with (tmp_path / f"step_{step}.safetensors").open("wb") as file:
+            file.write(len(header).to_bytes(8, "little") + header)
+            file.truncate(file.tell() + 10**11)
+    return ckpt_ema.plan(tmp_path, tmp_path / "t.safetensors", momentum=0.5)
+
+
+def engine_of(start_seconds: float, bytes_per_second: float, num_threads: int, first_byte: bytes = b"0") -> Engine:
+    """One that only takes its time; its threads come to the end of 4 MB each together, as they do at first."""
+
+    def fold(task: Task, teachers: Any, progress: Any, **_: Any) -> Any:
+        if task.plan.bytes_to_read < choice.MIN_BYTES:
+            teachers[0].write(memoryview(bytearray(first_byte)), 0)
+            return
+        time.sleep(start_seconds)
+        for _ in range(100 * 10**9 // (4 * 10**6 * num_threads)):
+            time.sleep(num_threads * 4e6 / bytes_per_second)
+            for _ in range(num_threads):
+                progress(4 * 10**6)
+
+    return fold
+
+
+@pytest.mark.parametrize(
+    ("start_seconds", "bytes_per_second", "num_threads"),
+    [(0.0, 1e10, 1), (0.0, 1e10, 16), (0.5, 1e10, 16), (2.0, 1e9, 4), (0.0, 5e7, 4)],
+)
+def test_a_probe_tells_the_start_from_what_comes_then(
+    huge: FoldPlan, start_seconds: float, bytes_per_second: float, num_threads: int
 ) -> None:
-    """An engine that takes long to start and is fast then is taken for a long fold, and not for a short one."""
-    monkeypatch.setattr(choice, "PROBED_BYTES", 16 << 20)
-    monkeypatch.setattr(choice, "PROBES_PER_FOLD", 1)
-    for i in range(2):
-        save_file({"a": torch.full((1 << 21,), float(i))}, tmp_path / f"step_{i}.safetensors")
-    plan = ckpt_ema.plan(tmp_path, tmp_path / "t.safetensors", momentum=0.5)
-    blocks = replace(plan.blocks, bytes_to_read=num_megabytes * 10**6)
-    fold_blocks = cpu.fold_blocks
+    """Whatever an engine takes to start, how many threads it has and how slow it is; in less than 2 s from then on."""
+    probe = choice._Probe(huge.blocks, huge.layouts, [teacher.updates for teacher in huge.teachers])
+    started = time.perf_counter()
+    rate = probe.rate(engine_of(start_seconds, bytes_per_second, num_threads))
+    assert time.perf_counter() - started < 2 + start_seconds
+    expected = 2e11 / (start_seconds + 2e11 / bytes_per_second) / 1e9
+    assert rate == pytest.approx(expected, rel=0.35)
 
-    def engine(start_seconds: float, bytes_per_second: float) -> Engine:
-        def fold(task: Task, *arguments: Any, **options: Any) -> Any:
-            timings = fold_blocks(task, *arguments)
-            time.sleep(start_seconds + task.plan.bytes_to_read / bytes_per_second)
-            return timings
 
-        return fold
-
-    # In either probe the first is done earlier.
-    monkeypatch.setattr(cpu, "fold_blocks", engine(0.0, 5e7))
-    monkeypatch.setattr(cuda, "fold_blocks", engine(0.5, 5e8))
+@pytest.mark.parametrize(
+    ("on_gpu", "device", "reason"),
+    [
+        (engine_of(0.5, 1e10, 16), "cuda:0", "GB/s on cuda:0, "),
+        (engine_of(2.0, 1e10, 16), "cuda:0", "GB/s on cuda:0, "),
+        (engine_of(0.0, 1e9, 16), "cpu", "GB/s on cuda:0, "),
+        (engine_of(0.0, 1e10, 16, b"1"), "cpu", "cuda:0 rounds in another way than the hook"),
+    ],
+)
+def test_auto_takes_what_is_done_earlier(
+    huge: FoldPlan, monkeypatch: pytest.MonkeyPatch, on_gpu: Engine, device: str, reason: str
+) -> None:
+    """A GPU that takes its time to start too, but never one with other bytes; and none for little, or for nothing."""
+    monkeypatch.setattr(cpu, "fold_blocks", engine_of(0.0, 4e9, 16))
+    monkeypatch.setattr(cuda, "fold_blocks", on_gpu)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    updates = [teacher.updates for teacher in plan.teachers]
-    found = choose_engine("auto", blocks, plan.layouts, updates, 1 << 20)
-    assert found.device == faster
-    assert "GB/s on cuda:0" in found.reason
+    updates = [teacher.updates for teacher in huge.teachers]
+    found = choose_engine("auto", huge.blocks, huge.layouts, updates, 1 << 20)
+    assert found.device == device
+    assert reason in found.reason
+    (lane,) = huge.blocks.lanes
+    for lanes in ([], [replace(lane, action="copy")], [replace(lane, span=(0, 10**9))]):
+        found = choose_engine("auto", with_lanes(huge.blocks, lanes), huge.layouts, updates, 1 << 20)
+        assert (found.device, found.reason) == ("cpu", "too little to average for a GPU to pay")
+
+
+def test_the_kernel_is_compiled_where_that_pays(huge: FoldPlan) -> None:
+    """By what is left to update: 25e9 numbers, with 3 TB/s on the device and 50 GB/s from the host."""
+    (lane,) = huge.blocks.lanes
+    narrow = replace(lane, input_dtypes=(BY_NAME["bfloat16"],) * 2)
+    # mul_ and add_ move a teacher's number five times; the link brings one in 80 ps, or 40.
+    eight, sixteen = 8 * 20 / 3e12, 16 * 20 / 3e12
+    for lanes, num_teachers, seconds in (
+        ([lane], 1, 0.0),
+        ([lane], 8, 0.0),
+        ([lane], 16, 25e9 * (sixteen - 4 / 50e9)),
+        ([narrow], 6, 0.0),
+        ([narrow], 8, 25e9 * (eight - 2 / 50e9)),
+        ([lane, narrow], 8, 25e9 * (eight - 2 / 50e9)),
+        # The kernel itself takes longer than the link: it moves a number twice, and the student's.
+        ([narrow], 100, 25e9 * (100 * 20 - (100 * 8 + 2)) / 3e12),
+        ([replace(narrow, span=(7, 10**9 + 7))], 8, 1e9 * (eight - 2 / 50e9)),
+        ([replace(lane, accumulate_dtype=BY_NAME["float64"])], 100, 0.0),
+    ):
+        assert cuda.seconds_saved_by_kernel(lanes, num_teachers) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_no_budget_is_exceeded_and_none_leaves_a_thread_out(huge: FoldPlan, seed: int) -> None:
+    """The host's buffers fit in any budget, and there are as many of them as threads, and more for readers."""
+    random = Random(seed)
+    budget = random.randrange(1 << 16, 1 << random.randint(17, 30))
+    blocks = replace(huge.blocks, num_threads=random.randint(1, 32), num_teachers=random.choice([1, 8]))
+    for free_bytes in (1 << 40, 1 << 28):
+        for found in device_plan.plan_for_device(
+            blocks, memory_budget_bytes=budget, free_bytes=free_bytes, is_remote=random.random() < 0.3
+        ):
+            assert (found.num_uploads + found.num_writers) * found.staging_bytes <= budget
+            assert min(found.num_readers, found.num_writers) >= 1
+            assert found.num_uploads > found.num_readers
+
+
+def test_progress_does_not_wait_for_a_block_of_all_students(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With many it is told of in between; in all, of every byte once."""
+    monkeypatch.setattr(cpu, "TOLD_BYTES", 1 << 20)
+    told: list[tuple[int, int]] = []
+    fold = ckpt_ema.fold(
+        run,
+        tmp_path / "t.safetensors",
+        momentum=0.5,
+        device="cpu",
+        announce=lambda plan: None,
+        progress=lambda *seen: told.append(seen),
+    )
+    assert told[-1] == (fold.plan.bytes_to_read,) * 2
+    # A block of the largest is 2 MiB of each of four students; the first is told of with the second.
+    assert max(after - before for (before, _), (after, _) in itertools.pairwise(told)) == 4 << 20

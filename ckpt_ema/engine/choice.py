@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import math
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 
-from ckpt_ema.blocks import BlockPlan
+from ckpt_ema.blocks import BlockPlan, with_lanes
 from ckpt_ema.engine import cpu, cuda
 from ckpt_ema.engine.contract import Engine, NonFiniteBlockError, Nowhere, Task, Teacher
 from ckpt_ema.engine.inputs import InputFiles
@@ -19,12 +21,18 @@ from ckpt_ema.errors import CkptEmaError, first_line
 from ckpt_ema.layouts import Layout
 from ckpt_ema.profiles import Update
 
-PROBED_BYTES = 1 << 30
-"""Bytes read at once in a probe; a fold of less than PROBES_PER_FOLD times as many is not worth one."""
+MIN_BYTES = 20 << 30
+"""A fold that reads less is done before a probe would pay."""
 
-PROBES_PER_FOLD = 20
-SMALL_PROBES = 8
-"""As many small probes make one large."""
+COMPARED_BYTES = 512 << 20
+"""Read by each engine for the comparison of their bytes."""
+
+PROBE_SECONDS = 0.3
+PROBE_READS = 64
+"""How often an engine tells of progress in a probe: its threads may do so together, and each does several times."""
+
+LONGEST_PROBE_SECONDS = 1.5
+"""Where that takes longer, it is the disk that is slow."""
 
 SUMMED_BYTES = 1 << 20
 
@@ -71,20 +79,21 @@ def choose_engine(
         return Choice(on_gpu, str(device), "asked for")
     if any(layout.is_remote for layout in layouts):
         return Choice(cpu.fold_blocks, "cpu", "the inputs are remote: the network is what takes the time")
-    if plan.bytes_to_read < PROBES_PER_FOLD * PROBED_BYTES:
-        return Choice(cpu.fold_blocks, "cpu", "too little to read for a GPU to pay")
     probe = _Probe(plan, layouts, updates)
+    if probe.bytes_to_read < MIN_BYTES:
+        return Choice(cpu.fold_blocks, "cpu", "too little to average for a GPU to pay")
     try:
-        by_cpu = probe.run(cpu.fold_blocks)
-        by_gpu = probe.run(on_gpu)
+        # The GPU first: files that nobody has read of late are slow for both, and then the CPU shall seem no slower.
+        on_both = [(probe.checksum(engine), probe.rate(engine)) for engine in (on_gpu, cpu.fold_blocks)]
     except NonFiniteBlockError:
         return Choice(cpu.fold_blocks, "cpu", "the students are not finite")  # as the fold itself is going to say
     except (RuntimeError, CkptEmaError) as error:  # a driver too old, a device in use: no reason not to fold
         return Choice(cpu.fold_blocks, "cpu", f"the probe failed: {first_line(error)}")
-    if by_gpu.checksum != by_cpu.checksum:
+    (sum_of_gpu, rate_of_gpu), (sum_of_cpu, rate_of_cpu) = on_both
+    if sum_of_gpu != sum_of_cpu:
         return Choice(cpu.fold_blocks, "cpu", f"{device} rounds in another way than the hook")
-    rates = f"{by_gpu.rate:.1f} GB/s on {device}, {by_cpu.rate:.1f} on the CPU, in a probe"
-    if by_gpu.rate > by_cpu.rate:
+    rates = f"{rate_of_gpu:.1f} GB/s on {device}, {rate_of_cpu:.1f} on the CPU, expected from a probe"
+    if rate_of_gpu > rate_of_cpu:
         return Choice(on_gpu, str(device), rates)
     return Choice(cpu.fold_blocks, "cpu", rates)
 
@@ -108,61 +117,80 @@ class Checksum:
             self.total += total
 
 
-class Probed(NamedTuple):
-    """What a probe of one engine found."""
-
-    rate: float
-    """Gigabytes per second at which it would read all of the fold's inputs, its start included."""
-
-    checksum: int
-    """Of all teachers' bytes and their positions."""
-
-
 class _Probe:
-    """The first blocks of a fold, folded and forgotten: a few, and more.
-
-    What an engine takes to start is told from what each byte takes. A GPU's memory is taken and given back within the
-    time in which it folds a gigabyte; a whole fold pays for that once.
-    """
+    """The start of a fold on each engine, its teachers forgotten."""
 
     def __init__(self, plan: BlockPlan, layouts: Sequence[Layout], updates: Sequence[Sequence[Update]]) -> None:
-        self._bytes_to_read = plan.bytes_to_read
-        self._few, self._more = (
-            _start_of(plan, num_bytes // max(1, len(layouts)))
-            for num_bytes in (PROBED_BYTES // SMALL_PROBES, PROBED_BYTES)
-        )
+        # What else there is the CPU does in either case.
+        self._plan = with_lanes(plan, [lane for lane in plan.lanes if cuda.is_for_gpu(lane)])
         self._layouts, self._updates = layouts, updates
 
-    def run(self, engine: Engine) -> Probed:
-        """Fold with `engine`: once to warm the page cache and the device, and once for the time."""
-        sums = [Checksum() for _ in self._updates]
-        nowhere = [Nowhere() for _ in self._updates]
-        self._seconds(engine, self._few, sums)
-        self._seconds(engine, self._more, nowhere)
-        few, more = (self._seconds(engine, plan, nowhere) for plan in (self._few, self._more))
-        few_bytes, more_bytes = (plan.bytes_to_read for plan in (self._few, self._more))
-        seconds_per_byte = max(0.0, more - few) / max(1, more_bytes - few_bytes)
-        seconds = more + (self._bytes_to_read - more_bytes) * seconds_per_byte
-        return Probed(self._bytes_to_read / max(seconds, 1e-9) / 1e9, sum(each.total for each in sums))
+    @property
+    def bytes_to_read(self) -> int:
+        """Of what a GPU can fold."""
+        return self._plan.bytes_to_read
 
-    def _seconds(self, engine: Engine, plan: BlockPlan, teachers: Sequence[Teacher]) -> float:
+    def checksum(self, engine: Engine) -> int:
+        """Of the beginning of each dtype in the teachers; the engine has run once then.
+
+        What Triton's kernel does in a long fold is tried elsewhere; see `fused`.
+        """
+        sums = [Checksum() for _ in self._updates]
+        self._run(engine, _start_of(self._plan, COMPARED_BYTES // len(self._layouts)), sums, lambda num_bytes: None)
+        return sum(each.total for each in sums)
+
+    def rate(self, engine: Engine) -> float:
+        """Gigabytes per second at which it would read all that a GPU can fold, its start included."""
+        stopwatch = _Stopwatch()
+        with contextlib.suppress(_EnoughError):
+            self._run(engine, self._plan, [Nowhere() for _ in self._updates], stopwatch)
+        return self.bytes_to_read / stopwatch.seconds_for(self.bytes_to_read) / 1e9
+
+    def _run(
+        self, engine: Engine, plan: BlockPlan, teachers: Sequence[Teacher], progress: Callable[[int], None]
+    ) -> None:
         with InputFiles(self._layouts) as files:
-            started = time.perf_counter()
-            engine(Task(plan, self._layouts, self._updates, files), teachers, lambda num_bytes: None)
-            return time.perf_counter() - started
+            engine(Task(plan, self._layouts, self._updates, files), teachers, progress)
+
+
+class _EnoughError(Exception):
+    """The probe has seen enough of an engine."""
+
+
+class _Stopwatch:
+    """An engine's progress: what it takes to start is told from what it does from then on.
+
+    A GPU's memory is taken and given back once for a fold, in the time in which it reads gigabytes.
+    """
+
+    def __init__(self) -> None:
+        self._started = self._now = time.perf_counter()
+        self._first: float | None = None
+        self._first_bytes = self._num_bytes = 0
+        self._num_reads = 0
+
+    def __call__(self, num_bytes: int) -> None:
+        """Note bytes that were read; raises _EnoughError when that is enough."""
+        self._now = time.perf_counter()
+        if self._first is None:
+            self._first, self._first_bytes = self._now, num_bytes
+            return
+        self._num_bytes += num_bytes
+        self._num_reads += 1
+        is_enough = self._num_reads >= PROBE_READS and self._now - self._first >= PROBE_SECONDS
+        if is_enough or self._now - self._first >= LONGEST_PROBE_SECONDS:
+            raise _EnoughError
+
+    def seconds_for(self, num_bytes: int) -> float:
+        """How long the engine takes for so many, as it went until now."""
+        if self._first is None or self._num_reads < PROBE_READS:
+            return num_bytes * (self._now - self._started) / max(1, self._first_bytes + self._num_bytes)
+        return self._first - self._started + num_bytes * (self._now - self._first) / self._num_bytes
 
 
 def _start_of(plan: BlockPlan, num_bytes: int) -> BlockPlan:
-    """The plan's averaged, contiguous lanes up to `num_bytes` of one student."""
-    lanes = []
-    taken = 0
-    for lane in plan.lanes:
-        room = (num_bytes - taken) // lane.student_dtype.itemsize
-        if not lane.is_plain_average or room <= 0:
-            continue
-        elements = min(lane.num_elements, room)
-        whole = [start for start in lane.starts[:-1] if start < elements]
-        lanes.append(replace(lane, tensors=lane.tensors[: len(whole)], starts=(*whole, elements), span=(0, elements)))
-        taken += elements * lane.student_dtype.itemsize
-    bytes_to_read = sum(lane.num_elements * dtype.itemsize for lane in lanes for dtype in lane.input_dtypes)
-    return replace(plan, lanes=tuple(lanes), aliases=(), bytes_to_read=bytes_to_read)
+    """The beginning of each of the plan's lanes, about `num_bytes` of one student in all."""
+    sizes = [(lane.span[1] - lane.span[0]) * lane.student_dtype.itemsize for lane in plan.lanes]
+    share = min(1.0, num_bytes / sum(sizes))
+    spans = [(begin, begin + math.ceil((end - begin) * share)) for begin, end in (lane.span for lane in plan.lanes)]
+    return with_lanes(plan, [replace(lane, span=span) for lane, span in zip(plan.lanes, spans, strict=True)])

@@ -23,6 +23,9 @@ from ckpt_ema.engine.workers import Jobs, start, wait_whatever_comes
 from ckpt_ema.layouts import Layout
 from ckpt_ema.timings import Timings
 
+# A block of 500 students is a gigabyte: whoever looks at the progress would wait for long.
+TOLD_BYTES = 32 << 20
+
 
 def fold_blocks(
     task: Task, teachers: Sequence[Teacher], progress: Callable[[int], None], chosen: Iterable[Block] | None = None
@@ -46,16 +49,19 @@ def fold_blocks(
         finally:
             end.set()
 
+    def tell(num_bytes: int) -> None:
+        with lock:
+            progress(num_bytes)
+
     def fold_all() -> None:
         # One intra-op thread each: torch's own threads on blocks of this size cost more than they bring.
         torch.set_num_threads(1)
         started = time.perf_counter()
-        folder = _BlockFolder(task, teachers, extents)
+        folder = _BlockFolder(task, teachers, extents, tell)
         while (block := blocks.take()) is not None:
             folder.fold(block)
             task.on_finished(block)
-            with lock:
-                progress((block.end - block.begin) * sum(dtype.itemsize for dtype in block.lane.input_dtypes))
+            folder.tell_progress()
         with lock:
             folder.add_timings(timings, time.perf_counter() - started, plan.num_threads)
 
@@ -80,7 +86,7 @@ def fold_blocks(
 
 def refold(task: Task, block: Block) -> None:
     """Fold a block that another engine found not to be finite, in the plan's own portions; raises where it is not."""
-    folder = _BlockFolder(task, [Nowhere()] * len(task.updates), ExtentTable(task.files))
+    folder = _BlockFolder(task, [Nowhere()] * len(task.updates), ExtentTable(task.files), lambda num_bytes: None)
     size = task.plan.block_elements
     for begin in range(block.begin, block.end, size):
         folder.fold(Block(block.lane, begin, min(begin + size, block.end)))
@@ -105,8 +111,12 @@ class _Queue:
 class _BlockFolder:
     """One thread's buffers, and what it does with them."""
 
-    def __init__(self, task: Task, teachers: Sequence[Teacher], extents: ExtentTable) -> None:
+    def __init__(
+        self, task: Task, teachers: Sequence[Teacher], extents: ExtentTable, progress: Callable[[int], None]
+    ) -> None:
         plan = task.plan
+        self._progress = progress
+        self._untold_bytes = 0
         self._aliases = plan.aliases
         self._layouts = task.layouts
         # By input: a student enters every teacher before the next one is read.
@@ -131,6 +141,12 @@ class _BlockFolder:
         else:
             self._copy(block)
 
+    def tell_progress(self) -> None:
+        """Tell of what was read since the last time."""
+        num_bytes, self._untold_bytes = self._untold_bytes, 0
+        if num_bytes:
+            self._progress(num_bytes)
+
     def add_timings(self, timings: Timings, seconds: float, num_threads: int) -> None:
         """Add this thread's part, of `seconds` in all."""
         timings.reading += self._reading / num_threads
@@ -142,6 +158,7 @@ class _BlockFolder:
         count = block.end - block.begin
         size = padded(count)
         accumulators = [buffer.elements(lane.accumulate_dtype, size) for buffer in self._accumulators]
+        self._untold_bytes += count * lane.input_dtypes[0].itemsize
         # The first input becomes the teacher: read straight into its place where it needs no conversion.
         if lane.input_dtypes[0] is lane.accumulate_dtype:
             self._read(self._layouts[0], block, self._accumulators[0])
@@ -159,6 +176,9 @@ class _BlockFolder:
                 student = self._widened.elements(lane.accumulate_dtype, size).copy_(student)
             for row, (keep, take) in zip(rows, updates, strict=True):
                 update_(row, student, keep, take)
+            self._untold_bytes += count * dtype.itemsize
+            if self._untold_bytes >= TOLD_BYTES:
+                self.tell_progress()
         for teacher, accumulator, buffer in zip(self._teachers, accumulators, self._accumulators, strict=True):
             target, finished = accumulator, buffer
             if lane.dtype is not lane.accumulate_dtype:
@@ -171,6 +191,7 @@ class _BlockFolder:
     def _copy(self, block: Block) -> None:
         lane = block.lane
         count = block.end - block.begin
+        self._untold_bytes += count * sum(dtype.itemsize for dtype in lane.input_dtypes)
         self._read(self._layouts[-1], block, self._raw)
         finished = self._raw
         if lane.student_dtype.kind != "integer":

@@ -2,7 +2,7 @@
 
 Each reader takes one checkpoint's block at a time, through small page-locked buffers, into memory of the device, where
 as many blocks as there are readers are in the making at once. A single thread queues the updates in the checkpoints'
-order; nothing ever waits for the device as a whole, and the model may be larger than its memory.
+order; nothing waits for the device as a whole before the end, and the model may be larger than its memory.
 """
 
 from __future__ import annotations
@@ -31,13 +31,12 @@ from ckpt_ema.engine.workers import Ticket, Workers, wait_whatever_comes
 from ckpt_ema.errors import CkptEmaError, first_line
 from ckpt_ema.timings import Timings
 
-# What an H100 and its link reach. torch's own calls read and write each teacher twice; where that keeps the device
-# longer than the link does by more than it takes to import Triton and to compile, its kernel does it in one pass.
+# What an H100 and its link reach, and what importing Triton and compiling take.
 LINK_BYTES_PER_SECOND = 50e9
 DEVICE_BYTES_PER_SECOND = 3e12
 COMPILING_SECONDS = 2.0
-# Timed spans of computing from which on those that are over are counted.
-MAX_SPANS = 256
+# Timed intervals of computing from which on those that are over are counted.
+MAX_INTERVALS = 256
 
 
 def fold_blocks(
@@ -54,8 +53,8 @@ def fold_blocks(
     infinity where the CPU makes none.
     """
     plan = task.plan
-    averaged = tuple(lane for lane in plan.lanes if _is_for_gpu(lane))
-    others = tuple(lane for lane in plan.lanes if not _is_for_gpu(lane))
+    averaged = tuple(lane for lane in plan.lanes if is_for_gpu(lane))
+    others = tuple(lane for lane in plan.lanes if not is_for_gpu(lane))
     timings = Timings()
     if others:
         timings = cpu.fold_blocks(replace(task, plan=replace(plan, lanes=others)), teachers, progress)
@@ -100,19 +99,25 @@ def fold_blocks(
 
 
 def seconds_saved_by_kernel(lanes: Sequence[Lane], num_teachers: int) -> float:
-    """How much longer the device would be at torch's own updates of so many teachers than the link is at the inputs."""
+    """How much longer torch's own updates keep an H100 than its link, or our kernel's one pass over memory, takes.
+
+    Nothing where the link takes longest. It is an estimate, of what is worth compiling a kernel for.
+    """
     seconds = 0.0
     for lane in lanes:
-        for dtype in lane.input_dtypes:
-            # mul_ reads and writes the teacher, add_ reads it and the student, and writes it.
-            moved_bytes = 5 * lane.accumulate_dtype.itemsize * num_teachers
-            seconds += lane.num_elements * (
-                moved_bytes / DEVICE_BYTES_PER_SECOND - dtype.itemsize / LINK_BYTES_PER_SECOND
-            )
+        if torch_dtype(lane.accumulate_dtype) in fused.DTYPES:
+            teachers_bytes = lane.accumulate_dtype.itemsize * num_teachers
+            for dtype in lane.input_dtypes[1:]:
+                # mul_ reads and writes the teacher; add_ reads it and the student, and writes it.
+                by_torch = 5 * teachers_bytes / DEVICE_BYTES_PER_SECOND
+                by_kernel = (2 * teachers_bytes + dtype.itemsize) / DEVICE_BYTES_PER_SECOND
+                saved = by_torch - max(by_kernel, dtype.itemsize / LINK_BYTES_PER_SECOND)
+                seconds += (lane.span[1] - lane.span[0]) * max(0.0, saved)
     return seconds
 
 
-def _is_for_gpu(lane: Lane) -> bool:
+def is_for_gpu(lane: Lane) -> bool:
+    """Whether a lane is folded on the device; all others the CPU does."""
     return lane.is_plain_average and lane.dtype.kind != "complex"
 
 
@@ -151,7 +156,7 @@ class _DeviceBuffer:
         self._memory.untyped_storage().resize_(0)
 
 
-Span = tuple[torch.cuda.Event, torch.cuda.Event]
+Interval = tuple[torch.cuda.Event, torch.cuda.Event]
 """From which moment on the device computed, and until when."""
 
 Kind = TypeVar("Kind", bound=_DeviceBuffer)
@@ -234,19 +239,21 @@ class _Pipeline:
         for stream in streams:
             # The allocator may have given memory that the caller's own work has still to write to.
             stream.wait_stream(torch.cuda.current_stream(device))
-        self._spans: deque[Span] = deque()
-        self._counted_spans: list[Span] = []
+        self._intervals: deque[Interval] = deque()
+        self._unused_intervals: list[Interval] = []
         self._uploads = StagingBuffers(plan.num_uploads, min(plan.staging_bytes, raw), device, self._copying)
         self._downloads = StagingBuffers(plan.num_writers, min(plan.staging_bytes, out), device, self._returning)
         self._staging = [self._uploads, self._downloads]
-        self._fused = {
-            (lane.accumulate_dtype, dtype)
-            for lane in lanes
-            for dtype in lane.input_dtypes
-            if seconds_saved_by_kernel(lanes, len(teachers)) > COMPILING_SECONDS
-            and fused.is_usable(device, torch_dtype(lane.accumulate_dtype), torch_dtype(dtype))
-        }
+        self._fused: set[tuple[DType, DType]] = set()
         """Dtypes of teacher and student that one kernel does in one pass."""
+
+        if seconds_saved_by_kernel(lanes, len(teachers)) > COMPILING_SECONDS:
+            pairs = {(lane.accumulate_dtype, dtype) for lane in lanes for dtype in lane.input_dtypes}
+            self._fused = {
+                (teacher, student)
+                for teacher, student in pairs
+                if fused.is_usable(device, torch_dtype(teacher), torch_dtype(student))
+            }
 
     def _made(self, kind: type[Kind], num_bytes: int) -> Kind:
         """A buffer that `close` gives back, however many of them there are."""
@@ -263,7 +270,7 @@ class _Pipeline:
             with torch.cuda.device(self._device):
                 self._drive(readers, writers)
                 torch.cuda.synchronize(self._device)
-                self._count_spans()
+                self._count_intervals()
         finally:
             wait_whatever_comes(ends)
         self._timings.copying += self._uploads.waiting_seconds / self._num_readers
@@ -301,8 +308,8 @@ class _Pipeline:
             self._incoming.append(buffer)
             if index == len(self._task.layouts) - 1:
                 self._finish(block, writers)
-            if len(self._spans) > MAX_SPANS:
-                self._count_spans()
+            if len(self._intervals) > MAX_INTERVALS:
+                self._count_intervals()
         for outgoing in self._outgoing:
             self._wait_for(outgoing)
 
@@ -429,22 +436,22 @@ class _Pipeline:
     @contextlib.contextmanager
     def _queued(self) -> Iterator[None]:
         """What is called inside is computed on the device when its turn comes, and its time counted."""
-        start, end = self._counted_spans.pop() if self._counted_spans else _new_span()
+        start, end = self._unused_intervals.pop() if self._unused_intervals else _new_interval()
         with torch.cuda.stream(self._computing):
             start.record(self._computing)
             yield
             end.record(self._computing)
-        self._spans.append((start, end))
+        self._intervals.append((start, end))
 
-    def _count_spans(self) -> None:
-        """Count the spans that are over, as far as the first that is not."""
-        while self._spans and self._spans[0][1].query():
-            start, end = span = self._spans.popleft()
+    def _count_intervals(self) -> None:
+        """Count the intervals that are over, as far as the first that is not."""
+        while self._intervals and self._intervals[0][1].query():
+            start, end = interval = self._intervals.popleft()
             self._timings.computing += start.elapsed_time(end) / 1000
-            self._counted_spans.append(span)
+            self._unused_intervals.append(interval)
 
 
-def _new_span() -> Span:
+def _new_interval() -> Interval:
     return torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
 
 

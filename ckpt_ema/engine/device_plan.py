@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 
 from ckpt_ema.blocks import ELEMENT_MULTIPLE, REMOTE_READ_BYTES, BlockPlan, Lane, buffer_bytes_per_element, padded
 
-# See `staging`.
+# Of a page-locked buffer; why so many, `staging` says.
 STAGING_BYTES = 4 << 20
 MAX_READERS = 16
 MAX_WRITERS = 8
 # Page-locked buffers beyond those that readers fill: their copies are under way.
 STAGING_AHEAD = 2
+# They are made smaller where the budget has no room for so many.
 MIN_BUFFERS = 8
 # What one update is queued for. Queueing took as long for a small block as for a large one: as it seems, since the
 # interpreter's lock has to be taken from a dozen others several times.
