@@ -10,11 +10,13 @@ import itertools
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import threading
 import time
 import weakref
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -27,12 +29,12 @@ from safetensors.torch import save_file
 
 import ckpt_ema
 from ckpt_ema import CkptEmaError
-from ckpt_ema.blocks import REMOTE_READ_BYTES, Block, BlockPlan, with_lanes
+from ckpt_ema.blocks import REMOTE_READ_BYTES, Block, BlockPlan, Lane, with_lanes
 from ckpt_ema.dtypes import BY_NAME
 from ckpt_ema.engine import choice, cpu, cuda, device_plan, fused
 from ckpt_ema.engine.buffers import Buffer
 from ckpt_ema.engine.choice import choose_engine
-from ckpt_ema.engine.contract import Engine, NonFiniteBlockError, Nowhere, Task
+from ckpt_ema.engine.contract import Engine, NonFinite, NonFiniteBlockError, Nowhere, Task
 from ckpt_ema.engine.inputs import InputFiles, LaneExtents
 from ckpt_ema.engine.staging import StagingBuffers
 from ckpt_ema.engine.workers import Jobs, Ticket, start, wait_whatever_comes
@@ -1054,6 +1056,10 @@ def test_a_probe_folds_the_first_blocks_and_forgets_them(tmp_path: Path, monkeyp
     for threads in (1, 3):
         other = ckpt_ema.plan(folder, momentum=[0.5, 0.25], num_threads=threads, memory_budget_bytes=1 << 20)
         assert choice._Probe(other.blocks, other.layouts, updates).checksum(engine) == found
+    spans: list[tuple[int, int]] = []
+    part = with_lanes(plan.blocks, [replace(plan.blocks.lanes[-1], span=(1000, 5000))])
+    choice._Probe(part, plan.layouts, updates).checksum(lambda task, *_: spans.append(task.plan.lanes[0].span))  # type: ignore[arg-type,return-value]
+    assert spans == [(1000, 5000)]
     changed = [tuple(update._replace(take=update.take + 1e-7) for update in each) for each in updates]
     assert choice._Probe(plan.blocks, plan.layouts, changed).checksum(engine) != found
 
@@ -1069,16 +1075,39 @@ def huge(tmp_path: Path) -> FoldPlan:
     return ckpt_ema.plan(tmp_path, tmp_path / "t.safetensors", momentum=0.5)
 
 
+class Clock:
+    """Time that passes only where an engine says so."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+CLOCK = Clock()
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The clock of probes, for engines that take their time by it."""
+    monkeypatch.setattr(choice, "time", CLOCK)
+    return CLOCK
+
+
 def engine_of(start_seconds: float, bytes_per_second: float, num_threads: int, first_byte: bytes = b"0") -> Engine:
-    """One that only takes its time; its threads come to the end of 4 MB each together, as they do at first."""
+    """One that only takes its time, by the clock; its threads come to the end of 4 MB each together."""
 
     def fold(task: Task, teachers: Any, progress: Any, **_: Any) -> Any:
         if task.plan.bytes_to_read < choice.MIN_BYTES:
-            teachers[0].write(memoryview(bytearray(first_byte)), 0)
+            teachers[-1].write(memoryview(bytearray(first_byte)), 0)
             return
-        time.sleep(start_seconds)
+        CLOCK.sleep(start_seconds)
         for _ in range(100 * 10**9 // (4 * 10**6 * num_threads)):
-            time.sleep(num_threads * 4e6 / bytes_per_second)
+            CLOCK.sleep(num_threads * 4e6 / bytes_per_second)
             for _ in range(num_threads):
                 progress(4 * 10**6)
 
@@ -1087,45 +1116,195 @@ def engine_of(start_seconds: float, bytes_per_second: float, num_threads: int, f
 
 @pytest.mark.parametrize(
     ("start_seconds", "bytes_per_second", "num_threads"),
-    [(0.0, 1e10, 1), (0.0, 1e10, 16), (0.5, 1e10, 16), (2.0, 1e9, 4), (0.0, 5e7, 4)],
+    [(0.0, 1e10, 1), (0.0, 1e10, 16), (0.5, 1e10, 16), (2.0, 1e9, 4), (0.0, 5e7, 4), (0.0, 6.4e7, 16)],
 )
 def test_a_probe_tells_the_start_from_what_comes_then(
-    huge: FoldPlan, start_seconds: float, bytes_per_second: float, num_threads: int
+    huge: FoldPlan, clock: Clock, start_seconds: float, bytes_per_second: float, num_threads: int
 ) -> None:
-    """Whatever an engine takes to start, how many threads it has and how slow it is; in less than 2 s from then on."""
+    """Whatever it takes to start, how many threads it has and how slow it is, in 3 s from then on."""
     probe = choice._Probe(huge.blocks, huge.layouts, [teacher.updates for teacher in huge.teachers])
-    started = time.perf_counter()
+    started = clock.now
     rate = probe.rate(engine_of(start_seconds, bytes_per_second, num_threads))
-    assert time.perf_counter() - started < 2 + start_seconds
+    assert clock.now - started <= 3 + start_seconds
     expected = 2e11 / (start_seconds + 2e11 / bytes_per_second) / 1e9
-    assert rate == pytest.approx(expected, rel=0.35)
+    assert rate == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize("num_students", [2, 48, 300])
+def test_a_probe_of_the_cpu_tells_how_fast_it_is(
+    huge: FoldPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_students: int
+) -> None:
+    """However many students there are: with 16 threads that read 0.1 GB/s each, and little of a wider dtype first."""
+    header = json.dumps(
+        {
+            "a": {"dtype": "F64", "shape": [10**7], "data_offsets": [0, 8 * 10**7]},
+            "b": {"dtype": "F32", "shape": [10**9], "data_offsets": [8 * 10**7, 408 * 10**7]},
+        }
+    ).encode()
+    folder = tmp_path / "many"
+    folder.mkdir()
+    for step in range(num_students):
+        with (folder / f"step_{step}.safetensors").open("wb") as file:
+            file.write(len(header).to_bytes(8, "little") + header)
+            file.truncate(file.tell() + 408 * 10**7)
+    plan = ckpt_ema.plan(folder, tmp_path / "t.safetensors", momentum=0.5)
+    read_bytes: list[int] = []
+    widths: set[int] = set()
+
+    def read(extents: LaneExtents, first: int, stop: int, buffer: memoryview, *_: Any) -> None:
+        time.sleep(len(buffer) / 1e8)
+        read_bytes.append(len(buffer))
+        widths.add(len(buffer) // (stop - first))
+
+    monkeypatch.setattr(LaneExtents, "read", read)
+    blocks = replace(plan.blocks, num_threads=16)
+    probe = choice._Probe(blocks, plan.layouts, [teacher.updates for teacher in plan.teachers])
+    started = time.perf_counter()
+    rate = probe.rate(cpu.fold_blocks)
+    assert rate == pytest.approx(sum(read_bytes) / (time.perf_counter() - started) / 1e9, rel=0.25)
+    assert widths == {4}
+
+
+def test_readers_that_run_ahead_are_not_taken_for_a_fast_engine(huge: FoldPlan, clock: Clock) -> None:
+    """A GPU's read twenty blocks before they wait for anything."""
+
+    def fold(task: Task, teachers: Any, progress: Any) -> Any:
+        for number in range(2000):
+            clock.sleep(0.0 if number < 20 else 0.01)
+            progress(4 * 10**6)
+
+    probe = choice._Probe(huge.blocks, huge.layouts, [teacher.updates for teacher in huge.teachers])
+    assert probe.rate(fold) == pytest.approx(0.4, rel=0.1)  # type: ignore[arg-type]
+
+
+def test_a_probe_that_is_stopped_keeps_nothing(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The buffers of the CPU's threads are free before the fold makes its own."""
+    plan = ckpt_ema.plan(run, tmp_path / "t.safetensors", momentum=0.5)
+    buffers: list[weakref.ref[Buffer]] = []
+    make = Buffer.__init__
+
+    def note(buffer: Buffer, *arguments: Any, **options: Any) -> None:
+        buffers.append(weakref.ref(buffer))
+        make(buffer, *arguments, **options)
+
+    monkeypatch.setattr(Buffer, "__init__", note)
+    monkeypatch.setattr(choice, "LONGEST_PROBE_SECONDS", 1e-9)
+    probe = choice._Probe(plan.blocks, plan.layouts, [teacher.updates for teacher in plan.teachers])
+    gc.disable()
+    try:
+        probe.rate(cpu.fold_blocks)
+        assert buffers
+        assert not any(buffer() for buffer in buffers)
+    finally:
+        gc.enable()
+
+
+def choose_between(
+    on_cpu: Engine, on_gpu: Engine, plan: FoldPlan, monkeypatch: pytest.MonkeyPatch, lanes: Sequence[Lane] | None = None
+) -> tuple[str, str]:
+    """The device and the reason of `auto` for two teachers, where these are the engines."""
+    monkeypatch.setattr(cpu, "fold_blocks", on_cpu)
+    monkeypatch.setattr(cuda, "fold_blocks", on_gpu)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    updates = [teacher.updates for teacher in plan.teachers] * 2
+    blocks = plan.blocks if lanes is None else with_lanes(plan.blocks, lanes)
+    found = choose_engine("auto", blocks, plan.layouts, updates, 1 << 20)
+    return found.device, found.reason
 
 
 @pytest.mark.parametrize(
     ("on_gpu", "device", "reason"),
     [
-        (engine_of(0.5, 1e10, 16), "cuda:0", "GB/s on cuda:0, "),
-        (engine_of(2.0, 1e10, 16), "cuda:0", "GB/s on cuda:0, "),
-        (engine_of(0.0, 1e9, 16), "cpu", "GB/s on cuda:0, "),
+        (
+            engine_of(0.5, 1e10, 16),
+            "cuda:0",
+            r"9\.[89] GB/s on cuda:0, 4\.0 on the CPU, expected from a probe",
+        ),
+        (engine_of(2.0, 1e10, 16), "cuda:0", r"9\.[01] GB/s on cuda:0, 4\.0 on the CPU, expected from a probe"),
+        (engine_of(0.0, 1e9, 16), "cpu", r"1\.0 GB/s on cuda:0, 4\.0 on the CPU, expected from a probe"),
         (engine_of(0.0, 1e10, 16, b"1"), "cpu", "cuda:0 rounds in another way than the hook"),
     ],
 )
 def test_auto_takes_what_is_done_earlier(
-    huge: FoldPlan, monkeypatch: pytest.MonkeyPatch, on_gpu: Engine, device: str, reason: str
+    huge: FoldPlan, clock: Clock, monkeypatch: pytest.MonkeyPatch, on_gpu: Engine, device: str, reason: str
 ) -> None:
-    """A GPU that takes its time to start too, but never one with other bytes; and none for little, or for nothing."""
-    monkeypatch.setattr(cpu, "fold_blocks", engine_of(0.0, 4e9, 16))
-    monkeypatch.setattr(cuda, "fold_blocks", on_gpu)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    updates = [teacher.updates for teacher in huge.teachers]
-    found = choose_engine("auto", huge.blocks, huge.layouts, updates, 1 << 20)
-    assert found.device == device
-    assert reason in found.reason
+    """A GPU that takes its time to start too, but never one with other bytes in any teacher."""
+    found = choose_between(engine_of(0.0, 4e9, 16), on_gpu, huge, monkeypatch)
+    assert found[0] == device
+    assert re.fullmatch(reason, found[1])
+
+
+def test_auto_takes_no_gpu_for_little(huge: FoldPlan, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That starts for longer than it saves, or for which there is little or nothing."""
     (lane,) = huge.blocks.lanes
+    fast = engine_of(0.0, 1e10, 16), engine_of(2.0, 4e10, 16)
+    # 22 GB are 2.2 s on one, and half a second on the other.
+    assert choose_between(*fast, huge, monkeypatch, [replace(lane, span=(0, 11 * 10**9 // 4))])[0] == "cpu"
     for lanes in ([], [replace(lane, action="copy")], [replace(lane, span=(0, 10**9))]):
-        found = choose_engine("auto", with_lanes(huge.blocks, lanes), huge.layouts, updates, 1 << 20)
-        assert (found.device, found.reason) == ("cpu", "too little to average for a GPU to pay")
+        expected = ("cpu", "too little to average for a GPU to pay")
+        assert choose_between(*fast, huge, monkeypatch, lanes) == expected
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (NonFiniteBlockError(NonFinite(0, 0)), "the students are not finite"),
+        (RuntimeError("CUDA error: busy\nmore"), "the probe failed: CUDA error: busy"),
+        (CkptEmaError("no room"), "the probe failed: no room"),
+    ],
+)
+@pytest.mark.parametrize("where", ["compared", "timed"])
+def test_a_probe_that_fails_is_no_reason_not_to_fold(
+    huge: FoldPlan, clock: Clock, monkeypatch: pytest.MonkeyPatch, where: str, error: Exception, reason: str
+) -> None:
+    """Whether the first bytes are compared, or the time is taken; the CPU is told to fold, and the reason is said."""
+
+    def fold(task: Task, *_: Any, **__: Any) -> Any:
+        if (task.plan.bytes_to_read < choice.MIN_BYTES) == (where == "compared"):
+            raise error
+
+    on_cpu = engine_of(0.0, 4e9, 16)
+    assert choose_between(on_cpu, fold, huge, monkeypatch) == ("cpu", reason)  # type: ignore[arg-type]
+
+
+def test_a_disk_that_nobody_has_read_of_speaks_for_no_gpu(
+    huge: FoldPlan, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever comes first reads from the disk, and whoever comes then from memory: the GPU comes first."""
+    engines: list[str] = []
+
+    def noted(name: str) -> Engine:
+        def fold(*arguments: Any, **options: Any) -> Any:
+            engines.append(name)
+            return engine_of(0.0, 1e10, 16)(*arguments, **options)
+
+        return fold
+
+    choose_between(noted("cpu"), noted("gpu"), huge, monkeypatch)
+    assert engines == ["gpu", "gpu", "cpu", "cpu"]
+
+
+@pytest.mark.parametrize("pays", [True, False])
+def test_only_a_kernel_that_pays_is_tried(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pays: bool
+) -> None:
+    """For each pair of dtypes that updates, once."""
+    tried: list[tuple[torch.dtype, torch.dtype]] = []
+
+    def is_usable(device: torch.device, teacher: torch.dtype, student: torch.dtype) -> bool:
+        tried.append((teacher, student))
+        return False
+
+    monkeypatch.setattr(fused, "is_usable", is_usable)
+    monkeypatch.setattr(cuda, "COMPILING_SECONDS", -math.inf if pays else math.inf)
+    with modelled(monkeypatch, 0):
+        fold_on_a_model(run, tmp_path / "t.safetensors", momentum=0.3, memory_budget_bytes=1 << 20)
+    students = {torch.float32, torch.bfloat16, torch.float16} & {
+        tensor.dtype for tensor in torch.load(run / "step_0.pt")["model"].values()
+    }
+    assert len(tried) == len(set(tried))
+    assert set(tried) == ({(torch.float32, dtype) for dtype in students} if pays else set())
 
 
 def test_the_kernel_is_compiled_where_that_pays(huge: FoldPlan) -> None:

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
@@ -27,12 +28,15 @@ MIN_BYTES = 20 << 30
 COMPARED_BYTES = 512 << 20
 """Read by each engine for the comparison of their bytes."""
 
-PROBE_SECONDS = 0.3
-PROBE_READS = 64
-"""How often an engine tells of progress in a probe: its threads may do so together, and each does several times."""
+SKIPPED_READS = 32
+"""Of a probe: a GPU's readers run ahead until there is something to wait for."""
 
+PROBE_READS = 64
+"""How often an engine tells of progress from then on: its threads may do so together, and each does several times."""
+
+PROBE_SECONDS = 0.3
 LONGEST_PROBE_SECONDS = 1.5
-"""Where that takes longer, it is the disk that is slow."""
+"""From the first time on. Where that is not enough, the disk is slow."""
 
 SUMMED_BYTES = 1 << 20
 
@@ -121,8 +125,10 @@ class _Probe:
     """The start of a fold on each engine, its teachers forgotten."""
 
     def __init__(self, plan: BlockPlan, layouts: Sequence[Layout], updates: Sequence[Sequence[Update]]) -> None:
-        # What else there is the CPU does in either case.
-        self._plan = with_lanes(plan, [lane for lane in plan.lanes if cuda.is_for_gpu(lane)])
+        # What else there is the CPU does in either case. What there is most of comes first: a probe comes no further.
+        lanes = [with_lanes(plan, [lane]) for lane in plan.lanes if cuda.is_for_gpu(lane)]
+        lanes.sort(key=attrgetter("bytes_to_read"), reverse=True)
+        self._plan = with_lanes(plan, [lane for part in lanes for lane in part.lanes])
         self._layouts, self._updates = layouts, updates
 
     @property
@@ -140,7 +146,10 @@ class _Probe:
         return sum(each.total for each in sums)
 
     def rate(self, engine: Engine) -> float:
-        """Gigabytes per second at which it would read all that a GPU can fold, its start included."""
+        """Gigabytes per second at which it would read all that a GPU can fold, its start included.
+
+        As far as the dtype that most of it has tells.
+        """
         stopwatch = _Stopwatch()
         with contextlib.suppress(_EnoughError):
             self._run(engine, self._plan, [Nowhere() for _ in self._updates], stopwatch)
@@ -160,32 +169,34 @@ class _EnoughError(Exception):
 class _Stopwatch:
     """An engine's progress: what it takes to start is told from what it does from then on.
 
-    A GPU's memory is taken and given back once for a fold, in the time in which it reads gigabytes.
+    A GPU's memory is taken once for a fold, in the time in which it reads gigabytes.
     """
 
     def __init__(self) -> None:
-        self._started = self._now = time.perf_counter()
-        self._first: float | None = None
-        self._first_bytes = self._num_bytes = 0
-        self._num_reads = 0
+        self._started = self._first = self._steady = self._now = time.perf_counter()
+        self._num_reads = self._num_bytes = self._bytes_before = 0
 
     def __call__(self, num_bytes: int) -> None:
-        """Note bytes that were read; raises _EnoughError when that is enough."""
-        self._now = time.perf_counter()
-        if self._first is None:
-            self._first, self._first_bytes = self._now, num_bytes
-            return
-        self._num_bytes += num_bytes
-        self._num_reads += 1
-        is_enough = self._num_reads >= PROBE_READS and self._now - self._first >= PROBE_SECONDS
-        if is_enough or self._now - self._first >= LONGEST_PROBE_SECONDS:
+        """Note bytes that were read; raises _EnoughError when there was enough before, and from then on."""
+        now = time.perf_counter()
+        is_enough = self._num_reads >= SKIPPED_READS + PROBE_READS and now - self._steady >= PROBE_SECONDS
+        if is_enough or (self._num_reads and now - self._first >= LONGEST_PROBE_SECONDS):
+            # Not counted: of threads that are done together it is the first, and what the others did would be missing.
             raise _EnoughError
+        self._now = now
+        self._num_reads += 1
+        self._num_bytes += num_bytes
+        if self._num_reads == 1:
+            self._first = now
+        if self._num_reads == SKIPPED_READS:
+            self._steady, self._bytes_before = now, self._num_bytes
 
     def seconds_for(self, num_bytes: int) -> float:
-        """How long the engine takes for so many, as it went until now."""
-        if self._first is None or self._num_reads < PROBE_READS:
-            return num_bytes * (self._now - self._started) / max(1, self._first_bytes + self._num_bytes)
-        return self._first - self._started + num_bytes * (self._now - self._first) / self._num_bytes
+        """How long the engine takes until it has read so many, as it went until now."""
+        if self._num_reads < SKIPPED_READS + PROBE_READS // 2:
+            return num_bytes * (self._now - self._started) / max(1, self._num_bytes)
+        seconds_per_byte = (self._now - self._steady) / (self._num_bytes - self._bytes_before)
+        return self._steady - self._started + (num_bytes - self._bytes_before) * seconds_per_byte
 
 
 def _start_of(plan: BlockPlan, num_bytes: int) -> BlockPlan:

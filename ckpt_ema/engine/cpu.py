@@ -79,8 +79,12 @@ def fold_blocks(
             wait_whatever_comes([jobs.end])
         finally:
             torch.set_num_threads(threads_before)
-    if failures:
-        raise failures[0]
+    try:
+        if failures:
+            raise failures[0]
+    finally:
+        # An error knows the frames that know the list: together they would keep the buffers.
+        failures.clear()
     return timings
 
 

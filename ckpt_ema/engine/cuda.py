@@ -105,15 +105,21 @@ def seconds_saved_by_kernel(lanes: Sequence[Lane], num_teachers: int) -> float:
     """
     seconds = 0.0
     for lane in lanes:
-        if torch_dtype(lane.accumulate_dtype) in fused.DTYPES:
-            teachers_bytes = lane.accumulate_dtype.itemsize * num_teachers
-            for dtype in lane.input_dtypes[1:]:
-                # mul_ reads and writes the teacher; add_ reads it and the student, and writes it.
-                by_torch = 5 * teachers_bytes / DEVICE_BYTES_PER_SECOND
-                by_kernel = (2 * teachers_bytes + dtype.itemsize) / DEVICE_BYTES_PER_SECOND
-                saved = by_torch - max(by_kernel, dtype.itemsize / LINK_BYTES_PER_SECOND)
-                seconds += (lane.span[1] - lane.span[0]) * max(0.0, saved)
+        teachers_bytes = lane.accumulate_dtype.itemsize * num_teachers
+        for dtype in _dtypes_for_kernel(lane):
+            # mul_ reads and writes the teacher; add_ reads it and the student, and writes it.
+            by_torch = 5 * teachers_bytes / DEVICE_BYTES_PER_SECOND
+            by_kernel = (2 * teachers_bytes + dtype.itemsize) / DEVICE_BYTES_PER_SECOND
+            saved = by_torch - max(by_kernel, dtype.itemsize / LINK_BYTES_PER_SECOND)
+            seconds += (lane.span[1] - lane.span[0]) * max(0.0, saved)
     return seconds
+
+
+def _dtypes_for_kernel(lane: Lane) -> list[DType]:
+    """Those of the inputs that a kernel could update the lane's teachers with: not of the first, which is copied."""
+    if torch_dtype(lane.accumulate_dtype) not in fused.DTYPES:
+        return []
+    return [dtype for dtype in lane.input_dtypes[1:] if torch_dtype(dtype) in fused.DTYPES]
 
 
 def is_for_gpu(lane: Lane) -> bool:
@@ -248,7 +254,7 @@ class _Pipeline:
         """Dtypes of teacher and student that one kernel does in one pass."""
 
         if seconds_saved_by_kernel(lanes, len(teachers)) > COMPILING_SECONDS:
-            pairs = {(lane.accumulate_dtype, dtype) for lane in lanes for dtype in lane.input_dtypes}
+            pairs = {(lane.accumulate_dtype, dtype) for lane in lanes for dtype in _dtypes_for_kernel(lane)}
             self._fused = {
                 (teacher, student)
                 for teacher, student in pairs
