@@ -476,7 +476,12 @@ def _with_options(command: Command, changed: dict[str, Command | None]) -> Comma
             metavar="SIZE",
             help="Write a folder of files of this size with an index, as Hugging Face does (5GB).",
         ),
-        "device": click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda[:i]."),
+        "device": click.option(
+            "--device",
+            default="auto",
+            show_default=True,
+            help="auto, which measures before a long fold, cpu or cuda[:i].",
+        ),
         "memory": click.option(
             "--memory",
             "memory_budget_bytes",
