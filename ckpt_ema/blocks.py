@@ -85,6 +85,16 @@ class Lane:
         """Bytes of an element of the widest input."""
         return max(dtype.itemsize for dtype in self.input_dtypes)
 
+    @property
+    def input_bytes_per_element(self) -> int:
+        """Bytes of an element in all inputs together."""
+        return sum(dtype.itemsize for dtype in self.input_dtypes)
+
+    @property
+    def bytes_to_read(self) -> int:
+        """Bytes of the elements that are folded here, in all inputs together."""
+        return (self.span[1] - self.span[0]) * self.input_bytes_per_element
+
     def tensors_between(self, begin: int, end: int) -> Iterator[tuple[int, int, int]]:
         """(schema index, first element within the tensor, number of elements) of what lies in `[begin, end)`."""
         position = bisect.bisect_right(self.starts, begin) - 1
@@ -229,7 +239,7 @@ def plan_blocks(
     is_remote = any(layout.is_remote for layout in layouts)
     size_blocks = _size_remote_blocks if is_remote else _size_blocks
     block_elements, threads = size_blocks(lanes, memory_budget_bytes, num_threads, num_teachers)
-    bytes_to_read = sum(lane.num_elements * dtype.itemsize for lane in lanes for dtype in lane.input_dtypes)
+    bytes_to_read = sum(lane.bytes_to_read for lane in lanes)
     buffers = _thread_buffers(lanes, block_elements)
     return BlockPlan(lanes, aliases, offsets, position, bytes_to_read, block_elements, threads, buffers, num_teachers)
 
@@ -241,7 +251,7 @@ def plan_of_rank(plan: BlockPlan, number: int, count: int) -> BlockPlan:
     """
     if count == 1:
         return plan
-    costs = [sum(dtype.itemsize for dtype in lane.input_dtypes) for lane in plan.lanes]
+    costs = [lane.input_bytes_per_element for lane in plan.lanes]
     total = sum(lane.num_elements * cost for lane, cost in zip(plan.lanes, costs, strict=True))
     first, stop = total * number // count, total * (number + 1) // count
     lanes = []
@@ -278,8 +288,7 @@ def _between(lane: Lane, begin: int, end: int) -> Lane:
 
 def with_lanes(plan: BlockPlan, lanes: Sequence[Lane]) -> BlockPlan:
     """The plan with these lanes, which are some of its own or parts of them, alone."""
-    to_read = sum((lane.span[1] - lane.span[0]) * sum(d.itemsize for d in lane.input_dtypes) for lane in lanes)
-    return replace(plan, lanes=tuple(lanes), bytes_to_read=to_read)
+    return replace(plan, lanes=tuple(lanes), bytes_to_read=sum(lane.bytes_to_read for lane in lanes))
 
 
 def _cut(lane: Lane, num_bytes: int, cost: int) -> int:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -170,3 +171,15 @@ def saved_by_deepspeed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `deepspeed_ranks.py` saves on two ranks."""
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
     return saved_once(tmp_path_factory, "deepspeed", "deepspeed_ranks.py", 2)
+
+
+def save_hollow(path: Path, tensors: Mapping[str, tuple[str, int]]) -> None:
+    """A safetensors file of flat tensors, each of a dtype (`F32`) and a number of elements, that takes no room."""
+    header: dict[str, Any] = {}
+    end = 0
+    for name, (dtype, count) in tensors.items():
+        begin, end = end, end + count * int(dtype[1:]) // 8
+        header[name] = {"dtype": dtype, "shape": [count], "data_offsets": [begin, end]}
+    table = json.dumps(header).encode()
+    path.write_bytes(len(table).to_bytes(8, "little") + table)
+    os.truncate(path, 8 + len(table) + end)

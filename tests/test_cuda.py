@@ -7,7 +7,6 @@ import errno
 import functools
 import gc
 import itertools
-import json
 import math
 import os
 import re
@@ -16,7 +15,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -41,7 +40,7 @@ from ckpt_ema.engine.workers import Jobs, Ticket, start, wait_whatever_comes
 from ckpt_ema.locations import as_path
 from ckpt_ema.records import FoldPlan
 from ckpt_ema.sizes import DEFAULT_MEMORY_BUDGET_BYTES
-from tests.conftest import quiet_fold
+from tests.conftest import quiet_fold, save_hollow
 from tests.device_model import Event, modelled
 from tests.test_many_teachers import MOMENTA, varied_student
 
@@ -861,7 +860,7 @@ def test_an_error_of_the_callers_own_is_not_called_the_devices(
 
 def only_for_gpu(blocks: BlockPlan) -> BlockPlan:
     """The part of a plan that the GPU's engine does not leave to the CPU's."""
-    return replace(blocks, lanes=tuple(lane for lane in blocks.lanes if cuda.is_for_gpu(lane)))
+    return with_lanes(blocks, [lane for lane in blocks.lanes if cuda.is_for_gpu(lane)])
 
 
 INTERRUPTED = """
@@ -1028,6 +1027,14 @@ def test_without_a_gpu_auto_is_the_cpu(run: Path, tmp_path: Path) -> None:
     assert choose_engine("auto", plan.blocks, plan.layouts, updates, 1 << 20).engine is cpu.fold_blocks
 
 
+@contextlib.contextmanager
+def probed(blocks: BlockPlan, plan: FoldPlan) -> Iterator[Task]:
+    """What the probe folds of these blocks."""
+    with InputFiles(plan.layouts) as files:
+        updates = [teacher.updates for teacher in plan.teachers]
+        yield Task(choice._for_gpu(blocks), plan.layouts, updates, files)
+
+
 def test_a_probe_folds_the_first_blocks_and_forgets_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It compares no more than it is to, of each lane from its start, and leaves no file."""
     monkeypatch.setattr(choice, "COMPARED_BYTES", 3 << 20)
@@ -1044,34 +1051,35 @@ def test_a_probe_folds_the_first_blocks_and_forgets_them(tmp_path: Path, monkeyp
     def engine(*arguments: Any) -> Any:
         return cpu.fold_blocks(*arguments[:-1], lambda num_bytes: (read.append(num_bytes), arguments[-1](num_bytes)))
 
-    probe = choice._Probe(plan.blocks, plan.layouts, updates)
-    assert probe.bytes_to_read == 3 * (10 << 17)
-    found = probe.checksum(engine)
+    with probed(plan.blocks, plan) as task:
+        assert task.plan.bytes_to_read == 3 * (10 << 17)
+        found = choice._checksum(engine, task)
     # Three students of two tensors in float32 and one in bfloat16, of each dtype as much as of the others.
     assert sorted(read) == [3 * 2 * 104_858, 3 * 4 * 209_716]
     read.clear()
-    assert probe.rate(engine) > 0
-    assert sum(read) == probe.bytes_to_read
+    with probed(plan.blocks, plan) as task:
+        assert choice._rate(engine, task) > 0
+    assert sum(read) == task.plan.bytes_to_read
     assert sorted(tmp_path.iterdir()) == [folder]
     for threads in (1, 3):
         other = ckpt_ema.plan(folder, momentum=[0.5, 0.25], num_threads=threads, memory_budget_bytes=1 << 20)
-        assert choice._Probe(other.blocks, other.layouts, updates).checksum(engine) == found
+        with probed(other.blocks, other) as task:
+            assert choice._checksum(engine, task) == found
     spans: list[tuple[int, int]] = []
     part = with_lanes(plan.blocks, [replace(plan.blocks.lanes[-1], span=(1000, 5000))])
-    choice._Probe(part, plan.layouts, updates).checksum(lambda task, *_: spans.append(task.plan.lanes[0].span))  # type: ignore[arg-type,return-value]
+    with probed(part, plan) as task:
+        choice._checksum(lambda task, *_: spans.append(task.plan.lanes[0].span), task)  # type: ignore[arg-type,return-value]
     assert spans == [(1000, 5000)]
     changed = [tuple(update._replace(take=update.take + 1e-7) for update in each) for each in updates]
-    assert choice._Probe(plan.blocks, plan.layouts, changed).checksum(engine) != found
+    with probed(plan.blocks, plan) as task:
+        assert choice._checksum(engine, replace(task, updates=changed)) != found
 
 
 @pytest.fixture
 def huge(tmp_path: Path) -> FoldPlan:
     """A plan of two students of 100 GB, of which the files have the names and no bytes."""
     for step in range(2):
-        header = json.dumps({"a": {"dtype": "F32", "shape": [25 * 10**9], "data_offsets": [0, 10**11]}}).encode()
-        with (tmp_path / f"step_{step}.safetensors").open("wb") as file:
-            file.write(len(header).to_bytes(8, "little") + header)
-            file.truncate(file.tell() + 10**11)
+        save_hollow(tmp_path / f"step_{step}.safetensors", {"a": ("F32", 25 * 10**9)})
     return ckpt_ema.plan(tmp_path, tmp_path / "t.safetensors", momentum=0.5)
 
 
@@ -1122,9 +1130,9 @@ def test_a_probe_tells_the_start_from_what_comes_then(
     huge: FoldPlan, clock: Clock, start_seconds: float, bytes_per_second: float, num_threads: int
 ) -> None:
     """Whatever it takes to start, how many threads it has and how slow it is, in 3 s from then on."""
-    probe = choice._Probe(huge.blocks, huge.layouts, [teacher.updates for teacher in huge.teachers])
-    started = clock.now
-    rate = probe.rate(engine_of(start_seconds, bytes_per_second, num_threads))
+    with probed(huge.blocks, huge) as task:
+        started = clock.now
+        rate = choice._rate(engine_of(start_seconds, bytes_per_second, num_threads), task)
     assert clock.now - started <= 3 + start_seconds
     expected = 2e11 / (start_seconds + 2e11 / bytes_per_second) / 1e9
     assert rate == pytest.approx(expected, rel=0.05)
@@ -1135,18 +1143,10 @@ def test_a_probe_of_the_cpu_tells_how_fast_it_is(
     huge: FoldPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_students: int
 ) -> None:
     """However many students there are: with 16 threads that read 0.1 GB/s each, and little of a wider dtype first."""
-    header = json.dumps(
-        {
-            "a": {"dtype": "F64", "shape": [10**7], "data_offsets": [0, 8 * 10**7]},
-            "b": {"dtype": "F32", "shape": [10**9], "data_offsets": [8 * 10**7, 408 * 10**7]},
-        }
-    ).encode()
     folder = tmp_path / "many"
     folder.mkdir()
     for step in range(num_students):
-        with (folder / f"step_{step}.safetensors").open("wb") as file:
-            file.write(len(header).to_bytes(8, "little") + header)
-            file.truncate(file.tell() + 408 * 10**7)
+        save_hollow(folder / f"step_{step}.safetensors", {"a": ("F64", 10**7), "b": ("F32", 10**9)})
     plan = ckpt_ema.plan(folder, tmp_path / "t.safetensors", momentum=0.5)
     read_bytes: list[int] = []
     widths: set[int] = set()
@@ -1158,9 +1158,9 @@ def test_a_probe_of_the_cpu_tells_how_fast_it_is(
 
     monkeypatch.setattr(LaneExtents, "read", read)
     blocks = replace(plan.blocks, num_threads=16)
-    probe = choice._Probe(blocks, plan.layouts, [teacher.updates for teacher in plan.teachers])
-    started = time.perf_counter()
-    rate = probe.rate(cpu.fold_blocks)
+    with probed(blocks, plan) as task:
+        started = time.perf_counter()
+        rate = choice._rate(cpu.fold_blocks, task)
     assert rate == pytest.approx(sum(read_bytes) / (time.perf_counter() - started) / 1e9, rel=0.25)
     assert widths == {4}
 
@@ -1173,8 +1173,8 @@ def test_readers_that_run_ahead_are_not_taken_for_a_fast_engine(huge: FoldPlan, 
             clock.sleep(0.0 if number < 20 else 0.01)
             progress(4 * 10**6)
 
-    probe = choice._Probe(huge.blocks, huge.layouts, [teacher.updates for teacher in huge.teachers])
-    assert probe.rate(fold) == pytest.approx(0.4, rel=0.1)  # type: ignore[arg-type]
+    with probed(huge.blocks, huge) as task:
+        assert choice._rate(fold, task) == pytest.approx(0.4, rel=0.1)  # type: ignore[arg-type]
 
 
 def test_a_probe_that_is_stopped_keeps_nothing(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1189,12 +1189,12 @@ def test_a_probe_that_is_stopped_keeps_nothing(run: Path, tmp_path: Path, monkey
 
     monkeypatch.setattr(Buffer, "__init__", note)
     monkeypatch.setattr(choice, "LONGEST_PROBE_SECONDS", 1e-9)
-    probe = choice._Probe(plan.blocks, plan.layouts, [teacher.updates for teacher in plan.teachers])
     gc.disable()
     try:
-        probe.rate(cpu.fold_blocks)
-        assert buffers
-        assert not any(buffer() for buffer in buffers)
+        with probed(plan.blocks, plan) as task:
+            choice._rate(cpu.fold_blocks, task)
+            assert buffers
+            assert not any(buffer() for buffer in buffers)
     finally:
         gc.enable()
 

@@ -22,7 +22,7 @@ import ckpt_ema
 from ckpt_ema import journal, writer
 from ckpt_ema.errors import CkptEmaError
 from ckpt_ema.fingerprints import fingerprint
-from tests.conftest import Outcome, quiet_fold
+from tests.conftest import Outcome, quiet_fold, save_hollow
 
 Cli = Callable[..., Outcome]
 
@@ -627,10 +627,7 @@ def test_the_command_says_how_to_go_on(tmp_path: Path, cli: Cli) -> None:
     run = tmp_path / "run"
     run.mkdir()
     for step in (1, 2, 3):
-        path = run / f"step_{step}.safetensors"
-        header = json.dumps({"w": {"dtype": "F32", "shape": [1 << 28], "data_offsets": [0, 1 << 30]}}).encode()
-        path.write_bytes(len(header).to_bytes(8, "little") + header)
-        os.truncate(path, 8 + len(header) + (1 << 30))
+        save_hollow(run / f"step_{step}.safetensors", {"w": ("F32", 1 << 28)})
     command = [sys.executable, "-m", "ckpt_ema", "fold", str(run), "--momentum", "0.4", "--resume"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     journal_file = run / ".teacher.safetensors.journal"

@@ -7,7 +7,7 @@ import functools
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from operator import attrgetter
 from typing import NamedTuple
@@ -16,7 +16,7 @@ import torch
 
 from ckpt_ema.blocks import BlockPlan, with_lanes
 from ckpt_ema.engine import cpu, cuda
-from ckpt_ema.engine.contract import Engine, NonFiniteBlockError, Nowhere, Task, Teacher
+from ckpt_ema.engine.contract import Engine, NonFiniteBlockError, Nowhere, Task
 from ckpt_ema.engine.inputs import InputFiles
 from ckpt_ema.errors import CkptEmaError, first_line
 from ckpt_ema.layouts import Layout
@@ -83,12 +83,14 @@ def choose_engine(
         return Choice(on_gpu, str(device), "asked for")
     if any(layout.is_remote for layout in layouts):
         return Choice(cpu.fold_blocks, "cpu", "the inputs are remote: the network is what takes the time")
-    probe = _Probe(plan, layouts, updates)
-    if probe.bytes_to_read < MIN_BYTES:
+    averaged = _for_gpu(plan)
+    if averaged.bytes_to_read < MIN_BYTES:
         return Choice(cpu.fold_blocks, "cpu", "too little to average for a GPU to pay")
     try:
-        # The GPU first: files that nobody has read of late are slow for both, and then the CPU shall seem no slower.
-        on_both = [(probe.checksum(engine), probe.rate(engine)) for engine in (on_gpu, cpu.fold_blocks)]
+        with InputFiles(layouts) as files:
+            task = Task(averaged, layouts, updates, files)
+            # The GPU first: what nobody has read of late is slow for both, and then the CPU shall seem no slower.
+            on_both = [(_checksum(engine, task), _rate(engine, task)) for engine in (on_gpu, cpu.fold_blocks)]
     except NonFiniteBlockError:
         return Choice(cpu.fold_blocks, "cpu", "the students are not finite")  # as the fold itself is going to say
     except (RuntimeError, CkptEmaError) as error:  # a driver too old, a device in use: no reason not to fold
@@ -121,45 +123,34 @@ class Checksum:
             self.total += total
 
 
-class _Probe:
-    """The start of a fold on each engine, its teachers forgotten."""
+def _for_gpu(plan: BlockPlan) -> BlockPlan:
+    """What a GPU can fold of a plan; all else the CPU does in either case.
 
-    def __init__(self, plan: BlockPlan, layouts: Sequence[Layout], updates: Sequence[Sequence[Update]]) -> None:
-        # What else there is the CPU does in either case. What there is most of comes first: a probe comes no further.
-        lanes = [with_lanes(plan, [lane]) for lane in plan.lanes if cuda.is_for_gpu(lane)]
-        lanes.sort(key=attrgetter("bytes_to_read"), reverse=True)
-        self._plan = with_lanes(plan, [lane for part in lanes for lane in part.lanes])
-        self._layouts, self._updates = layouts, updates
+    What there is most of comes first: a probe comes no further.
+    """
+    lanes = filter(cuda.is_for_gpu, plan.lanes)
+    return with_lanes(plan, sorted(lanes, key=attrgetter("bytes_to_read"), reverse=True))
 
-    @property
-    def bytes_to_read(self) -> int:
-        """Of what a GPU can fold."""
-        return self._plan.bytes_to_read
 
-    def checksum(self, engine: Engine) -> int:
-        """Of the beginning of each dtype in the teachers; the engine has run once then.
+def _checksum(engine: Engine, task: Task) -> int:
+    """Of the beginning of each dtype in the teachers; the engine has run once then.
 
-        What Triton's kernel does in a long fold is tried elsewhere; see `fused`.
-        """
-        sums = [Checksum() for _ in self._updates]
-        self._run(engine, _start_of(self._plan, COMPARED_BYTES // len(self._layouts)), sums, lambda num_bytes: None)
-        return sum(each.total for each in sums)
+    What Triton's kernel does in a long fold is tried elsewhere; see `fused`.
+    """
+    sums = [Checksum() for _ in task.updates]
+    engine(replace(task, plan=_start_of(task.plan, COMPARED_BYTES)), sums, lambda num_bytes: None)
+    return sum(each.total for each in sums)
 
-    def rate(self, engine: Engine) -> float:
-        """Gigabytes per second at which it would read all that a GPU can fold, its start included.
 
-        As far as the dtype that most of it has tells.
-        """
-        stopwatch = _Stopwatch()
-        with contextlib.suppress(_EnoughError):
-            self._run(engine, self._plan, [Nowhere() for _ in self._updates], stopwatch)
-        return self.bytes_to_read / stopwatch.seconds_for(self.bytes_to_read) / 1e9
+def _rate(engine: Engine, task: Task) -> float:
+    """Gigabytes per second at which an engine would read all of a task's inputs, its start included.
 
-    def _run(
-        self, engine: Engine, plan: BlockPlan, teachers: Sequence[Teacher], progress: Callable[[int], None]
-    ) -> None:
-        with InputFiles(self._layouts) as files:
-            engine(Task(plan, self._layouts, self._updates, files), teachers, progress)
+    As far as the dtype that most of it has tells.
+    """
+    stopwatch = _Stopwatch()
+    with contextlib.suppress(_EnoughError):
+        engine(task, [Nowhere() for _ in task.updates], stopwatch)
+    return task.plan.bytes_to_read / stopwatch.seconds_for(task.plan.bytes_to_read) / 1e9
 
 
 class _EnoughError(Exception):
@@ -200,8 +191,7 @@ class _Stopwatch:
 
 
 def _start_of(plan: BlockPlan, num_bytes: int) -> BlockPlan:
-    """The beginning of each of the plan's lanes, about `num_bytes` of one student in all."""
-    sizes = [(lane.span[1] - lane.span[0]) * lane.student_dtype.itemsize for lane in plan.lanes]
-    share = min(1.0, num_bytes / sum(sizes))
+    """The beginning of each of the plan's lanes, about `num_bytes` to read in all."""
+    share = min(1.0, num_bytes / plan.bytes_to_read)
     spans = [(begin, begin + math.ceil((end - begin) * share)) for begin, end in (lane.span for lane in plan.lanes)]
     return with_lanes(plan, [replace(lane, span=span) for lane, span in zip(plan.lanes, spans, strict=True)])

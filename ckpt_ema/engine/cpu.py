@@ -162,7 +162,6 @@ class _BlockFolder:
         count = block.end - block.begin
         size = padded(count)
         accumulators = [buffer.elements(lane.accumulate_dtype, size) for buffer in self._accumulators]
-        self._untold_bytes += count * lane.input_dtypes[0].itemsize
         # The first input becomes the teacher: read straight into its place where it needs no conversion.
         if lane.input_dtypes[0] is lane.accumulate_dtype:
             self._read(self._layouts[0], block, self._accumulators[0])
@@ -180,7 +179,6 @@ class _BlockFolder:
                 student = self._widened.elements(lane.accumulate_dtype, size).copy_(student)
             for row, (keep, take) in zip(rows, updates, strict=True):
                 update_(row, student, keep, take)
-            self._untold_bytes += count * dtype.itemsize
             if self._untold_bytes >= TOLD_BYTES:
                 self.tell_progress()
         for teacher, accumulator, buffer in zip(self._teachers, accumulators, self._accumulators, strict=True):
@@ -195,7 +193,6 @@ class _BlockFolder:
     def _copy(self, block: Block) -> None:
         lane = block.lane
         count = block.end - block.begin
-        self._untold_bytes += count * sum(dtype.itemsize for dtype in lane.input_dtypes)
         self._read(self._layouts[-1], block, self._raw)
         finished = self._raw
         if lane.student_dtype.kind != "integer":
@@ -215,14 +212,15 @@ class _BlockFolder:
 
     def _read(self, layout: Layout, block: Block, buffer: Buffer) -> None:
         started = time.perf_counter()
+        num_bytes = (block.end - block.begin) * stored_dtype(layout, block).itemsize
         if block.lane.is_scattered:
             gather_block(self._files, layout, block, buffer, self._span, self._trash)
         else:
-            num_bytes = (block.end - block.begin) * stored_dtype(layout, block).itemsize
             extents = self._extents.of(layout, block.lane)
             scatters = self._scatters if buffer is self._raw else {}
             extents.read(block.begin, block.end, buffer.bytes[:num_bytes], self._trash, scatters)
         self._reading += time.perf_counter() - started
+        self._untold_bytes += num_bytes
 
     def _write(self, teacher: Teacher, block: Block, finished: Buffer) -> None:
         started = time.perf_counter()

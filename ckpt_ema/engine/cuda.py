@@ -19,7 +19,7 @@ from typing import TypeVar
 
 import torch
 
-from ckpt_ema.blocks import Block, Lane
+from ckpt_ema.blocks import Block, Lane, with_lanes
 from ckpt_ema.dtypes import BY_NAME, DType
 from ckpt_ema.engine import cpu, fused
 from ckpt_ema.engine.buffers import torch_dtype
@@ -53,16 +53,16 @@ def fold_blocks(
     infinity where the CPU makes none.
     """
     plan = task.plan
-    averaged = tuple(lane for lane in plan.lanes if is_for_gpu(lane))
-    others = tuple(lane for lane in plan.lanes if not is_for_gpu(lane))
+    averaged = [lane for lane in plan.lanes if is_for_gpu(lane)]
+    others = [lane for lane in plan.lanes if not is_for_gpu(lane)]
     timings = Timings()
     if others:
-        timings = cpu.fold_blocks(replace(task, plan=replace(plan, lanes=others)), teachers, progress)
+        timings = cpu.fold_blocks(replace(task, plan=with_lanes(plan, others)), teachers, progress)
     if not averaged:
         return timings
     memory = _free_and_total_bytes(device)
     plans = plan_for_device(
-        replace(plan, lanes=averaged),
+        with_lanes(plan, averaged),
         memory_budget_bytes=memory_budget_bytes,
         free_bytes=memory[0] if memory else 0,
         is_remote=any(layout.is_remote for layout in task.layouts),
