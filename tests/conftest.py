@@ -25,6 +25,15 @@ settings.load_profile("suite")
 StateDict = dict[str, torch.Tensor]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` are skipped, with the reason, where there is none; `pytest -m gpu` runs them alone."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a GPU, and torch finds none here"))
+
+
 def make_student(seed: int) -> StateDict:
     """A small student with a Linear, a BatchNorm and its buffers; other values for every seed."""
     generator = torch.Generator().manual_seed(seed)

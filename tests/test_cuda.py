@@ -44,9 +44,6 @@ from tests.conftest import quiet_fold, save_hollow
 from tests.device_model import Event, modelled
 from tests.test_many_teachers import MOMENTA, varied_student
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and torch finds none here")
-
-
 EIGHT_MOMENTA = [k / 10 for k in range(1, 9)]
 
 
@@ -67,7 +64,7 @@ def run(tmp_path: Path) -> Path:
     return folder
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     "options",
     [{}, {"momentum": MOMENTA}, {"momentum": EIGHT_MOMENTA}, {"dtype": "float16"}, {"accumulate": "float64"}],
@@ -97,7 +94,7 @@ def test_the_gpu_writes_what_the_cpu_writes(
         assert one.output.read_bytes() == other.output.read_bytes()
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_the_gpu_names_the_tensor_and_the_checkpoint_too(run: Path, tmp_path: Path) -> None:
     """A NaN is found on the device, and the message is the CPU's."""
     broken = torch.load(run / "step_2.pt")
@@ -113,7 +110,7 @@ def test_the_gpu_names_the_tensor_and_the_checkpoint_too(run: Path, tmp_path: Pa
     assert not list(tmp_path.glob("*safetensors*"))
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_the_devices_memory_is_given_back(run: Path, tmp_path: Path) -> None:
     """After a fold, and after one that failed."""
     torch.cuda.empty_cache()
@@ -128,7 +125,7 @@ def test_the_devices_memory_is_given_back(run: Path, tmp_path: Path) -> None:
     assert torch.cuda.memory_reserved() <= before, caught.value
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_a_full_device_is_a_clear_error(run: Path, tmp_path: Path) -> None:
     """A smaller block is tried, then the command says what is free; nothing is written."""
     torch.cuda.set_per_process_memory_fraction(1e-6)
@@ -140,14 +137,14 @@ def test_a_full_device_is_a_clear_error(run: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*safetensors*"))
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_a_gpu_that_is_not_there_is_a_clear_error(run: Path, tmp_path: Path) -> None:
     """`cuda:99` says how many there are."""
     with pytest.raises(CkptEmaError, match="counted from 0"):
         quiet_fold(run, tmp_path / "t.safetensors", momentum=0.5, device="cuda:99")
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_auto_takes_what_a_probe_found_faster(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And says what it measured."""
     monkeypatch.setattr(choice, "MIN_BYTES", 1)

@@ -14,8 +14,6 @@ from ckpt_ema.engine import fused
 from ckpt_ema.engine.fused import BLOCK_ELEMENTS, FusedUpdates, is_usable, update_run_, why_not
 from ckpt_ema.online import rule
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and torch finds none here")
-
 INTERPRETED = '''
 """What the kernels do, by Triton's interpreter, which rounds a multiply-add twice."""
 import contextlib
@@ -221,7 +219,7 @@ def test_without_a_gpu_nothing_is_fused() -> None:
     assert not is_usable(torch.device("cuda", 0), torch.float64, torch.float64)
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     ("teacher", "student", "lerp"),
     [

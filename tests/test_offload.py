@@ -29,8 +29,6 @@ from ckpt_ema.online import offload
 from tests.conftest import assert_same_bits
 from tests.device_model import modelled
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and torch finds none here")
-
 
 class Student(nn.Module):
     """Two parameters, one of them tied, and a buffer that every forward changes."""
@@ -795,7 +793,7 @@ def test_a_teacher_module_stays_where_it_is() -> None:
         MeanTeacher(Student(torch.float32), device="cuda")  # type: ignore[arg-type]
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("options", OPTIONS)
 def test_beside_a_student_on_a_gpu_it_has_the_bits_of_a_teacher_on_the_cpu(
@@ -818,7 +816,7 @@ def test_beside_a_student_on_a_gpu_it_has_the_bits_of_a_teacher_on_the_cpu(
     assert_same_bits(clones(other), expected)
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_training_goes_on_while_a_large_student_is_copied_out() -> None:
     """Steps that follow at once, on a student whose copy takes longer than they do, change nothing of the teacher."""
     teachers = []

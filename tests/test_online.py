@@ -937,10 +937,8 @@ def test_whatever_the_default_device_is(student: Student, dtype: torch.dtype) ->
 
 # --- on a GPU ---------------------------------------------------------------------------------------------------------
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and torch finds none here")
 
-
-@pytest.mark.parametrize("device", ["cpu", "cpu, as on a GPU", pytest.param("cuda", marks=needs_gpu)])
+@pytest.mark.parametrize("device", ["cpu", "cpu, as on a GPU", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.float8_e4m3fn])
 def test_one_number_that_is_none_among_many_is_found(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, device: str
@@ -966,7 +964,7 @@ def test_one_number_that_is_none_among_many_is_found(
     assert rule.is_finite(tensors)
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_on_a_gpu_it_has_the_cpus_bits(student: Student, dtype: torch.dtype) -> None:
     """The same students give the same teacher; also one that was made before the student was moved."""
@@ -984,7 +982,7 @@ def test_on_a_gpu_it_has_the_cpus_bits(student: Student, dtype: torch.dtype) -> 
     assert_same_bits({name: tensor.cpu() for name, tensor in theirs.tensors().items()}, mine.tensors())
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("arithmetic", ["hook", "lerp"])
 @pytest.mark.parametrize("num_before", [0, 1, 3])
 def test_an_update_is_captured_in_a_cuda_graph(student: Student, arithmetic: Any, num_before: int) -> None:
@@ -1008,7 +1006,7 @@ def test_an_update_is_captured_in_a_cuda_graph(student: Student, arithmetic: Any
     assert_same_bits(teachers[0].tensors(), teachers[1].tensors())
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("arithmetic", ["hook", "lerp"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_update_waits_for_nothing_and_takes_no_memory(dtype: torch.dtype, arithmetic: Any) -> None:

@@ -640,10 +640,7 @@ def test_of_several_ranks_the_first_writes_and_sharded_students_are_refused(tmp_
     assert not (tmp_path / "sharded").exists()
 
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and torch finds none here")
-
-
-@needs_gpu
+@pytest.mark.gpu
 def test_on_a_gpu_tracks_are_those_of_the_cpu(tmp_path: Path) -> None:
     """Also where the student moves there while it is followed; increments agree to rounding."""
     records = []
@@ -662,7 +659,7 @@ def test_on_a_gpu_tracks_are_those_of_the_cpu(tmp_path: Path) -> None:
         assert one == pytest.approx(other, rel=1e-4)
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_an_update_with_tracks_does_not_wait_for_the_gpu(tmp_path: Path) -> None:
     """Between two files no number is read back."""
     student = make_student(40).cuda()
