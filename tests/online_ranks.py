@@ -78,6 +78,9 @@ def main(folder: Path) -> None:
         resumed.save(folder / "teacher.safetensors")
     check_forwards_inside_a_swap(mesh)
     check_all_ranks_skip_together(mesh)
+    check_a_sharded_teacher_module(mesh)
+    # Every rank has all of it, and nothing by its shape tells whole parameters from shards.
+    check_a_sharded_teacher_module(init_device_mesh("cpu", (dist.get_world_size(), 1), mesh_dim_names=("all", "one")))
     dist.barrier()
     dist.destroy_process_group()
 
@@ -115,6 +118,32 @@ def check_all_ranks_skip_together(mesh: DeviceMesh) -> None:
     assert not lenient.update()
     with pytest.raises(CkptEmaError, match="at step 1; the teacher is unchanged"):
         careful.update()
+
+
+def check_a_sharded_teacher_module(mesh: DeviceMesh) -> None:
+    """Its root keeps whole parameters after a forward, and nothing of a backward makes it give them up."""
+    models = [make_model() for _ in range(4)]
+    student, module, bare, bare_module = models
+    for model in (student, module):
+        fully_shard(model, mesh=mesh)
+    batch = torch.randn(3, 5, generator=torch.Generator().manual_seed(7))
+    with torch.no_grad():
+        module(batch)
+    teacher, reference = MeanTeacher(student, module, momentum=0.1), MeanTeacher(bare, bare_module, momentum=0.1)
+    calls = (MeanTeacher.update, MeanTeacher.tensors, MeanTeacher.stalled_fraction, MeanTeacher.check_finite)
+    for seed in range(3):
+        step([student, bare], seed)
+        for call in (*calls, MeanTeacher.copy_student, MeanTeacher.update):
+            for each in (teacher, reference):
+                call(each)
+            with torch.no_grad():
+                assert torch.equal(module(batch), bare_module(batch)), call
+        with teacher.swapped_into(), reference.swapped_into(), torch.no_grad():
+            assert torch.equal(student(batch), bare(batch))
+        with torch.no_grad():
+            assert torch.equal(module(batch), bare_module(batch))
+    for name, tensor in teacher.tensors().items():
+        assert torch.equal(tensor.full_tensor(), reference.tensors()[name]), name
 
 
 if __name__ == "__main__":

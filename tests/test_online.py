@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import pickle
 import random
 import signal
 import time
@@ -353,6 +354,23 @@ def test_a_student_that_gained_lost_or_reshaped_parameters_is_refused(student: S
     assert teacher.num_steps == 1
 
 
+def test_a_teacher_module_that_gained_or_lost_parameters_is_refused(student: Student) -> None:
+    """A part of it that nothing moves any more would stay what it was."""
+    module = Student()
+    teacher = MeanTeacher(student, module)
+    encoder, module.encoder = module.encoder, nn.Linear(7, 7)
+    for call in (teacher.update, teacher.copy_student, teacher.tensors, teacher.state_dict):
+        with pytest.raises(CkptEmaError, match=r"the teacher has changed: `encoder` came, went or was replaced"):
+            call()
+    module.encoder = encoder
+    module.late = nn.Parameter(torch.zeros(2))
+    with pytest.raises(CkptEmaError, match="the teacher has changed: `late` came, went"):
+        teacher.update()
+    del module.late
+    teacher.update()
+    assert teacher.num_steps == 1
+
+
 def test_a_buffer_that_appears_is_refused_where_buffers_are_averaged(student: Student) -> None:
     """Also one that was registered as None."""
     student.register_buffer("late", None)
@@ -464,7 +482,7 @@ def test_swapped_in_it_evaluates_as_the_teacher_and_then_all_is_as_before(studen
 
 
 def test_while_swapped_it_can_be_neither_changed_nor_saved(student: Student, tmp_path: Path) -> None:
-    """What would be saved is the student, under the teacher's name."""
+    """What would be saved, or copied, is the student under the teacher's name."""
     teacher = MeanTeacher(student)
     state = teacher.state_dict()
     with teacher.swapped_into(student):
@@ -474,6 +492,9 @@ def test_while_swapped_it_can_be_neither_changed_nor_saved(student: Student, tmp
             teacher.state_dict,
             teacher.tensors,
             teacher.stalled_fraction,
+            teacher.check_finite,
+            lambda: copy.deepcopy(teacher),
+            lambda: pickle.dumps(teacher),
             lambda: teacher.load_state_dict(state),
             lambda: teacher.save(tmp_path / "teacher.safetensors"),
             lambda: teacher.save_snapshot(tmp_path, 1),

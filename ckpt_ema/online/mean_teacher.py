@@ -117,8 +117,9 @@ class MeanTeacher:
                 hint="leave one of the two away",
             )
         self._offload = None if device is None else Offload()
-        if teacher is not None:
-            self._pairs = pairs_of(self._tracking, track(teacher, skip_buffers=skip_buffers))
+        self._module_tracking = None if teacher is None else track(teacher, skip_buffers=skip_buffers, whose="teacher")
+        if self._module_tracking is not None:
+            self._pairs = pairs_of(self._tracking, self._module_tracking)
             warn_of_stall(self._pairs, stacklevel=2)
         elif keep_teacher:
             raise MisuseError("`keep_teacher` needs a teacher module", hint="pass MeanTeacher(student, teacher)")
@@ -245,7 +246,7 @@ class MeanTeacher:
 
     def __getstate__(self) -> dict[str, Any]:
         """What copying and pickling take, when no thread changes it any more."""
-        self.wait()
+        self._begin("copy the teacher")
         if not self._is_captured:
             return self.__dict__
         # No graph changes the copy; what one did to the numbers is in them.
@@ -322,7 +323,6 @@ class MeanTeacher:
         placement and on its device, with `device="cpu"` a copy.
         """
         self._begin("read the teacher")
-        self._tracking.reshard()
         return {name: _like(pair.student.tensor, pair.local) for pair in self._pairs for name in pair.names}
 
     def state_dict(self) -> dict[str, Any]:
@@ -331,7 +331,6 @@ class MeanTeacher:
         The tensors are the teacher's own: save them, or copy them, before the next update.
         """
         self._begin("save the state")
-        self._tracking.reshard()
         state: dict[str, Any] = {
             "version": STATE_VERSION,
             "start": self._start,
@@ -367,7 +366,6 @@ class MeanTeacher:
                 hint=f"make the MeanTeacher with skip_buffers={state['skip_buffers']}",
             )
         stored: Mapping[str, torch.Tensor] = state.get("tensors", {})
-        self._tracking.reshard()
         if self._owns_tensors:
             check_fit({pair.names[0]: pair.local for pair in self._pairs}, stored)
         elif stored:
@@ -437,7 +435,6 @@ class MeanTeacher:
         In 16 bits, momentum times the difference is often less than half of the teacher's last place, and lost.
         """
         self._begin("measure the teacher")
-        self._tracking.reshard()
         differing = stalled = 0
         for pair in self._pairs:
             for teacher, part in blocks_of(pair.local, pair.student.local):
@@ -498,8 +495,11 @@ class MeanTeacher:
         return Ema(self.momentum, start, start + num_updates * self.interval, self.interval)
 
     def check_finite(self) -> None:
-        """Raise CkptEmaError where the teacher holds a NaN or an infinity; waits for a GPU."""
-        self.wait()
+        """Raise CkptEmaError where the teacher, under FSDP2 this rank's part, holds a NaN or an infinity.
+
+        Waits for a GPU.
+        """
+        self._begin("look at the teacher")
         if not is_finite([pair.local for pair in self._pairs]):
             bad = next(pair.names[0] for pair in self._pairs if not is_finite([pair.local]))
             raise CkptEmaError(
@@ -510,7 +510,7 @@ class MeanTeacher:
     def _tensors(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """The student's tensors and the teacher's, which follow a student that was moved to another device."""
         self._tracking.check_complete()
-        self._tracking.reshard()
+        self._prepare_modules()
         students, teachers = [], []
         for pair in self._pairs:
             student = pair.student.local
@@ -542,6 +542,17 @@ class MeanTeacher:
         """All that looks at the teacher or changes it begins so."""
         self._refuse_swapped(what)
         self.wait()
+        self._prepare_modules()
+
+    def _prepare_modules(self) -> None:
+        """Refuse a teacher module that has changed, and undo what forwards left.
+
+        FSDP2's root keeps whole parameters after one; that of a teacher module, which has no backward, does for good.
+        """
+        self._tracking.reshard()
+        if self._module_tracking is not None:
+            self._module_tracking.check_complete()
+            self._module_tracking.reshard()
 
     def _refuse_swapped(self, what: str) -> None:
         # Also another teacher's: it would take those numbers for the student's.

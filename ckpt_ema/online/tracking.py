@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -18,6 +18,8 @@ from ckpt_ema.online.rule import is_finite
 WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
 
 Table = dict[str, torch.Tensor | None]
+
+Whose = Literal["student", "teacher"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,7 +44,7 @@ class Slot:
         tensor = table.get(key)
         if tensor is None:
             raise CkptEmaError(
-                f"`{self.name}` is no longer in the student", hint="make a new MeanTeacher after changing the model"
+                f"`{self.name}` is no longer in the model", hint="make a new MeanTeacher after changing the model"
             )
         return tensor
 
@@ -72,6 +74,9 @@ class Tracking:
     sharded: tuple[Any, ...]
     """The modules that FSDP2 shards."""
 
+    whose: Whose = "student"
+    """What the module is called in errors."""
+
     def check_complete(self) -> None:
         """Raise CkptEmaError where parameters or modules were added, replaced or taken away since."""
         for path, modules, before in self.children:
@@ -79,18 +84,18 @@ class Tracking:
                 changed = sorted(
                     key for key in modules.keys() | before.keys() if modules.get(key) is not before.get(key)
                 )
-                raise _changed(path, changed)
+                raise self._changed(path, changed)
         for path, table, keys in self.present:
             found = {key for key, tensor in table.items() if tensor is not None}
             if found != keys:
-                raise _changed(path, sorted(found ^ keys))
+                raise self._changed(path, sorted(found ^ keys))
         for slot in self.averaged:
             if len(slot.places) > 1 and len({id(table[key]) for table, key in slot.places}) > 1:
                 held = [table[key] for table, key in slot.places]
                 if len({_identity(tensor) for tensor in held if tensor is not None}) > 1:
                     raise CkptEmaError(
-                        f"{' and '.join(f'`{name}`' for name in slot.names)} were tied when the teacher was made, and"
-                        " are not any more",
+                        f"{' and '.join(f'`{name}`' for name in slot.names)} of the {self.whose} were tied when the"
+                        " teacher was made, and are not any more",
                         hint="make a new MeanTeacher after changing the model",
                     )
 
@@ -98,22 +103,21 @@ class Tracking:
         """Make FSDP2 give up the whole parameters that it kept from a forward: the next one shall read the shards."""
         _reshard(self.sharded)
 
+    def _changed(self, path: str, keys: list[str]) -> CkptEmaError:
+        names = ", ".join(f"`{path}.{key}`" if path else f"`{key}`" for key in keys)
+        return CkptEmaError(
+            f"the {self.whose} has changed: {names} came, went or was replaced",
+            hint="make a new MeanTeacher after changing the model",
+        )
+
 
 def _reshard(modules: tuple[Any, ...]) -> None:
     for module in modules:
         module.reshard()
 
 
-def _changed(path: str, keys: list[str]) -> CkptEmaError:
-    names = ", ".join(f"`{path}.{key}`" if path else f"`{key}`" for key in keys)
-    return CkptEmaError(
-        f"the student has changed: {names} came, went or was replaced",
-        hint="make a new MeanTeacher after changing the model",
-    )
-
-
-def track(module: torch.nn.Module, *, skip_buffers: bool) -> Tracking:
-    """Look through `module`.
+def track(module: torch.nn.Module, *, skip_buffers: bool, whose: Whose = "student") -> Tracking:
+    """Look through `module`, which is the student or the teacher.
 
     Averaged are its parameters, or with `skip_buffers=False` every floating-point entry of its state dict, as
     MeanTeacherHook has it; frozen parameters too. Raises CkptEmaError for a module that cannot be followed.
@@ -154,6 +158,7 @@ def track(module: torch.nn.Module, *, skip_buffers: bool) -> Tracking:
             for path, table in tables
         ),
         sharded=sharded,
+        whose=whose,
     )
 
 
