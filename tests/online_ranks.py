@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,11 @@ def main(folder: Path) -> None:
 
     with pytest.raises(CkptEmaError, match="sharded over ranks"):
         resumed.save(folder / "teacher.safetensors")
+    if importlib.util.find_spec("transformers"):
+        from ckpt_ema.integrations.transformers import MeanTeacherCallback
+
+        with pytest.raises(CkptEmaError, match="sharded model's teacher cannot be saved by the Trainer"):
+            MeanTeacherCallback().on_train_begin(None, None, None, model=sharded)
     check_forwards_inside_a_swap(mesh)
     check_all_ranks_skip_together(mesh)
     check_a_sharded_teacher_module(mesh)

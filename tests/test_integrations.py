@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import ckpt_ema
 from ckpt_ema import CkptEmaError, MisuseError
-from tests.conftest import StateDict, assert_same_bits, hook_teacher, quiet_fold
+from tests.conftest import StateDict, assert_same_bits, hook_teacher, quiet_fold, start_ranks
 from tests.test_frameworks import (
     _calm,  # noqa: F401  (a fixture for every test here as well)
     bert,
@@ -118,6 +118,23 @@ def test_mmengine_resumes_in_the_middle_of_an_interval(tmp_path: Path, monkeypat
     assert_same_bits(bits_of(dict(runner.model.teacher.named_parameters())), expected)
     final = torch.load(run / "iter_7.pth", weights_only=False)["mean_teacher"]
     assert (final["num_steps"], final["num_updates"]) == (7, 3)
+
+
+def test_mmengine_goes_on_with_a_training_of_the_upstream_hook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its checkpoints hold the teacher and no counters; iterations are the Runner's all the same."""
+    pytest.importorskip("mmengine")
+    import ckpt_ema.integrations.mmengine  # noqa: F401
+
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    run = tmp_path / "run"
+    upstream = mean_teacher_hook(MOMENTUM, 2, skip_buffers=True)
+    train_with_mmengine(mmengine_model(pair=True), run, [upstream], iterations=3)
+    stored = torch.load(run / "iter_3.pth", weights_only=False)
+    hook = {"type": "MeanTeacherHook", "momentum": MOMENTUM, "interval": 2}
+    seen: list[StateDict] = []
+    runner = train_with_mmengine(mmengine_model(pair=True), run, [hook, witness(seen)], iterations=6, resume=True)
+    expected = continued(part_of(stored["state_dict"], "teacher."), [seen[0], seen[2]])  # iterations 4 and 6
+    assert_same_bits(bits_of(dict(runner.model.teacher.named_parameters())), expected)
 
 
 @pytest.mark.parametrize("has_teacher", [True, False])
@@ -311,7 +328,65 @@ def test_lightning_gives_the_student_back_when_validation_fails(tmp_path: Path) 
     assert_same_bits(callback.teacher.tensors(), teacher_of(seen))
 
 
+def test_lightning_resumes_a_sharded_teacher_on_every_rank(tmp_path: Path) -> None:
+    """Lightning keeps what the first rank's callbacks say, and gives that to all of them."""
+    pytest.importorskip("lightning")
+    start_ranks("lightning_ranks.py", 2, tmp_path)
+
+
+# accelerate ----------------------------------------------------------------------------------------------------------
+
+
+def test_attached_to_accelerates_optimizer_it_counts_steps_and_not_batches() -> None:
+    """The wrapper has no hooks of its own, and does not step for accumulated batches."""
+    accelerate = pytest.importorskip("accelerate")
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model = torch.nn.Linear(3, 2)
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    teacher = ckpt_ema.MeanTeacher(model, momentum=MOMENTUM)
+    handle = teacher.attach(optimizer)
+    students: list[StateDict] = []
+    for number in range(6):
+        with accelerator.accumulate(model):
+            accelerator.backward(model(torch.randn(4, 3)).square().mean())
+            optimizer.step()
+            optimizer.zero_grad()
+        if number % 2:
+            students.append(bits_of(model.state_dict()))
+    assert teacher.num_steps == 3
+    assert_same_bits(teacher.tensors(), teacher_of(students))
+    handle.remove()
+    optimizer.step()
+    assert teacher.num_steps == 3
+
+
 # Transformers --------------------------------------------------------------------------------------------------------
+
+
+def test_transformers_saves_the_teacher_of_a_plain_module_like_its_student(tmp_path: Path) -> None:
+    """The Trainer trains any module, and writes its state dict; training resumes with that teacher."""
+    pytest.importorskip("transformers")
+    from ckpt_ema.integrations.transformers import MeanTeacherCallback
+
+    class Plain(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = bert()
+
+        def forward(self, input_ids: Any, attention_mask: Any, labels: Any) -> Any:
+            return self.inner(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
+
+    run = tmp_path / "run"
+    seen: list[StateDict] = []
+    train_with_transformers(Plain(), run, steps=4, callbacks=[MeanTeacherCallback(momentum=MOMENTUM), watcher(seen)])
+    for step in (2, 4):
+        folder = run / f"checkpoint-{step}"
+        assert_same_bits(load_file(folder / "teacher/model.safetensors"), hook_teacher(seen[:step], MOMENTUM))
+        assert_same_bits(load_file(folder / "model.safetensors"), seen[step - 1])
+    callback = MeanTeacherCallback(momentum=MOMENTUM)
+    train_with_transformers(Plain(), run, steps=6, callbacks=[callback, watcher(seen)], resume=run / "checkpoint-4")
+    assert callback.teacher is not None
+    assert_same_bits(load_file(run / "checkpoint-6/teacher/model.safetensors"), hook_teacher(seen, MOMENTUM))
 
 
 def watcher(seen: list[StateDict]) -> Any:

@@ -455,6 +455,8 @@ def test_attached_to_an_optimizer_it_updates_by_itself(student: Student) -> None
     handle.remove()
     list(train(student, 1, optimizer=optimizer))
     assert teacher.num_steps == 3
+    with pytest.raises(MisuseError, match="a Linear calls nothing after its steps"):
+        teacher.attach(nn.Linear(1, 1))  # type: ignore[arg-type]
 
 
 # --- swapping ---------------------------------------------------------------------------------------------------------
@@ -853,6 +855,11 @@ def test_an_inverted_momentum_is_warned_of(student: Student) -> None:
     """Half of the public configurations write the teacher's share; with 0.999 there is no averaging at all."""
     with pytest.warns(UserWarning, match=r"momentum=0.001 here") as caught:
         MeanTeacher(student, momentum=0.999)
+    with pytest.warns(UserWarning, match="momentum 0.51"):
+        MeanTeacher(student, momentum=0.51)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        MeanTeacher(student, momentum=0.5)
     assert caught[0].filename == __file__
 
 

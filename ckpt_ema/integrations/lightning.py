@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback
 
 from ckpt_ema.online.mean_teacher import MeanTeacher
 from ckpt_ema.online.settings import check_settings
+from ckpt_ema.online.tracking import is_sharded, whole_of
 
 
 class MeanTeacherCallback(Callback):
@@ -74,8 +76,17 @@ class MeanTeacherCallback(Callback):
         self._swap.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """The teacher's state."""
-        return {} if self.teacher is None else self.teacher.state_dict()
+        """The teacher's state; of a sharded one the first rank has all, in host memory, since its state is saved."""
+        if self.teacher is None:
+            return {}
+        state = self.teacher.state_dict()
+        tensors = state["tensors"]
+        if any(map(is_sharded, tensors.values())):
+            is_first = torch.distributed.get_rank() == 0
+            wholes = ((name, whole_of(tensor)) for name, tensor in tensors.items())
+            # Every rank takes part in each; what the others get is gone at once.
+            state["tensors"] = {name: whole for name, whole in wholes if is_first}
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep it until the module lies where it is to be used."""

@@ -26,8 +26,9 @@ CHECKED_ELEMENTS = 64
 class MeanTeacherCallback(TrainerCallback):
     """Follows the model with a `ckpt_ema.MeanTeacher` after every optimizer step.
 
-    Every `checkpoint-N/` gets a folder `teacher` that `from_pretrained` loads, and the file `mean_teacher.safetensors`
-    from which a resumed training goes on. Options are MeanTeacher's; `teacher` is there once training has begun.
+    Every `checkpoint-N/` gets a folder `teacher` that `from_pretrained` loads (of another module than Transformers' own
+    its state dict, as the Trainer saves it), and the file `mean_teacher.safetensors` from which a resumed training goes
+    on. Options are MeanTeacher's; `teacher` is there once training has begun.
     """
 
     def __init__(
@@ -93,6 +94,9 @@ class MeanTeacherCallback(TrainerCallback):
         with folder_to_fill(folder / "teacher") as filled:
             if processing_class is not None:
                 processing_class.save_pretrained(filled)
+            if not hasattr(model, "save_pretrained"):  # any module, whose state dict is what the Trainer saves
+                self.teacher.save(filled / "model.safetensors")
+                return
             # By the model itself: it knows its configuration, and under which names its weights are loaded again.
             with self.teacher.swapped_into(model):
                 model.save_pretrained(filled)

@@ -19,13 +19,13 @@ from torch.utils.hooks import RemovableHandle
 
 from ckpt_ema.errors import CkptEmaError, MisuseError
 from ckpt_ema.online.offload import Offload, hold_back_all
-from ckpt_ema.online.pairs import Pair, beside, check_fit, check_shape, pairs_of, places_in, shadow_of, warn_of_stall
+from ckpt_ema.online.pairs import Pair, beside, check_shape, check_stored, pairs_of, places_in, shadow_of, warn_of_stall
 from ckpt_ema.online.rule import Rule, blocks_of, is_finite
 from ckpt_ema.online.settings import Arithmetic, OnNonfinite, ShadowDevice, ShadowDtype, check_settings
 from ckpt_ema.online.snapshots import Snapshots, SnapshotTracks
 from ckpt_ema.online.swap import SWAPPED, call_all, swap_in
 from ckpt_ema.online.teacher_file import OnlineRecord, check_replaceable, write_teacher
-from ckpt_ema.online.tracking import Tracking, is_sharded, local_part, track, unwrap
+from ckpt_ema.online.tracking import Tracking, is_sharded, part_of, track, unwrap
 from ckpt_ema.response_records import response_record
 from ckpt_ema.responses import Ema
 
@@ -266,12 +266,25 @@ class MeanTeacher:
         self._start, self._copied = "student", (self.num_steps, self.num_updates)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
-        """Update after every `optimizer.step()` from now on; `remove()` of what is returned ends that."""
+        """Update after every `optimizer.step()` from now on; `remove()` of what is returned ends that.
+
+        A step that GradScaler skips is none, but for a fused optimizer, which is called and changes nothing: the
+        teacher moves towards the same student once more then. Raises MisuseError for what is no optimizer of torch's,
+        nor a wrapper around one.
+        """
 
         def update(*_: object) -> None:
             self.update()
 
-        handle: RemovableHandle = optimizer.register_step_post_hook(update)
+        inner = optimizer
+        # accelerate's wrapper is an optimizer by its class alone; the one inside has the hooks.
+        while not hasattr(inner, "_optimizer_step_post_hooks") and hasattr(inner, "optimizer"):
+            inner = inner.optimizer
+        if not isinstance(inner, torch.optim.Optimizer):
+            raise MisuseError(
+                f"a {type(optimizer).__name__} calls nothing after its steps", hint="call `teacher.update()` after each"
+            )
+        handle: RemovableHandle = inner.register_step_post_hook(update)
         return handle
 
     @contextlib.contextmanager
@@ -348,6 +361,7 @@ class MeanTeacher:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken.
 
+        Under FSDP2 the state is each rank's own, sharded the same way, or the same on all of them with whole tensors.
         Raises CkptEmaError with every name and shape that does not fit, nothing changed then; warns where momentum,
         interval or arithmetic are others now, which hold from here on, where the teacher's dtype is another, and where
         snapshot tracks begin anew or end because the state or this MeanTeacher has none.
@@ -367,7 +381,7 @@ class MeanTeacher:
             )
         stored: Mapping[str, torch.Tensor] = state.get("tensors", {})
         if self._owns_tensors:
-            check_fit({pair.names[0]: pair.local for pair in self._pairs}, stored)
+            check_stored(self._pairs, stored)
         elif stored:
             raise CkptEmaError(
                 "the state is that of a MeanTeacher without a teacher module, and here there is one",
@@ -389,7 +403,7 @@ class MeanTeacher:
                 dtypes = stored[other[0].names[0]].dtype, other[0].local.dtype
                 warnings.warn(f"the stored teacher is {dtypes[0]}, and goes on in {dtypes[1]}", stacklevel=3)
             for pair in self._pairs:
-                pair.local.copy_(local_part(stored[pair.names[0]]))
+                pair.local.copy_(part_of(stored[pair.names[0]], pair.student.tensor))
         self._start = state["start"]
         # A state of another momentum or interval is no average that a formula describes any more.
         copied = state.get("copied")

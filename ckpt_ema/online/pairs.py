@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 
 from ckpt_ema.errors import CkptEmaError
-from ckpt_ema.online.tracking import Slot, Tracking, local_part
+from ckpt_ema.online.tracking import Slot, Tracking, is_sharded, local_part
 
 
 class Pair:
@@ -132,20 +132,30 @@ def shadow_of(slot: Slot, dtype: str, device: str | None = None) -> torch.Tensor
         return student.to(device or student.device, wanted, copy=True)
 
 
-def check_fit(expected: Mapping[str, torch.Tensor], stored: Mapping[str, torch.Tensor]) -> None:
+def check_stored(pairs: list[Pair], stored: Mapping[str, torch.Tensor]) -> None:
+    """The same as `check_fit` for the teacher's tensors by their first names, sharded like the student's or whole."""
+    expected = {}
+    for pair in pairs:
+        name, student = pair.names[0], pair.student.tensor
+        is_whole = is_sharded(student) and name in stored and not is_sharded(stored[name])
+        expected[name] = student.shape if is_whole else pair.local.shape
+    check_fit(expected, stored)
+
+
+def check_fit(expected: Mapping[str, torch.Size], stored: Mapping[str, torch.Tensor]) -> None:
     """Raise CkptEmaError with every name and shape in which a stored state differs from what is expected."""
     differences = [f"{name}: missing in the state" for name in expected if name not in stored]
     differences += [f"{name}: missing in the student" for name in stored if name not in expected]
     differences += [
-        f"{name}: shape {list(local_part(stored[name]).shape)} in the state, {list(tensor.shape)} in the student"
-        for name, tensor in expected.items()
-        if name in stored and local_part(stored[name]).shape != tensor.shape
+        f"{name}: shape {list(local_part(stored[name]).shape)} in the state, {list(shape)} in the student"
+        for name, shape in expected.items()
+        if name in stored and local_part(stored[name]).shape != shape
     ]
     if differences:
         raise CkptEmaError(
             f"the teacher's state and the student differ in {len(differences)} tensors",
             details=differences,
-            hint="load it for the model it was saved with, sharded the same way",
+            hint="load it for the model it was saved with, sharded the same way or whole",
         )
 
 

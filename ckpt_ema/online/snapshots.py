@@ -226,7 +226,8 @@ class SnapshotTracks:
             )
         stored = {f"{name}: {key}": tensor for name, each in state["tracks"].items() for key, tensor in each.items()}
         check_fit(
-            {f"{track.name}: {key}": t for track in self._shadows for key, t in self._tensors(track).items()}, stored
+            {f"{track.name}: {key}": t.shape for track in self._shadows for key, t in self._tensors(track).items()},
+            stored,
         )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -182,6 +182,26 @@ def local_part(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if to_local is None else to_local().detach()
 
 
+def part_of(stored: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of what was stored for `tensor`: sharded like that, or whole.
+
+    Of a whole one every rank takes its part at the same time; the first one's numbers count.
+    """
+    if is_sharded(stored) or not is_sharded(tensor):
+        return local_part(stored)
+    # Here, not above: it takes as long to import as all the rest of torch.
+    from torch.distributed.tensor import DTensor, distribute_tensor  # noqa: PLC0415
+
+    assert isinstance(tensor, DTensor)
+    return distribute_tensor(stored, tensor.device_mesh, tensor.placements).to_local()
+
+
+def whole_of(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a sharded tensor, in host memory, for which every rank has to call this; any other tensor itself."""
+    full_tensor = getattr(tensor, "full_tensor", None)
+    return tensor if full_tensor is None else full_tensor().cpu()
+
+
 def is_sharded(tensor: torch.Tensor) -> bool:
     """Whether it is a DTensor, of which each rank has a part."""
     return hasattr(tensor, "to_local")
