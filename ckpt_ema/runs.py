@@ -16,7 +16,7 @@ from ckpt_ema.byte_ranges import expect_tables
 from ckpt_ema.errors import CkptEmaError, MisuseError, NoCheckpointError, UnreadableCheckpointError
 from ckpt_ema.formats import Contents, ModelFolder, is_weights_file_name, read_contents
 from ckpt_ema.formats.deepspeed import folder_of_latest
-from ckpt_ema.formats.folder import MODEL_STEM, NEVER_STUDENTS, has_weights, is_sharded
+from ckpt_ema.formats.folder import MODEL_STEM, NEVER_STUDENTS, has_weights, is_numbered_model, is_sharded
 from ckpt_ema.layouts import Layout, SchemaPool, compact_layout
 from ckpt_ema.learning_rates import learning_rates_of
 from ckpt_ema.locations import common_folder, identity_of, name_within
@@ -218,9 +218,13 @@ def _read_checkpoint(
         model_folder=contents.folders.get(student.key) or contents.folders.get(""),
     )
     # `checkpoint-300/model.safetensors`, listed as a file: the folder has the number.
-    names_nothing = path.is_file() and MODEL_STEM.match(stem_of(path.name)) is not None
-    outer = steps_in_name(path.absolute().parent.name) if names_nothing else {}
-    return checkpoint, {**outer, **steps_in_name(path.name), **steps_inside(contents)}
+    named = path.absolute().parent if path.is_file() and _is_nameless_model(path) else path
+    return checkpoint, {**steps_in_name(named.name), **steps_inside(contents)}
+
+
+def _is_nameless_model(path: Path) -> bool:
+    """Whether the name says that it is a model, and not which one."""
+    return MODEL_STEM.match(stem_of(path.name)) is not None and not is_numbered_model(path)
 
 
 def _is_declared(path: Path, selection: Selection) -> bool:
@@ -307,7 +311,7 @@ def _is_one_checkpoint(folder: Path) -> bool:
 def _has_numbered_files(folder: Path) -> bool:
     """Whether files of a series lie here: `step_100.pt`, but not accelerate's `model_1.safetensors`."""
     return any(
-        steps_in_name(path.name) and not MODEL_STEM.match(stem_of(path.name)) and path.is_file()
+        steps_in_name(path.name) and not _is_nameless_model(path) and path.is_file()
         for path in _children(folder)
         if is_weights_file_name(path.name)
     )
@@ -359,7 +363,7 @@ def _candidates_of(directory: Path) -> list[Path]:
     found = [path for path in _children(directory) if _is_candidate(path)]
     if any(path.is_dir() for path in found) or _has_numbered_files(directory):
         # Trainers put the final model beside the checkpoints; it has no step, and is the last one again.
-        found = [path for path in found if path.is_dir() or not MODEL_STEM.match(stem_of(path.name))]
+        found = [path for path in found if path.is_dir() or not _is_nameless_model(path)]
     return found
 
 

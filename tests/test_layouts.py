@@ -681,6 +681,54 @@ def test_several_candidates_ask_for_state(tmp_path: Path, keys: tuple[str, str])
     assert_folds_to(run, tmp_path, STUDENTS, state=keys[1])
 
 
+@pytest.mark.parametrize(
+    ("neighbours", "reason"),
+    [
+        (("interrupted_1500.pt", "init_0.pt"), ""),
+        (("ema_10.pt", "ema_30.pt"), "an average, by its name"),
+        (("model.pt",), "the final model, without a step of its own"),
+        (("model.safetensors",), "the final model, without a step of its own"),
+        (("best/model.safetensors",), ""),
+    ],
+)
+def test_numbered_models_are_checkpoints_whatever_lies_beside_them(
+    tmp_path: Path, neighbours: tuple[str, ...], reason: str
+) -> None:
+    """`model_10` is no final model, nor one of those that accelerate saves beside `model`."""
+    run = tmp_path / "run"
+    run.mkdir()
+    for step, student in zip((10, 20, 30, 1000), STUDENTS, strict=True):
+        torch.save(student, run / f"model_{step}.pt")
+    for name in neighbours:
+        (run / name).parent.mkdir(exist_ok=True)
+        save = save_file if name.endswith(".safetensors") else torch.save
+        save(STUDENTS[0], run / name)
+    plan = ckpt_ema.plan(run, momentum=MOMENTUM)
+    assert {f"model_{step}.pt" for step in (10, 20, 30, 1000)} <= {item.name for item in plan.checkpoints}
+    assert not reason or {(name, reason) for name in neighbours} <= set(plan.left_out)
+    for number in range(2):  # and with teachers among them
+        for options in ({"momentum": [0.4, 0.5]}, {"momentum": 0.3, "output_format": "dcp"}):
+            again = ckpt_ema.fold(run, announce=lambda plan: None, overwrite=number > 0, **options)
+            assert len(again.plan.checkpoints) == len(plan.checkpoints)
+
+
+def test_a_listed_model_has_the_number_of_its_name_or_else_of_its_folder(tmp_path: Path) -> None:
+    """accelerate's `model_1` is the second model of a save; `model_300` beside nothing is that of step 300."""
+    paths = []
+    for step in (5, 6):
+        folder = tmp_path / f"checkpoint_{step}"
+        folder.mkdir()
+        for name in ("model", "model_1"):
+            save_file(STUDENTS[step - 5], folder / f"{name}.safetensors")
+        paths.append(folder / "model_1.safetensors")
+    assert [item.step for item in ckpt_ema.plan(paths, tmp_path / "t.safetensors").checkpoints] == [5, 6]
+    paths = [tmp_path / "step_7" / f"model_{step}.safetensors" for step in (300, 400)]
+    paths[0].parent.mkdir()
+    for path, student in zip(paths, STUDENTS, strict=False):
+        save_file(student, path)
+    assert [item.step for item in ckpt_ema.plan(paths, tmp_path / "t.safetensors").checkpoints] == [300, 400]
+
+
 # Steps ---------------------------------------------------------------------------------------------------------------
 
 NUMBERED = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from ckpt_ema.formats.rank_files import is_rank_folder, read_rank_files
 WEIGHTS_SUFFIX = re.compile(r"\.(safetensors|ckpt|bin|pt|pth|pyth|th|pth\.tar|tar)$", re.IGNORECASE)
 SHARD_NAME = re.compile(r"^(?P<stem>.+)-(?P<index>\d+)-of-(?P<count>\d+)\.(safetensors|bin|pt)$")
 # accelerate numbers the models of one save: `model`, `model_1`, ...
-MODEL_STEM = re.compile(r"^(model|pytorch_model|diffusion_pytorch_model|adapter_model)(_\d+)?$")
+MODEL_STEM = re.compile(r"^(?P<model>model|pytorch_model|diffusion_pytorch_model|adapter_model)(_(?P<number>\d+))?$")
 # Saved beside the weights by every trainer, and never a student.
 NEVER_STUDENTS = re.compile(
     r"^(optimizer|scheduler|scaler|sampler|dl_state_dict|custom_checkpoint|rng_state|random_states|random_state"
@@ -104,6 +104,34 @@ def has_weights(folder: Path) -> bool:
     return bool(_find_models(folder, check=False))
 
 
+def is_numbered_model(path: Path) -> bool:
+    """Whether `model_1000.pt` is a checkpoint by itself, and none of those that accelerate saves side by side."""
+    stem = WEIGHTS_SUFFIX.sub("", path.name)
+    match = MODEL_STEM.match(stem)
+    if match is None or match["number"] is None:
+        return False
+    suffix = path.name.removeprefix(stem)
+    if not (path.parent / f"{match['model']}{suffix}").exists():
+        return True
+    beside = [other.name.removesuffix(suffix) for other in path.parent.iterdir() if other.name.endswith(suffix)]
+    return suffix not in (".safetensors", ".bin") or stem not in _models_side_by_side(beside)
+
+
+def _models_side_by_side(stems: Collection[str]) -> set[str]:
+    """Of several models in one save: `model_1`, `model_2`, ..., counted without a gap from `model` on."""
+    numbers: dict[str, set[int]] = defaultdict(set)
+    for stem in stems:
+        match = MODEL_STEM.match(stem)
+        if match and match["number"]:
+            numbers[match["model"]].add(int(match["number"]))
+    return {
+        f"{model}_{number}"
+        for model, found in numbers.items()
+        if model in stems and max(found) == len(found)
+        for number in found
+    }
+
+
 def _find_models(folder: Path, *, check: bool = True) -> dict[str, list[Path]]:
     """Weight files by model: one file each, or the index or the shards of one."""
     names = sorted(path.name for path in folder.iterdir() if path.is_file())
@@ -116,8 +144,8 @@ def _find_models(folder: Path, *, check: bool = True) -> dict[str, list[Path]]:
                 continue
             key = stem.replace("pytorch_model", "model") if stem.startswith("pytorch_model") else stem
             models.setdefault(key, [folder / name])
-    # `model_7` without `model` is a checkpoint of its own, not accelerate's eighth model.
-    models = {key: files for key, files in models.items() if re.sub(r"_\d+$", "", key) in models}
+    beside = _models_side_by_side(models)
+    models = {key: files for key, files in models.items() if not key[-1].isdigit() or key in beside}
     if "model" in models and "adapter_model" in models:
         # A folder with a whole model and an adapter: the adapter is what was trained on top of it.
         del models["model"]
