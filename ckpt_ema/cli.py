@@ -377,8 +377,8 @@ def _with_options(command: Command, changed: dict[str, Command | None]) -> Comma
         "between": click.option(
             "--between",
             type=click.Choice(["linear", "hold"]),
-            help="Per step: the student moved in a straight line between two checkpoints, or jumped at the newer one."
-            "  [default: linear]",
+            help="Per step: between two checkpoints the student moved in a straight line, or was the newer one all"
+            " along.  [default: linear]",
         ),
         "steps-per-epoch": click.option(
             "--steps-per-epoch",

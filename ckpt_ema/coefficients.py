@@ -57,6 +57,9 @@ class Weighed:
     warnings: tuple[str, ...] = ()
     predictions: tuple[Prediction, ...] = ()
     span: tuple[int, int] | None = None
+    goes_on: bool = False
+    """Whether a teacher is gone on with, of which all was said when it was begun."""
+
     past: tuple[PastCheckpoint, ...] = ()
     """The checkpoints in the teacher that is gone on from."""
 
@@ -85,7 +88,12 @@ def weigh(checkpoints: Sequence[Checkpoint], options: FoldOptions, beginning: Be
         return _by_hand(checkpoints, options.coefficients)
     if beginning is None:
         return _per_step(checkpoints, options) if options.per_step else _per_checkpoint(checkpoints, options)
-    newer, anchor, left_out, warnings = beginning.newer_of(checkpoints)
+    is_told = options.from_step is not None
+    newer, anchor, left_out, warnings = beginning.newer_of(checkpoints, is_told=is_told)
+    notes = []
+    if not beginning.past and beginning.own_step is None and not is_told:
+        what = f"`{beginning.label}` does not say of which step it is"
+        notes.append(f"{what}: all {len(newer)} checkpoints are folded, also those that it has")
     if options.per_step:
         weighed = _per_step(newer, options, beginning, anchor)
     else:
@@ -103,6 +111,8 @@ def weigh(checkpoints: Sequence[Checkpoint], options: FoldOptions, beginning: Be
         averages=(Average(beginning.path, beginning.label, None),),
         left_out=(*left_out, *weighed.left_out),
         warnings=(*warnings, *beginning.changed_of(checkpoints), *weighed.warnings),
+        notes=(*weighed.notes, *notes),
+        goes_on=bool(past),
         past=past,
         copied=copied_names(beginning.record) if past else frozenset(),
         rules=beginning.rules if past else (),
@@ -217,6 +227,11 @@ def training_steps(checkpoints: Sequence[Checkpoint], options: FoldOptions) -> t
                 " step their order is that of their steps",
                 hint="list every step once, oldest first",
             )
+    if unit == "date":
+        raise CkptEmaError(
+            f"the checkpoints know dates only ({numbers[0]} to {numbers[-1]})",
+            hint=None if is_reconstruction else "leave `--per step` away, and pass `--momentum` per checkpoint",
+        )
     if options.steps_per_epoch is not None:
         if unit == "step":
             raise MisuseError(

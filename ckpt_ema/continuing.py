@@ -14,11 +14,12 @@ from ckpt_ema.errors import CkptEmaError, MisuseError, NoCheckpointError
 from ckpt_ema.formats import read_contents
 from ckpt_ema.formats.folder import has_weights, is_sharded
 from ckpt_ema.locations import as_path
+from ckpt_ema.profiles import POWER_RULE
 from ckpt_ema.provenance import printable, read_provenance, rule_of
 from ckpt_ema.records import MAX_COUNT, FoldOptions, PastCheckpoint
 from ckpt_ema.runs import Checkpoint
 
-UNITS = ("step", "epoch", "number")
+UNITS = ("step", "epoch", "date", "number")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +46,29 @@ class Beginning:
         return (*before, rule_of(self.record)) if self.past else ()
 
     @property
+    def profile(self) -> object:
+        """How its checkpoints or steps were weighed, `ema` where it does not say."""
+        return "power" if self.record.get("rule") == POWER_RULE else self.record.get("profile", "ema")
+
+    @property
     def is_average(self) -> bool:
         """Whether it is an exponential moving average, as far as it says."""
-        return bool(self.record.get("profile", "ema") == "ema")
+        return self.profile == "ema"
+
+    @property
+    def is_online(self) -> bool:
+        """Whether it followed the student in training, and says by which momentum."""
+        momentum = self.record.get("momentum")
+        return self.record.get("per") == "update" and isinstance(momentum, float) and 0 < momentum < 1
+
+    @property
+    def own_step(self) -> int | None:
+        """The step that it gives as its own: of a reconstruction or an online teacher."""
+        return self._count("step")
+
+    def _count(self, name: str) -> int | None:
+        value = self.record.get(name)
+        return value if type(value) is int and 0 <= value < MAX_COUNT else None
 
     def changed_of(self, checkpoints: Sequence[Checkpoint]) -> list[str]:
         """A warning where checkpoints of the teacher have another size than when it was folded."""
@@ -63,12 +84,11 @@ class Beginning:
 
     def training_step(self, options: FoldOptions) -> int:
         """The training step it is of; raises MisuseError where it does not say."""
-        step = self.record.get("step")  # of a reconstruction or an online teacher
-        if type(step) is int and 0 <= step < MAX_COUNT:
-            return step
+        if self.own_step is not None:
+            return self.own_step
         if self.past:
             last, per_epoch = self.past[-1], options.steps_per_epoch
-            factor = {"step": 1, "number": per_epoch or 1, "epoch": per_epoch}[last.unit]
+            factor = {"step": 1, "number": per_epoch or 1, "epoch": per_epoch}.get(last.unit)
             if last.step is not None and factor:
                 return last.step * factor
         raise MisuseError(
@@ -77,7 +97,10 @@ class Beginning:
         )
 
     def first_step(self, options: FoldOptions) -> int | None:
-        """The training step of its first checkpoint, from which an interval counts; None where it is not known."""
+        """The training step from which an interval counts, that of its first checkpoint; None where it is not known."""
+        calls = self._count("steps")
+        if self.is_online and self.own_step is not None and calls is not None:
+            return (self.own_step - calls) % int(self.record["interval"])
         if not self.past or self.past[0].step is None:
             return None
         return self.past[0].step * (1 if self.past[0].unit == "step" else options.steps_per_epoch or 1)
@@ -85,10 +108,12 @@ class Beginning:
     def options_for(self, options: FoldOptions) -> tuple[FoldOptions, list[str], list[str]]:
         """`options`, with how the teacher was made where they say nothing of it; notes; warnings."""
         is_asked = options.per is not None or options.momentum is not None or options.half_life is not None
+        if self.is_online and not is_asked:
+            return self._as_in_training(options)
         if self.record.get("made") != "fold" or not self.is_average:
             if self.is_average or is_asked:
                 return options, [], []
-            what = f"`{self.label}` is of profile {self.record.get('profile')}"
+            what = f"`{self.label}` is of profile {self.profile}"
             return options, [], [f"{what}, and goes on as an exponential moving average"]
         names = [name for name in ("momentum", "half_life") if self.record.get(name) is not None]
         made: dict[str, Any] = {name: self.record.get(name) for name in names}
@@ -112,11 +137,27 @@ class Beginning:
         for name, default in (("interval", 1), ("between", None), ("steps_per_epoch", None)):
             if getattr(options, name) != default:
                 counting[name] = getattr(options, name)
+        return self._inherited(options, made, counting), [self._told_note(made, counting)], warnings
+
+    def _inherited(self, options: FoldOptions, made: Mapping[str, Any], counting: Mapping[str, Any]) -> FoldOptions:
         try:
-            inherited = replace(options, **made, **counting)
+            return replace(options, **made, **counting)
         except MisuseError as error:
             raise CkptEmaError(f"`{self.path}` says of itself what cannot be: {error.message}") from None
-        return inherited, [f"goes on as `{self.label}` was made: {_told(made, counting)}"], warnings
+
+    def _told_note(self, made: Mapping[str, Any], counting: Mapping[str, Any]) -> str:
+        return f"goes on as `{self.label}` was made: {_told(made, counting)}"
+
+    def _as_in_training(self, options: FoldOptions) -> tuple[FoldOptions, list[str], list[str]]:
+        momentum = self.record["momentum"]
+        if self.own_step is None:
+            raise MisuseError(
+                f"`{self.label}` does not say of which step it is, so what is newer cannot be told",
+                hint=f"say what to fold, and how: `--from STEP --momentum {momentum:g}`",
+            )
+        made: dict[str, Any] = {"momentum": momentum}
+        counting: dict[str, Any] = {"per": "step", "interval": self.record.get("interval", 1)}
+        return self._inherited(options, made, counting), [self._told_note(made, counting)], []
 
     def _with_treatment(self, options: FoldOptions) -> FoldOptions:
         """`options`, with what was copied on request and how wide it was folded where they say nothing of that."""
@@ -132,17 +173,25 @@ class Beginning:
         return options
 
     def newer_of(
-        self, checkpoints: Sequence[Checkpoint]
+        self, checkpoints: Sequence[Checkpoint], *, is_told: bool = False
     ) -> tuple[list[Checkpoint], Checkpoint | None, list[tuple[str, str]], list[str]]:
         """(those to fold, the newest one of the teacher itself where it is there, what is left out and why, warnings).
 
+        `is_told` says that somebody chose from which step on; that counts where the teacher lists no checkpoints.
         Raises CkptEmaError where nothing is left.
         """
+        own = None if self.past or is_told else self.own_step
+        steps = [item.step for item in checkpoints if item.step is not None and item.unit in ("step", "number")]
+        if own is not None and len(steps) == len(checkpoints):
+            newer = [item for item, step in zip(checkpoints, steps, strict=True) if step > own]
+            older = [item for item, step in zip(checkpoints, steps, strict=True) if step <= own]
+            anchor = next((item for item in older if item.step == own), None)
+            return self._some(newer), anchor, [(item.label, f"not newer than `{self.label}`") for item in older], []
         known = {(past.name, past.unit, past.step) for past in self.past}
         inside = {id(item) for item in checkpoints if _key(item) in known}
         last = self.past[-1] if self.past else None
-        steps = [item.step for item in checkpoints]
-        if last is None or last.step is None or None in steps or any(item.unit != last.unit for item in checkpoints):
+        is_unknown = any(item.step is None or last is None or item.unit != last.unit for item in checkpoints)
+        if last is None or last.step is None or is_unknown:
             left_out = [(item.label, f"`{self.label}` has it") for item in checkpoints if id(item) in inside]
             return self._some([item for item in checkpoints if id(item) not in inside]), None, left_out, []
         # A list may have been out of order; but a reconstruction of an earlier step takes later students as well.
@@ -153,11 +202,11 @@ class Beginning:
         if not inside and len(beyond) < len(checkpoints):
             text = f"no checkpoint is in `{self.label}`, which is of {last.unit} {last.step}: it is of another run"
             return list(checkpoints), None, [], [text]
-        newer = {id(item) for item in beyond}
+        taken = {id(item) for item in beyond}
         left_out = [
             (item.label, f"`{self.label}` has it" if id(item) in inside else f"older than `{self.label}`")
             for item in checkpoints
-            if id(item) not in newer
+            if id(item) not in taken
         ]
         same = (item for item in checkpoints if item.step == last.step and id(item) in inside)
         anchor = next((item for item in same if item.size == last.size), None)
@@ -166,6 +215,11 @@ class Beginning:
     def _some(self, checkpoints: list[Checkpoint]) -> list[Checkpoint]:
         if checkpoints:
             return checkpoints
+        if not self.past:
+            raise NoCheckpointError(
+                f"nothing is newer than `{self.label}`, which is of step {self.own_step}",
+                hint="train on, then fold again; where it is another run's, pass `--from 0 --momentum M`",
+            )
         last = self.past[-1]
         known = "" if last.step is None else f", up to {last.unit} {last.step}"
         raise NoCheckpointError(

@@ -22,11 +22,15 @@ from ckpt_ema.folding import fold
 from ckpt_ema.locations import RemotePath, as_path
 from ckpt_ema.outputs import resolve_outputs
 from ckpt_ema.planning import find_run
+from ckpt_ema.profiles import what_is_inverted
 from ckpt_ema.records import FoldOptions, FoldReport, PathLike
 from ckpt_ema.runs import STEPLESS_COPY, Checkpoint, Run
 from ckpt_ema.steps import steps_in_name
 
 POLL_SECONDS = 1.0
+MANY_CHECKPOINTS = 100
+"""After which half of the first one shall be gone, or it is said: few runs have more."""
+
 """Between two looks at the run; a checkpoint is folded when it was the same in both."""
 
 PATIENCE_SECONDS = 60.0
@@ -278,6 +282,7 @@ class _Follower:
             self.options = replace(self.options, dtype="float32")
         beginning = self._beginning()
         if beginning is None:
+            self._tell_of_momentum()
             return
         options, notes, warnings = beginning.options_for(self.options)
         foreign: list[str] = []
@@ -302,6 +307,21 @@ class _Follower:
                 self._forget(item.path)
                 if item.step == self.last_step:
                     self.last_path = item.path
+
+    def _tell_of_momentum(self) -> None:
+        """What a fold says of a first checkpoint that dominates; how many are going to follow it nobody knows."""
+        momentum = self.options.profiles[0].momentum
+        if momentum is None or self.options.per_step:
+            return
+        inverted = what_is_inverted(momentum, "`--momentum {:g}`")
+        num_checkpoints = math.log(0.5) / math.log1p(-momentum)
+        if inverted:
+            self.tell(inverted)
+        elif num_checkpoints > MANY_CHECKPOINTS:
+            self.tell(
+                f"momentum {momentum:g} works once per checkpoint here, not once per training step: half of the first"
+                f" one is left after {num_checkpoints:,.0f} more; `--per step` makes it work as in training"
+            )
 
     def _beginning(self) -> Beginning | None:
         assert self.target is not None

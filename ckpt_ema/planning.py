@@ -22,7 +22,13 @@ from ckpt_ema.layouts import Layout, SchemaPool, compact_layout
 from ckpt_ema.locations import as_path
 from ckpt_ema.model_buffers import read_model_buffers
 from ckpt_ema.outputs import resolve_outputs
-from ckpt_ema.profiles import Profile, coefficients_of, momentum_for_first_share, step_updates
+from ckpt_ema.profiles import (
+    Profile,
+    coefficients_of,
+    momentum_for_first_share,
+    step_updates,
+    what_is_inverted,
+)
 from ckpt_ema.records import FoldedCheckpoint, FoldOptions, FoldPlan, PathLike, PlannedTeacher, ReconstructOptions
 from ckpt_ema.responses import half_life_of
 from ckpt_ema.runs import Checkpoint, Run, Selection, find_checkpoints
@@ -37,7 +43,12 @@ def plan_fold(run: PathLike | Sequence[PathLike], output: PathLike | None, wante
         return plan_weighed(found, weigh(found.checkpoints, wanted), output, wanted)
     wanted, notes, warnings = beginning.options_for(wanted)
     weighed = weigh(found.checkpoints, wanted, beginning)
-    weighed = replace(weighed, notes=(*weighed.notes, *notes), warnings=(*weighed.warnings, *warnings))
+    weighed = replace(
+        weighed,
+        notes=(*weighed.notes, *notes),
+        warnings=(*weighed.warnings, *warnings),
+        goes_on=weighed.goes_on or (beginning.is_online and bool(notes)),
+    )
     return plan_weighed(found, weighed, output, wanted)
 
 
@@ -163,7 +174,7 @@ def plan_weighed(
             *weighed.warnings,
             *rounded,
             *_treated_otherwise(weighed, tensors),
-            *_warnings(checkpoints, teachers, wanted, tensors, goes_on=bool(weighed.past)),
+            *_warnings(checkpoints, teachers, wanted, tensors, goes_on=weighed.goes_on),
         ),
         mended_options=_mended_options(checkpoints, teachers, wanted),
         blocks=blocks,
@@ -239,6 +250,10 @@ def _warnings(
     if len(teachers[0].updates) == 1:
         yield f"`{checkpoints[0].label}` alone takes part: the teacher is a copy of it"
         return
+    momenta = [teacher.profile.momentum for teacher in teachers if teacher.profile.momentum is not None]
+    inverted = what_is_inverted(min(momenta), "`--momentum {:g}`") if momenta else None
+    if inverted:
+        yield inverted
     dominated = _dominated(teachers, options)
     if not dominated:
         return

@@ -41,6 +41,19 @@ def check_momentum(momentum: float) -> None:
         )
 
 
+def what_is_inverted(momentum: float, how_to_write: str) -> str | None:
+    """What to say of a momentum that is probably the teacher's share, as many frameworks have it; None for others.
+
+    `how_to_write` has a place for the other one: `momentum={:g}`.
+    """
+    if momentum <= 0.5:
+        return None
+    return (
+        f"momentum {momentum:g} makes the teacher nearly the student: here it is the student's share. Where it is the"
+        f" teacher's, {momentum:g} is written {how_to_write.format(1 - momentum)} here"
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Profile:
     """What one teacher is to be: how much each checkpoint, or each step, counts in it."""
@@ -156,10 +169,10 @@ def step_updates(
 ) -> list[Update]:
     """The updates of a profile that counts training steps, for students saved after `steps` (strictly ascending).
 
-    Between two checkpoints the student is taken to have moved in a straight line, or, with `hold`, to have jumped at
-    the newer one. An `ema` works once every `interval` steps, counted from step `origin`, steps[0] by default. With
-    `has_copy_first` the first input is a teacher rather than a student, and the student is held at the next checkpoint
-    from there; unless `knows_first_student`, the one of steps[0], which is the second input then.
+    Between two checkpoints the student is taken to have moved in a straight line, or, with `hold`, to have been the
+    newer one from the first step on. An `ema` works once every `interval` steps, counted from step `origin`, steps[0]
+    by default. With `has_copy_first` the first input is a teacher rather than a student, and the student is held at the
+    next checkpoint from there; unless `knows_first_student`, the one of steps[0], which is the second input then.
     Where the checkpoints lie `interval` apart, or with `hold`, these are the recurrence's own; else those of the
     collapsed coefficients.
     """
@@ -220,7 +233,7 @@ def step_coefficients(response: Response, steps: Sequence[int], between: Between
     """The coefficient of each student, saved after `steps`, in the average that `response` describes; they sum to 1.
 
     On a straight line from step a to step b every increment is the same, so what counts is the mean of the tail sums
-    P(a + 1), ..., P(b); where the student jumps at b, P(a + 1) alone.
+    P(a + 1), ..., P(b); where the student is the one of b from step a + 1 on, P(a + 1) alone.
     """
     tails = [1.0]
     for a, b in itertools.pairwise(steps):

@@ -63,7 +63,7 @@ class FoldOptions:
 
     between: Between | None = None
     """With `per="step"`: between two checkpoints the student moved in a straight line (`linear`, the default), or
-    jumped at the newer one (`hold`)."""
+    was the newer one all along (`hold`)."""
 
     steps_per_epoch: int | None = None
     """With `per="step"`, for runs that know epochs only."""

@@ -101,7 +101,9 @@ def _profiles(plan: FoldPlan) -> str:
     if not options.per_step:
         return f"{text} per checkpoint"
     text += " steps" if profiles[0].half_life is not None else " per step"
-    return text + (", held between checkpoints" if options.between == "hold" else ", straight between checkpoints")
+    return text + (
+        ", the newer checkpoint's between two" if options.between == "hold" else ", straight between checkpoints"
+    )
 
 
 def _coefficient_table(plan: FoldPlan) -> Iterator[str]:

@@ -9,15 +9,17 @@ from typing import Any, Literal
 from ckpt_ema.formats import Contents
 from ckpt_ema.formats.folder import WEIGHTS_SUFFIX
 
-Unit = Literal["step", "epoch", "number"]
+Unit = Literal["step", "epoch", "date", "number"]
 Origin = tuple[Literal["inside", "name"], Unit]
 
-# In order of trust. A bare number in a name is the last resort: accelerate counts saves with it, timm epochs.
+# In order of trust. A date says what comes first, and nothing of the steps between two. A bare number in a name is the
+# last resort: accelerate counts saves with it, timm epochs.
 ORIGINS: tuple[Origin, ...] = (
     ("inside", "step"),
     ("name", "step"),
     ("inside", "epoch"),
     ("name", "epoch"),
+    ("name", "date"),
     ("name", "number"),
 )
 
@@ -63,6 +65,15 @@ NAME_PATTERNS: tuple[tuple[Unit, re.Pattern[str]], ...] = (
     ),
     ("number", re.compile(r"(?<![\d.])(?<!\d[A-Za-z])" + _NUMBER + r"$")),
 )
+_TIME = r"[T_ .-](?P<hour>[01]\d|2[0-3])[-_.:]?(?P<minute>[0-5]\d)(?:[-_.:]?(?P<second>[0-5]\d))?(?!\d)"
+_MONTH_AND_DAY = r"(?P<month>0[1-9]|1[0-2]){0}(?P<day>0[1-9]|[12]\d|3[01])(?!\d)"
+DATE_PATTERNS = (
+    re.compile(
+        r"(?<!\d)(?P<year>(?:19|20)\d\d)(?P<between>[-_.])" + _MONTH_AND_DAY.format("(?P=between)") + f"(?:{_TIME})?"
+    ),
+    # Without a time `20240130` may as well be a step.
+    re.compile(r"(?<!\d)(?P<year>(?:19|20)\d\d)" + _MONTH_AND_DAY.format("") + _TIME),
+)
 EDM2_NAME = re.compile(r"^network-snapshot-(?P<step>\d{1,18})-(?P<sigma_rel>0?\.\d{1,9})$")
 """EDM2's snapshots: thousands of images, and the width of the power average."""
 
@@ -87,6 +98,16 @@ def is_copy_name(name: str) -> bool:
 def steps_in_name(name: str) -> dict[Origin, int]:
     """Numbers that the file's or folder's name gives, by what they count."""
     stem = _VERSION_SUFFIX.sub("", stem_of(name))
+    date = next((match for pattern in DATE_PATTERNS if (match := pattern.search(stem))), None)
+    if date is None:
+        return _numbers_in(stem)
+    parts = (int(date[part] or 0) for part in ("month", "day", "hour", "minute", "second"))
+    moment = int(date["year"] + "".join(f"{part:02}" for part in parts))
+    # Where there are numbers beside the date, these count; and a step behind a date may look like its time.
+    return _numbers_in(stem[: date.start()] + stem[date.end() :]) or {("name", "date"): moment, **_numbers_in(stem)}
+
+
+def _numbers_in(stem: str) -> dict[Origin, int]:
     found: dict[Origin, int] = {}
     for unit, pattern in NAME_PATTERNS:
         if unit == "number" and found:

@@ -94,6 +94,20 @@ def test_first_share_is_warned_of_before_reading(run: Path, cli: Cli) -> None:
     assert json.loads(mended.stdout)["first_share"] == pytest.approx(0.1, abs=0.01)
 
 
+def test_an_inverted_momentum_is_warned_of(run: Path, cli: Cli) -> None:
+    """0.999 is most frameworks' share of the teacher; of several, one small momentum shows that the rule is known."""
+    outcome = cli("fold", run, "--momentum", 0.999, "-o", "t.safetensors")
+    assert outcome.code == 0
+    assert (
+        "Warning: momentum 0.999 makes the teacher nearly the student: here it is the student's share. Where it is"
+        in (outcome.stderr)
+    )
+    assert "is written `--momentum 0.001` here" in outcome.stderr
+    for words in ((0.5,), (0.1, "--momentum", 0.9)):
+        outcome = cli("plan", run, "--momentum", *words, "-o", "t-{momentum}.safetensors" if len(words) > 1 else "u")
+        assert "nearly the student" not in outcome.stderr
+
+
 def test_teacher_carries_its_provenance(run: Path, cli: Cli) -> None:
     """The safetensors library finds rule, momentum, checkpoints with coefficients, and `format: pt` in the teacher."""
     path = cli("fold", run, "--momentum", 0.25, "--interval", 2).stdout.strip()

@@ -250,3 +250,57 @@ def test_a_record_that_lies_is_no_traceback(tmp_path: Path, changed: dict[str, A
     save_students(run, 3)
     with contextlib.suppress(CkptEmaError):
         ckpt_ema.plan(run, tmp_path / "u.safetensors", init=tmp_path / "t.safetensors")
+
+
+def online_run(run: Path, *, interval: int = 1, named: int = 0) -> dict[int, Path]:
+    """A checkpoint after each of eight steps, a snapshot of the online teacher beside some; it as it was at the end."""
+    run.mkdir()
+    student = torch.nn.Linear(3, 2)
+    teacher = ckpt_ema.MeanTeacher(student, momentum=0.3, interval=interval)
+    found = {}
+    for step in range(1, 9):
+        with torch.no_grad():
+            for parameter in student.parameters():
+                parameter.normal_()
+        teacher.update()
+        torch.save({"model": student.state_dict(), "step": named + step}, run / f"step_{named + step}.pt")
+        found[step] = teacher.save_snapshot(run, named + step)
+    teacher.save(run / "end.safetensors")
+    return found
+
+
+@pytest.mark.parametrize(("interval", "begin"), [(1, 3), (1, 7), (3, 3), (3, 4), (3, 5)])
+@pytest.mark.parametrize("named", [0, 100])
+def test_an_online_teacher_goes_on_by_its_own_rule_from_its_own_step(
+    tmp_path: Path, interval: int, begin: int, named: int
+) -> None:
+    """The checkpoints behind its snapshot, at its momentum per step: what training would have made, to the bit."""
+    run = tmp_path / "run"
+    snapshots = online_run(run, interval=interval, named=named)
+    report = quiet_fold(run, tmp_path / "on.safetensors", init=snapshots[begin])
+    # With an interval, what lies between two updates has no share.
+    assert {item.step for item in report.plan.checkpoints} <= set(range(named + begin, named + 9))
+    assert not report.plan.warnings
+    found, expected = load_file(report.output), load_file(run / "end.safetensors")
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor) if interval == 1 else torch.allclose(found[name], tensor), name
+    with pytest.raises(CkptEmaError, match=r"nothing is newer than `teacher_step_\d+\.safetensors`, which is of step"):
+        ckpt_ema.plan(run, tmp_path / "t.safetensors", init=snapshots[8])
+    asked = ckpt_ema.plan(run, tmp_path / "t.safetensors", init=snapshots[begin], momentum=0.1)
+    assert [item.step for item in asked.checkpoints] == list(range(named + begin + 1, named + 9))
+
+
+def test_a_teacher_that_does_not_say_of_which_step_it_is_asks_what_to_fold(tmp_path: Path) -> None:
+    """All checkpoints may be in it already; where a rule is given they are folded, and that is said."""
+    run, output = tmp_path / "run", tmp_path / "t.safetensors"
+    online_run(run)
+    init = run / "end.safetensors"
+    with pytest.raises(MisuseError, match=r"`end\.safetensors` does not say of which step it is") as caught:
+        ckpt_ema.plan(run, output, init=init)
+    assert "--from STEP --momentum 0.3" in (caught.value.hint or "")
+    planned = ckpt_ema.plan(run, output, init=init, momentum=0.3)
+    assert len(planned.checkpoints) == 8
+    assert any("all 8 checkpoints are folded, also those that it has" in text for text in planned.notes)
+    planned = ckpt_ema.plan(run, output, init=init, momentum=0.3, from_step=7)
+    assert [item.step for item in planned.checkpoints] == [7, 8]
+    assert not any("also those" in text for text in planned.notes)

@@ -69,6 +69,27 @@ class Following:
         return self.report
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({}, "half of the first one is left after 693 more; `--per step` makes it work as in training"),
+        ({"momentum": 0.999}, "is written `--momentum 0.001` here"),
+        ({"momentum": 0.1}, ""),
+        ({"half_life": 5000.0}, ""),
+    ],
+)
+def test_a_momentum_that_cannot_be_meant_is_told(tmp_path: Path, options: dict[str, Any], said: str) -> None:
+    """Once, when the teacher is begun: how many checkpoints are going to come nobody knows."""
+    run, teacher = tmp_path / "run", tmp_path / "t.safetensors"
+    save(run, 1)
+    save(run, 2)
+    lines: list[str] = []
+    for _ in range(2):
+        ckpt_ema.follow(run, teacher, until_step=200, poll_seconds=0.01, tell=lines.append, **options)
+    assert sum("momentum" in line and "goes on as" not in line for line in lines) == bool(said)
+    assert not said or any(said in line for line in lines)
+
+
 def test_a_restart_beside_a_run_that_is_over(tmp_path: Path) -> None:
     """The trainer has removed what was folded: the teacher that is there is what comes of it, with or without more."""
     run, teacher = tmp_path / "run", tmp_path / "t.safetensors"

@@ -8,6 +8,7 @@ import os
 import shutil
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -759,6 +760,58 @@ NUMBERED = (
 )
 
 
+DATED = (
+    "run_{:%Y-%m-%d}.pt",
+    "model_{:%Y%m%d_%H%M%S}.pt",
+    "{:%Y-%m-%dT%H-%M-%S}.safetensors",
+    "{:%y}th_try_{:%Y_%m_%d}.pth",
+    "model-{:%Y%m%d-%H%M}.ckpt",
+    "{:%Y-%m-%d_%H.%M.%S}-run.pt",
+    "net {:%Y.%m.%d %H:%M:%S}.pt",
+    "{:%Y%m%dT%H%M%S}-v2.pt",
+)
+
+
+@pytest.mark.parametrize("pattern", DATED)
+def test_dates_in_names_are_an_order(tmp_path: Path, pattern: str) -> None:
+    """January's last days before February's first; where there is a step beside the date, that counts."""
+    run = tmp_path / "run"
+    run.mkdir()
+    days = [datetime(2024, 1, 30, 23, 59, 59), datetime(2024, 1, 31, 8), datetime(2024, 2, 1, 9), datetime(2025, 1, 1)]
+    names = [pattern.format(*(day for _ in range(pattern.count("{")))) for day in days]
+    for name, student in zip(names, STUDENTS, strict=True):
+        save = save_file if name.endswith(".safetensors") else torch.save
+        save(student, run / name)
+    assert_folds_to(run, tmp_path, STUDENTS)
+    stepped = tmp_path / "stepped"
+    stepped.mkdir()
+    for number, (name, student) in enumerate(zip(names, STUDENTS, strict=True)):
+        path = Path(name)
+        torch.save(student, stepped / f"{path.stem}_step_{10 - number}.pt")
+    plan = ckpt_ema.plan(stepped, momentum=MOMENTUM)
+    assert [item.step for item in plan.checkpoints] == [7, 8, 9, 10]
+
+
+def test_a_date_is_not_taken_for_a_step(tmp_path: Path) -> None:
+    """It says what comes first, and not how many steps lie between two."""
+    run = tmp_path / "run"
+    run.mkdir()
+    for day, student in enumerate(STUDENTS, start=28):
+        torch.save(student, run / f"run_2024-01-{day}.pt")
+    error = refusal_of(run, per="step")
+    assert error.message == "the checkpoints know dates only (20240128000000 to 20240131000000)"
+    assert refusal_of(run, per="step", steps_per_epoch=10).message == error.message
+
+
+def test_a_date_of_the_run_is_no_date_of_the_checkpoints(tmp_path: Path) -> None:
+    """Steps that look like a time behind it are steps where one of them is none."""
+    run = tmp_path / "run"
+    run.mkdir()
+    for step, student in zip((900, 1000, 2000, 30000), STUDENTS, strict=True):
+        torch.save(student, run / f"run_2024-01-30_{step}.pt")
+    assert [item.step for item in plan(run).checkpoints] == [900, 1000, 2000, 30000]
+
+
 @pytest.mark.parametrize("pattern", NUMBERED)
 def test_names_are_ordered_by_number(tmp_path: Path, pattern: str) -> None:
     """9, 10, 100, 1000 and not 10, 100, 1000, 9, whatever stands around the number."""
@@ -1294,7 +1347,7 @@ def test_a_list_is_folded_as_listed_with_a_warning_when_steps_descend(
 
 def test_a_list_in_step_order_brings_no_warning(run: Path) -> None:
     """Nothing is said about an order that is right."""
-    planned = plan([run / "step_100.safetensors", run / "step_300.safetensors"], momentum=0.6)
+    planned = plan([run / "step_100.safetensors", run / "step_300.safetensors"], momentum=0.5)
     assert not planned.warnings
     assert planned.output == run / "teacher.safetensors"
 

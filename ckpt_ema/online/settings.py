@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from ckpt_ema.errors import MisuseError
 from ckpt_ema.online.snapshots import Snapshots
-from ckpt_ema.profiles import check_momentum
+from ckpt_ema.profiles import check_momentum, what_is_inverted
 
 Arithmetic = Literal["hook", "lerp"]
 OnNonfinite = Literal["raise", "skip"]
@@ -55,12 +55,9 @@ def check_settings(
     if half_life is None:
         momentum = 0.001 if momentum is None else _as_number("momentum", momentum)
         check_momentum(momentum)
-        if momentum > 0.5 and stacklevel is not None:
-            warnings.warn(
-                f"momentum {momentum:g} makes the teacher nearly the student: here it is the student's share."
-                f" Where it is the teacher's, {momentum:g} is written momentum={1 - momentum:g} here.",
-                stacklevel=stacklevel + 1,
-            )
+        inverted = what_is_inverted(momentum, "momentum={:g}")
+        if inverted and stacklevel is not None:
+            warnings.warn(inverted, stacklevel=stacklevel + 1)
     else:
         if momentum is not None:
             raise MisuseError("momentum and half_life say the same thing twice", hint="pass one of them")
