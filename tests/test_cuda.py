@@ -217,6 +217,31 @@ def test_on_a_model_of_a_gpu_nothing_is_used_before_it_is_there(
         assert device.num_run > 1000
 
 
+@pytest.mark.parametrize(
+    ("dtype", "accumulate", "is_sent"),
+    [
+        (torch.bfloat16, "student", False),
+        (torch.float16, "student", False),
+        (torch.bfloat16, "float32", True),
+        (torch.float32, "student", True),
+    ],
+)
+def test_what_is_kept_in_16_bits_is_not_sent_to_the_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, accumulate: str, is_sent: bool
+) -> None:
+    """The teacher's dtype counts, not the student's; either way the bytes are the CPU's."""
+    run = tmp_path / "run"
+    run.mkdir()
+    for i in range(3):
+        weight = torch.randn(3000, generator=torch.Generator().manual_seed(i)).to(dtype)
+        save_file({"weight": weight}, run / f"step_{i}.safetensors")
+    options: dict[str, Any] = {"momentum": 0.3, "memory_budget_bytes": 1 << 18, "accumulate": accumulate}
+    expected = fold_on_cpu(run, tmp_path / "cpu.safetensors", **options)
+    with modelled(monkeypatch, 0) as device:
+        assert fold_on_a_model(run, tmp_path / "t.safetensors", **options) == expected
+    assert bool(device.allocated) == is_sent
+
+
 @pytest.fixture
 def long_run(tmp_path: Path) -> Path:
     """More students than the engine has buffers, all of 16 bits."""
