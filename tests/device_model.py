@@ -89,7 +89,8 @@ class Device:
             return False
         work = self.random.choices(ready, [stream.haste for stream in ready])[0].work.popleft()
         if not isinstance(work, Moment):
-            with _disable_current_modes(), torch.no_grad():
+            # A device knows no modes: what may be written to was checked where the work was queued.
+            with _disable_current_modes(), torch.inference_mode():
                 work()
             self.num_run += 1
         return True
@@ -163,6 +164,11 @@ class Queueing(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        # In inference mode some calls are not taken apart before; `to` would be taken for a view.
+        with self:
+            made = func.decompose(*args, **kwargs)
+        if made is not NotImplemented:
+            return made
         if func.is_view:
             return func(*args, **kwargs)
         if func._schema.is_mutable:

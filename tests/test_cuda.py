@@ -95,6 +95,17 @@ def test_the_gpu_writes_what_the_cpu_writes(
 
 
 @pytest.mark.gpu
+def test_the_gpu_folds_in_inference_mode_too(run: Path, tmp_path: Path) -> None:
+    """As evaluation code calls it; its own threads are in no such mode, and share the buffers."""
+    options: dict[str, Any] = {"momentum": MOMENTA, "memory_budget_bytes": 1 << 19}
+    expected = fold_on_cpu(run, tmp_path / "cpu-{momentum}.safetensors", **options)
+    with torch.inference_mode():
+        report = quiet_fold(run, tmp_path / "gpu-{momentum}.safetensors", device="cuda", **options)
+    data_bytes = report.plan.blocks.data_bytes
+    assert [teacher.output.read_bytes()[-data_bytes:] for teacher in report.plan.teachers] == expected
+
+
+@pytest.mark.gpu
 def test_the_gpu_names_the_tensor_and_the_checkpoint_too(run: Path, tmp_path: Path) -> None:
     """A NaN is found on the device, and the message is the CPU's."""
     broken = torch.load(run / "step_2.pt")
@@ -240,6 +251,17 @@ def test_what_is_kept_in_16_bits_is_not_sent_to_the_device(
     with modelled(monkeypatch, 0) as device:
         assert fold_on_a_model(run, tmp_path / "t.safetensors", **options) == expected
     assert bool(device.allocated) == is_sent
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_in_inference_mode_a_model_of_a_gpu_folds_too(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """What the caller's thread makes in that mode the engine's own threads could not write to."""
+    options: dict[str, Any] = {"momentum": MOMENTA, "memory_budget_bytes": 1 << 19}
+    expected = fold_on_cpu(run, tmp_path / "cpu-{momentum}.safetensors", **options)
+    with modelled(monkeypatch, seed), torch.inference_mode():
+        assert fold_on_a_model(run, tmp_path / "t-{momentum}.safetensors", **options) == expected
 
 
 @pytest.fixture

@@ -265,7 +265,8 @@ class _Pipeline:
 
     def _made(self, kind: type[Kind], num_bytes: int) -> Kind:
         """A buffer that `close` gives back, however many of them there are."""
-        buffer = kind(num_bytes, self._device)
+        with torch.inference_mode(False):  # or no thread could write to it: they are in none of the caller's modes
+            buffer = kind(num_bytes, self._device)
         self._buffers.append(buffer)
         return buffer
 
