@@ -42,6 +42,7 @@ class Device:
         self.streams: list[Stream] = []
         self.allocated: list[torch.UntypedStorage] = []
         self.allocated_bytes = 0
+        self.computed: list[weakref.ref[torch.Tensor]] = []
         self.keeps_none = False
         self.pinned: list[weakref.ref[torch.Tensor]] = []
         self.num_run = 0
@@ -177,13 +178,18 @@ class Queueing(TorchDispatchMode):
         # Done now for the shape of what comes, and again when its turn comes for what is in it.
         made = func(*args, **kwargs)
         if isinstance(made, (torch.Tensor, tuple)) and not func.name().startswith("aten::empty"):
+            self._stream.device.computed.extend(map(weakref.ref, _tensors(made)))
             self._stream.device.queue(self._stream, lambda: _put(made, func(*args, **kwargs)))
         return made
 
 
 def _put(into: Any, made: Any) -> None:
-    for one, other in zip(into, made, strict=True) if isinstance(into, tuple) else [(into, made)]:
+    for one, other in zip(_tensors(into), _tensors(made), strict=True):
         one.copy_(other)
+
+
+def _tensors(made: Any) -> tuple[torch.Tensor, ...]:
+    return made if isinstance(made, tuple) else (made,)
 
 
 @contextlib.contextmanager

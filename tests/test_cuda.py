@@ -122,17 +122,19 @@ def test_the_gpu_names_the_tensor_and_the_checkpoint_too(run: Path, tmp_path: Pa
 
 
 @pytest.mark.gpu
-def test_the_devices_memory_is_given_back(run: Path, tmp_path: Path) -> None:
-    """After a fold, and after one that failed."""
+@pytest.mark.parametrize("momentum", [0.5, [0.5, 0.1]])
+def test_the_devices_memory_is_given_back(run: Path, tmp_path: Path, momentum: Any) -> None:
+    """After a fold, and after one that failed, while its error is at hand."""
+    output = tmp_path / "t-{momentum}.safetensors"
     torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved()
-    quiet_fold(run, tmp_path / "t.safetensors", momentum=0.5, device="cuda")
+    quiet_fold(run, output, momentum=momentum, device="cuda")
     assert torch.cuda.memory_reserved() <= before
     broken = torch.load(run / "step_2.pt")
     broken["model"]["large.weight"][777_777] = torch.nan
     torch.save(broken, run / "step_2.pt")
     with pytest.raises(CkptEmaError) as caught:
-        quiet_fold(run, tmp_path / "t.safetensors", momentum=0.5, device="cuda", overwrite=True)
+        quiet_fold(run, output, momentum=momentum, device="cuda", overwrite=True)
     assert torch.cuda.memory_reserved() <= before, caught.value
 
 
@@ -836,13 +838,16 @@ def test_the_first_number_that_is_none_is_found_on_a_model_too(
     broken = torch.load(run / "step_2.pt")
     broken["model"][name][777_777] = number
     torch.save(broken, run / "step_2.pt")
+    options: dict[str, Any] = {"momentum": [0.3, 0.1], "memory_budget_bytes": 1 << 20}
     with modelled(monkeypatch, seed) as device, pytest.raises(NonFiniteBlockError) as caught:
-        fold_on_a_model(run, tmp_path / "t.safetensors", momentum=0.3, memory_budget_bytes=1 << 20)
+        fold_on_a_model(run, tmp_path / "t-{momentum}.safetensors", **options)
     plan = ckpt_ema.plan(run, tmp_path / "t.safetensors", momentum=0.3)
     assert caught.value.origin.layout == 2
     # The device has its memory back, though the error is at hand, and with it whatever its traceback holds.
     assert device.allocated
     assert not any(storage.nbytes() for storage in device.allocated)
+    assert device.computed
+    assert all(tensor() is None for tensor in device.computed)
     # And the host.
     assert len(device.pinned) > 3
     assert all(pinned() is None for pinned in device.pinned)

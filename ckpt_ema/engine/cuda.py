@@ -400,8 +400,8 @@ class _Pipeline:
                 rounded.copy_(accumulator.elements(lane.accumulate_dtype, count))
                 if rounded.dtype.itemsize == 1:  # 8-bit floats know no order; float32 holds all of them
                     rounded = self._widened.elements(BY_NAME["float32"], count).copy_(rounded)
-                extremes = torch.stack(torch.aminmax(rounded))
-                buffer.extremes.copy_(extremes.double(), non_blocking=True)
+                # What is allocated here gets no name: the traceback of an error that is held would keep it.
+                buffer.extremes.copy_(torch.stack(torch.aminmax(rounded)).double(), non_blocking=True)
                 buffer.filled.record(self._computing)
             buffer.ticket = writers.submit(functools.partial(self._write, teacher, block, buffer, finished))
             self._outgoing.append(buffer)
