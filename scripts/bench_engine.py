@@ -24,14 +24,15 @@ from typing import Any
 from bench_candidates import EIGHT_MOMENTA, MOMENTUM, prepare_pinned
 
 
-def bench_engine(arguments: argparse.Namespace, write_run: Callable[[str], Path], device: str) -> dict[str, Any]:
+def bench_engine(
+    arguments: argparse.Namespace, write_run: Callable[[str], Path], device: str
+) -> Iterator[tuple[str, Any]]:
     """Print one table per dtype for `cpu` or `cuda`; `write_run(dtype)` makes the checkpoints."""
     import torch
 
     if device == "cuda" and not torch.cuda.is_available():
         print("\nno GPU here: its engine was not measured", flush=True)
-        return {}
-    rows: dict[str, Any] = {}
+        return
     for dtype in ("float32", "bfloat16"):
         run = write_run(dtype)
         variants = _on_gpu(run) if device == "cuda" else _on_cpu(run)
@@ -39,6 +40,8 @@ def bench_engine(arguments: argparse.Namespace, write_run: Callable[[str], Path]
         for round_number in range(arguments.rounds + 1):
             for name, work in variants.items():
                 took = work()
+                label = f"{run.name}, round {round_number} of {arguments.rounds}: {name}"
+                print(f"{label} took {took:.3f} s", file=sys.stderr, flush=True)
                 if round_number:  # the first one warms the page cache and locks pages
                     seconds[name].append(took)
         num_bytes = sum(path.stat().st_size for path in run.glob("step_*"))
@@ -48,10 +51,9 @@ def bench_engine(arguments: argparse.Namespace, write_run: Callable[[str], Path]
         print("|---|---|")
         for name, values in seconds.items():
             print(f"| {name} | {num_bytes / statistics.median(values) / 1e9:.1f} |", flush=True)
-        rows[dtype] = {"device": name_of_device, "run_bytes": num_bytes, "seconds": seconds}
         if not arguments.keep:
             shutil.rmtree(run)
-    return rows
+        yield dtype, {"device": name_of_device, "run_bytes": num_bytes, "seconds": seconds}
 
 
 def _on_cpu(run: Path) -> dict[str, Callable[[], float]]:

@@ -2,7 +2,8 @@
 
 Each measurement (but for `engine` and `online`, on a GPU as well) is a process of its own that imports torch first and
 then times the work alone. The candidates of a comparison run in turn, round by round; ratios are taken within a round
-and their median is printed, so that a machine that gets slower slows all of them. The first round is not counted.
+and their median is printed, so that a machine that gets slower slows all of them. The first round is not counted. A
+candidate that fails is named on stderr and left out of its table; the exit code is 1 then.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import shutil
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,20 @@ from bench_sharded import bench_ranks, bench_sharded
 
 THREADS = len(os.sched_getaffinity(0))
 ON_GPU = {"device": "cuda"}
+
+Parts = Iterator[tuple[str, Any]]
+"""What a section has measured: the name of a part, such as a dtype, and its figures, when it is finished."""
+
+FAILURES: list[str] = []
+"""Of this call; all else was measured."""
+
+
+class CandidateError(Exception):
+    """The process of a candidate failed."""
+
+
+class SectionError(Exception):
+    """What a section compares all others with failed."""
 
 
 def main() -> None:
@@ -55,18 +71,32 @@ def main() -> None:
     figures: dict[str, Any] = {"machine": describe_machine(), "checkpoints": arguments.checkpoints}
     try:
         for name in arguments.only:
-            figures[name] = SECTIONS[name](arguments)
-            if arguments.json:  # by and by: an hour's figures are not lost to what fails last
-                arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
+            figures[name] = {}
+            write_figures(figures, arguments.json)
+            try:
+                for part, found in SECTIONS[name](arguments):
+                    figures[name][part] = found
+                    write_figures(figures, arguments.json)
+            except SectionError as error:
+                FAILURES.append(name)
+                print(f"Error: section `{name}`: {error}", file=sys.stderr, flush=True)
     finally:
         if not arguments.keep:
             shutil.rmtree(arguments.inputs, ignore_errors=True)
-    if arguments.plot and "fold" in figures:
+    if arguments.plot and figures.get("fold"):
         draw_bars(figures["fold"], FOLD_BARS, arguments.plot)
     if arguments.plot and figures.get("cuda"):  # none without a GPU
         draw_bars(figures["cuda"], CUDA_BARS, arguments.plot.with_name("cuda.svg"))
-    if arguments.plot and "growth" in figures:
+    if arguments.plot and figures.get("growth"):
         draw_growth(figures, arguments.plot.with_name("growth.svg"))
+    if FAILURES:
+        sys.exit(1)
+
+
+def write_figures(figures: dict[str, Any], path: Path | None) -> None:
+    """By and by: an hour's figures are not lost to what fails last, nor those of a call that is stopped."""
+    if path:
+        path.write_text(json.dumps(figures, indent=2) + "\n")
 
 
 def positive(text: str) -> int:
@@ -151,6 +181,7 @@ class Case:
 
 
 def run_candidate(case: Case, arguments: argparse.Namespace) -> dict[str, float]:
+    """What `measure` prints in a process of its own; raises CandidateError where that fails."""
     folder = arguments.outputs / f"ckpt-ema-bench-{os.getpid()}"
     several = len(case.options.get("momentum", [0])) > 1
     output = folder / ("teacher-{momentum}.safetensors" if several else "teacher.safetensors")
@@ -158,9 +189,14 @@ def run_candidate(case: Case, arguments: argparse.Namespace) -> dict[str, float]
     try:
         command = [sys.executable, __file__, "--measure", case.what, str(case.run), str(output)]
         command.append(json.dumps({**case.options, "is_cold": case.is_cold}))
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
     finally:
         shutil.rmtree(folder)
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        # An error of our own ends with a hint.
+        errors = [line for line in lines if re.match(r"[\w.]+(Error|Exception)\b", line)]
+        raise CandidateError(": ".join([f"exit code {done.returncode}", *(errors or lines)[-1:]]))
     figures: dict[str, float] = json.loads(done.stdout)
     return figures
 
@@ -173,12 +209,27 @@ def forget(run: Path) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def compare(cases: dict[str, Case], arguments: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
-    """Run each case in turn, round by round; the first round is thrown away."""
+def compare(
+    cases: dict[str, Case], arguments: argparse.Namespace, bases: Sequence[str] = ()
+) -> dict[str, list[dict[str, float]]]:
+    """Run each case in turn, round by round; the first round is thrown away, and so is what fails in any.
+
+    Raises SectionError where that is one of `bases`, which the others are compared with.
+    """
     results: dict[str, list[dict[str, float]]] = {name: [] for name in cases}
     for round_number in range(arguments.rounds + 1):
-        for name, case in cases.items():
-            figures = run_candidate(case, arguments)
+        for name in list(results):
+            label = f"{cases[name].run.name}, round {round_number} of {arguments.rounds}: {name}"
+            try:
+                figures = run_candidate(cases[name], arguments)
+            except CandidateError as error:
+                if name in bases:
+                    raise SectionError(f"{label} failed, which others are compared with, {error}") from error
+                FAILURES.append(label)
+                print(f"{label} failed and is left out, {error}", file=sys.stderr, flush=True)
+                del results[name]
+                continue
+            print(f"{label} took {figures['seconds']:.3f} s", file=sys.stderr, flush=True)
             if round_number:
                 results[name].append(figures)
     return results
@@ -237,24 +288,23 @@ def warm(path: Path) -> None:
             pass
 
 
-def bench_fold(arguments: argparse.Namespace) -> dict[str, Any]:
-    rows = {}
+def bench_fold(arguments: argparse.Namespace) -> Parts:
     for dtype in ("float32", "bfloat16"):
         run = write_run(arguments.inputs / dtype, layers(arguments.elements), dtype, arguments, "safetensors")
         names = ["read", "floor", "fold", "loop", "AveragedModel"]
         names += ["mergekit"] if importlib.util.find_spec("mergekit") else []
-        results = compare({name: Case(name, run) for name in names}, arguments)
+        results = compare({name: Case(name, run) for name in names}, arguments, ("floor", "fold"))
         size = next(run.glob("step_*")).stat().st_size
         print(
             f"\n{arguments.checkpoints} checkpoints of {size / 1e9:.2f} GB, {dtype}, warm page cache, output on tmpfs\n"
         )
         print("| | seconds | GB/s read | times the floor | fold is faster by | peak memory |")
         print("|---|---|---|---|---|---|")
-        for name in names:
-            seconds = median_seconds(results[name])
-            floor = median_ratio(results[name], results["floor"])
-            faster = median_ratio(results[name], results["fold"])
-            peak = statistics.median(item["peak"] for item in results[name])
+        for name, items in results.items():
+            seconds = median_seconds(items)
+            floor = median_ratio(items, results["floor"])
+            faster = median_ratio(items, results["fold"])
+            peak = statistics.median(item["peak"] for item in items)
             print(
                 f"| {name} | {seconds:.2f} | {arguments.checkpoints * size / seconds / 1e9:.1f} | {floor:.2f} |"
                 f" {faster:.1f} | {peak / 2**20:.0f} MiB |",
@@ -262,49 +312,44 @@ def bench_fold(arguments: argparse.Namespace) -> dict[str, Any]:
             )
         above = statistics.median(item["peak"] - item["peak_before"] for item in results["fold"])
         print(f"\nthe fold's peak memory above `import torch`: {above / 2**20:.0f} MiB", flush=True)
-        rows[dtype] = {"run_bytes": arguments.checkpoints * size, "results": results}
         if not arguments.keep:
             shutil.rmtree(run)
-    return rows
+        yield dtype, {"run_bytes": arguments.checkpoints * size, "results": results}
 
 
-def bench_small_tensors(arguments: argparse.Namespace) -> dict[str, Any]:
+def bench_small_tensors(arguments: argparse.Namespace) -> Parts:
     elements = 250_000_000
-    rows = {}
     print("\n20000 small tensors against one tensor of the same bytes (1 GB per checkpoint, float32)\n")
     print("| format | one tensor | 20000 tensors | ratio |")
     print("|---|---|---|---|")
     for how in ("safetensors", "torch.save"):
         one = write_run(arguments.inputs / f"one-{how}", [(elements,)], "float32", arguments, how)
         many = write_run(arguments.inputs / f"many-{how}", [(elements // 20000,)] * 20000, "float32", arguments, how)
-        results = compare({"one": Case("fold", one), "many": Case("fold", many)}, arguments)
+        results = compare({"one": Case("fold", one), "many": Case("fold", many)}, arguments, ("one", "many"))
         ratio = median_ratio(results["many"], results["one"])
         one_seconds, many_seconds = median_seconds(results["one"]), median_seconds(results["many"])
         print(f"| {how} | {one_seconds:.2f} s | {many_seconds:.2f} s | {ratio:.2f} |", flush=True)
-        rows[how] = {"results": results}
         if not arguments.keep:
             shutil.rmtree(one)
             shutil.rmtree(many)
-    return rows
+        yield how, {"results": results}
 
 
-def bench_cold(arguments: argparse.Namespace) -> dict[str, Any]:
+def bench_cold(arguments: argparse.Namespace) -> Parts:
     """From the disk: the fold, what it cannot avoid and what a user would write, against dd reading the same files."""
-    rows = {}
     for dtype in ("float32", "bfloat16"):
         run = write_run(arguments.inputs / f"cold-{dtype}", layers(arguments.elements), dtype, arguments, "safetensors")
         names = ("dd", "read", "floor", "fold", "loop")
-        results = compare({name: Case(name, run, is_cold=True) for name in names}, arguments)
+        results = compare({name: Case(name, run, is_cold=True) for name in names}, arguments, ["dd"])
         size = sum(path.stat().st_size for path in run.glob("step_*"))
         print(f"\n{arguments.checkpoints} checkpoints of {size / arguments.checkpoints / 1e9:.2f} GB, {dtype}, cold\n")
         print_rates(results, size, "dd")
-        rows[dtype] = {"run_bytes": size, "results": results}
         if not arguments.keep:
             shutil.rmtree(run)
-    return rows
+        yield dtype, {"run_bytes": size, "results": results}
 
 
-def bench_cuda(arguments: argparse.Namespace) -> dict[str, Any]:
+def bench_cuda(arguments: argparse.Namespace) -> Parts:
     """The fold on a GPU against the copying that it cannot avoid, from a warm page cache."""
 
     def cases(run: Path) -> dict[str, Case]:
@@ -324,7 +369,7 @@ def bench_cuda(arguments: argparse.Namespace) -> dict[str, Any]:
     return compare_on_gpu(cases, "pinned copy", "warm page cache", arguments)
 
 
-def bench_cuda_cold(arguments: argparse.Namespace) -> dict[str, Any]:
+def bench_cuda_cold(arguments: argparse.Namespace) -> Parts:
     """The fold on a GPU against dd reading the same files from the disk."""
 
     def cases(run: Path) -> dict[str, Case]:
@@ -338,7 +383,7 @@ def bench_cuda_cold(arguments: argparse.Namespace) -> dict[str, Any]:
     return compare_on_gpu(cases, "dd", "cold", arguments)
 
 
-def bench_parts(device: str, arguments: argparse.Namespace) -> dict[str, Any]:
+def bench_parts(device: str, arguments: argparse.Namespace) -> Parts:
     """What bounds an engine; see `bench_engine`."""
 
     def write(dtype: str) -> Path:
@@ -351,30 +396,28 @@ def bench_parts(device: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
 def compare_on_gpu(
     cases_of: Callable[[Path], dict[str, Case]], base: str, what: str, arguments: argparse.Namespace
-) -> dict[str, Any]:
+) -> Parts:
     """One table per dtype; nothing where there is no GPU."""
     import torch
 
     if not torch.cuda.is_available():
         print(f"\nno GPU here: the fold on a GPU was not measured, {what}", flush=True)
-        return {}
-    rows = {}
+        return
     for dtype in ("float32", "bfloat16"):
         run = write_run(arguments.inputs / f"cuda-{dtype}", layers(arguments.elements), dtype, arguments, "safetensors")
-        results = compare(cases_of(run), arguments)
+        results = compare(cases_of(run), arguments, [base])
         size = sum(path.stat().st_size for path in run.glob("step_*"))
         print(
             f"\n{torch.cuda.get_device_name()}, {arguments.checkpoints} checkpoints, {size / 1e9:.2f} GB of {dtype},"
             f" {what}\n"
         )
         print_rates(results, size, base)
-        rows[dtype] = {"device": torch.cuda.get_device_name(), "run_bytes": size, "results": results}
         if not arguments.keep:
             shutil.rmtree(run)
-    return rows
+        yield dtype, {"device": torch.cuda.get_device_name(), "run_bytes": size, "results": results}
 
 
-def bench_teachers(arguments: argparse.Namespace) -> dict[str, Any]:
+def bench_teachers(arguments: argparse.Namespace) -> Parts:
     """What more teachers from one pass cost, where reading is free and where it is not."""
     gigabytes = 4 * arguments.elements / 5 / 1e9
     print(f"\nteachers from one pass, {arguments.checkpoints} checkpoints of {gigabytes:.2f} GB, float32\n")
@@ -386,8 +429,10 @@ def bench_teachers(arguments: argparse.Namespace) -> dict[str, Any]:
         for count in (1, 2, 4, 8):
             name = f"{count} {'cold' if is_cold else 'warm'}"
             cases[name] = Case("fold", run, {"momentum": EIGHT_MOMENTA[:count]}, is_cold)
-    rows = compare(cases, arguments)
+    rows = compare(cases, arguments, ("1 warm", "1 cold"))
     for count in (1, 2, 4, 8):
+        if not {f"{count} warm", f"{count} cold"} <= rows.keys():
+            continue
         warm, cold = rows[f"{count} warm"], rows[f"{count} cold"]
         print(
             f"| {count} | {median_seconds(warm):.2f} s | {median_ratio(warm, rows['1 warm']):.2f} |"
@@ -396,10 +441,10 @@ def bench_teachers(arguments: argparse.Namespace) -> dict[str, Any]:
         )
     if not arguments.keep:
         shutil.rmtree(run)
-    return rows
+    yield from rows.items()
 
 
-def bench_growth(arguments: argparse.Namespace) -> dict[str, Any]:
+def bench_growth(arguments: argparse.Namespace) -> Parts:
     """How the time grows with each of the things that may grow."""
     small = arguments.elements / 5
 
@@ -422,7 +467,6 @@ def bench_growth(arguments: argparse.Namespace) -> dict[str, Any]:
     def by_threads() -> dict[str, Case]:
         return {f"{count}": Case("fold", run_of(small), {"num_threads": count}) for count in (1, 2, 3, 4)}
 
-    rows: dict[str, Any] = {}
     print(f"\nhow the time grows, from 6 checkpoints of {4 * small / 1e9:.2f} GB in 40 float32 tensors\n")
     print("| what grows | | seconds |")
     print("|---|---|---|")
@@ -433,16 +477,16 @@ def bench_growth(arguments: argparse.Namespace) -> dict[str, Any]:
         "threads": by_threads,
     }
     for what, prepare in groups.items():
-        rows[what] = compare(prepare(), arguments)
-        for value, items in rows[what].items():
+        results = compare(prepare(), arguments)
+        for value, items in results.items():
             print(f"| {what} | {value} | {median_seconds(items):.2f} |", flush=True)
         # Group by group: all of them together would push each other out of the page cache.
         for path in arguments.inputs.glob("growth-*"):
             shutil.rmtree(path)
-    return rows
+        yield what, results
 
 
-def bench_start(arguments: argparse.Namespace) -> dict[str, Any]:
+def bench_start(arguments: argparse.Namespace) -> Parts:
     """Whole processes: what a user waits for before anything happens."""
     import torch
     from safetensors.torch import save_file
@@ -452,19 +496,17 @@ def bench_start(arguments: argparse.Namespace) -> dict[str, Any]:
     student = {f"layer{i}.weight": torch.zeros(8, 8) for i in range(400)}
     for step in range(50):
         save_file(student, run / f"step_{step}.safetensors")
-    rows = {}
     print("\nwhole processes\n")
     print("| command | seconds |")
     print("|---|---|")
     for label, words in (("ckpt-ema --help", ["--help"]), ("ckpt-ema plan, 50 checkpoints", ["plan", str(run)])):
         seconds = list(whole_process(words, arguments.rounds + 1))[1:]
         print(f"| {label} | {statistics.median(seconds):.2f} |", flush=True)
-        rows[label] = seconds
+        yield label, seconds
     shutil.rmtree(run)
-    return rows
 
 
-def bench_ranks_of_a_run(arguments: argparse.Namespace) -> dict[str, Any]:
+def bench_ranks_of_a_run(arguments: argparse.Namespace) -> Parts:
     run = write_run(arguments.inputs / "float32", layers(arguments.elements), "float32", arguments, "safetensors")
     return bench_ranks(arguments, run)
 
@@ -552,7 +594,7 @@ def whole_process(words: list[str], count: int) -> Iterator[float]:
         yield time.perf_counter() - started
 
 
-SECTIONS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+SECTIONS: dict[str, Callable[[argparse.Namespace], Parts]] = {
     "fold": bench_fold,
     "small-tensors": bench_small_tensors,
     "cold": bench_cold,

@@ -10,30 +10,29 @@ import importlib.util
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 MODELS = {"124M": (768, 12), "355M": (1024, 24)}
 MOMENTUM = 0.001
 
 
-def bench_online(arguments: argparse.Namespace, device: str = "cpu") -> dict[str, Any]:
+def bench_online(arguments: argparse.Namespace, device: str = "cpu") -> Iterator[tuple[str, Any]]:
     """Print one table per model and dtype."""
-    rows: dict[str, Any] = {}
     for model in MODELS:
         for dtype in ("float32", "bfloat16"):
-            rows[f"{model} {dtype}"] = _compare(model, dtype, device, 8 * arguments.rounds)
-    return rows
+            yield f"{model} {dtype}", _compare(model, dtype, device, 8 * arguments.rounds)
 
 
-def bench_online_cuda(arguments: argparse.Namespace) -> dict[str, Any]:
+def bench_online_cuda(arguments: argparse.Namespace) -> Iterator[tuple[str, Any]]:
     """The same on a GPU; nothing where there is none."""
     import torch
 
     if not torch.cuda.is_available():
         print("\nno GPU here: the online teacher on a GPU was not measured", flush=True)
-        return {}
-    return {"device": torch.cuda.get_device_name(), **bench_online(arguments, "cuda")}
+        return
+    yield "device", torch.cuda.get_device_name()
+    yield from bench_online(arguments, "cuda")
 
 
 def _compare(model: str, dtype: str, device: str, rounds: int) -> dict[str, list[float]]:

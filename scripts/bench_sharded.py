@@ -97,13 +97,12 @@ def timed(words: Sequence[str]) -> tuple[float, float]:
     return time.perf_counter() - started, int(done.stderr.split()[-1]) / 1024
 
 
-def bench_sharded(arguments: argparse.Namespace) -> dict[str, Any]:
+def bench_sharded(arguments: argparse.Namespace) -> Iterator[tuple[str, Any]]:
     """Print how long a checkpoint of 216 GB takes to plan, and what memory a part of it takes to fold."""
     shapes = large_model()
     print("\ncheckpoints of 216 GB in float32, torch.distributed.checkpoint (files with holes)\n")
     print("| ranks that saved it | pieces | plan of one | one layer (2.7 GB) of two, `--memory 64MiB` | peak memory |")
     print("|---|---|---|---|---|")
-    results: dict[str, Any] = {}
     for num_ranks in (8, 64):
         run = arguments.inputs / f"sparse-{num_ranks}"
         for step in (1, 2):
@@ -116,9 +115,8 @@ def bench_sharded(arguments: argparse.Namespace) -> dict[str, Any]:
         part.unlink()
         seconds, memory = statistics.median(s for s, _ in folds), max(m for _, m in folds)
         pieces = sum(min(num_ranks, shape[0]) for shape in shapes.values())
-        results[str(num_ranks)] = {"plan": plans, "fold": folds, "pieces": pieces}
         print(f"| {num_ranks} | {pieces} | {statistics.median(plans):.2f} s | {seconds:.1f} s | {memory:.0f} MiB |")
-    return results
+        yield str(num_ranks), {"plan": plans, "fold": folds, "pieces": pieces}
 
 
 def rank_processes(run: Path, output: Path, count: int, port: int) -> Iterator[subprocess.Popen[str]]:
@@ -143,7 +141,7 @@ def rank_processes(run: Path, output: Path, count: int, port: int) -> Iterator[s
         )
 
 
-def bench_ranks(arguments: argparse.Namespace, run: Path) -> dict[str, Any]:
+def bench_ranks(arguments: argparse.Namespace, run: Path) -> Iterator[tuple[str, Any]]:
     """Print what 1, 2 and 4 ranks take for one fold, each with one core, and what follows for 64 machines."""
     output = arguments.outputs / "ranks.safetensors"
     seconds: dict[int, list[float]] = {1: [], 2: [], 4: []}
@@ -166,7 +164,7 @@ def bench_ranks(arguments: argparse.Namespace, run: Path) -> dict[str, Any]:
         print(f"| {count} | {middle:.2f} | {single / middle:.2f} |")
     rate = record["bytes_to_read"] / single / 1e9
     estimate(arguments.inputs / "sparse-64", rate)
-    return {str(count): found for count, found in seconds.items()}
+    yield from ((str(count), found) for count, found in seconds.items())
 
 
 def estimate(run: Path, rate: float) -> None:
