@@ -256,24 +256,25 @@ def write_run(folder: Path, shapes: list[tuple[int, ...]], dtype: str, arguments
     """Checkpoints of random numbers; written by their own libraries, in a process that gives its memory back."""
     settings = json.dumps([str(folder), shapes, dtype, arguments.checkpoints, how])
     complete = folder / "complete"
-    if not complete.exists() or complete.read_text() != settings:  # kept by a call with other options
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        code = (
-            "import sys, json, torch\n"
-            "from safetensors.torch import save_file\n"
-            "folder, shapes, dtype, count, how = json.load(sys.stdin)\n"
-            "g = torch.Generator().manual_seed(0)\n"
-            "base = {f'layer{i:05d}.weight': torch.randn(s, generator=g) for i, s in enumerate(shapes)}\n"
-            "for k in range(count):\n"
-            "    student = {n: (t + 0.01 * k).to(getattr(torch, dtype)) for n, t in base.items()}\n"
-            "    if how == 'safetensors': save_file(student, f'{folder}/step_{k}.safetensors')\n"
-            "    else: torch.save({'model': student, 'step': k}, f'{folder}/step_{k}.pt')\n"
-        )
-        subprocess.run([sys.executable, "-c", code], input=settings, text=True, check=True)
-        complete.write_text(settings)
-    for path in folder.glob("step_*"):
-        warm(path)
+    if complete.exists() and complete.read_text() == settings:  # kept by an earlier call
+        for path in folder.glob("step_*"):
+            warm(path)
+        return folder
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    code = (
+        "import sys, json, torch\n"
+        "from safetensors.torch import save_file\n"
+        "folder, shapes, dtype, count, how = json.load(sys.stdin)\n"
+        "g = torch.Generator().manual_seed(0)\n"
+        "base = {f'layer{i:05d}.weight': torch.randn(s, generator=g) for i, s in enumerate(shapes)}\n"
+        "for k in range(count):\n"
+        "    student = {n: (t + 0.01 * k).to(getattr(torch, dtype)) for n, t in base.items()}\n"
+        "    if how == 'safetensors': save_file(student, f'{folder}/step_{k}.safetensors')\n"
+        "    else: torch.save({'model': student, 'step': k}, f'{folder}/step_{k}.pt')\n"
+    )
+    subprocess.run([sys.executable, "-c", code], input=settings, text=True, check=True)
+    complete.write_text(settings)
     return folder
 
 

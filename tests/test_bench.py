@@ -1,4 +1,4 @@
-"""The benchmark keeps what it measured, whatever fails or stops it."""
+"""The benchmark keeps what it measured, whatever fails or stops it, and reads no file for nothing."""
 
 from __future__ import annotations
 
@@ -111,3 +111,21 @@ def test_stopped_it_has_written_every_part_that_was_finished(
         raise KeyboardInterrupt
 
     assert call_main(bench, monkeypatch, tmp_path, {"cuda": stopped})["cuda"] == {"float32": 1.5}
+
+
+def test_only_checkpoints_of_an_earlier_call_are_read_to_warm_them(
+    bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What was just written is in the page cache: to read gigabytes of it takes a lent machine's time."""
+    read: list[str] = []
+    monkeypatch.setattr(bench, "warm", lambda path: read.append(path.name))
+
+    def write(checkpoints: int) -> list[str]:
+        read.clear()
+        arguments = argparse.Namespace(checkpoints=checkpoints)
+        bench.write_run(tmp_path / "run", [(3, 5)], "float32", arguments, "safetensors")
+        return sorted(read)
+
+    assert write(2) == []
+    assert write(2) == ["step_0.safetensors", "step_1.safetensors"]
+    assert write(1) == []  # of other options, and so written anew
