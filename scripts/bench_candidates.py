@@ -108,11 +108,13 @@ def prepare_loop(run: Path, output: Path, device: str = "cpu") -> Callable[[], N
     return work
 
 
-def prepare_averaged_model(run: Path, output: Path) -> Callable[[], None]:
+def prepare_averaged_model(run: Path, output: Path, device: str = "cpu") -> Callable[[], None]:
     """torch's AveragedModel, fed the same checkpoints."""
     import torch
     from safetensors.torch import load_file, save_file
     from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+    torch.zeros(1, device=device)  # as above
 
     class Model(torch.nn.Module):
         def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
@@ -121,12 +123,12 @@ def prepare_averaged_model(run: Path, output: Path) -> Callable[[], None]:
 
     def work() -> None:
         paths = sorted(run.glob("step_*.safetensors"), key=lambda path: int(path.stem.split("_")[1]))
-        model = Model(load_file(paths[0]))
+        model = Model(load_file(paths[0], device=device))
         averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(1 - MOMENTUM))
         averaged.update_parameters(model)
         for path in paths[1:]:
             with torch.no_grad():
-                for parameter, tensor in zip(model.weights, load_file(path).values(), strict=True):
+                for parameter, tensor in zip(model.weights, load_file(path, device=device).values(), strict=True):
                     parameter.copy_(tensor)
             averaged.update_parameters(model)
         save_file(averaged.module.state_dict(), output)

@@ -33,7 +33,7 @@ def bench_engine(
     if device == "cuda" and not torch.cuda.is_available():
         print("\nno GPU here: its engine was not measured", flush=True)
         return
-    for dtype in ("float32", "bfloat16"):
+    for dtype in arguments.dtypes:
         run = write_run(dtype)
         variants = _on_gpu(run) if device == "cuda" else _on_cpu(run)
         seconds: dict[str, list[float]] = {name: [] for name in variants}

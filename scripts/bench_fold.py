@@ -32,6 +32,9 @@ from bench_sharded import bench_ranks, bench_sharded
 
 THREADS = len(os.sched_getaffinity(0))
 ON_GPU = {"device": "cuda"}
+DTYPES = ("float32", "bfloat16")
+OTHERS = ("loop", "AveragedModel", *(["mergekit"] if importlib.util.find_spec("mergekit") else []))
+"""What the fold is compared with, on the CPU and on a GPU, from the page cache and from the disk."""
 
 Parts = Iterator[tuple[str, Any]]
 """What a section has measured: the name of a part, such as a dtype, and its figures, when it is finished."""
@@ -58,6 +61,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the figures here")
     parser.add_argument("--plot", type=Path, help="also draw the fold's figures here, growth and GPU beside it")
     parser.add_argument("--only", nargs="*", choices=list(SECTIONS), default=list(SECTIONS))
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=DTYPES, default=DTYPES, help="of the sections that have a table for each"
+    )
     parser.add_argument("--keep", action="store_true", help="keep the checkpoints for the next call")
     parser.add_argument("--measure", nargs=4, metavar=("WHAT", "RUN", "OUTPUT", "OPTIONS"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -71,6 +77,7 @@ def main() -> None:
     figures: dict[str, Any] = {"machine": describe_machine(), "checkpoints": arguments.checkpoints}
     try:
         for name in arguments.only:
+            print(f"section `{name}`", file=sys.stderr, flush=True)
             figures[name] = {}
             write_figures(figures, arguments.json)
             try:
@@ -290,10 +297,9 @@ def warm(path: Path) -> None:
 
 
 def bench_fold(arguments: argparse.Namespace) -> Parts:
-    for dtype in ("float32", "bfloat16"):
+    for dtype in arguments.dtypes:
         run = write_run(arguments.inputs / dtype, layers(arguments.elements), dtype, arguments, "safetensors")
-        names = ["read", "floor", "fold", "loop", "AveragedModel"]
-        names += ["mergekit"] if importlib.util.find_spec("mergekit") else []
+        names = ("read", "floor", "fold", *OTHERS)
         results = compare({name: Case(name, run) for name in names}, arguments, ("floor", "fold"))
         size = next(run.glob("step_*")).stat().st_size
         print(
@@ -337,10 +343,10 @@ def bench_small_tensors(arguments: argparse.Namespace) -> Parts:
 
 
 def bench_cold(arguments: argparse.Namespace) -> Parts:
-    """From the disk: the fold, what it cannot avoid and what a user would write, against dd reading the same files."""
-    for dtype in ("float32", "bfloat16"):
+    """From the disk: the fold, what it cannot avoid and what others do, against dd reading the same files."""
+    for dtype in arguments.dtypes:
         run = write_run(arguments.inputs / f"cold-{dtype}", layers(arguments.elements), dtype, arguments, "safetensors")
-        names = ("dd", "read", "floor", "fold", "loop")
+        names = ("dd", "read", "floor", "fold", *OTHERS)
         results = compare({name: Case(name, run, is_cold=True) for name in names}, arguments, ["dd"])
         size = sum(path.stat().st_size for path in run.glob("step_*"))
         print(f"\n{arguments.checkpoints} checkpoints of {size / arguments.checkpoints / 1e9:.2f} GB, {dtype}, cold\n")
@@ -350,38 +356,42 @@ def bench_cold(arguments: argparse.Namespace) -> Parts:
         yield dtype, {"run_bytes": size, "results": results}
 
 
-def bench_cuda(arguments: argparse.Namespace) -> Parts:
-    """The fold on a GPU against the copying that it cannot avoid, from a warm page cache."""
-
-    def cases(run: Path) -> dict[str, Case]:
-        found = {
-            "pinned copy": Case("pinned", run),
-            "read": Case("read", run),
-            "read and write": Case("floor", run),
-            "fold on the CPU": Case("fold", run, {"device": "cpu"}),
-            "fold on the GPU": Case("fold", run, ON_GPU),
-            "eight teachers on the GPU": Case("fold", run, {**ON_GPU, "momentum": EIGHT_MOMENTA}),
-            "loop on the GPU": Case("loop", run, ON_GPU),
-        }
-        if importlib.util.find_spec("mergekit"):
-            found["mergekit on the GPU"] = Case("mergekit", run, ON_GPU)
-        return found
-
-    return compare_on_gpu(cases, "pinned copy", "warm page cache", arguments)
+def cases_on_gpu(run: Path, *, is_cold: bool) -> dict[str, Case]:
+    """What the fold on a GPU cannot avoid, the fold, and others; dd first where they read from the disk."""
+    found: dict[str, tuple[str, dict[str, Any]]] = {
+        **({"dd": ("dd", {})} if is_cold else {}),
+        "pinned copy": ("pinned", {}),
+        "read": ("read", {}),
+        "read and write": ("floor", {}),
+        "fold on the CPU": ("fold", {"device": "cpu"}),
+        "fold on the GPU": ("fold", ON_GPU),
+        "eight teachers on the GPU": ("fold", {**ON_GPU, "momentum": EIGHT_MOMENTA}),
+        **{f"{what} on the GPU": (what, ON_GPU) for what in OTHERS},
+    }
+    # The copy reads no file that would have to be forgotten before.
+    return {name: Case(what, run, options, is_cold and what != "pinned") for name, (what, options) in found.items()}
 
 
-def bench_cuda_cold(arguments: argparse.Namespace) -> Parts:
-    """The fold on a GPU against dd reading the same files from the disk."""
+def bench_cuda(arguments: argparse.Namespace, *, is_cold: bool) -> Parts:
+    """The fold on a GPU against the copying that it cannot avoid, or from the disk against dd; nothing without one."""
+    import torch
 
-    def cases(run: Path) -> dict[str, Case]:
-        return {
-            "dd": Case("dd", run, is_cold=True),
-            "fold on the CPU": Case("fold", run, {"device": "cpu"}, is_cold=True),
-            "fold on the GPU": Case("fold", run, ON_GPU, is_cold=True),
-            "eight teachers on the GPU": Case("fold", run, {**ON_GPU, "momentum": EIGHT_MOMENTA}, is_cold=True),
-        }
-
-    return compare_on_gpu(cases, "dd", "cold", arguments)
+    base, where = ("dd", "cold") if is_cold else ("pinned copy", "warm page cache")
+    if not torch.cuda.is_available():
+        print(f"\nno GPU here: the fold on a GPU was not measured, {where}", flush=True)
+        return
+    for dtype in arguments.dtypes:
+        run = write_run(arguments.inputs / f"cuda-{dtype}", layers(arguments.elements), dtype, arguments, "safetensors")
+        results = compare(cases_on_gpu(run, is_cold=is_cold), arguments, [base])
+        size = sum(path.stat().st_size for path in run.glob("step_*"))
+        print(
+            f"\n{torch.cuda.get_device_name()}, {arguments.checkpoints} checkpoints, {size / 1e9:.2f} GB of {dtype},"
+            f" {where}\n"
+        )
+        print_rates(results, size, base)
+        if not arguments.keep:
+            shutil.rmtree(run)
+        yield dtype, {"device": torch.cuda.get_device_name(), "run_bytes": size, "results": results}
 
 
 def bench_parts(device: str, arguments: argparse.Namespace) -> Parts:
@@ -393,29 +403,6 @@ def bench_parts(device: str, arguments: argparse.Namespace) -> Parts:
         )
 
     return bench_engine(arguments, write, device)
-
-
-def compare_on_gpu(
-    cases_of: Callable[[Path], dict[str, Case]], base: str, what: str, arguments: argparse.Namespace
-) -> Parts:
-    """One table per dtype; nothing where there is no GPU."""
-    import torch
-
-    if not torch.cuda.is_available():
-        print(f"\nno GPU here: the fold on a GPU was not measured, {what}", flush=True)
-        return
-    for dtype in ("float32", "bfloat16"):
-        run = write_run(arguments.inputs / f"cuda-{dtype}", layers(arguments.elements), dtype, arguments, "safetensors")
-        results = compare(cases_of(run), arguments, [base])
-        size = sum(path.stat().st_size for path in run.glob("step_*"))
-        print(
-            f"\n{torch.cuda.get_device_name()}, {arguments.checkpoints} checkpoints, {size / 1e9:.2f} GB of {dtype},"
-            f" {what}\n"
-        )
-        print_rates(results, size, base)
-        if not arguments.keep:
-            shutil.rmtree(run)
-        yield dtype, {"device": torch.cuda.get_device_name(), "run_bytes": size, "results": results}
 
 
 def bench_teachers(arguments: argparse.Namespace) -> Parts:
@@ -526,7 +513,7 @@ def start_plot() -> Any:
 def draw_growth(figures: dict[str, Any], path: Path) -> None:
     """One panel per thing that grows: median seconds, the spread of the rounds as a line."""
     plt = start_plot()
-    panels, axes = plt.subplots(1, len(figures["growth"]), figsize=(9, 2.4), layout="constrained")
+    panels, (axes,) = plt.subplots(1, len(figures["growth"]), figsize=(9, 2.4), layout="constrained", squeeze=False)
     for axis, (what, group) in zip(axes, figures["growth"].items(), strict=True):
         values = [float(value) for value in group]
         seconds = [[item["seconds"] for item in items] for items in group.values()]
@@ -556,6 +543,7 @@ CUDA_BARS = {
     "fold on the GPU": "ckpt-ema on the GPU",
     "fold on the CPU": "ckpt-ema on the CPU",
     "loop on the GPU": "load_file loop on the GPU",
+    "AveragedModel on the GPU": "AveragedModel on the GPU",
     "mergekit on the GPU": "mergekit linear on the GPU",
 }
 OURS = ("fold", "fold on the GPU", "fold on the CPU")
@@ -565,7 +553,7 @@ FLOORS = ("floor", "pinned copy", "read and write")
 def draw_bars(rows: dict[str, Any], names: dict[str, str], path: Path) -> None:
     """One panel per dtype, one bar per candidate: median seconds, the spread of the rounds as a line."""
     plt = start_plot()
-    panels, axes = plt.subplots(1, len(rows), figsize=(9, 2.4), layout="constrained")
+    panels, (axes,) = plt.subplots(1, len(rows), figsize=(9, 2.4), layout="constrained", squeeze=False)
     for axis, (dtype, row) in zip(axes, rows.items(), strict=True):
         shown = {name: label for name, label in names.items() if name in row["results"]}
         for place, (candidate, label) in enumerate(reversed(shown.items())):
@@ -604,8 +592,8 @@ SECTIONS: dict[str, Callable[[argparse.Namespace], Parts]] = {
     "start": bench_start,
     "engine": functools.partial(bench_parts, "cpu"),
     "engine-cuda": functools.partial(bench_parts, "cuda"),
-    "cuda": bench_cuda,
-    "cuda-cold": bench_cuda_cold,
+    "cuda": functools.partial(bench_cuda, is_cold=False),
+    "cuda-cold": functools.partial(bench_cuda, is_cold=True),
     "online": bench_online,
     "online-cuda": bench_online_cuda,
     "sharded": bench_sharded,

@@ -20,7 +20,7 @@ MOMENTUM = 0.001
 def bench_online(arguments: argparse.Namespace, device: str = "cpu") -> Iterator[tuple[str, Any]]:
     """Print one table per model and dtype."""
     for model in MODELS:
-        for dtype in ("float32", "bfloat16"):
+        for dtype in arguments.dtypes:
             yield f"{model} {dtype}", _compare(model, dtype, device, 8 * arguments.rounds)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 
 @pytest.fixture
@@ -129,3 +130,34 @@ def test_only_checkpoints_of_an_earlier_call_are_read_to_warm_them(
     assert write(2) == []
     assert write(2) == ["step_0.safetensors", "step_1.safetensors"]
     assert write(1) == []  # of other options, and so written anew
+
+
+@pytest.mark.parametrize("dtypes", [["bfloat16"], ["float32", "bfloat16"]])
+@pytest.mark.parametrize("section", ["fold", "cold", "cuda", "cuda-cold"])
+def test_every_comparison_has_the_floors_the_fold_and_the_same_others(
+    bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, section: str, dtypes: list[str]
+) -> None:
+    """In each of the dtypes that were asked for; nothing is left out for a disk or a GPU."""
+    compared: list[dict[str, Any]] = []
+
+    def compare(cases: dict[str, Any], *_: object) -> dict[str, list[dict[str, float]]]:
+        compared.append(cases)
+        return {name: [{"seconds": 1.0, "peak": 2.0, "peak_before": 1.0}] for name in cases}
+
+    (tmp_path / "step_0.safetensors").write_bytes(b"a student")
+    monkeypatch.setattr(bench, "OTHERS", ("loop", "AveragedModel", "mergekit"))
+    monkeypatch.setattr(bench, "write_run", lambda *_: tmp_path)
+    monkeypatch.setattr(bench, "compare", compare)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    arguments = argparse.Namespace(dtypes=dtypes, inputs=tmp_path, elements=1.0, checkpoints=1, keep=True)
+    assert [part for part, _ in bench.SECTIONS[section](arguments)] == dtypes
+    for cases in compared:
+        whats = {"read", "floor", "fold", "loop", "AveragedModel", "mergekit"}
+        whats |= {"pinned"} if "cuda" in section else set()
+        whats |= {"dd"} if "cold" in section else set()
+        assert {case.what for case in cases.values()} == whats
+        for case in cases.values():
+            assert case.is_cold == ("cold" in section and case.what != "pinned")
+            if "cuda" in section and case.what in ("loop", "AveragedModel", "mergekit"):
+                assert case.options == {"device": "cuda"}
