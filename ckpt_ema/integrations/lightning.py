@@ -17,7 +17,7 @@ class MeanTeacherCallback(Callback):
     """Follows the module with a `ckpt_ema.MeanTeacher`, and validates and tests with the teacher's numbers.
 
     An update comes after every batch that stepped an optimizer. The teacher's state travels in the checkpoints, whose
-    `state_dict` stays the student's; `teacher` is the MeanTeacher, from the start of training on and in the process that
+    `state_dict` stays the student's; `teacher` is the MeanTeacher, from the start of training on, in the process that
     trains. `validate=False` leaves validation and tests to the student. Further options are MeanTeacher's.
     """
 
