@@ -70,6 +70,11 @@ class Beginning:
         value = self.record.get(name)
         return value if type(value) is int and 0 <= value < MAX_COUNT else None
 
+    def inside_of(self, checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
+        """Those that are in it, as far as it says."""
+        known = {(past.name, past.unit, past.step) for past in self.past}
+        return [item for item in checkpoints if _key(item) in known]
+
     def changed_of(self, checkpoints: Sequence[Checkpoint]) -> list[str]:
         """A warning where checkpoints of the teacher have another size than when it was folded."""
         sizes = {(past.name, past.unit, past.step): past.size for past in self.past}
@@ -187,8 +192,7 @@ class Beginning:
             older = [item for item, step in zip(checkpoints, steps, strict=True) if step <= own]
             anchor = next((item for item in older if item.step == own), None)
             return self._some(newer), anchor, [(item.label, f"not newer than `{self.label}`") for item in older], []
-        known = {(past.name, past.unit, past.step) for past in self.past}
-        inside = {id(item) for item in checkpoints if _key(item) in known}
+        inside = {id(item) for item in self.inside_of(checkpoints)}
         last = self.past[-1] if self.past else None
         is_unknown = any(item.step is None or last is None or item.unit != last.unit for item in checkpoints)
         if last is None or last.step is None or is_unknown:

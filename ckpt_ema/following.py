@@ -25,7 +25,7 @@ from ckpt_ema.planning import find_run
 from ckpt_ema.profiles import what_is_inverted
 from ckpt_ema.records import FoldOptions, FoldReport, PathLike
 from ckpt_ema.runs import STEPLESS_COPY, Checkpoint, Run
-from ckpt_ema.steps import steps_in_name
+from ckpt_ema.steps import ORIGINS, steps_in_name
 
 POLL_SECONDS = 1.0
 MANY_CHECKPOINTS = 100
@@ -162,6 +162,9 @@ class _Follower:
     has_passed: bool = False
     """Whether the run has come beyond `until_step`."""
 
+    is_seen: bool = False
+    """Whether the last look found a checkpoint that can be read and is not done."""
+
     def run(self, stop: threading.Event, idle_seconds: float | None) -> FollowReport:
         since = time.monotonic()
         self._look_for_earlier()
@@ -201,6 +204,7 @@ class _Follower:
     def look(self, *, is_last: bool) -> bool:
         """Fold what is new and finished; whether there was anything."""
         found = self._list()
+        self.is_seen = found is not None and bool(found.checkpoints)
         ready = self._ready(found, is_last=is_last) if found is not None else []
         if not ready:
             return False
@@ -302,6 +306,9 @@ class _Follower:
         for text in notes:
             self.tell(text)
         self.last_step = beginning.past[-1].step
+        inside = beginning.inside_of(found.checkpoints)
+        if inside:
+            self.tell(f"{self.target} has {_first_to_last(inside)} already")
         for item in found.checkpoints:
             if item.step is None or self.last_step is None or item.step <= self.last_step:
                 self._forget(item.path)
@@ -373,8 +380,7 @@ class _Follower:
             self.waiting.pop(item.path, None)
         inside = {(past.name, past.step) for past in report.plan.past}
         count = len(inside | {(item.name, item.step) for item in report.plan.checkpoints})
-        names = ready[0].label if len(ready) == 1 else f"{ready[0].label} to {ready[-1].label}"
-        self.tell(f"{names} folded in {report.seconds:.1f} s: {count} checkpoints in {self.target}")
+        self.tell(f"{_first_to_last(ready)} folded in {report.seconds:.1f} s: {count} checkpoints in {self.target}")
         return True
 
     def _give_up(self, path: Path, why: str) -> None:
@@ -382,6 +388,8 @@ class _Follower:
         self._forget(path)
 
     def _miss(self, path: Path, why: str) -> None:
+        if self._is_beyond(path):
+            return
         if path.name not in self.missed:
             self.missed.append(path.name)
         self.tell(f"missed {path.name}: it {why}")
@@ -390,12 +398,26 @@ class _Follower:
         self.done[path] = _signature_below(path)
         self.waiting.pop(path, None)
 
+    def _is_beyond(self, path: Path) -> bool:
+        """Whether a checkpoint is by its name of a step that was not asked for."""
+        until, numbers = self.options.until_step, steps_in_name(path.name)
+        step = next((numbers[origin] for origin in ORIGINS if origin in numbers), None)
+        return until is not None and step is not None and step > until
+
     def _is_complete(self) -> bool:
         until = self.options.until_step
         if until is None:
             return False
-        last = self.earlier_step if self.last_step is None else self.last_step
+        last = self.last_step
+        # What can still be read may not be in an earlier teacher, which may not even be where the new one goes.
+        if self.target is None and not self.is_seen:
+            last = self.earlier_step
         return (last is not None and last >= until) or (self.has_passed and not self.waiting)
+
+
+def _first_to_last(items: Sequence[Checkpoint]) -> str:
+    first, last = items[0].label, items[-1].label
+    return first if len(items) == 1 else f"{first} to {last}"
 
 
 def _is_hidden(path: Path) -> bool:

@@ -104,6 +104,44 @@ def test_a_restart_beside_a_run_that_is_over(tmp_path: Path) -> None:
         save(run, 3)
 
 
+@pytest.mark.parametrize("until_step", [300, 200])
+def test_a_restart_misses_nothing_that_the_teacher_has(tmp_path: Path, until_step: int) -> None:
+    """Up to the teacher's step or less far: what it has is said to be in it, and nobody is told of a loss."""
+    run, options = tmp_path / "run", {"momentum": 0.1, "poll_seconds": 0.01}
+    save_students(run, 4)
+    assert ckpt_ema.follow(run, until_step=300, **options).num_folded == 3
+    before = (run / "teacher.safetensors").read_bytes()
+    lines: list[str] = []
+    again = ckpt_ema.follow(run, until_step=until_step, tell=lines.append, **options)
+    assert (again.num_folded, again.missed) == (0, ())
+    assert lines == [f"{run / 'teacher.safetensors'} has step_100.safetensors to step_{until_step}.safetensors already"]
+    assert (run / "teacher.safetensors").read_bytes() == before
+
+
+def test_another_teacher_beside_the_run_does_not_end_it(tmp_path: Path) -> None:
+    """A file of that step where these checkpoints make a folder: they are folded all the same."""
+    run = tmp_path / "run"
+    save(tmp_path / "other", 3)
+    for number in (1, 2):
+        folder = run / f"checkpoint-{number}"
+        folder.mkdir(parents=True)
+        save_file(make_student(number), folder / "model.safetensors")
+        (folder / "config.json").write_text("{}")
+    quiet_fold(tmp_path / "other", run / "teacher.safetensors", momentum=0.1)
+    report = ckpt_ema.follow(run, momentum=0.1, until_step=2, poll_seconds=0.01)
+    assert (report.output, report.num_folded, report.missed) == (run / "teacher", 2, ())
+
+
+def test_what_is_half_written_beyond_the_last_step_is_not_missed(tmp_path: Path) -> None:
+    """The trainer goes on when the follower has all it was to fold."""
+    run = tmp_path / "run"
+    save(run, 1)
+    (run / "step_200.safetensors").write_bytes(b"x" * 50)
+    for num_folded in (1, 0):
+        report = ckpt_ema.follow(run, momentum=0.1, until_step=100, poll_seconds=0.01)
+        assert (report.num_folded, report.missed) == (num_folded, ())
+
+
 def test_a_first_fold_that_was_killed_in_an_empty_folder_is_begun_anew(tmp_path: Path) -> None:
     """Hidden files are no teacher, and no reason to end."""
     run = tmp_path / "run"
