@@ -924,6 +924,21 @@ def test_a_number_in_a_models_name_is_no_step(tmp_path: Path) -> None:
     assert_folds_to(run, tmp_path, STUDENTS, exclude=("resnet*",))
 
 
+def test_the_bits_of_a_precision_are_no_step(tmp_path: Path) -> None:
+    """Copies in half precision by number, and a model's beside the model: the 16 of `fp16` counts nothing."""
+    run = tmp_path / "run"
+    run.mkdir()
+    for number, student in enumerate(STUDENTS, start=8):
+        torch.save(student, run / f"{number:04}-bf16.pt")
+    assert_folds_to(run, tmp_path, STUDENTS)
+    for number, student in enumerate(STUDENTS, start=8):
+        folder = tmp_path / "folders" / f"checkpoint-{number}"
+        folder.mkdir(parents=True)
+        save_file(student, folder / "model.safetensors")
+        save_file(student, folder / "model.fp16.safetensors")
+    assert_folds_to(tmp_path / "folders", tmp_path, STUDENTS)
+
+
 def test_two_checkpoints_of_one_step_are_refused(tmp_path: Path) -> None:
     """Different files that claim the same step are named, and so is the way out."""
     run = tmp_path / "run"
