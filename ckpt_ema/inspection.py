@@ -10,8 +10,9 @@ from typing import Any
 from ckpt_ema.assembly import StoredTensor
 from ckpt_ema.errors import CkptEmaError, MisuseError, UnreadableCheckpointError
 from ckpt_ema.formats import Contents, forget_tables, read_contents
-from ckpt_ema.locations import as_path
+from ckpt_ema.locations import as_path, name_within
 from ckpt_ema.provenance import read_provenance
+from ckpt_ema.runs import find_checkpoint_below
 from ckpt_ema.steps import ORIGINS, steps_in_name, steps_inside
 from ckpt_ema.students import StateDict, choose_student, find_state_dicts
 
@@ -44,12 +45,13 @@ class Inspection:
 
 
 def inspect(path: str | os.PathLike[str], *, state: str | None = None, prefix: str | None = None) -> Inspection:
-    """Look at one checkpoint or teacher; raises CkptEmaError where it cannot be read."""
+    """Look at one checkpoint or teacher; raises CkptEmaError where it cannot be read, MisuseError where it is none."""
     path = as_path(path)
     if not path.exists():
         raise MisuseError(f"`{path}` does not exist")
     try:
         contents = read_contents(path)
+        _check_is_one(contents)
     except UnreadableCheckpointError as error:
         if path.is_dir() and error.hint is None:
             raise CkptEmaError(error.message, hint=f"for a run directory: `ckpt-ema plan {path}`") from error
@@ -84,6 +86,18 @@ def inspect(path: str | os.PathLike[str], *, state: str | None = None, prefix: s
         tensors=tensors,
         provenance=read_provenance(contents.metadata),
     )
+
+
+def _check_is_one(contents: Contents) -> None:
+    """Raise MisuseError where weights one level down are the final models of runs, and not parts of one checkpoint."""
+    path = contents.path
+    if all(folder.path == path for folder in contents.folders.values()):
+        return
+    if (below := find_checkpoint_below(path)) is not None:
+        raise MisuseError(
+            f"`{path}` is no checkpoint: `{name_within(path, below)}` and the like lie below it",
+            hint=f"pass one of them: `{below}`; for a run directory: `ckpt-ema plan {path}`",
+        )
 
 
 def _own_key(contents: Contents) -> str:

@@ -40,6 +40,9 @@ EMA_PYTORCH_PREFIX = "ema_model."
 """Before the names of its averages; its counters have none."""
 
 MAX_SEARCH_DEPTH = 3
+SERIES_STEMS = ("checkpoint", "step", "epoch", "global_step", "iter")
+"""How the names of checkpoints that are folders begin, before their number."""
+
 SNAPSHOT_NAME = re.compile(r"^teacher(_.+)?_step_\d+\.safetensors$")
 """How `MeanTeacher` names its files; what they hold is asked of themselves."""
 
@@ -304,7 +307,7 @@ def _is_one_checkpoint(folder: Path) -> bool:
         has_weights(folder)
         and not _has_numbered_files(folder)
         and not any(_is_checkpoint_folder(child) for child in _children(folder))
-        and not _numbered_below(folder)
+        and find_numbered_below(folder) is None
     )
 
 
@@ -317,14 +320,28 @@ def _has_numbered_files(folder: Path) -> bool:
     )
 
 
-def _numbered_below(folder: Path) -> bool:
-    """Whether a folder below `folder` holds checkpoints with a number in their names."""
+def find_checkpoint_below(folder: Path) -> Path | None:
+    """A checkpoint of a series, which makes `folder` a run, or a folder of runs, and no checkpoint itself."""
+    # By their names alone: the second text encoder of a pipeline has a number as well.
+    inside = (path for path in _children(folder) if _has_series_name(path) and _is_checkpoint_folder(path))
+    return next(inside, None) or find_numbered_below(folder)
+
+
+def find_numbered_below(folder: Path) -> Path | None:
+    """The first checkpoint with a number in its name that a folder below `folder` holds."""
     level = [folder]
     for _ in range(MAX_SEARCH_DEPTH):
         level = _folders_below(level)
-        if any(steps_in_name(path.name) for child in level for path in _candidates_of(child)):
-            return True
-    return False
+        numbered = (path for child in level for path in _candidates_of(child) if steps_in_name(path.name))
+        if (found := next(numbered, None)) is not None:
+            return found
+    return None
+
+
+def _has_series_name(path: Path) -> bool:
+    """Whether a folder is called as trainers call their checkpoints: by a number, and by what it counts."""
+    stem = stem_of(path.name).lower()
+    return bool(steps_in_name(path.name)) and stem.startswith(SERIES_STEMS)
 
 
 def _children(folder: Path) -> list[Path]:
@@ -350,8 +367,7 @@ def _is_checkpoint_folder(path: Path) -> bool:
         return False
     # checkpoint-300/ without weights is unfinished, or holds them one level down (diffusers).
     return any(child.is_dir() and has_weights(child) for child in _children(path)) or (
-        bool(stem_of(path.name).lower().startswith(("checkpoint", "step", "epoch", "global_step", "iter")))
-        and not any(_is_candidate(child) for child in _children(path))
+        _has_series_name(path) and not any(_is_candidate(child) for child in _children(path))
     )
 
 
@@ -391,7 +407,7 @@ def _descend(run: Path) -> tuple[Path, list[Path], list[tuple[str, str]]]:
         snapshots += [pair for pair in found if all(SNAPSHOT_NAME.match(path.name) for path in pair[1])]
         found = [pair for pair in found if pair not in snapshots]
         lone = {folder for folder, candidates in found if _is_lone_model(candidates)}
-        if (lone and any(_numbered_below(folder) for folder in level)) or len(lone) < len(found):
+        if (lone and any(map(find_numbered_below, level))) or len(lone) < len(found):
             passed_over += [
                 (os.path.relpath(path, run), "not among the numbered checkpoints")
                 for folder, candidates in found

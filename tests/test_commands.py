@@ -153,6 +153,56 @@ def test_inspect_shows_where_a_teacher_came_from(run: Path, cli: Cli) -> None:
     assert re.search(r"^from +step_500.safetensors +0.250000$", text, re.MULTILINE)
 
 
+@pytest.mark.parametrize(
+    ("numbered", "final"),
+    [
+        ("A/checkpoint-1/model.safetensors", ["A/model.safetensors"]),
+        ("A/step_7.safetensors", ["A/model.safetensors", "B/model.safetensors"]),
+        ("A/checkpoints/epoch_3.safetensors", ["B/model.safetensors"]),
+        ("checkpoint-1/model.safetensors", []),
+        ("step_5/unet/diffusion_pytorch_model.safetensors", ["unet/diffusion_pytorch_model.safetensors"]),
+    ],
+)
+def test_a_folder_of_runs_is_no_checkpoint(tmp_path: Path, numbered: str, final: list[str]) -> None:
+    """Not even where a final model lies in one of its folders: none of them is meant by the whole, and one is named."""
+    folder, other = tmp_path / "all", tmp_path / "model.safetensors"
+    for path in (folder / numbered, *(folder / name for name in final), other):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(make_student(1), path)
+    looks: list[Callable[[Path], object]] = [
+        *(ckpt_ema.inspect, ckpt_ema.verify),
+        *(lambda path: ckpt_ema.compare(path, other), lambda path: ckpt_ema.compare(other, path)),
+    ]
+    for look in looks:
+        with pytest.raises(ckpt_ema.MisuseError) as caught:
+            look(folder)
+        named = re.fullmatch(rf"`{folder}` is no checkpoint: `(.+)` and the like lie below it", caught.value.message)
+        assert named is not None, caught.value.message
+        assert caught.value.hint == (
+            f"pass one of them: `{folder / named[1]}`; for a run directory: `ckpt-ema plan {folder}`"
+        )
+        assert numbered.startswith(named[1])
+        look(folder / named[1])
+
+
+def test_weights_one_level_down_are_one_checkpoint(tmp_path: Path, cli: Cli) -> None:
+    """diffusers' folders: a student beside its average, variants in half precision, parts of a pipeline by number."""
+    for folder, names in (
+        ("checkpoint-300", ["unet/diffusion_pytorch_model", "unet_ema/diffusion_pytorch_model"]),
+        ("variant", ["unet/diffusion_pytorch_model", "unet/diffusion_pytorch_model.fp16"]),
+        ("pipeline", ["unet/diffusion_pytorch_model", "text_encoder/model", "text_encoder_2/model"]),
+    ):
+        for seed, name in enumerate(names, start=1):
+            (tmp_path / folder / name).parent.mkdir(parents=True, exist_ok=True)
+            save_file(make_student(seed), tmp_path / folder / f"{name}.safetensors")
+        state = "unet" if folder == "pipeline" else None
+        assert ckpt_ema.inspect(tmp_path / folder, state=state).chosen == ("" if folder == "variant" else "unet")
+        assert ckpt_ema.compare(tmp_path / folder, tmp_path / folder, state=state).is_identical
+    compared = cli("compare", "checkpoint-300", "variant/unet/diffusion_pytorch_model.safetensors")
+    assert compared.stdout.startswith("identical: 5 tensors"), compared.stderr
+    assert cli("verify", "checkpoint-300").code == cli("verify", "variant").code == 0
+
+
 MODEL_SOURCE = """
 import torch
 
