@@ -419,6 +419,10 @@ def test_transformers_checkpoints_hold_a_teacher_that_loads(tmp_path: Path, make
         assert_same_bits(load_transformers(folder / "teacher", model), hook_teacher(seen[:step], MOMENTUM))
         assert_same_bits(load_transformers(folder, model), seen[step - 1])
         assert AutoTokenizer.from_pretrained(folder / "teacher")("mean teacher")["input_ids"] == [2, 3]
+        # The model has no record to write; that ckpt-ema had no part in it would be a lie.
+        found = ckpt_ema.verify(folder / "teacher")
+        assert found.is_ok
+        assert found.checks[-1].text.startswith("none: nothing in it says how it was made")
     assert_same_bits(bits_of(model.state_dict()), seen[-1])
     students = [seen[1], seen[3], seen[5]]
     report = quiet_fold(run, tmp_path / "folded", momentum=MOMENTUM)
