@@ -8,6 +8,7 @@ before such a moment counts. A record is two numbers, its kind and a CRC-32 of t
     session     machine, 0            a process begins to write, on a machine since it was started
     synced      position, 0           what was recorded before this byte of the file is on the disk
     committing  inode, 0              all is on the disk, and this file is about to get its name
+    kept        0, 0                  nobody begins anew over this unasked, however short it took
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from ckpt_ema.teacher_folder import settle_old
 from ckpt_ema.writer import BEGIN_ANEW, Draft, SpreadFiles, explained, sync_folder, write_all
 
 KEEP_SECONDS = 10.0
-"""A fold that failed sooner is begun anew as fast as it is resumed, and leaves nothing behind."""
+"""A fold that failed sooner is begun anew as fast as it is resumed, and leaves nothing behind unless it was told to."""
 
 SYNC_SECONDS = 15.0
 """From one moment that counts everywhere to the next."""
@@ -48,7 +49,7 @@ _RECORD = struct.Struct("<QQII")
 _CHECKED = struct.Struct("<QQI")
 """What of a record its checksum is of: the end of the file may be torn."""
 
-_FINISHED, _SESSION, _SYNCED, _COMMITTING = range(4)
+_FINISHED, _SESSION, _SYNCED, _COMMITTING, _KEPT = range(5)
 MAX_HEADER_BYTES = 64 << 20
 
 
@@ -57,6 +58,19 @@ class Range(NamedTuple):
 
     begin: int
     end: int
+
+
+class _Records(NamedTuple):
+    """What a journal tells of."""
+
+    finished: list[Range]
+    """The ranges that count."""
+
+    written: frozenset[int]
+    """The inodes of files that were about to get their names."""
+
+    is_kept: bool
+    """Whether it is to be asked about before it goes."""
 
 
 class FinishedBlocks:
@@ -99,6 +113,10 @@ class FinishedBlocks:
             os.fsync(self._descriptor)
         self._was_synced = True
 
+    def keep(self) -> None:
+        """What is recorded here, before and after, is thrown away by nobody unasked."""
+        self._append(_KEPT, 0, 0)
+
     def begin_commit(self) -> None:
         """All is written and synced; files are about to get their names."""
         self.sync()
@@ -129,16 +147,13 @@ def _encode(kind: int, first: int, second: int) -> bytes:
     return _RECORD.pack(first, second, kind, zlib.crc32(_CHECKED.pack(first, second, kind)))
 
 
-def _read_records(content: bytes, offset: int) -> tuple[list[Range], frozenset[int]]:
-    """The finished ranges that count, and the inodes of files that were about to get their names.
-
-    `offset` is where the records begin.
-    """
+def _read_records(content: bytes, offset: int) -> _Records:
+    """The records of `content`, which begin at `offset`."""
     here = _machine()
     counted: list[Range] = []
     pending: list[tuple[int, Range]] = []
     written: set[int] = set()
-    is_here = False
+    is_here = is_kept = False
     for position in range(offset, len(content) - _RECORD.size + 1, _RECORD.size):
         first, second, kind, checksum = _RECORD.unpack_from(content, position)
         if checksum != zlib.crc32(content[position : position + _CHECKED.size]):
@@ -156,17 +171,20 @@ def _read_records(content: bytes, offset: int) -> tuple[list[Range], frozenset[i
             pending = [(where, finished) for where, finished in pending if where >= first]
         elif kind == _COMMITTING:
             written.add(first)
-    return counted, frozenset(written)
+        elif kind == _KEPT:
+            is_kept = True
+    return _Records(counted, frozenset(written), is_kept)
 
 
-def _read_finished(path: Path, descriptor: int, header: Mapping[str, Any]) -> tuple[list[Range], frozenset[int]]:
+def _read_journal(path: Path, descriptor: int, header: Mapping[str, Any]) -> _Records:
     """What the journal at `path` and the records of other ranks beside it say, merged."""
     with explained(f"cannot read `{path}`"):
         content = os.pread(descriptor, os.fstat(descriptor).st_size, 0)
-        ranges, written = _read_records(content, header["size"])
+        records = _read_records(content, header["size"])
+        ranges = list(records.finished)
         for record in _records_of_ranks(path.parent, header["token"]):
-            ranges += _read_records(record.read_bytes(), 0)[0]
-    return _merge(ranges), written
+            ranges += _read_records(record.read_bytes(), 0).finished
+    return records._replace(finished=_merge(ranges))
 
 
 def _records_of_ranks(folder: Path, token: str) -> list[Path]:
@@ -234,13 +252,15 @@ class Journal:
                 if (path := journal_path([target])) != self.path:
                     self._others.append((path, _open_locked(path, target)))
             self._take_up()
+            self.blocks = FinishedBlocks(self._descriptor, self.path)
+            if self._resume:
+                self.blocks.keep()
         except BaseException:
             if _read_header(self._descriptor) is None:  # nothing, or as much as the disk would take
                 self.path.unlink(missing_ok=True)
             self._let_go_of_others()
             os.close(self._descriptor)
             raise
-        self.blocks = FinishedBlocks(self._descriptor, self.path)
         self.draft.is_kept = self.draft.resumes  # what another process has done is never lost again
         return self
 
@@ -274,6 +294,7 @@ class Journal:
             self.draft.is_kept = True
         if self.draft.is_kept:
             with contextlib.suppress(CkptEmaError):  # a full disk
+                self.blocks.keep()
                 self.blocks.sync()
 
     def _is_worth_keeping(self) -> bool:
@@ -284,7 +305,7 @@ class Journal:
         header = _read_header(self._descriptor)
         if header is not None:
             self.draft.token = header["token"]
-            ranges, written = _read_finished(self.path, self._descriptor, header)
+            ranges, written, is_kept = _read_journal(self.path, self._descriptor, header)
             is_over = _is_over(header, written)
             if is_over:
                 ranges = [Range(0, header["bytes"])]
@@ -298,7 +319,8 @@ class Journal:
                 return
             done = sum(end - begin for begin, end in ranges)
             seconds = os.fstat(self._descriptor).st_mtime - header["started"]
-            if done and not is_over and seconds >= KEEP_SECONDS and not (self._resume or self._overwrite):
+            is_kept = is_kept or seconds >= KEEP_SECONDS
+            if done and not is_over and is_kept and not (self._resume or self._overwrite):
                 raise CkptEmaError(
                     f"an unfinished fold into `{self._targets[0]}` is there, {done / max(1, header['bytes']):.0%} done",
                     hint="pass `--resume` to go on with it, or `--overwrite` to begin anew",
@@ -410,7 +432,7 @@ def done_share(targets: Iterable[Path]) -> float | None:
         header = _read_header(descriptor)
         if header is None:
             return None
-        ranges, _ = _read_finished(path, descriptor, header)
+        ranges = _read_journal(path, descriptor, header).finished
     finally:
         os.close(descriptor)
     done = sum(end - begin for begin, end in ranges)

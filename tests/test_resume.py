@@ -112,8 +112,7 @@ def stop_fold(run: Path, output: Path, **options: Any) -> None:
             run,
             output,
             progress=stop_at(0.5),
-            resume=True,
-            **{"num_threads": 1, "memory_budget_bytes": 1 << 15, **options},
+            **{"num_threads": 1, "memory_budget_bytes": 1 << 15, "resume": True, **options},
         )
 
 
@@ -289,18 +288,67 @@ def test_a_checkpoint_that_came_meanwhile_is_kept_out_by_until(long_students: Pa
     assert (tmp_path / "t.safetensors").read_bytes() == whole
 
 
+def kill_fold(run: Path, output: Path, **options: Any) -> None:
+    """A fold in small blocks whose process is killed half way, within seconds."""
+    code = """
+import json, os, pathlib, signal, sys
+import ckpt_ema
+run, output, options = sys.argv[1:]
+kill = lambda read, total: read > total * 0.5 and os.kill(os.getpid(), signal.SIGKILL)
+quiet = lambda plan: None
+ckpt_ema.fold(pathlib.Path(run), output, progress=kill, announce=quiet, **json.loads(options))
+"""
+    options = {"num_threads": 1, "memory_budget_bytes": 1 << 15, **options}
+    command = [sys.executable, "-c", code, run, output, json.dumps(options)]
+    assert subprocess.run(command, timeout=60, check=False).returncode == -signal.SIGKILL
+
+
+def assert_asks(run: Path, output: Path) -> None:
+    """A fold without `resume` says what is there and how to go on, and leaves it."""
+    for _ in range(2):
+        with pytest.raises(CkptEmaError, match=r"an unfinished fold into .* is there, \d+% done") as caught:
+            quiet_fold(run, output)
+        assert caught.value.hint == "pass `--resume` to go on with it, or `--overwrite` to begin anew"
+
+
 def test_hours_of_work_are_not_thrown_away_unasked(
     long_students: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without `resume` a fold that would begin anew over a long one says so; after a short one it just does."""
+    """Without `resume` a fold that would begin anew over a long one says so, whether that was killed or failed."""
     output = tmp_path / "t.safetensors"
-    stop_fold(long_students, output)
-    monkeypatch.setattr(journal, "KEEP_SECONDS", 0)
-    with pytest.raises(CkptEmaError, match=r"an unfinished fold into .* is there, \d+% done") as caught:
-        quiet_fold(long_students, output)
-    assert "--resume" in str(caught.value.hint)
-    monkeypatch.setattr(journal, "KEEP_SECONDS", 10)
-    assert quiet_fold(long_students, output).resumed_bytes == 0
+    kill_fold(long_students, output)
+    with monkeypatch.context() as patch:
+        patch.setattr(journal, "KEEP_SECONDS", 0)
+        assert_asks(long_students, output)
+    # It was worth keeping by one clock; the other, of the file system, may be slower by a moment.
+    with monkeypatch.context() as patch:
+        patch.setattr(journal, "KEEP_SECONDS", 0)
+        stop_fold(long_students, output, resume=False, overwrite=True)
+    assert_asks(long_students, output)
+    assert quiet_fold(long_students, output, overwrite=True).resumed_bytes == 0
+    assert unfinished(tmp_path) == []
+
+
+def test_what_was_begun_to_be_resumed_is_not_thrown_away_unasked(long_students: Path, tmp_path: Path) -> None:
+    """However short it took, and whichever of several processes was told `resume`."""
+    outputs = [tmp_path / name / "t.safetensors" for name in ("killed", "stopped", "gone-on-with")]
+    for output in outputs:
+        output.parent.mkdir()
+    kill_fold(long_students, outputs[0], resume=True)
+    stop_fold(long_students, outputs[1])
+    kill_fold(long_students, outputs[2])
+    stop_fold(long_students, outputs[2])
+    for output in outputs:
+        assert_asks(long_students, output)
+        assert quiet_fold(long_students, output, resume=True).resumed_bytes > 0
+        assert os.listdir(output.parent) == ["t.safetensors"]
+
+
+def test_a_short_fold_that_was_killed_is_begun_anew(long_students: Path, tmp_path: Path) -> None:
+    """Within seconds, and told nothing: going on would save nothing, and asking would only cost."""
+    kill_fold(long_students, tmp_path / "t.safetensors")
+    assert len(unfinished(tmp_path)) == 2
+    assert quiet_fold(long_students, tmp_path / "t.safetensors").resumed_bytes == 0
     assert unfinished(tmp_path) == []
 
 
