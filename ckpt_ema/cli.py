@@ -12,7 +12,7 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import wraps
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -192,7 +192,26 @@ def _print(text: str) -> None:
     text = _printable(text)
     if not _is_utf8(sys.stdout):
         text = text.translate(dict.fromkeys(map(ord, "█▉▊▋▌▍▎▏"), "#"))
-    click.echo(text)
+    _hand_over(text)
+
+
+def _print_json(record: Any, written: Sequence[str] = ()) -> None:
+    _hand_over(json.dumps(record, indent=2), written)
+
+
+def _hand_over(text: str, written: Sequence[str] = ()) -> None:
+    """Write on stdout, as it is; where that fails, it is said to be that, and `written` to be there."""
+    try:
+        click.echo(text)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        # Python would write what is left on the way out again, and end with another message and another code.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        raise CkptEmaError(
+            f"cannot write to stdout: {error.strerror}",
+            details=[f"`{name}` is written all the same" for name in written],
+        ) from error
 
 
 def _printable(text: str) -> str:
@@ -608,7 +627,7 @@ def follow(run: str, output: str | None, quiet: bool, **options: Any) -> None:
     if not quiet:
         missed = f", missed {len(done.missed)}: {', '.join(done.missed)}" if done.missed else ""
         _tell(f"folded {done.num_folded} checkpoints{missed}")
-    click.echo(str(done.output))
+    _hand_over(str(done.output), [str(done.output)])
 
 
 @contextlib.contextmanager
@@ -666,7 +685,7 @@ def inspect(path: str, state: str | None, prefix: str | None, as_json: bool, ver
 
     found = ckpt_ema.inspect(path, state=state, prefix=prefix)
     if as_json:
-        click.echo(json.dumps(report.inspection_record(found), indent=2))
+        _print_json(report.inspection_record(found))
     else:
         _print(report.inspection_text(found, verbose=verbose))
 
@@ -703,7 +722,7 @@ def compare(a: str, b: str, as_json: bool, verbose: bool, **options: Any) -> Non
 
     found = ckpt_ema.compare(a, b, **options)
     if as_json:
-        click.echo(json.dumps(report.comparison_record(found), indent=2))
+        _print_json(report.comparison_record(found))
     else:
         _print(report.comparison_text(found, verbose=verbose))
 
@@ -737,7 +756,7 @@ def verify(teacher: str, run: str | None, as_json: bool, quiet: bool, **options:
 
     found = ckpt_ema.verify(teacher, run, **options)
     if as_json:
-        click.echo(json.dumps(report.verification_record(found), indent=2))
+        _print_json(report.verification_record(found))
     elif text := report.verification_text(found, quiet=quiet):
         _print(text)
     if not found.is_ok:
@@ -794,7 +813,11 @@ def _carry_out(
         return
     if not quiet:
         _tell(report.summary_text(done, verbose=verbose))
-    click.echo(json.dumps(report.report_record(done), indent=2) if as_json else "\n".join(done.plan.output_names))
+    written = done.plan.output_names
+    if as_json:
+        _print_json(report.report_record(done), written)
+    else:
+        _hand_over("\n".join(written), written)
 
 
 def _show(
@@ -815,7 +838,7 @@ def _show(
     if not ckpt_ema.ranks_of_environment().is_first:
         return
     if as_json:
-        click.echo(json.dumps(report.plan_record(planned), indent=2))
+        _print_json(report.plan_record(planned))
     elif not quiet:
         _print(report.plan_text(planned, verbose=verbose))
     _warn(planned)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -359,6 +360,42 @@ def test_a_pipe_that_closes_early_is_no_error(run: Path, tmp_path: Path) -> None
     done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, cwd=tmp_path, check=False, timeout=60)
     assert done.stdout.startswith("5 checkpoints of")
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "written"),
+    [
+        ("fold run --momentum 0.5 -o t.safetensors", ["t.safetensors"]),
+        ("fold run --momentum 0.5 -o t.safetensors --json", ["t.safetensors"]),
+        ("fold run --momentum 0.5 --momentum 0.6 -o t{momentum}.safetensors", ["t0.5.safetensors", "t0.6.safetensors"]),
+        ("follow run --momentum 0.5 -o t.safetensors --until 500", ["t.safetensors"]),
+        ("plan run --momentum 0.5 -v", []),
+        ("inspect run/step_100.safetensors", []),
+        ("inspect run/step_100.safetensors --json", []),
+        ("compare run/step_100.safetensors run/step_200.safetensors", []),
+        ("verify run/step_100.safetensors", []),
+        ("verify run/step_100.safetensors --json", []),
+    ],
+)
+def test_a_full_stdout_is_told_from_a_full_disk(run: Path, tmp_path: Path, words: str, written: list[str]) -> None:
+    """The line could not be printed, and says so; a teacher that is written is not taken for one that failed."""
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "ckpt_ema", *words.split()],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONUNBUFFERED": ""},
+            check=False,
+            timeout=60,
+        )
+    assert done.returncode == 1
+    _, _, told = done.stderr.partition("Error: ")
+    lines = [f"  `{name}` is written all the same" for name in written]
+    assert told.splitlines() == ["cannot write to stdout: No space left on device", *lines]
+    for name in written:
+        assert set(load_file(tmp_path / name)) == set(make_student(1))
 
 
 def test_terminals_without_unicode_get_plain_bars(run: Path, cli: Cli) -> None:
