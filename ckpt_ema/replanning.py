@@ -42,12 +42,11 @@ def plan_again(
         "accumulate": dtypes.get("accumulate"),
         "memory_budget_bytes": memory_budget_bytes,
     }
-    prefixes = [None, *_texts(record.get("stripped"))]
     held = {name: (tensor.dtype, tensor.shape) for name, tensor in found.tensors.items()}
     written = [name for name in _texts(dtypes.get("teacher")) if name in ("float32", "bfloat16", "float16")]
     planned: FoldPlan | None = None
     failure: CkptEmaError | None = None
-    for prefix, dtype in itertools.product(prefixes, ("student", *written)):
+    for prefix, dtype in itertools.product(_prefixes_of(record), ("student", *written)):
         wanted = FoldOptions(**options | {"prefix": prefix, "dtype": dtype})
         try:
             students = _read_students(paths[len(averages) :], wanted, past)
@@ -70,6 +69,25 @@ def plan_again(
             f"{len(again)} tensors would be copied, and {len(copied)} were", details=sorted(again ^ copied)
         )
     return planned
+
+
+def check_listed(record: Mapping[str, Any], past: Sequence[PastCheckpoint], run: Path) -> None:
+    """Raise CkptEmaError where the checkpoints that a record lists are not those of the run."""
+    paths = _locate(past, run)
+    failure: CkptEmaError | None = None
+    for prefix in _prefixes_of(record):
+        try:
+            _read_students(paths, FoldOptions(**_options_of(record, past) | {"prefix": prefix}), past)
+            return
+        except CkptEmaError as error:
+            failure = failure or error
+    if failure is not None:
+        raise failure
+
+
+def _prefixes_of(record: Mapping[str, Any]) -> list[str | None]:
+    """What may have been asked for as `--prefix`: of what was stripped, the record does not say who asked."""
+    return [None, *_texts(record.get("stripped"))]
 
 
 def _options_of(record: Mapping[str, Any], past: Sequence[PastCheckpoint]) -> dict[str, Any]:

@@ -375,9 +375,11 @@ def verification_text(found: Verification, *, quiet: bool = False) -> str:
     """A line per check, with what helps below those that failed; `quiet`: of these alone."""
     lines = []
     for check in found.checks:
-        if not check.is_ok or not quiet:
-            lines.append(f"{'ok' if check.is_ok else 'failed':<8}  {check.name}: {check.text}")
-        if check.hint and not check.is_ok:
+        has_failed = check.is_ok is False
+        if has_failed or not quiet:
+            verdict = "failed" if has_failed else "ok" if check.is_ok else "unchecked"
+            lines.append(f"{verdict:<9} {check.name}: {check.text}")
+        if check.hint and has_failed:
             lines.append(f"          hint: {check.hint}")
     return "\n".join(lines)
 

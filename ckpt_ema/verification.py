@@ -28,7 +28,7 @@ from ckpt_ema.layouts import SchemaPool, compact_layout
 from ckpt_ema.locations import as_path
 from ckpt_ema.provenance import copied_names, read_provenance, teacher_metadata
 from ckpt_ema.records import FoldPlan, PathLike
-from ckpt_ema.replanning import SHARE_TOLERANCE, averages_of, has_earlier_rules, plan_again
+from ckpt_ema.replanning import SHARE_TOLERANCE, averages_of, check_listed, has_earlier_rules, plan_again
 from ckpt_ema.sizes import DEFAULT_MEMORY_BUDGET_BYTES, format_size
 from ckpt_ema.structure import fault_of_folder
 
@@ -46,7 +46,9 @@ class Check:
     name: str
     """`structure`, `finite`, `provenance` or `recomputed`."""
 
-    is_ok: bool
+    is_ok: bool | None
+    """None where it cannot be looked at, and nothing is known to be wrong."""
+
     text: str
     """What was found."""
 
@@ -64,7 +66,7 @@ class Verification:
     @property
     def is_ok(self) -> bool:
         """Whether nothing is wrong with it, as far as was looked."""
-        return all(check.is_ok for check in self.checks)
+        return all(check.is_ok is not False for check in self.checks)
 
 
 def verify(
@@ -80,8 +82,9 @@ def verify(
     With `run`, the folder of the checkpoints it was folded from, a random `share` of its blocks (0 < share <= 1, at
     least 16 of them, chosen by `seed`) is folded again and compared bit for bit; of a teacher whose record says that it
     was made in n parts, which cost last digits, up to sqrt(n) times the dtype's epsilon (relative, per block); a last
-    bit that flipped is not seen there. Buffers take up to `memory_budget_bytes`. Raises MisuseError for what is
-    not there and for options that make no sense; all else is found, not raised.
+    bit that flipped is not seen there. Of a teacher whose beginning no run can tell, that check is neither passed
+    nor failed. Buffers take up to `memory_budget_bytes`. Raises MisuseError for what is not there and for options that
+    make no sense; all else is found, not raised.
     """
     if not 0 < share <= 1:
         raise MisuseError(f"`--share` is {share}, and must be above 0 and at most 1")
@@ -193,11 +196,18 @@ def _check_against(
     memory_budget_bytes: int,
 ) -> Check:
     past = past_of(record)
-    if record.get("made") not in ("fold", "reconstruct") or not past or record.get("initial_teacher") is not None:
-        why = "it does not say from what"
-        if record.get("initial_teacher") is not None:
-            why = f"it goes on from `{record['initial_teacher']}`"
-        return Check("recomputed", False, f"cannot be done from a run alone: {why}")
+    why = None
+    if not record:
+        why = "nothing in it says how it was made"
+    elif record.get("made") not in ("fold", "reconstruct"):
+        why = "an online teacher saw the student of every step"
+    elif not past:
+        return Check("recomputed", False, "cannot be done: its list of checkpoints cannot be read")
+    elif (initial := record.get("initial_teacher")) is not None:
+        check_listed(record, past, run)
+        why = f"it goes on from `{initial}`"
+    if why is not None:
+        return Check("recomputed", None, f"cannot be done from a run alone: {why}")
     planned = plan_again(found, record, past, copied, run, memory_budget_bytes)
     _check_told(record, planned)
     # Other operations in another order: each checkpoint rounds for itself.

@@ -22,7 +22,7 @@ Cli = Callable[..., Outcome]
 
 
 def failed(found: ckpt_ema.Verification) -> list[str]:
-    return [f"{check.name}: {check.text}" for check in found.checks if not check.is_ok]
+    return [f"{check.name}: {check.text}" for check in found.checks if check.is_ok is False]
 
 
 def many_blocks(run: Path, dtype: torch.dtype = torch.float32) -> None:
@@ -299,14 +299,74 @@ def test_buffers_are_those_that_the_record_copied(tmp_path: Path, monkeypatch: p
     assert failed(ckpt_ema.verify(tmp_path / "t.safetensors", tmp_path / "run", share=1)) == []
 
 
-def test_what_cannot_be_recomputed_is_a_failure_that_says_why(tmp_path: Path) -> None:
-    """A teacher that began with another one: its run alone does not tell."""
-    save_students(tmp_path / "run", 3)
-    save_file(make_student(7), tmp_path / "start.safetensors")
-    quiet_fold(tmp_path / "run", tmp_path / "t.safetensors", momentum=0.3, init=tmp_path / "start.safetensors")
-    assert ckpt_ema.verify(tmp_path / "t.safetensors").is_ok
-    (message,) = failed(ckpt_ema.verify(tmp_path / "t.safetensors", tmp_path / "run"))
-    assert "cannot be done from a run alone: it goes on from `start.safetensors`" in message
+def make_somebodys(run: Path, path: Path) -> None:
+    save_file(make_student(7), path)
+
+
+def make_of_another_profile(run: Path, path: Path) -> None:
+    quiet_fold(run, path, profile="uniform", until_step=200)
+
+
+def make_online(run: Path, path: Path) -> None:
+    model = torch.nn.Module()
+    model.fc, model.bn = torch.nn.Linear(19, 37), torch.nn.BatchNorm1d(5, affine=False)
+    model.bn.weight = torch.nn.Parameter(torch.ones(5))
+    del model.bn.running_var
+    teacher = ckpt_ema.MeanTeacher(model, momentum=0.1)
+    teacher.update()
+    teacher.save(path)
+
+
+@pytest.mark.parametrize("make", [make_somebodys, make_of_another_profile, make_online])
+def test_what_no_run_can_tell_is_unchecked_and_no_failure(
+    tmp_path: Path, make: Callable[[Path, Path], None], cli: Cli
+) -> None:
+    """A teacher that began with another one: said in words of its own, exit 0; but what is known of it must fit."""
+    run, start, teacher = tmp_path / "run", tmp_path / "start.safetensors", tmp_path / "t.safetensors"
+    save_students(run, 4)
+    make(run, start)
+    quiet_fold(run, teacher, momentum=0.3, init=start)
+    done = cli("verify", teacher, run)
+    text = "cannot be done from a run alone: it goes on from `start.safetensors`"
+    assert (done.code, done.stdout.splitlines()[-1]) == (0, f"unchecked recomputed: {text}")
+    assert done.stdout.count("ok ") == 3
+    assert cli("verify", teacher, run, "-q").stdout == ""
+    table = json.loads(cli("verify", teacher, run, "--json").stdout)
+    assert (table["ok"], [check["ok"] for check in table["checks"]]) == (True, [True, True, True, None])
+    save_file({**make_student(4), "more": torch.ones(1)}, run / "step_400.safetensors")
+    assert "bytes, and had" in failed(ckpt_ema.verify(teacher, run))[0]
+    (run / "step_400.safetensors").unlink()
+    assert "checkpoints are not in" in failed(ckpt_ema.verify(teacher, run))[0]
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (make_somebodys, "nothing in it says how it was made"),
+        (make_online, "an online teacher saw the student of every step"),
+    ],
+)
+def test_what_does_not_say_what_it_is_of_is_unchecked(
+    tmp_path: Path, make: Callable[[Path, Path], None], why: str
+) -> None:
+    """No run can tell whether it is right; that is no fault of the file."""
+    save_students(tmp_path / "run", 2)
+    make(tmp_path / "run", tmp_path / "t.safetensors")
+    found = ckpt_ema.verify(tmp_path / "t.safetensors", tmp_path / "run")
+    assert found.is_ok
+    assert found.checks[-1] == ckpt_ema.Check("recomputed", None, f"cannot be done from a run alone: {why}")
+
+
+def test_a_sub_model_that_began_with_another_teacher_fits_its_run(tmp_path: Path) -> None:
+    """Averages alone are no student until their prefix is asked for, which the record remembers."""
+    run, teacher = tmp_path / "run", tmp_path / "t.safetensors"
+    run.mkdir()
+    for step in (1, 2):
+        averages = {f"ema_model.{name}": tensor for name, tensor in make_student(step).items()}
+        save_file(averages, run / f"step_{step}.safetensors")
+    save_file(make_student(3), tmp_path / "start.safetensors")
+    quiet_fold(run, teacher, momentum=0.3, prefix="ema_model.", init=tmp_path / "start.safetensors")
+    assert failed(ckpt_ema.verify(teacher, run)) == []
 
 
 def test_a_teacher_in_parts_is_recomputed_as_one(tmp_path: Path) -> None:
