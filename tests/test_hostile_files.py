@@ -522,6 +522,29 @@ def test_sparse_and_foreign_tensors_are_named(tmp_path: Path) -> None:
     assert "`s`" in error.message
 
 
+FLAGS = {
+    "none": (b"N", ""),
+    "empty": (b"}", ""),
+    "not set": (table({"conj": b"\x89", "neg": b"\x89"}), ""),
+    "one of two": (table({"conj": b"\x89", "neg": b"\x88"}), "without its sign"),
+    "a number": (table({"conj": b"K\x01"}), "without its sign"),
+    "unknown": (table({"conj": b"\x88", "swapped": b"\x88"}), "a flag that is not known"),
+    "no table": (b"\x88", "something else"),
+    "many": (table({f"flag{number}": b"\x89" for number in range(11)}), "something else"),
+}
+
+
+@pytest.mark.parametrize("flags", FLAGS)
+def test_flags_of_a_tensor_that_change_its_numbers_are_refused(tmp_path: Path, flags: str) -> None:
+    """Flags that are absent or false change nothing; any that is set is refused, also one no torch has yet."""
+    code, what = FLAGS[flags]
+    for write in WRITERS:
+        path = write(tmp_path / "a.pt", table({"w": tensor().removesuffix(b"tR") + code + b"tR"}))
+        error = outcome(lambda path=path: read_whole(path))
+        assert (error is None) == (not what)
+        assert error is None or what in error.message
+
+
 # --- zip archives that lie ---------------------------------------------------------------------------------------
 
 

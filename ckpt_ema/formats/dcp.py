@@ -289,18 +289,18 @@ class _PieceFiles:
 
     def locate(self, tensors: Mapping[str, ShardedTensor]) -> dict[str, StoredTensor]:
         """The byte ranges of the pieces of each tensor, checked against the zips that hold them."""
-        wanted: dict[str, list[Piece]] = {}
-        for tensor in tensors.values():
+        wanted: dict[str, list[tuple[str, Piece]]] = {}
+        for name, tensor in tensors.items():
             for _, piece in tensor.pieces:
-                wanted.setdefault(piece.file_name, []).append(piece)
+                wanted.setdefault(piece.file_name, []).append((name, piece))
         known = _KnownPieces()
         ranges: dict[Piece, TensorRange] = {}
         for file_name, pieces in wanted.items():
             file, source = self._open(file_name)
             try:
-                file.expect(itertools.chain.from_iterable(map(_tables_of, pieces)))
-                for piece in pieces:
-                    ranges[piece] = self._locate_piece(file, source, piece, known)
+                file.expect(itertools.chain.from_iterable(_tables_of(piece) for _, piece in pieces))
+                for name, piece in pieces:
+                    ranges[piece] = self._locate_piece(file, source, name, piece, known)
             finally:
                 file.close()
         located = {}
@@ -319,7 +319,9 @@ class _PieceFiles:
         file = open_input(path)
         return file, self._sources.setdefault(file_name, file.source())
 
-    def _locate_piece(self, file: InputFile, source: SourceFile, piece: Piece, known: _KnownPieces) -> TensorRange:
+    def _locate_piece(
+        self, file: InputFile, source: SourceFile, name: str, piece: Piece, known: _KnownPieces
+    ) -> TensorRange:
         end = piece.begin + piece.length
         if end > source.size:
             raise UnreadableCheckpointError(
@@ -331,7 +333,7 @@ class _PieceFiles:
         saved = read_zip_within(file, source, piece.begin, end, known.pickles)
         if not isinstance(saved.tree, PickledTensor):
             raise UnreadableCheckpointError(f"`{source.path}` has no tensor at byte {piece.begin}")
-        found = saved.locate_within(file, {"piece": saved.tree})["piece"]
+        found = saved.locate_within(file, {name: saved.tree})[name]
         known.add(file, piece, found)
         return found
 

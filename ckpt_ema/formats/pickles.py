@@ -24,6 +24,8 @@ MAX_NAME_LENGTH = 1000
 # What an object is made of is copied, each time, from a tuple that is in the pickle once.
 MAX_ARGUMENTS = 1000
 MAX_DIMENSIONS = 64
+# torch has two. Each is looked at for every tensor, and a table of them may be in the pickle once.
+MAX_FLAGS = 10
 
 _FRAME = b"\x95"
 
@@ -140,6 +142,16 @@ class PickledStorage(NamedTuple):
         raise MalformedPickleError("a storage as a key")
 
 
+class Refusal(NamedTuple):
+    """Why the numbers that are stored for a tensor are not its values."""
+
+    what: str
+    """What it is, behind the tensor's name."""
+
+    hint: str | None = None
+    """What to do about it."""
+
+
 class PickledTensor(NamedTuple):
     """A tensor as the pickle describes it; not yet checked against the storage's bytes."""
 
@@ -150,6 +162,8 @@ class PickledTensor(NamedTuple):
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
+    refusal: Refusal | None = None
+    """Why it cannot be located, although nothing is wrong with the file; None for plain numbers."""
 
     def __hash__(self) -> int:
         """Never; see PickledStorage."""
@@ -199,7 +213,34 @@ def sizes_of(value: Any) -> tuple[int, ...]:
     return sizes
 
 
-def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_rest: Any) -> PickledTensor:
+_SIGN_APART = Refusal(
+    "is stored without its sign, as a conjugate or negative view", "save it as `tensor.resolve_conj().resolve_neg()`"
+)
+_UNKNOWN_FLAG = Refusal("is stored with a flag that is not known here, and that may change its numbers")
+
+
+def _refusal_of(flags: Any) -> Refusal | None:
+    """What the flags of a tensor say of its numbers; torch writes those that are set."""
+    if not flags:
+        return None
+    if not isinstance(flags, dict) or len(flags) > MAX_FLAGS:
+        raise MalformedPickleError("something else where the flags of a tensor should be")
+    raised = [name for name, is_set in flags.items() if is_set is not False]
+    if not raised:
+        return None
+    return _SIGN_APART if all(name in ("conj", "neg") for name in raised) else _UNKNOWN_FLAG
+
+
+def _rebuild_tensor(
+    storage: Any,
+    offset: Any,
+    shape: Any,
+    strides: Any,
+    _grad: Any = None,
+    _hooks: Any = None,
+    flags: Any = None,
+    *_rest: Any,
+) -> PickledTensor:
     if type(storage) is not PickledStorage:
         raise MalformedPickleError("a tensor without a storage")
     if type(offset) is not int or not 0 <= offset < 1 << 63:
@@ -215,16 +256,25 @@ def _rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_rest:
         if type(size) is not int or not 0 <= size < 1 << 63:
             raise MalformedPickleError("a shape that is not made of sizes")
     _, dtype, _, view_offset = storage
-    return _new_tuple(PickledTensor, (storage, dtype, offset + view_offset, shape, strides))
+    refusal = None if flags is None else _refusal_of(flags)
+    return _new_tuple(PickledTensor, (storage, dtype, offset + view_offset, shape, strides, refusal))
 
 
 def _rebuild_tensor_v3(
-    storage: Any, offset: Any, shape: Any, strides: Any, _grad: Any, _hooks: Any, dtype: Any, *_rest: Any
+    storage: Any,
+    offset: Any,
+    shape: Any,
+    strides: Any,
+    _grad: Any,
+    _hooks: Any,
+    dtype: Any,
+    flags: Any = None,
+    *_rest: Any,
 ) -> PickledTensor:
-    tensor = _rebuild_tensor(storage, offset, shape, strides)
+    tensor = _rebuild_tensor(storage, offset, shape, strides, flags=flags)
     if not isinstance(dtype, DType):
         raise MalformedPickleError(f"a {type(dtype).__name__} where a dtype should be")
-    return PickledTensor(tensor.storage, dtype, tensor.offset, tensor.shape, tensor.strides)
+    return tensor._replace(dtype=dtype)
 
 
 def _rebuild_parameter(tensor: Any, *_rest: Any) -> Any:

@@ -17,7 +17,7 @@ from ckpt_ema.byte_ranges import (
     read_exactly,
     span_elements,
 )
-from ckpt_ema.errors import UnreadableCheckpointError
+from ckpt_ema.errors import CkptEmaError, UnreadableCheckpointError
 from ckpt_ema.formats.pickle_scan import IncompletePickleError, MalformedPickleError, PickleScan, scan_pickle
 from ckpt_ema.formats.pickle_trial import load_with_stack, try_pickle
 from ckpt_ema.formats.pickles import MetadataUnpickler, PickledStorage, PickledTensor
@@ -38,7 +38,11 @@ class TorchSaveFile:
     """(file, storage keys) -> the byte range of each storage that the file has."""
 
     def locate(self, tensors: Mapping[str, PickledTensor]) -> dict[str, TensorRange]:
-        """The byte range of each tensor, checked against its storage."""
+        """The byte range of each tensor, checked against its storage.
+
+        Raises UnreadableCheckpointError where it does not lie in there, and CkptEmaError where its bytes are not its
+        values.
+        """
         file = open_input(self.source.path)
         try:
             self.source.check_unchanged(file)
@@ -52,7 +56,9 @@ class TorchSaveFile:
         geometries: dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[tuple[int, ...] | None, int]] = {}
         source = self.source
         storages = self.locate_storages(file, {tensor.storage.key: None for tensor in tensors.values()})
-        for name, (storage, dtype, offset, shape, strides) in tensors.items():
+        for name, (storage, dtype, offset, shape, strides, refusal) in tensors.items():
+            if refusal is not None:
+                raise CkptEmaError(f"`{source.path}`: tensor `{name}` {refusal.what}", hint=refusal.hint)
             record = storages.get(storage.key)
             if record is None:
                 raise self._refuse(name, f"lies in storage {storage.key}, which is missing")
