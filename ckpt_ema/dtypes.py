@@ -57,6 +57,12 @@ DTYPES = (
     DType("uint16", 2, "integer", "U16"),
     DType("uint8", 1, "integer", "U8", "ByteStorage"),
     DType("bool", 1, "integer", "BOOL", "BoolStorage"),
+    # Quantised, two or four of some in a byte: known so that what lies beside them can be read.
+    DType("qint8", 1, "integer", None, "QInt8Storage"),
+    DType("quint8", 1, "integer", None, "QUInt8Storage"),
+    DType("qint32", 4, "integer", None, "QInt32Storage"),
+    DType("quint4x2", 1, "integer", None, "QUInt4x2Storage"),
+    DType("quint2x4", 1, "integer", None, "QUInt2x4Storage"),
 )
 
 BY_NAME = {dtype.name: dtype for dtype in DTYPES}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,16 @@ UNSIGNED: dict[str, Callable[[], torch.Tensor]] = {
     "both": lambda: torch._neg_view(COMPLEX).conj(),
     "parameter": lambda: torch.nn.Parameter(COMPLEX.conj()),
 }
+
+
+def quantised(dtype: str) -> torch.Tensor:
+    """Three numbers in few bits, with a scale for all of them or for each row."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch is going to drop them; files stay
+        if dtype == "qint8":
+            return torch.quantize_per_tensor(torch.randn(3), 0.1, 0, torch.qint8)
+        scales, zeros = torch.ones(2), torch.zeros(2)
+        return torch.quantize_per_channel(torch.randn(2, 4), scales, zeros, 0, getattr(torch, dtype))
 
 
 class Holder(torch.nn.Module):
@@ -85,3 +96,55 @@ def test_pieces_without_their_sign_are_refused(tmp_path: Path) -> None:
     """A distributed checkpoint keeps every piece as torch.save does, with the sign beside it."""
     dcp.save({"v": torch.ones(2), "odd": COMPLEX.conj()}, checkpoint_id=tmp_path / "step_0", no_dist=True)
     assert "`odd` is stored without its sign" in refusal_of(tmp_path / "step_0").message
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("whole", WHOLES)
+@pytest.mark.parametrize("dtype", ["qint8", "quint8", "quint4x2"])
+def test_quantised_tensors_are_refused_in_words(tmp_path: Path, dtype: str, whole: str, legacy: bool) -> None:
+    """Nothing is wrong with the file: the tensor is named, and that it cannot be averaged as it is."""
+    path = tmp_path / "step_0.pt"
+    torch.save(WHOLES[whole](quantised(dtype)), path, _use_new_zipfile_serialization=not legacy)
+    error = refusal_of(path)
+    assert str(path) in error.message
+    assert "odd` is quantised, and such tensors cannot be averaged" in error.message
+    assert "`tensor.dequantize()`" in (error.hint or "")
+
+
+@pytest.mark.parametrize("whole", WHOLES)
+def test_tensors_of_a_dtype_that_is_not_known_are_refused_with_its_name(tmp_path: Path, whole: str) -> None:
+    """A dtype that torch has and this tool has not is named, and so is its tensor."""
+    if not hasattr(torch, "float4_e2m1fn_x2"):
+        pytest.skip("this torch has no dtype that is not known here")
+    path = tmp_path / "step_0.pt"
+    torch.save(WHOLES[whole](torch.zeros(3, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)), path)
+    error = refusal_of(path)
+    assert str(path) in error.message
+    assert "odd` is of dtype torch.float4_e2m1fn_x2, which is not known here" in error.message
+    assert "`--prefix`" in (error.hint or "")
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_quantised_and_unknown_tensors_beside_the_student_do_not_hinder(tmp_path: Path, legacy: bool) -> None:
+    """What is not folded may be of any dtype, also where the bytes behind it are the student's."""
+    path = tmp_path / "step_0.pt"
+    weight = torch.arange(6.0)
+    tree: dict[str, Any] = {"ema": {"w": quantised("quint8")}, "model": {"w": weight}}
+    if hasattr(torch, "float4_e2m1fn_x2") and not legacy:
+        tree["optimizer"] = {"m": torch.zeros(3, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)}
+    torch.save(tree, path, _use_new_zipfile_serialization=not legacy)
+    quiet_fold(tmp_path, tmp_path / "t.safetensors")
+    assert_same_bits(load_file(tmp_path / "t.safetensors"), {"w": weight})
+
+
+def test_pieces_that_are_quantised_or_of_an_unknown_dtype_are_refused(tmp_path: Path) -> None:
+    """A distributed checkpoint has the dtype in its table, and may hold such tensors beside the student."""
+    odd = {"odd": quantised("qint8")}
+    if hasattr(torch, "float4_e2m1fn_x2"):
+        odd["odder"] = torch.zeros(3, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
+    for name, tensor in odd.items():
+        dcp.save({"v": torch.ones(2), name: tensor}, checkpoint_id=tmp_path / name / "step_0", no_dist=True)
+        what = "is quantised" if name == "odd" else "is of dtype torch.float4_e2m1fn_x2"
+        assert f"`{name}` {what}" in refusal_of(tmp_path / name / "step_0").message
+    dcp.save({"model": {"v": torch.ones(2)}, "optimizer": odd}, checkpoint_id=tmp_path / "a" / "step_0", no_dist=True)
+    assert [tensor.name for tensor in ckpt_ema.plan(tmp_path / "a").tensors] == ["v"]

@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 
 from ckpt_ema.assembly import AssemblyError, StoredTensor, assemble_boxes
 from ckpt_ema.byte_ranges import InputFile, SourceFile, TensorRange, open_input, read_exactly
-from ckpt_ema.dtypes import DType
+from ckpt_ema.dtypes import BY_NAME, DType
 from ckpt_ema.errors import UnreadableCheckpointError
 from ckpt_ema.formats.contents import PROVENANCE_FILE, Contents, is_plain_name, read_file, read_json
 from ckpt_ema.formats.pickle_scan import MalformedPickleError
-from ckpt_ema.formats.pickles import Inert, PickledTensor, sizes_of
+from ckpt_ema.formats.pickles import Inert, PickledTensor, is_unknown_dtype, sizes_of
 from ckpt_ema.formats.torch_save import load_pickle, read_zip_within
 from ckpt_ema.formats.zip_archive import CHECKSUM_OFFSET, MAX_SMALL_BYTES, ZIP_MAGIC
 
@@ -180,6 +180,8 @@ def _tensor(name: Any, state: Mapping[str, Any], found: Mapping[tuple[int, ...] 
     properties = state.get("properties")
     described = properties.state if isinstance(properties, Inert) else None
     dtype = described[0] if isinstance(described, tuple) and described else None
+    if is_unknown_dtype(dtype):
+        dtype = BY_NAME["uint8"]  # its pieces say their dtype as well, and are refused where they are wanted
     chunks = state.get("chunks")
     if not isinstance(name, str) or type(dtype) is not DType or not isinstance(chunks, list):
         raise _NoTableError("describes a tensor without a name, a dtype or pieces")

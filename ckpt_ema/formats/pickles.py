@@ -8,6 +8,7 @@ lies on its stack.
 
 from __future__ import annotations
 
+import functools
 import io
 import pickle
 import struct
@@ -217,6 +218,10 @@ _SIGN_APART = Refusal(
     "is stored without its sign, as a conjugate or negative view", "save it as `tensor.resolve_conj().resolve_neg()`"
 )
 _UNKNOWN_FLAG = Refusal("is stored with a flag that is not known here, and that may change its numbers")
+_QUANTISED = Refusal(
+    "is quantised, and such tensors cannot be averaged",
+    "fold checkpoints from before quantisation, or save `tensor.dequantize()` in its place",
+)
 
 
 def _refusal_of(flags: Any) -> Refusal | None:
@@ -272,9 +277,26 @@ def _rebuild_tensor_v3(
     *_rest: Any,
 ) -> PickledTensor:
     tensor = _rebuild_tensor(storage, offset, shape, strides, flags=flags)
-    if not isinstance(dtype, DType):
-        raise MalformedPickleError(f"a {type(dtype).__name__} where a dtype should be")
-    return tensor._replace(dtype=dtype)
+    if isinstance(dtype, DType):
+        return tensor._replace(dtype=dtype)
+    if is_unknown_dtype(dtype):
+        return tensor._replace(refusal=_of_unknown_dtype(dtype.qualified_name))
+    raise MalformedPickleError(f"a {type(dtype).__name__} where a dtype should be")
+
+
+@functools.lru_cache(maxsize=16)  # a stranger's name may be long, and stand in every tensor
+def _of_unknown_dtype(name: str) -> Refusal:
+    hint = "fold a sub-model without it (`--prefix`), or save it in another dtype"
+    return Refusal(f"is of dtype {name}, which is not known here", hint)
+
+
+def is_unknown_dtype(value: Any) -> bool:
+    """Whether a dtype may be meant that torch has and this tool has not."""
+    return isinstance(value, _SealedType) and issubclass(value, Inert) and value.qualified_name.startswith("torch.")
+
+
+def _rebuild_quantised(storage: Any, offset: Any, shape: Any, strides: Any, *_rest: Any) -> PickledTensor:
+    return _rebuild_tensor(storage, offset, shape, strides)._replace(refusal=_QUANTISED)
 
 
 def _rebuild_parameter(tensor: Any, *_rest: Any) -> Any:
@@ -320,6 +342,7 @@ _CONSTRUCTORS: dict[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_tensor"): _wrapped(_rebuild_tensor),
     ("torch._utils", "_rebuild_tensor_v2"): _wrapped(_rebuild_tensor),
     ("torch._utils", "_rebuild_tensor_v3"): _wrapped(_rebuild_tensor_v3),
+    ("torch._utils", "_rebuild_qtensor"): _wrapped(_rebuild_quantised),
     ("torch._utils", "_rebuild_parameter"): _wrapped(_rebuild_parameter),
     ("torch._utils", "_rebuild_parameter_with_state"): _wrapped(_rebuild_parameter),
     ("torch._tensor", "_rebuild_from_type_v2"): _wrapped(_rebuild_from_type),
@@ -396,6 +419,8 @@ class MetadataUnpickler(pickle.Unpickler):
         if type(reference) is not tuple or len(reference) not in (5, 6) or reference[0] != "storage":
             raise MalformedPickleError("a persistent reference that is no storage")
         kind, key, count = reference[1], reference[2], reference[4]
+        if isinstance(kind, _SealedType) and issubclass(kind, Inert):
+            raise MalformedPickleError(f"a storage of type {kind.qualified_name}, which is not known here")
         if type(kind) is not _StorageType or type(key) is not str or type(count) is not int or count < 0:
             raise MalformedPickleError("a storage without a type, a key or a size")
         view_offset = _view_offset(reference[5]) if len(reference) == 6 else 0
