@@ -32,7 +32,7 @@ from ckpt_ema.profiles import (
 from ckpt_ema.records import FoldedCheckpoint, FoldOptions, FoldPlan, PathLike, PlannedTeacher, ReconstructOptions
 from ckpt_ema.responses import half_life_of
 from ckpt_ema.runs import Checkpoint, Run, Selection, find_checkpoints
-from ckpt_ema.students import choose_student, is_flat
+from ckpt_ema.students import NUMPY_ARRAY, choose_student, is_flat
 
 
 def plan_fold(run: PathLike | Sequence[PathLike], output: PathLike | None, wanted: FoldOptions) -> FoldPlan:
@@ -245,6 +245,7 @@ def _warnings(
 ) -> Iterator[str]:
     if all(tensor.action == "copy" for tensor in tensors):
         yield f"nothing is averaged: all {len(tensors)} tensors are copied from `{checkpoints[-1].label}`"
+    yield from _lacking(checkpoints[-1])
     if goes_on:  # what dominates was told when the teacher was begun
         return
     if len(teachers[0].updates) == 1:
@@ -275,6 +276,18 @@ def _warnings(
     else:
         mended = f"`--momentum {momentum_for_first_share(len(worst.updates) - 1, 0.1):g}` would leave it 10 %"
     yield f"{keeps}: {works} once per checkpoint here, not once per training step; {mended}"
+
+
+def _lacking(newest: Checkpoint) -> Iterator[str]:
+    """Arrays that may be weights, which the teacher does not have."""
+    arrays = [f"`{name}`" for name, reason in newest.left_out.items() if reason == NUMPY_ARRAY]
+    if arrays:
+        named = ", ".join(arrays[:3]) + (f" and {len(arrays) - 3} more" if len(arrays) > 3 else "")
+        what = "1 numpy array is" if len(arrays) == 1 else f"{len(arrays)} numpy arrays are"
+        yield (
+            f"{what} in `{newest.label}` and will not be in the teacher: {named}; save weights as tensors"
+            " (`torch.from_numpy`)"
+        )
 
 
 def _treated_otherwise(weighed: Weighed, tensors: Sequence[TeacherTensor]) -> Iterator[str]:

@@ -40,7 +40,16 @@ NEVER_A_MODEL = re.compile(
     r"|ema_updater|averaging_state|dataloader|train_state|hyper_parameters|message_hub|meta|args|cfg|config)",
     re.IGNORECASE,
 )
+# What trainers count, beside the tensors of a flat state dict.
+_COUNTER = re.compile(r"(^|_)(steps?|epochs?|iter(ation)?s?|updates|n_averaged)(_|$)", re.IGNORECASE)
+COMPILED = "_orig_mod."
+"""torch.compile's mark, wherever in a name a compiled module stands."""
+
 MAX_DEPTH = 4
+
+NOT_A_TENSOR = "not a tensor"
+NUMPY_ARRAY = "a numpy array, not a tensor"
+"""Why an entry of the student's state dict is left out; the second may be a weight."""
 
 
 class Candidate(NamedTuple):
@@ -286,7 +295,7 @@ def _flatten(contents: Contents, top: str, raw: list[Candidate]) -> dict[str, An
             full_name = f"{inner}.{name}" if inner else name
             if full_name in flat:
                 raise UnreadableCheckpointError(f"`{contents.path}` names `{full_name}` twice")
-            if _is_tensor(value):
+            if _is_tensor(value) or _as_mapping(value) is None:
                 flat[full_name] = value
     return flat
 
@@ -331,7 +340,6 @@ def _student_of(contents: Contents, key: str, value: Any) -> Student:
         module = module_state(value)
         if module is not None:
             value, buffers = module[0], frozenset(module[1])
-    at_root = _as_mapping(contents.tree)
     table = _as_mapping(value) or {}
     leaves: dict[str, Any] = {}
     left_out: dict[str, str] = {}
@@ -346,8 +354,10 @@ def _student_of(contents: Contents, key: str, value: Any) -> Student:
                 f" ({leaf.qualified_name})",
                 hint="save the student's state dict with plain dense tensors",
             )
-        elif table is not at_root:
-            left_out[name if isinstance(name, str) else "(an entry without a name)"] = "not a tensor"
+        elif not isinstance(name, str):
+            left_out["(an entry without a name)"] = NOT_A_TENSOR
+        elif not _is_trainers_own(name, leaf):
+            left_out[name] = NUMPY_ARRAY if _is_numpy_array(leaf) else NOT_A_TENSOR
     return Student(key, contents.locate(leaves), left_out=left_out, known_buffers=buffers)
 
 
@@ -358,6 +368,17 @@ def _was_a_tensor(leaf: Inert) -> bool:
     )
 
 
+def _is_trainers_own(name: str, leaf: Any) -> bool:
+    """Whether an entry counts steps or never is a model's; what has a place in a model has a dot."""
+    counts = isinstance(leaf, (int, float)) and _COUNTER.search(name) is not None
+    return "." not in name and (counts or NEVER_A_MODEL.match(name) is not None)
+
+
+def _is_numpy_array(leaf: Any) -> bool:
+    name = leaf.qualified_name if isinstance(leaf, Inert) else ""
+    return name.startswith("numpy.") and name.endswith(("._reconstruct", "._frombuffer"))
+
+
 def _renamed(student: Student, names: dict[str, str], stripped: str) -> Student:
     tensors = {new: student.tensors[old] for old, new in names.items()}
     if len(tensors) < len(names):
@@ -365,24 +386,33 @@ def _renamed(student: Student, names: dict[str, str], stripped: str) -> Student:
     buffers = student.known_buffers
     if buffers is not None:
         buffers = frozenset(new for old, new in names.items() if old in buffers)
-    return replace(student, tensors=tensors, stripped=(*student.stripped, stripped), known_buffers=buffers)
+    # What is no tensor is told under the name that a model misses it by.
+    left_out = dict(student.left_out or {})
+    for name in _entries_of(student):
+        reason = left_out.pop(name)
+        left_out[name.replace(stripped, "") if stripped == COMPILED else name.removeprefix(stripped)] = reason
+    return replace(
+        student, tensors=tensors, stripped=(*student.stripped, stripped), left_out=left_out, known_buffers=buffers
+    )
+
+
+def _entries_of(student: Student) -> list[str]:
+    """The names of what is no tensor."""
+    return [name for name, reason in (student.left_out or {}).items() if reason in (NOT_A_TENSOR, NUMPY_ARRAY)]
 
 
 def _strip_wrappers(student: Student) -> Student:
     """Take off what DDP, torch.compile and averaging wrappers put before every name."""
     names = list(student.tensors)
     counters = {"n_averaged", "steps", "num_updates", "step", "initted"}
-    if "_orig_mod." in "\n".join(names):
-        student = _renamed(student, {name: name.replace("_orig_mod.", "") for name in names}, "_orig_mod.")
+    if COMPILED in "\n".join(names):
+        student = _renamed(student, {name: name.replace(COMPILED, "") for name in names}, COMPILED)
         names = list(student.tensors)
     wrapped = [name for name in names if name.startswith("module.")]
     if wrapped and all(name in counters for name in names if not name.startswith("module.")):
-        left_out = {
-            **(student.left_out or {}),
-            **{name: "a counter of the averaging" for name in names if name in counters},
-        }
+        counted = {name: "a counter of the averaging" for name in names if name in counters}
         student = _renamed(student, {name: name.removeprefix("module.") for name in wrapped}, "module.")
-        student = replace(student, left_out=left_out)
+        student = replace(student, left_out={**(student.left_out or {}), **counted})
     return student
 
 
@@ -397,7 +427,8 @@ def _take_prefix(contents: Contents, student: Student, prefix: str) -> Student:
             details=[f"names begin with: {', '.join(tops[:10])}"],
             hint=f"pass `--prefix {tops[0]}`" if tops else None,
         )
-    rest = {name: f"not under `{prefix}`" for name in student.tensors if name not in taken}
+    outside = [name for name in _entries_of(student) if not name.startswith(prefix)]
+    rest = {name: f"not under `{prefix}`" for name in (*student.tensors, *outside) if name not in taken}
     student = _renamed(student, taken, prefix)
     return replace(student, left_out={**(student.left_out or {}), **rest})
 
@@ -408,9 +439,10 @@ def _take_student_half(contents: Contents, student: Student, *, averages_allowed
     if pair is not None:
         taken = {name: name.removeprefix(pair) for name in student.tensors if name.startswith(pair)}
         teacher = pair.removesuffix("student.") + "teacher."
+        outside = [name for name in _entries_of(student) if not name.startswith(pair)]
         rest = {
             name: "the teacher's" if name.startswith(teacher) else "neither student's nor teacher's"
-            for name in student.tensors
+            for name in (*student.tensors, *outside)
             if name not in taken
         }
         student = _renamed(student, taken, pair)
@@ -431,6 +463,7 @@ def _take_student_half(contents: Contents, student: Student, *, averages_allowed
             hint=f"pass `--prefix {prefixes[0]}` if you mean to fold averages",
         )
     mirrored = _mirrored_prefixes(student.tensors, under)
+    under |= {name: prefix for name in _entries_of(student) if (prefix := _average_prefix(name))}
     rest = {name: f"an average (`{prefix}`)" for name, prefix in under.items() if prefix in mirrored}
     tensors = {name: tensor for name, tensor in student.tensors.items() if name not in rest}
     return replace(student, tensors=tensors, left_out={**(student.left_out or {}), **rest})

@@ -90,9 +90,11 @@ def read_dcp(folder: Path) -> Contents:
         if isinstance(found, dict):
             tree.update(_without_tensors(found))
     entries: list[tuple[str, Any]] = [(tensor.name, tensor) for tensor in tensors]
-    # Only what may be a counter: a name of one part or two (`global_step`, `train_state.step`).
-    small = [(name, piece) for name, piece in values if piece.length <= MAX_VALUE_BYTES]
-    entries += [(name, pieces.read_value(piece)) for name, piece in small[:MAX_VALUES] if name.count(".") < 2]
+    # Only what may be a counter: a name of one part or two (`global_step`, `train_state.step`). Of the others it is
+    # known that they are there.
+    small = [name for name, piece in values if piece.length <= MAX_VALUE_BYTES]
+    read = {name for name in small[:MAX_VALUES] if name.count(".") < 2}
+    entries += [(name, pieces.read_value(piece) if name in read else None) for name, piece in values]
     for name, leaf in entries:
         _put(tree, paths.get(name, (name,)), leaf)
     count = len({piece.file_name for tensor in tensors for _, piece in tensor.pieces})

@@ -65,12 +65,12 @@ def read_deepspeed(folder: Path) -> Contents:
     first = states[0]
     counters = {name: first.table[name] for name in ("global_steps",) if type(first.table.get(name)) is int}
     buffers = frozenset(name for name in _as_list(first.table.get("buffer_names")) if isinstance(name, str))
+    module = first.table.get("module")
     if optimizers:
         partitions = [_read_table(path) for path in optimizers]
         stage, tensors = _masters(folder, states, partitions)
         kind = f"DeepSpeed ZeRO-{stage}, float32 of {len(partitions)} ranks"
     else:
-        module = first.table.get("module")
         if not isinstance(module, dict) or any(
             isinstance(tensor, PickledTensor) and 0 in tensor.shape for tensor in module.values()
         ):
@@ -81,7 +81,12 @@ def read_deepspeed(folder: Path) -> Contents:
         tensors = {**first.locate({name: leaf for name, leaf in module.items() if isinstance(leaf, PickledTensor)})}
         kind = "DeepSpeed module"
     files = tuple(file for table in (*states, *partitions) for file in table.contents.files)
-    return Contents(folder, kind, files, {"module": tensors, **counters}, buffer_names=buffers)
+    others = {
+        name: leaf
+        for name, leaf in (module.items() if isinstance(module, dict) else ())
+        if not isinstance(leaf, PickledTensor)
+    }
+    return Contents(folder, kind, files, {"module": {**others, **tensors}, **counters}, buffer_names=buffers)
 
 
 @dataclass(frozen=True, slots=True)

@@ -87,7 +87,10 @@ def _read_folder(folder: Path) -> Contents:
             {"": model_folder},
             trainer_state=trainer_state,
         )
-    trees = {key: part.locate(_flat_tensors(part)) for key, part in zip(trees, parts, strict=True)}
+    trees = {
+        key: {**_other_entries(part), **part.locate(_flat_tensors(part))}
+        for key, part in zip(trees, parts, strict=True)
+    }
     files_of_all = tuple(file for part in parts for file in part.files)
     return Contents(
         folder,
@@ -228,6 +231,7 @@ def _read_index(path: Path) -> tuple[list[Path], dict[str, str]]:
 
 def _read_shards(folder: Path, shards: list[Path], weight_map: dict[str, str] | None) -> Contents:
     tensors: dict[str, StoredTensor] = {}
+    others: dict[str, Any] = {}
     homes: dict[str, str] = {}
     files: list[SourceFile] = []
     metadata: Mapping[str, str] = {}
@@ -236,13 +240,14 @@ def _read_shards(folder: Path, shards: list[Path], weight_map: dict[str, str] | 
         contents = read_file(shard)
         files += contents.files
         metadata = metadata or contents.metadata
+        others |= _other_entries(contents)
         for name, tensor in contents.locate(_flat_tensors(contents)).items():
             if name in tensors:
                 raise UnreadableCheckpointError(f"`{folder}`: `{homes[name]}` and `{shard.name}` both hold `{name}`")
             tensors[name] = tensor
             homes[name] = shard.name
     for name, shard_name in (weight_map or {}).items():
-        if homes.get(name) != shard_name:
+        if homes.get(name) != shard_name and name not in others:
             raise UnreadableCheckpointError(
                 f"`{folder}`: the index says that `{shard_name}` holds `{name}`, which it does not"
             )
@@ -250,7 +255,7 @@ def _read_shards(folder: Path, shards: list[Path], weight_map: dict[str, str] | 
         extra = next(name for name in homes if name not in weight_map)
         raise UnreadableCheckpointError(f"`{folder}`: `{homes[extra]}` holds `{extra}`, which the index does not know")
     kind = "safetensors" if shards[0].suffix == ".safetensors" else "torch.save"
-    return Contents(folder, f"{len(shards)} {kind} shards", tuple(files), tensors, metadata)
+    return Contents(folder, f"{len(shards)} {kind} shards", tuple(files), {**others, **tensors}, metadata)
 
 
 def _read_pieces(folder: Path, files: list[Path]) -> Contents:
@@ -291,6 +296,12 @@ def _flat_tensors(contents: Contents) -> dict[str, TensorRange | PickledTensor]:
     if not isinstance(contents.tree, dict):
         raise UnreadableCheckpointError(f"`{contents.path}` holds no state dict")
     return {str(name): leaf for name, leaf in contents.tree.items() if isinstance(leaf, (TensorRange, PickledTensor))}
+
+
+def _other_entries(contents: Contents) -> dict[str, Any]:
+    """What of a flat state dict is no tensor that can be located: whoever chooses the student says so."""
+    tree = contents.tree if isinstance(contents.tree, dict) else {}
+    return {str(name): leaf for name, leaf in tree.items() if not isinstance(leaf, (TensorRange, PickledTensor))}
 
 
 def _read_trainer_state(folder: Path) -> dict[str, Any]:
