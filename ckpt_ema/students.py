@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
@@ -185,10 +186,10 @@ def _rank(key: str) -> int:
 def _candidates(tree: Any) -> Iterator[Candidate]:
     """Every table that holds tensors, with its dotted path and what its place says about it."""
     root = _as_mapping(tree)
-    pending: list[tuple[str, Any, int]] = [("", root, 0)]
+    pending: deque[tuple[str, Any, int]] = deque([("", root, 0)])  # of a list, taking the first moves all others
     seen: set[int] = set()
     while pending:
-        key, value, depth = pending.pop(0)
+        key, value, depth = pending.popleft()
         # One table under many names is one table; hostile files have 3000 names for it, on every level.
         if id(value) in seen or (table := _as_mapping(value)) is None:
             continue

@@ -187,6 +187,8 @@ BOMBS: dict[str, Callable[[], bytes]] = {
     + b"".join(get(1) + text(str(n)) + b"\x93" for n in range(20_000)) + b"l",
     # Read in portions, the operand of LONG_BINPUT would begin where the frame ends: a memo of 13 GB.
     "a frame that ends within an operand": lambda: b"\x95" + struct.pack("<Q", 4) + b"]r\0\0" + b"\0\0N0",
+    "entries beside a tensor": lambda: b"}(" + text("w") + tensor()
+    + b"".join(text(f"e{n}") + b"N" for n in range(700_000)) + b"u",
     "long numbers": lambda: b"(" + (b"I" + b"9" * 3990 + b"\n") * 25_000 + b"l",
 }  # fmt: skip
 
@@ -197,6 +199,7 @@ READ_APART = (
     "SETITEM: shared",
     "a frame that ends within an operand",
     "distinct fetches",
+    "entries beside a tensor",
     "integers of one place",
     "long texts compared",
     "nested tables",
