@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+import shlex
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -422,11 +423,14 @@ def _take_prefix(contents: Contents, student: Student, prefix: str) -> Student:
         prefix = f"{prefix}."
     taken = {name: name.removeprefix(prefix) for name in student.tensors if name.startswith(prefix) and name != prefix}
     if not taken:
-        tops = sorted({f"{name.partition('.')[0]}." for name in student.tensors})
+        tops = sorted({f"{top}." for top, dot, _ in (name.partition(".") for name in student.tensors) if top and dot})
+        names = (
+            f"names begin with: {', '.join(tops[:10])}" if tops else f"names are: {', '.join([*student.tensors][:10])}"
+        )
         raise CkptEmaError(
             f"`{contents.path}`: no tensor name begins with `{prefix}`",
-            details=[f"names begin with: {', '.join(tops[:10])}"],
-            hint=f"pass `--prefix {tops[0]}`" if tops else None,
+            details=[names],
+            hint=f"pass `--prefix {shlex.quote(tops[0])}`" if tops else "leave `--prefix` away",
         )
     outside = [name for name in _entries_of(student) if not name.startswith(prefix)]
     rest = {name: f"not under `{prefix}`" for name in (*student.tensors, *outside) if name not in taken}

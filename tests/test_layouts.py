@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import shutil
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -1432,6 +1433,24 @@ def test_a_prefix_that_no_name_has_lists_those_there_are(run: Path) -> None:
     error = refusal_of(run, prefix="studnet.")
     assert "`studnet.`" in error.message
     assert "bn., fc." in error.details[0]
+
+
+@pytest.mark.parametrize(
+    ("names", "hint"),
+    [
+        (["w"], "leave `--prefix` away"),
+        (["w", ".x"], "leave `--prefix` away"),
+        (["a", "head.weight"], "pass `--prefix head.`"),
+        (["my head.weight"], "pass `--prefix 'my head.'`"),
+    ],
+)
+def test_the_hint_for_a_prefix_that_no_name_has_can_be_typed(tmp_path: Path, names: list[str], hint: str) -> None:
+    """A name without a dot has no prefix: only those that exist are offered, and are then taken."""
+    torch.save({"model": {name: torch.ones(2) for name in names}}, tmp_path / "step_1.pt")
+    error = refusal_of(tmp_path, prefix="foo.")
+    assert error.hint == hint
+    typed = shlex.split(hint.partition("--prefix ")[2].rstrip("`")) if hint.startswith("pass") else [None]
+    assert len(plan(tmp_path, prefix=typed[0]).tensors) == (len(names) if typed == [None] else 1)
 
 
 class Carried(torch.nn.Module):
