@@ -119,7 +119,16 @@ def _settled(path: Path, *, is_folder: bool) -> Path:
     return path
 
 
+def _obstacle(folder: Path) -> Path | None:
+    """What stands where `folder` or one above it would have to be created; None where `mkdir -p` creates it."""
+    there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    return None if there.is_dir() else there
+
+
 def _no_folder(text: str) -> MisuseError:
+    obstacle = _obstacle(Path(text).absolute())
+    if obstacle is not None:
+        return MisuseError(f"`--output {text}`: `{obstacle}` is no folder", hint="pass another `--output`")
     return MisuseError(f"`--output {text}` is no folder", hint=f"create it first: `mkdir -p {shlex.quote(text)}`")
 
 
@@ -127,6 +136,9 @@ def check_parents(planned: FoldPlan) -> None:
     """Raise CkptEmaError where the folder that a teacher goes to is not there, or knows no names so long."""
     for teacher in planned.teachers:
         parent = teacher.output.absolute().parent
+        obstacle = _obstacle(parent)
+        if obstacle is not None:
+            raise CkptEmaError(f"`{obstacle}` is no folder", hint="pass another `--output`")
         if not parent.is_dir():
             raise CkptEmaError(
                 f"`{parent}` is no folder", hint=f"create it first: `mkdir -p {shlex.quote(str(parent))}`"

@@ -259,6 +259,36 @@ def test_an_output_in_no_folder_is_refused(run: Path, cli: Cli, output: str) -> 
     assert not (run.parent / "missing").exists()
 
 
+@pytest.mark.parametrize(
+    ("output", "in_the_way"),
+    [
+        ("a_file/t.safetensors", "a_file"),
+        ("a_file/b/c/t.safetensors", "a_file"),
+        ("a_file/", "a_file"),
+        ("/dev/null/t.safetensors", "/dev/null"),
+        ("dangling/t.safetensors", "dangling"),
+        ("new/b/t.safetensors", None),
+        ("new/", None),
+    ],
+)
+def test_a_folder_that_cannot_be_created_is_not_asked_for(
+    run: Path, cli: Cli, output: str, in_the_way: str | None
+) -> None:
+    """Where a file stands in its way the file is named; elsewhere the `mkdir` of the hint works, and the fold then."""
+    (run.parent / "a_file").write_text("x")
+    (run.parent / "dangling").symlink_to("nowhere/at/all")
+    done = cli("fold", run, "-o", output)
+    assert done.code in (1, 2)
+    if in_the_way is not None:
+        assert f"{in_the_way}` is no folder" in done.stderr
+        assert "mkdir" not in done.stderr
+        assert "hint: pass another `--output`" in done.stderr
+    else:
+        command = done.stderr.partition("create it first: `")[2].partition("`")[0]
+        subprocess.run(command, shell=True, cwd=run.parent, check=True)
+        assert cli("fold", run, "-o", output).code == 0
+
+
 def test_an_existing_output_is_refused_without_overwrite(run: Path, cli: Cli) -> None:
     """An existing teacher is kept unless `--overwrite` is given, whatever it is."""
     target = run / "teacher.safetensors"
