@@ -179,12 +179,23 @@ def _end_of_target(stored: Sequence[Stored], at: int | None, start: int, last: i
     """The step of the wanted teacher: as asked for, else that of the newest student, else of the newest average."""
     students = [each.response.end for each in stored if each.is_student and each.response.end > start]
     end = at if at is not None else max(students, default=last)
-    if not start < end <= last:
+    if start < end <= last:
+        return end
+    if start == last:
         raise CkptEmaError(
-            f"a teacher of step {end} cannot be made: what is stored spans steps {start} to {last}",
-            hint=f"pass `--at {last}`, or leave it away" if start < last else "one step alone has nothing to average",
+            f"all that is stored is of step {last}, and one step alone has nothing to average",
+            hint="pass a folder with checkpoints of other steps, or a wider `--from` and `--until`",
         )
-    return end
+    if end > last:
+        raise CkptEmaError(
+            f"a teacher of step {end} cannot be made: what is stored ends at step {last}",
+            hint=f"pass `--at {last}`, or leave it away",
+        )
+    if end == start:
+        what = f"a teacher of step {end} would be the student of that step: it begins there"
+    else:
+        what = f"a teacher of step {end} cannot be made: what is stored begins at step {start}"
+    raise CkptEmaError(what, hint=f"pass a step above {start}, up to `--at {last}`")
 
 
 def _snapshots(found: Run, limits: tuple[int, float]) -> tuple[list[Stored], dict[str, str]]:

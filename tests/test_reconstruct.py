@@ -387,9 +387,33 @@ def test_an_earlier_teacher_takes_buffers_of_its_time(walks: dict[str, tuple[Pat
     report = quiet(run, tmp_path / "t.safetensors", momentum=0.05, at=250)
     assert load_file(report.output)["running_mean"].tolist() == [200.0] * 3
     assert report.plan.checkpoints[-1].name == "step_200.safetensors"
-    for at in (0, 401):
-        with pytest.raises(CkptEmaError, match=f"teacher of step {at} cannot be made: what is stored spans steps 0 to"):
-            quiet(run, tmp_path / "u.safetensors", at=at)
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"at": 0}, "a teacher of step 0 would be the student of that step: it begins there"),
+        ({"at": 100, "from_step": 100}, "a teacher of step 100 would be the student of that step: it begins there"),
+        ({"at": 99, "from_step": 100}, "a teacher of step 99 cannot be made: what is stored begins at step 100"),
+        ({"at": 401}, "a teacher of step 401 cannot be made: what is stored ends at step 400"),
+        ({"at": 400, "from_step": 400}, "all that is stored is of step 400, and one step alone has nothing to average"),
+        ({"from_step": 400}, "all that is stored is of step 400, and one step alone has nothing to average"),
+    ],
+)
+def test_a_step_without_a_teacher_is_refused_with_the_reason(
+    walks: dict[str, tuple[Path, Walk]], tmp_path: Path, options: dict[str, int], why: str
+) -> None:
+    """The first step has a student and no average yet, and none is made of what is not stored; the hint works."""
+    run, _ = walks["even"]
+    output = tmp_path / "u.safetensors"
+    with pytest.raises(CkptEmaError) as caught:
+        quiet(run, output, **options, exclude=("teacher*",))
+    assert caught.value.message == why
+    if offered := re.findall(r"`--at (\d+)`", caught.value.hint or ""):
+        for at in map(int, offered):
+            quiet(run, output, **{**options, "at": at}, exclude=("teacher*",), overwrite=True)
+    else:
+        assert caught.value.hint == "pass a folder with checkpoints of other steps, or a wider `--from` and `--until`"
 
 
 def test_snapshots_may_be_finer_than_students(tmp_path: Path) -> None:
