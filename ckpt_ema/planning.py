@@ -15,8 +15,8 @@ from ckpt_ema.blocks import accumulate_dtype, plan_blocks
 from ckpt_ema.byte_ranges import TensorRange
 from ckpt_ema.catalogue import TeacherTensor, Treatment, build_catalogue
 from ckpt_ema.coefficients import Weighed, weigh
-from ckpt_ema.continuing import read_beginning
-from ckpt_ema.errors import CkptEmaError, MisuseError
+from ckpt_ema.continuing import Beginning, read_beginning
+from ckpt_ema.errors import CkptEmaError, MisuseError, NoCheckpointError, NoUpdateError
 from ckpt_ema.formats import read_contents
 from ckpt_ema.layouts import Layout, SchemaPool, compact_layout
 from ckpt_ema.locations import as_path
@@ -29,9 +29,11 @@ from ckpt_ema.profiles import (
     step_updates,
     what_is_inverted,
 )
+from ckpt_ema.provenance import printable
 from ckpt_ema.records import FoldedCheckpoint, FoldOptions, FoldPlan, PathLike, PlannedTeacher, ReconstructOptions
 from ckpt_ema.responses import half_life_of
-from ckpt_ema.runs import Checkpoint, Run, Selection, find_checkpoints
+from ckpt_ema.runs import NOT_SELECTED, Checkpoint, Run, Selection, find_checkpoints
+from ckpt_ema.steps import steps_in_name
 from ckpt_ema.students import NUMPY_ARRAY, choose_student, is_flat
 
 
@@ -42,7 +44,7 @@ def plan_fold(run: PathLike | Sequence[PathLike], output: PathLike | None, wante
     if beginning is None:
         return plan_weighed(found, weigh(found.checkpoints, wanted), output, wanted)
     wanted, notes, warnings = beginning.options_for(wanted)
-    weighed = weigh(found.checkpoints, wanted, beginning)
+    weighed = _weigh_newer(found, wanted, beginning)
     weighed = replace(
         weighed,
         notes=(*weighed.notes, *notes),
@@ -50,6 +52,51 @@ def plan_fold(run: PathLike | Sequence[PathLike], output: PathLike | None, wante
         goes_on=weighed.goes_on or (beginning.is_online and bool(notes)),
     )
     return plan_weighed(found, weighed, output, wanted)
+
+
+def _weigh_newer(found: Run, wanted: FoldOptions, beginning: Beginning) -> Weighed:
+    """`weigh`; raises NoCheckpointError with what options left out where nothing else is newer than the teacher."""
+    try:
+        return weigh(found.checkpoints, wanted, beginning)
+    except NoUpdateError:
+        raise
+    except NoCheckpointError as error:
+        cut_off = _cut_off(found, wanted, beginning)
+        if cut_off is None:
+            raise
+        raise cut_off from error
+
+
+def _cut_off(found: Run, wanted: FoldOptions, beginning: Beginning) -> NoCheckpointError | None:
+    """What to say where `--until`, `--include` or `--exclude` left out what may be newer; None where nothing is."""
+    last = beginning.past[-1]
+    if last.step is None:
+        return None
+    inside = {past.name for past in beginning.past}
+    steps = {name: _step_by_name(name, last.unit) for name, _ in found.left_out if printable(name) not in inside}
+    # What has no number in its name may be newer as well.
+    newer = {name for name, step in steps.items() if step is None or step > last.step}
+    late = [name for name, why in found.left_out if name in newer and why == f"after {last.unit} {wanted.until_step}"]
+    unselected = [name for name, why in found.left_out if name in newer and why == NOT_SELECTED]
+    if late:
+        which = f"up to {last.unit} {wanted.until_step}"
+        first = min((step for name in late if (step := steps[name]) is not None), default=None)
+        hint = f"pass `--until {first}`, or leave it away" if first is not None else "leave `--until` away"
+    elif unselected:
+        given = {"--include": wanted.include, "--exclude": wanted.exclude}
+        which = "that is selected"
+        hint = f"leave {' and '.join(f'`{name}`' for name, patterns in given.items() if patterns)} away"
+    else:
+        return None
+    return NoCheckpointError(
+        f"nothing {which} is newer than `{beginning.label}`, which is of {last.unit} {last.step}",
+        details=[f"{name}: {why}" for name, why in found.left_out if name in (late or unselected)],
+        hint=hint,
+    )
+
+
+def _step_by_name(name: str, unit: str) -> int | None:
+    return next((number for (_, counted), number in steps_in_name(name).items() if counted == unit), None)
 
 
 def _as_paths(run: PathLike | Sequence[PathLike]) -> list[Path]:

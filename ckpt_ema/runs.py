@@ -34,6 +34,7 @@ from ckpt_ema.steps import (
 from ckpt_ema.students import choose_student, find_state_dicts, is_average_name, is_flat
 
 STEPLESS_COPY = "a copy by its name, without a step"
+NOT_SELECTED = "not selected by name"
 OWN_TEACHER = "a teacher that ckpt-ema wrote"
 LISTED_IN_ORDER = "pass the run directory to fold in step order"
 EMA_PYTORCH_PREFIX = "ema_model."
@@ -460,7 +461,7 @@ def _read_run_directory(run: Path, selection: Selection) -> tuple[Path, _Listing
     expect_tables([path for path in candidates if _is_wanted(path, selection)])
     for path in candidates:
         if not _is_wanted(path, selection):
-            listing.left_out.append((path.name, "not selected by name"))
+            listing.left_out.append((path.name, NOT_SELECTED))
             continue
         try:
             original = seen.setdefault(identity_of(path), path)
@@ -615,7 +616,7 @@ def _read_list(paths: Sequence[Path], selection: Selection) -> tuple[Path, _List
         if original is not path:
             listing.left_out.append((path.name, f"another name of `{original.name}`"))
         elif not _is_wanted(path, selection):
-            listing.left_out.append((path.name, "not selected by name"))
+            listing.left_out.append((path.name, NOT_SELECTED))
         elif _is_declared(path, selection):
             _take_declared(listing, path, selection, pool)
         else:

@@ -46,6 +46,28 @@ def test_only_what_is_newer_is_folded_by_the_teachers_own_rule(tmp_path: Path, c
     assert "nothing is newer than `t.safetensors`: it has every checkpoint, up to step 600" in shown.stderr
 
 
+def test_what_is_newer_and_was_left_out_is_not_taken_for_part_of_the_teacher(tmp_path: Path, cli: Cli) -> None:
+    """`--until`, `--include` and `--exclude` may leave nothing newer: that is said, and without them it folds."""
+    run = tmp_path / "run"
+    save_students(run, 3)
+    quiet_fold(run, tmp_path / "t.safetensors", momentum=0.25)
+    save_students(run, 6)
+    words = ["plan", run, "--init", "t.safetensors", "-o", "u.safetensors"]
+    shown = cli(*words, "--from", 100, "--until", 200)
+    assert shown.code == 1
+    assert "nothing up to step 200 is newer than `t.safetensors`, which is of step 300" in shown.stderr
+    assert "step_600.safetensors: after step 200" in shown.stderr
+    assert "hint: pass `--until 400`, or leave it away" in shown.stderr
+    assert cli(*words, "--from", 100, "--until", 400).code == 0
+    for by_name in (["--exclude", "*[456]00*"], ["--include", "*[123]00*"]):
+        shown = cli(*words, *by_name)
+        assert shown.code == 1
+        assert "nothing that is selected is newer than `t.safetensors`, which is of step 300" in shown.stderr
+        assert "step_400.safetensors: not selected by name" in shown.stderr
+        assert f"hint: leave `{by_name[0]}` away" in shown.stderr
+    assert cli(*words).code == 0
+
+
 @pytest.mark.parametrize("cuts", [(1, 7), (3, 4, 7), tuple(range(1, 8))])
 @pytest.mark.parametrize("options", [{}, {"interval": 2}, {"per": "step", "between": "hold"}, {"half_life": 150.0}])
 def test_a_fold_in_parts_has_the_record_of_one_at_once(
