@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ckpt_ema.byte_ranges import expect_tables
+from ckpt_ema.collisions import collision_of
 from ckpt_ema.errors import CkptEmaError, MisuseError, NoCheckpointError, UnreadableCheckpointError
 from ckpt_ema.formats import Contents, ModelFolder, is_weights_file_name, read_contents
 from ckpt_ema.formats.deepspeed import folder_of_latest
@@ -542,11 +543,11 @@ def _sort_by_step(listing: _Listing, directory: Path, selection: Selection) -> N
     for step, same in sorted(by_step.items()):
         originals = [checkpoint for checkpoint in same if not is_copy_name(checkpoint.label)]
         if len(originals) > 1:
-            raise CkptEmaError(
-                f"{len(originals)} checkpoints claim {origin[1]} {step}",
-                details=[checkpoint.label for checkpoint in originals],
-                hint=f"leave all but one out: `--exclude '{glob.escape(originals[-1].label)}'`",
-            )
+            claims = {
+                each: [item.label for item in found if not is_copy_name(item.label)]
+                for each, found in sorted(by_step.items())
+            }
+            raise collision_of(claims, origin, directory, selection.include)
         kept = (originals or same)[0]
         ordered.append((kept, {origin: step}))
         listing.left_out += [(copy.label, f"a copy of {origin[1]} {step}") for copy in same if copy is not kept]

@@ -1005,7 +1005,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("formats.folder",),
     ("formats",),
     ("steps", "students", "layouts"),
-    ("learning_rates",),
+    ("learning_rates", "collisions"),
     ("catalogue", "profiles", "runs", "model_buffers", "writer", "solver", "response_records"),
     ("blocks",),
     (
