@@ -134,8 +134,11 @@ def choose_student(contents: Contents, *, state: str | None = None, prefix: str 
     student = replace(student, left_out={**(student.left_out or {}), **others})
     student = _strip_wrappers(student)
     if prefix:
-        return _take_prefix(contents, student, prefix)
-    return _take_student_half(contents, student, averages_allowed=state is not None)
+        student = _take_prefix(contents, student, prefix)
+    else:
+        student = _take_student_half(contents, student, averages_allowed=state is not None)
+    # Last: what is not folded may be stored in ways that are not read.
+    return replace(student, tensors=contents.locate(student.tensors))
 
 
 def _is_tensor(value: Any) -> bool:
@@ -337,6 +340,7 @@ def _state_at(contents: Contents, state: str) -> Any:
 
 
 def _student_of(contents: Contents, key: str, value: Any) -> Student:
+    """The whole of a state dict, its tensors not yet located."""
     buffers = contents.buffer_names
     if isinstance(value, Inert):
         module = module_state(value)
@@ -360,7 +364,7 @@ def _student_of(contents: Contents, key: str, value: Any) -> Student:
             left_out["(an entry without a name)"] = NOT_A_TENSOR
         elif not _is_trainers_own(name, leaf):
             left_out[name] = NUMPY_ARRAY if _is_numpy_array(leaf) else NOT_A_TENSOR
-    return Student(key, contents.locate(leaves), left_out=left_out, known_buffers=buffers)
+    return Student(key, leaves, left_out=left_out, known_buffers=buffers)
 
 
 def _was_a_tensor(leaf: Inert) -> bool:

@@ -53,10 +53,10 @@ WHOLES: dict[str, Callable[[torch.Tensor], Any]] = {
 }
 
 
-def refusal_of(path: Path) -> CkptEmaError:
+def refusal_of(path: Path, **options: str) -> CkptEmaError:
     """The error that planning this file ends with."""
     with pytest.raises(CkptEmaError) as caught:
-        ckpt_ema.plan([path])
+        ckpt_ema.plan([path], **options)
     return caught.value
 
 
@@ -135,6 +135,19 @@ def test_quantised_and_unknown_tensors_beside_the_student_do_not_hinder(tmp_path
     torch.save(tree, path, _use_new_zipfile_serialization=not legacy)
     quiet_fold(tmp_path, tmp_path / "t.safetensors")
     assert_same_bits(load_file(tmp_path / "t.safetensors"), {"w": weight})
+
+
+@pytest.mark.parametrize("options", [{"prefix": "student."}, {}])
+def test_tensors_outside_of_what_is_folded_may_be_odd(tmp_path: Path, options: dict[str, str]) -> None:
+    """A sub-model by `--prefix`, as hints have it, or the student's half of a pair: the other part is not looked at."""
+    odd = {"a": quantised("qint8"), "b": COMPLEX.conj()}
+    if hasattr(torch, "float4_e2m1fn_x2"):
+        odd["c"] = torch.zeros(3, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
+    tree = {"student.w": torch.ones(3), "teacher.w": torch.zeros(3), **{f"teacher.{n}": t for n, t in odd.items()}}
+    torch.save(tree, tmp_path / "step_0.pt")
+    quiet_fold(tmp_path, tmp_path / "t.safetensors", **options)
+    assert_same_bits(load_file(tmp_path / "t.safetensors"), {"w": torch.ones(3)})
+    assert "is quantised" in refusal_of(tmp_path / "step_0.pt", prefix="teacher.").message
 
 
 def test_pieces_that_are_quantised_or_of_an_unknown_dtype_are_refused(tmp_path: Path) -> None:
