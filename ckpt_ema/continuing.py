@@ -70,6 +70,11 @@ class Beginning:
         value = self.record.get(name)
         return value if type(value) is int and 0 <= value < MAX_COUNT else None
 
+    @property
+    def last(self) -> tuple[str, int | None]:
+        """Unit and number of its newest checkpoint, or its own step where it lists none; None where that is unknown."""
+        return (self.past[-1].unit, self.past[-1].step) if self.past else ("step", self.own_step)
+
     def inside_of(self, checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
         """Those that are in it, as far as it says."""
         known = {(past.name, past.unit, past.step) for past in self.past}
@@ -219,13 +224,13 @@ class Beginning:
     def _some(self, checkpoints: list[Checkpoint]) -> list[Checkpoint]:
         if checkpoints:
             return checkpoints
+        unit, step = self.last
         if not self.past:
             raise NoCheckpointError(
-                f"nothing is newer than `{self.label}`, which is of step {self.own_step}",
+                f"nothing is newer than `{self.label}`, which is of step {step}",
                 hint="train on, then fold again; where it is another run's, pass `--from 0 --momentum M`",
             )
-        last = self.past[-1]
-        known = "" if last.step is None else f", up to {last.unit} {last.step}"
+        known = "" if step is None else f", up to {unit} {step}"
         raise NoCheckpointError(
             f"nothing is newer than `{self.label}`: it has every checkpoint{known}", hint="train on, then fold again"
         )

@@ -69,17 +69,17 @@ def _weigh_newer(found: Run, wanted: FoldOptions, beginning: Beginning) -> Weigh
 
 def _cut_off(found: Run, wanted: FoldOptions, beginning: Beginning) -> NoCheckpointError | None:
     """What to say where `--until`, `--include` or `--exclude` left out what may be newer; None where nothing is."""
-    last = beginning.past[-1]
-    if last.step is None:
+    unit, last_step = beginning.last
+    if last_step is None:
         return None
     inside = {past.name for past in beginning.past}
-    steps = {name: _step_by_name(name, last.unit) for name, _ in found.left_out if printable(name) not in inside}
+    steps = {name: _step_by_name(name, unit) for name, _ in found.left_out if printable(name) not in inside}
     # What has no number in its name may be newer as well.
-    newer = {name for name, step in steps.items() if step is None or step > last.step}
-    late = [name for name, why in found.left_out if name in newer and why == f"after {last.unit} {wanted.until_step}"]
+    newer = {name for name, step in steps.items() if step is None or step > last_step}
+    late = [name for name, why in found.left_out if name in newer and why == f"after {unit} {wanted.until_step}"]
     unselected = [name for name, why in found.left_out if name in newer and why == NOT_SELECTED]
     if late:
-        which = f"up to {last.unit} {wanted.until_step}"
+        which = f"up to {unit} {wanted.until_step}"
         first = min((step for name in late if (step := steps[name]) is not None), default=None)
         hint = f"pass `--until {first}`, or leave it away" if first is not None else "leave `--until` away"
     elif unselected:
@@ -89,7 +89,7 @@ def _cut_off(found: Run, wanted: FoldOptions, beginning: Beginning) -> NoCheckpo
     else:
         return None
     return NoCheckpointError(
-        f"nothing {which} is newer than `{beginning.label}`, which is of {last.unit} {last.step}",
+        f"nothing {which} is newer than `{beginning.label}`, which is of {unit} {last_step}",
         details=[f"{name}: {why}" for name, why in found.left_out if name in (late or unselected)],
         hint=hint,
     )

@@ -308,6 +308,9 @@ def test_an_online_teacher_goes_on_by_its_own_rule_from_its_own_step(
         assert torch.equal(found[name], tensor) if interval == 1 else torch.allclose(found[name], tensor), name
     with pytest.raises(CkptEmaError, match=r"nothing is newer than `teacher_step_\d+\.safetensors`, which is of step"):
         ckpt_ema.plan(run, tmp_path / "t.safetensors", init=snapshots[8])
+    with pytest.raises(CkptEmaError, match="nothing up to step") as cut_off:
+        ckpt_ema.plan(run, tmp_path / "t.safetensors", init=snapshots[begin], until_step=named + begin)
+    assert cut_off.value.hint == f"pass `--until {named + begin + 1}`, or leave it away"
     asked = ckpt_ema.plan(run, tmp_path / "t.safetensors", init=snapshots[begin], momentum=0.1)
     assert [item.step for item in asked.checkpoints] == list(range(named + begin + 1, named + 9))
 
