@@ -57,6 +57,9 @@ class Weighed:
     warnings: tuple[str, ...] = ()
     predictions: tuple[Prediction, ...] = ()
     span: tuple[int, int] | None = None
+    origin: int | None = None
+    """The training step from which an interval counts, where no first checkpoint tells."""
+
     goes_on: bool = False
     """Whether a teacher is gone on with, of which all was said when it was begun."""
 
@@ -88,30 +91,25 @@ def weigh(checkpoints: Sequence[Checkpoint], options: FoldOptions, beginning: Be
         return _by_hand(checkpoints, options.coefficients)
     if beginning is None:
         return _per_step(checkpoints, options) if options.per_step else _per_checkpoint(checkpoints, options)
-    is_told = options.from_step is not None
-    newer, anchor, left_out, warnings = beginning.newer_of(checkpoints, is_told=is_told)
-    notes = []
-    if not beginning.past and beginning.own_step is None and not is_told:
-        what = f"`{beginning.label}` does not say of which step it is"
-        notes.append(f"{what}: all {len(newer)} checkpoints are folded, also those that it has")
+    newer = beginning.newer_of(checkpoints, is_told=options.from_step is not None)
     if options.per_step:
-        weighed = _per_step(newer, options, beginning, anchor)
+        weighed = _per_step(newer.checkpoints, options, beginning, newer.anchor)
     else:
-        weighed = _per_checkpoint(newer, options)
+        weighed = _per_checkpoint(newer.checkpoints, options)
     if not weighed.checkpoints:
         raise NoUpdateError(
             f"no update falls on what is newer than `{beginning.label}`: the average is updated once in"
             f" {options.interval} steps",
             hint="train on, then fold again",
         )
-    is_other = bool(warnings) or not beginning.is_average or beginning.record.get("initial_teacher") is not None
+    is_other = bool(newer.warnings) or not beginning.is_average or beginning.record.get("initial_teacher") is not None
     past = () if is_other else beginning.past
     return replace(
         weighed,
         averages=(Average(beginning.path, beginning.label, None),),
-        left_out=(*left_out, *weighed.left_out),
-        warnings=(*warnings, *beginning.changed_of(checkpoints), *weighed.warnings),
-        notes=(*weighed.notes, *notes),
+        left_out=(*newer.left_out, *weighed.left_out),
+        warnings=(*newer.warnings, *beginning.changed_of(checkpoints), *weighed.warnings),
+        notes=(*weighed.notes, *newer.notes),
         goes_on=bool(past),
         past=past,
         copied=copied_names(beginning.record) if past else frozenset(),
@@ -166,7 +164,8 @@ def _per_step(
                 hint=f"fold the newer ones: `--from {start // (options.steps_per_epoch or 1) + 1}`",
             )
         steps.insert(0, start)
-        origin = beginning.first_step(options)
+        if options.interval > 1:
+            origin = beginning.first_step(options)
     kept = list(checkpoints) if anchor is None else [anchor, *checkpoints]
     updates = [
         step_updates(
@@ -176,14 +175,23 @@ def _per_step(
             between=options.between or "linear",
             has_copy_first=beginning is not None,
             knows_first_student=anchor is not None,
-            origin=origin if options.interval > 1 else None,
+            origin=origin,
         )
         for profile in options.profiles
     ]
     kept, updates, left_out = _without_idle(kept, updates, num_leading=int(beginning is not None))
     # The teacher's own newest student is left out already, as one that is in it.
     left_out = [item for item in left_out if anchor is None or item[0] != anchor.label]
-    return Weighed((), tuple(kept), tuple(map(tuple, updates)), tuple(left_out), tuple(notes))
+    # Its own record cannot tell it by its first checkpoint.
+    is_to_tell = beginning is not None and options.interval > 1 and not beginning.knows_origin
+    return Weighed(
+        (),
+        tuple(kept),
+        tuple(map(tuple, updates)),
+        tuple(left_out),
+        tuple(notes),
+        origin=(steps[0] if origin is None else origin) if is_to_tell else None,
+    )
 
 
 def _without_idle(

@@ -23,6 +23,21 @@ UNITS = ("step", "epoch", "date", "number")
 
 
 @dataclass(frozen=True, slots=True)
+class Newer:
+    """What of a run is to be folded into a teacher."""
+
+    checkpoints: list[Checkpoint]
+    anchor: Checkpoint | None
+    """The newest one of the teacher itself, where it is still there."""
+
+    left_out: list[tuple[str, str]]
+    """Names of what is not folded, each with the reason."""
+
+    warnings: Sequence[str] = ()
+    notes: Sequence[str] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Beginning:
     """The teacher that a fold starts from."""
 
@@ -78,7 +93,13 @@ class Beginning:
     def inside_of(self, checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
         """Those that are in it, as far as it says."""
         known = {(past.name, past.unit, past.step) for past in self.past}
-        return [item for item in checkpoints if _key(item) in known]
+        # What counts in a run may change with what comes to lie there: then it is the same file by name and size.
+        files = {(past.name, past.size): past.unit for past in self.past}
+        return [
+            item
+            for item in checkpoints
+            if _key(item) in known or files.get((printable(item.label), item.size), item.unit) != item.unit
+        ]
 
     def changed_of(self, checkpoints: Sequence[Checkpoint]) -> list[str]:
         """A warning where checkpoints of the teacher have another size than when it was folded."""
@@ -106,11 +127,18 @@ class Beginning:
             hint="count checkpoints instead: `--momentum M` without `--per step` and `--half-life`",
         )
 
+    @property
+    def knows_origin(self) -> bool:
+        """Whether an interval counts from its first checkpoint, so that whoever goes on need not say from where."""
+        return bool(self.past) and self._count("origin") is None
+
     def first_step(self, options: FoldOptions) -> int | None:
-        """The training step from which an interval counts, that of its first checkpoint; None where it is not known."""
-        calls = self._count("steps")
-        if self.is_online and self.own_step is not None and calls is not None:
-            return (self.own_step - calls) % int(self.record["interval"])
+        """The training step from which an interval counts, mostly that of its first checkpoint; None if not known."""
+        origin, calls, interval = (self._count(name) for name in ("origin", "steps", "interval"))
+        if origin is not None:
+            return origin
+        if self.is_online and self.own_step is not None and calls is not None and interval:
+            return (self.own_step - calls) % interval
         if not self.past or self.past[0].step is None:
             return None
         return self.past[0].step * (1 if self.past[0].unit == "step" else options.steps_per_epoch or 1)
@@ -118,56 +146,44 @@ class Beginning:
     def options_for(self, options: FoldOptions) -> tuple[FoldOptions, list[str], list[str]]:
         """`options`, with how the teacher was made where they say nothing of it; notes; warnings."""
         is_asked = options.per is not None or options.momentum is not None or options.half_life is not None
-        if self.is_online and not is_asked:
-            return self._as_in_training(options)
-        if self.record.get("made") != "fold" or not self.is_average:
+        if not self.is_online and (self.record.get("made") != "fold" or not self.is_average):
             if self.is_average or is_asked:
                 return options, [], []
             what = f"`{self.label}` is of profile {self.profile}"
             return options, [], [f"{what}, and goes on as an exponential moving average"]
+        if self.is_online and self.own_step is None and not is_asked:
+            raise MisuseError(
+                f"`{self.label}` does not say of which step it is, so what is newer cannot be told",
+                hint="say what to fold, and with which momentum per checkpoint: `--from STEP --momentum M`; what"
+                " `teacher.save_snapshot(run, step)` writes knows its step",
+            )
         names = [name for name in ("momentum", "half_life") if self.record.get(name) is not None]
         made: dict[str, Any] = {name: self.record.get(name) for name in names}
         warnings = []
         if self.record.get("skip_buffers") is not options.skip_buffers:
             flag = "--no-skip-buffers" if options.skip_buffers else "--skip-buffers"
-            warnings.append(f"`{self.label}` was folded with `{flag}`, and goes on without")
+            warnings.append(f"`{self.label}` was made with `{flag}`, and goes on without")
         options = self._with_treatment(options)
-        counting: dict[str, Any] = {"per": self.record.get("per"), "interval": self.record.get("interval", 1)}
-        if counting["per"] == "step":
+        # An online teacher is updated once every `interval` steps, too.
+        per = "step" if self.is_online else self.record.get("per")
+        counting: dict[str, Any] = {"per": per, "interval": self.record.get("interval", 1)}
+        if per == "step":
             counting |= {"between": self.record.get("between"), "steps_per_epoch": self.record.get("steps_per_epoch")}
         if is_asked:
             asked = {name: getattr(options, name) for name in ("momentum", "half_life")}
             if any(asked[name] not in (None, value) for name, value in made.items()) or (
-                options.per_step != (counting["per"] == "step")
+                options.per_step != (per == "step")
             ):
-                warnings.append(
-                    f"`{self.label}` was folded with {_told(made, counting)}, and goes on with another rule"
-                )
+                warnings.append(f"`{self.label}` was made with {_told(made, counting)}, and goes on with another rule")
             return options, [], warnings
         for name, default in (("interval", 1), ("between", None), ("steps_per_epoch", None)):
             if getattr(options, name) != default:
                 counting[name] = getattr(options, name)
-        return self._inherited(options, made, counting), [self._told_note(made, counting)], warnings
-
-    def _inherited(self, options: FoldOptions, made: Mapping[str, Any], counting: Mapping[str, Any]) -> FoldOptions:
         try:
-            return replace(options, **made, **counting)
+            inherited = replace(options, **made, **counting)
         except MisuseError as error:
             raise CkptEmaError(f"`{self.path}` says of itself what cannot be: {error.message}") from None
-
-    def _told_note(self, made: Mapping[str, Any], counting: Mapping[str, Any]) -> str:
-        return f"goes on as `{self.label}` was made: {_told(made, counting)}"
-
-    def _as_in_training(self, options: FoldOptions) -> tuple[FoldOptions, list[str], list[str]]:
-        momentum = self.record["momentum"]
-        if self.own_step is None:
-            raise MisuseError(
-                f"`{self.label}` does not say of which step it is, so what is newer cannot be told",
-                hint=f"say what to fold, and how: `--from STEP --momentum {momentum:g}`",
-            )
-        made: dict[str, Any] = {"momentum": momentum}
-        counting: dict[str, Any] = {"per": "step", "interval": self.record.get("interval", 1)}
-        return self._inherited(options, made, counting), [self._told_note(made, counting)], []
+        return inherited, [f"goes on as `{self.label}` was made: {_told(made, counting)}"], warnings
 
     def _with_treatment(self, options: FoldOptions) -> FoldOptions:
         """`options`, with what was copied on request and how wide it was folded where they say nothing of that."""
@@ -182,10 +198,8 @@ class Beginning:
             options = replace(options, accumulate=accumulate)
         return options
 
-    def newer_of(
-        self, checkpoints: Sequence[Checkpoint], *, is_told: bool = False
-    ) -> tuple[list[Checkpoint], Checkpoint | None, list[tuple[str, str]], list[str]]:
-        """(those to fold, the newest one of the teacher itself where it is there, what is left out and why, warnings).
+    def newer_of(self, checkpoints: Sequence[Checkpoint], *, is_told: bool = False) -> Newer:
+        """What to fold of a run.
 
         `is_told` says that somebody chose from which step on; that counts where the teacher lists no checkpoints.
         Raises CkptEmaError where nothing is left.
@@ -196,13 +210,16 @@ class Beginning:
             newer = [item for item, step in zip(checkpoints, steps, strict=True) if step > own]
             older = [item for item, step in zip(checkpoints, steps, strict=True) if step <= own]
             anchor = next((item for item in older if item.step == own), None)
-            return self._some(newer), anchor, [(item.label, f"not newer than `{self.label}`") for item in older], []
+            return Newer(self._some(newer), anchor, [(item.label, f"not newer than `{self.label}`") for item in older])
         inside = {id(item) for item in self.inside_of(checkpoints)}
         last = self.past[-1] if self.past else None
         is_unknown = any(item.step is None or last is None or item.unit != last.unit for item in checkpoints)
         if last is None or last.step is None or is_unknown:
             left_out = [(item.label, f"`{self.label}` has it") for item in checkpoints if id(item) in inside]
-            return self._some([item for item in checkpoints if id(item) not in inside]), None, left_out, []
+            newer = self._some([item for item in checkpoints if id(item) not in inside])
+            unknown = f"how far `{self.label}` has come of these checkpoints it does not say"
+            notes = [] if self.past or is_told else [f"{unknown}: all {len(newer)} are folded, also those that it has"]
+            return Newer(newer, None, left_out, notes=notes)
         # A list may have been out of order; but a reconstruction of an earlier step takes later students as well.
         old = inside if self.record.get("made") == "fold" else set()
         beyond = [
@@ -210,7 +227,7 @@ class Beginning:
         ]
         if not inside and len(beyond) < len(checkpoints):
             text = f"no checkpoint is in `{self.label}`, which is of {last.unit} {last.step}: it is of another run"
-            return list(checkpoints), None, [], [text]
+            return Newer(list(checkpoints), None, [], [text])
         taken = {id(item) for item in beyond}
         left_out = [
             (item.label, f"`{self.label}` has it" if id(item) in inside else f"older than `{self.label}`")
@@ -219,7 +236,7 @@ class Beginning:
         ]
         same = (item for item in checkpoints if item.step == last.step and id(item) in inside)
         anchor = next((item for item in same if item.size == last.size), None)
-        return self._some(beyond), anchor, left_out, []
+        return Newer(self._some(beyond), anchor, left_out)
 
     def _some(self, checkpoints: list[Checkpoint]) -> list[Checkpoint]:
         if checkpoints:

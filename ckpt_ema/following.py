@@ -11,7 +11,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,13 +25,13 @@ from ckpt_ema.planning import find_run
 from ckpt_ema.profiles import what_is_inverted
 from ckpt_ema.records import FoldOptions, FoldReport, PathLike
 from ckpt_ema.runs import STEPLESS_COPY, Checkpoint, Run
-from ckpt_ema.steps import ORIGINS, steps_in_name
+from ckpt_ema.steps import steps_in_name
 
 POLL_SECONDS = 1.0
+"""Between two looks at the run; a checkpoint is folded when it was the same in both."""
+
 MANY_CHECKPOINTS = 100
 """After which half of the first one shall be gone, or it is said: few runs have more."""
-
-"""Between two looks at the run; a checkpoint is folded when it was the same in both."""
 
 PATIENCE_SECONDS = 60.0
 """An unreadable checkpoint that nobody has written to for so long holds up newer ones no longer."""
@@ -156,6 +156,9 @@ class _Follower:
     num_folded: int = 0
     last: FoldReport | None = None
     last_step: int | None = None
+    last_unit: str | None = None
+    """What it counts: checkpoints of another unit cannot be compared with it."""
+
     last_path: Path | None = None
     """Of the newest checkpoint in the teacher: straight lines begin there."""
 
@@ -244,25 +247,30 @@ class _Follower:
     def _ready(self, found: Run, *, is_last: bool) -> list[Checkpoint]:
         """The checkpoints that are finished, oldest first, up to the first that an older one may still come before."""
         now = time.monotonic()
-        held_up = None
+        held_up: list[dict[str, int]] = []
         for path, reason in found.unfinished:
             if now - self.waiting[path].since >= self.patience_seconds and found.checkpoints:
                 self._give_up(path, f"cannot be read: {reason}")
                 continue
-            numbers = steps_in_name(path.name).values()
-            held_up = min([*numbers, *([] if held_up is None else [held_up])], default=held_up)
+            held_up.append(_numbers_in_name(path))
         ready = []
         for item in found.checkpoints:
             is_settled = now - self.waiting[item.path].since >= self.poll_seconds
-            may_be_preceded = held_up is not None and item.step is not None and item.step > held_up
+            may_be_preceded = any(_may_precede(numbers, item) for numbers in held_up)
             if not is_last and (not is_settled or may_be_preceded):
                 break
-            if self.last_step is not None and item.step is not None and item.step <= self.last_step:
+            if self._is_older(item):
                 self._tell_older(item)
                 self._forget(item.path)
                 continue
             ready.append(item)
         return ready
+
+    def _is_older(self, item: Checkpoint) -> bool:
+        """Whether the teacher has come as far already."""
+        if item.step is None or self.last_step is None or item.unit != self.last_unit:
+            return False
+        return item.step <= self.last_step
 
     def _tell_older(self, item: Checkpoint) -> None:
         """What a trainer writes that went back; but a copy of the newest checkpoint under another name is no news."""
@@ -289,9 +297,9 @@ class _Follower:
             self._tell_of_momentum()
             return
         options, notes, warnings = beginning.options_for(self.options)
-        foreign: list[str] = []
+        foreign: Sequence[str] = []
         with contextlib.suppress(NoCheckpointError):  # nothing is newer, yet
-            _, _, _, foreign = beginning.newer_of(found.checkpoints)
+            foreign = beginning.newer_of(found.checkpoints).warnings
         if not beginning.past or foreign:
             raise CkptEmaError(
                 (*foreign, f"`{self.target}` does not say what it was folded from")[0], hint="pass another `--output`"
@@ -305,12 +313,12 @@ class _Follower:
         self.options = options
         for text in notes:
             self.tell(text)
-        self.last_step = beginning.past[-1].step
+        self.last_step, self.last_unit = beginning.past[-1].step, beginning.past[-1].unit
         inside = beginning.inside_of(found.checkpoints)
         if inside:
             self.tell(f"{self.target} has {_first_to_last(inside)} already")
         for item in found.checkpoints:
-            if item.step is None or self.last_step is None or item.step <= self.last_step:
+            if item.step is None or self.last_step is None or self._is_older(item) or item in inside:
                 self._forget(item.path)
                 if item.step == self.last_step:
                     self.last_path = item.path
@@ -373,7 +381,7 @@ class _Follower:
                     self.tell(f"Warning: {text}")
         self.last = report
         self.num_folded += len(ready)
-        self.last_step, self.last_path = ready[-1].step, ready[-1].path
+        self.last_step, self.last_unit, self.last_path = ready[-1].step, ready[-1].unit, ready[-1].path
         for item in ready:
             self.done[item.path] = before[item.path]
             self.folded[item.path] = _signature_of(item)
@@ -400,8 +408,9 @@ class _Follower:
 
     def _is_beyond(self, path: Path) -> bool:
         """Whether a checkpoint is by its name of a step that was not asked for."""
-        until, numbers = self.options.until_step, steps_in_name(path.name)
-        step = next((numbers[origin] for origin in ORIGINS if origin in numbers), None)
+        until = self.options.until_step
+        # Of what the run counts: steps may be inside, and names have dates or images.
+        step = _numbers_in_name(path).get(self.last_unit or "")
         return until is not None and step is not None and step > until
 
     def _is_complete(self) -> bool:
@@ -413,6 +422,19 @@ class _Follower:
         if self.target is None and not self.is_seen:
             last = self.earlier_step
         return (last is not None and last >= until) or (self.has_passed and not self.waiting)
+
+
+def _numbers_in_name(path: Path) -> dict[str, int]:
+    """By what they count."""
+    return {unit: number for (_, unit), number in steps_in_name(path.name).items()}
+
+
+def _may_precede(numbers: Mapping[str, int], item: Checkpoint) -> bool:
+    """Whether what cannot be read yet, and has `numbers` in its name, may be of a step before that of `item`."""
+    if item.step is None:
+        return False
+    same = numbers.get(item.unit)
+    return any(number < item.step for number in (numbers.values() if same is None else (same,)))
 
 
 def _first_to_last(items: Sequence[Checkpoint]) -> str:

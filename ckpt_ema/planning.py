@@ -33,7 +33,7 @@ from ckpt_ema.provenance import printable
 from ckpt_ema.records import FoldedCheckpoint, FoldOptions, FoldPlan, PathLike, PlannedTeacher, ReconstructOptions
 from ckpt_ema.responses import half_life_of
 from ckpt_ema.runs import NOT_SELECTED, Checkpoint, Run, Selection, find_checkpoints
-from ckpt_ema.steps import steps_in_name
+from ckpt_ema.steps import is_copy_name, steps_in_name
 from ckpt_ema.students import NUMPY_ARRAY, choose_student, is_flat
 
 
@@ -74,9 +74,10 @@ def _cut_off(found: Run, wanted: FoldOptions, beginning: Beginning) -> NoCheckpo
         return None
     inside = {past.name for past in beginning.past}
     steps = {name: _step_by_name(name, unit) for name, _ in found.left_out if printable(name) not in inside}
-    # What has no number in its name may be newer as well.
-    newer = {name for name, step in steps.items() if step is None or step > last_step}
-    late = [name for name, why in found.left_out if name in newer and why == f"after {unit} {wanted.until_step}"]
+    # Where its step was read, what has no number in its name may be newer as well.
+    maybe = {name for name, step in steps.items() if step is None or step > last_step}
+    late = [name for name, why in found.left_out if name in maybe and why == f"after {unit} {wanted.until_step}"]
+    newer = {name for name, step in steps.items() if step is not None and step > last_step and not is_copy_name(name)}
     unselected = [name for name, why in found.left_out if name in newer and why == NOT_SELECTED]
     if late:
         which = f"up to {unit} {wanted.until_step}"
@@ -210,6 +211,7 @@ def plan_weighed(
         past=weighed.past,
         rules_of_past=weighed.rules,
         parts=weighed.parts + (weighed.is_cut or bool(rounded)),
+        origin=weighed.origin,
         predictions=weighed.predictions,
         span=weighed.span,
         tensors=tuple(tensors),

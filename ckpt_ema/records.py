@@ -407,6 +407,9 @@ class FoldPlan:
     averages: tuple[FoldedCheckpoint, ...]
     """Averages that enter before them: the initial teacher, or the snapshots of a reconstruction."""
 
+    origin: int | None
+    """The training step from which an interval counts, where no first checkpoint tells."""
+
     predictions: tuple[Prediction, ...]
     """One per teacher of a reconstruction; none for a fold."""
 

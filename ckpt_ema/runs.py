@@ -17,11 +17,12 @@ from ckpt_ema.collisions import collision_of
 from ckpt_ema.errors import CkptEmaError, MisuseError, NoCheckpointError, UnreadableCheckpointError
 from ckpt_ema.formats import Contents, ModelFolder, is_weights_file_name, read_contents
 from ckpt_ema.formats.deepspeed import folder_of_latest
-from ckpt_ema.formats.folder import MODEL_STEM, NEVER_STUDENTS, has_weights, is_numbered_model, is_sharded
+from ckpt_ema.formats.folder import MODEL_STEM, NEVER_STUDENTS, has_weights, is_sharded, nameless_models
 from ckpt_ema.layouts import Layout, SchemaPool, compact_layout
 from ckpt_ema.learning_rates import learning_rates_of
 from ckpt_ema.locations import common_folder, identity_of, name_within
 from ckpt_ema.steps import (
+    DATE_DIGITS,
     EDM2_NAME,
     ORIGINS,
     Origin,
@@ -146,6 +147,23 @@ class Selection:
     """Whether checkpoints of it that are not listed any more had a step, so that one without is a copy."""
 
 
+class _Shared:
+    """What the checkpoints of a run have in common, found once."""
+
+    def __init__(self) -> None:
+        self.pool = SchemaPool()
+        self._nameless: dict[Path, set[str]] = {}
+
+    def is_nameless(self, path: Path) -> bool:
+        """Whether a file says by its name that it is a model, and not which one."""
+        if MODEL_STEM.match(stem_of(path.name)) is None or path.is_dir():
+            return False
+        folder = path.absolute().parent
+        if folder not in self._nameless:
+            self._nameless[folder] = nameless_models([other.name for other in _children(folder)])
+        return path.name in self._nameless[folder]
+
+
 @dataclass(slots=True)
 class _Listing:
     """What is known while a run is being read."""
@@ -198,15 +216,13 @@ def find_checkpoints(paths: Sequence[Path], selection: Selection) -> Run:
     )
 
 
-def _read_checkpoint(
-    contents: Contents, selection: Selection, pool: SchemaPool
-) -> tuple[Checkpoint, dict[Origin, int]]:
+def _read_checkpoint(contents: Contents, selection: Selection, shared: _Shared) -> tuple[Checkpoint, dict[Origin, int]]:
     """One checkpoint with its student chosen, and every number that may be its step."""
     path = contents.path
     student = choose_student(contents, state=selection.state, prefix=selection.prefix)
     if not student.tensors:
         raise UnreadableCheckpointError(f"`{path}` holds no tensors")
-    layout = compact_layout(student.tensors, pool)
+    layout = compact_layout(student.tensors, shared.pool)
     checkpoint = Checkpoint(
         path=path,
         label=path.name,
@@ -223,13 +239,8 @@ def _read_checkpoint(
         model_folder=contents.folders.get(student.key) or contents.folders.get(""),
     )
     # `checkpoint-300/model.safetensors`, listed as a file: the folder has the number.
-    named = path.absolute().parent if path.is_file() and _is_nameless_model(path) else path
+    named = path.absolute().parent if shared.is_nameless(path) else path
     return checkpoint, {**steps_in_name(named.name), **steps_inside(contents)}
-
-
-def _is_nameless_model(path: Path) -> bool:
-    """Whether the name says that it is a model, and not which one."""
-    return MODEL_STEM.match(stem_of(path.name)) is not None and not is_numbered_model(path)
 
 
 def _is_declared(path: Path, selection: Selection) -> bool:
@@ -238,12 +249,12 @@ def _is_declared(path: Path, selection: Selection) -> bool:
     return named or _matches(path, selection.averages)
 
 
-def _take_declared(listing: _Listing, path: Path, selection: Selection, pool: SchemaPool) -> None:
+def _take_declared(listing: _Listing, path: Path, selection: Selection, shared: _Shared) -> None:
     contents = read_contents(path)
     if contents.is_own_teacher:  # which says better itself what it is
         listing.set_aside(path, contents.metadata)
     else:
-        listing.declared.append(_read_declared(contents, selection, pool))
+        listing.declared.append(_read_declared(contents, selection, shared))
 
 
 def _find_snapshots(listing: _Listing, run: Path, directory: Path, selection: Selection) -> None:
@@ -279,14 +290,14 @@ def _is_wanted(path: Path, selection: Selection) -> bool:
     return (not selection.include or _matches(path, selection.include)) and not _matches(path, selection.exclude)
 
 
-def _read_declared(contents: Contents, selection: Selection, pool: SchemaPool) -> Checkpoint:
+def _read_declared(contents: Contents, selection: Selection, shared: _Shared) -> Checkpoint:
     """What was said to be an average: no other one is looked for inside."""
     path = contents.path
     state = selection.state if selection.state is not None or not is_flat(contents) else ""
     prefix = selection.prefix
     if any(str(name).startswith(EMA_PYTORCH_PREFIX) for name in contents.tree if isinstance(contents.tree, dict)):
         prefix = EMA_PYTORCH_PREFIX + (prefix or "").removeprefix(EMA_PYTORCH_PREFIX)
-    checkpoint, numbers = _read_checkpoint(contents, replace(selection, state=state, prefix=prefix), pool)
+    checkpoint, numbers = _read_checkpoint(contents, replace(selection, state=state, prefix=prefix), shared)
     step = step_of_average(path.name)
     if step is not None:
         return replace(checkpoint, step=step)
@@ -315,33 +326,38 @@ def _is_one_checkpoint(folder: Path) -> bool:
 
 def _has_numbered_files(folder: Path) -> bool:
     """Whether files of a series lie here: `step_100.pt`, but not accelerate's `model_1.safetensors`."""
+    children = _children(folder)
+    nameless = nameless_models([path.name for path in children])
     return any(
-        steps_in_name(path.name) and not _is_nameless_model(path) and path.is_file()
-        for path in _children(folder)
+        steps_in_name(path.name) and path.name not in nameless and path.is_file()
+        for path in children
         if is_weights_file_name(path.name)
     )
 
 
 def find_checkpoint_below(folder: Path) -> Path | None:
     """A checkpoint of a series, which makes `folder` a run, or a folder of runs, and no checkpoint itself."""
-    # By their names alone: the second text encoder of a pipeline has a number as well.
     inside = (path for path in _children(folder) if _has_series_name(path) and _is_checkpoint_folder(path))
-    return next(inside, None) or find_numbered_below(folder)
+    return next(inside, None) or find_numbered_below(folder, is_by_custom=True)
 
 
-def find_numbered_below(folder: Path) -> Path | None:
-    """The first checkpoint with a number in its name that a folder below `folder` holds."""
+def find_numbered_below(folder: Path, *, is_by_custom: bool = False) -> Path | None:
+    """The first checkpoint with a number in its name that a folder below `folder` holds.
+
+    With `is_by_custom` one that is called as trainers call theirs: a pipeline's second text encoder has a number, too.
+    """
+    is_numbered = _has_series_name if is_by_custom else lambda path: bool(steps_in_name(path.name))
     level = [folder]
     for _ in range(MAX_SEARCH_DEPTH):
         level = _folders_below(level)
-        numbered = (path for child in level for path in _candidates_of(child) if steps_in_name(path.name))
+        numbered = (path for child in level for path in _candidates_of(child) if is_numbered(path))
         if (found := next(numbered, None)) is not None:
             return found
     return None
 
 
 def _has_series_name(path: Path) -> bool:
-    """Whether a folder is called as trainers call their checkpoints: by a number, and by what it counts."""
+    """Whether it is called as trainers call their checkpoints: by a number, and by what it counts."""
     stem = stem_of(path.name).lower()
     return bool(steps_in_name(path.name)) and stem.startswith(SERIES_STEMS)
 
@@ -378,10 +394,12 @@ def _is_candidate(path: Path) -> bool:
 
 
 def _candidates_of(directory: Path) -> list[Path]:
-    found = [path for path in _children(directory) if _is_candidate(path)]
+    children = _children(directory)
+    found = [path for path in children if _is_candidate(path)]
     if any(path.is_dir() for path in found) or _has_numbered_files(directory):
         # Trainers put the final model beside the checkpoints; it has no step, and is the last one again.
-        found = [path for path in found if path.is_dir() or not _is_nameless_model(path)]
+        nameless = nameless_models([path.name for path in children])
+        found = [path for path in found if path.is_dir() or path.name not in nameless]
     return found
 
 
@@ -455,7 +473,7 @@ def _read_run_directory(run: Path, selection: Selection) -> tuple[Path, _Listing
         for path in _children(directory)
         if path not in taken and _is_candidate(path)
     ]
-    pool = SchemaPool()
+    shared = _Shared()
     seen: dict[Hashable, Path] = {}
     # Numbered names first, so that of two names for one file the telling one stays.
     candidates.sort(key=lambda path: (is_copy_name(path.name), path.is_symlink(), path.name))
@@ -473,7 +491,7 @@ def _read_run_directory(run: Path, selection: Selection) -> tuple[Path, _Listing
             listing.left_out.append((path.name, f"another name of `{original.name}`"))
             continue
         if _is_declared(path, selection):
-            _take_declared(listing, path, selection, pool)
+            _take_declared(listing, path, selection, shared)
             continue
         named_average = selection.state is None and is_average_name(stem_of(path.name))
         try:
@@ -481,7 +499,7 @@ def _read_run_directory(run: Path, selection: Selection) -> tuple[Path, _Listing
             if contents.is_own_teacher:
                 listing.set_aside(path, contents.metadata)
             elif not named_average:
-                listing.checkpoints.append(_read_checkpoint(contents, selection, pool))
+                listing.checkpoints.append(_read_checkpoint(contents, selection, shared))
         except UnreadableCheckpointError as error:
             if not named_average:
                 error.hint = error.hint or f"leave it out: `--exclude '{glob.escape(path.name)}'`"
@@ -604,7 +622,7 @@ def _forgive_newest(listing: _Listing, origin: Origin | None) -> None:
 
 def _read_list(paths: Sequence[Path], selection: Selection) -> tuple[Path, _Listing]:
     listing = _Listing()
-    pool = SchemaPool()
+    shared = _Shared()
     seen: dict[Hashable, Path] = {}
     expect_tables(paths)
     for path in paths:
@@ -619,7 +637,7 @@ def _read_list(paths: Sequence[Path], selection: Selection) -> tuple[Path, _List
         elif not _is_wanted(path, selection):
             listing.left_out.append((path.name, NOT_SELECTED))
         elif _is_declared(path, selection):
-            _take_declared(listing, path, selection, pool)
+            _take_declared(listing, path, selection, shared)
         else:
             contents = read_contents(path)
             if contents.is_own_teacher and selection.takes_teachers:
@@ -631,7 +649,7 @@ def _read_list(paths: Sequence[Path], selection: Selection) -> tuple[Path, _List
                 )
             if selection.state is None and is_average_name(stem_of(path.name)):
                 raise CkptEmaError(f"`{path}` is an average, by its name", hint=_hint_to_fold_average(contents))
-            listing.checkpoints.append(_read_checkpoint(contents, selection, pool))
+            listing.checkpoints.append(_read_checkpoint(contents, selection, shared))
     origin = next((o for o in ORIGINS if all(o in numbers for _, numbers in listing.checkpoints)), None)
     listing.checkpoints = [
         (replace(checkpoint, step=numbers[origin] if origin else None, unit=origin[1] if origin else "step"), numbers)
@@ -656,6 +674,12 @@ def _read_list(paths: Sequence[Path], selection: Selection) -> tuple[Path, _List
     return parent, listing
 
 
+def _at_precision_of(bound: int, checkpoint: Checkpoint) -> int:
+    """Its step; of a date as many digits as were given, so that none of a day is before or after that."""
+    step = checkpoint.step or 0
+    return step // 10 ** max(0, DATE_DIGITS - len(str(bound))) if checkpoint.unit == "date" else step
+
+
 def _select(directory: Path, listing: _Listing, selection: Selection) -> list[Checkpoint]:
     kept = []
     needs_steps = selection.from_step is not None or selection.until_step is not None
@@ -665,10 +689,10 @@ def _select(directory: Path, listing: _Listing, selection: Selection) -> list[Ch
                 f"`{checkpoint.label}` has no known step, so `--from` and `--until` cannot select it",
                 hint="list the checkpoints to fold instead",
             )
-        step = checkpoint.step if checkpoint.step is not None else 0
-        if selection.from_step is not None and step < selection.from_step:
+        first, last = selection.from_step, selection.until_step
+        if first is not None and _at_precision_of(first, checkpoint) < first:
             listing.left_out.append((checkpoint.label, f"before {checkpoint.unit} {selection.from_step}"))
-        elif selection.until_step is not None and step > selection.until_step:
+        elif last is not None and _at_precision_of(last, checkpoint) > last:
             listing.left_out.append((checkpoint.label, f"after {checkpoint.unit} {selection.until_step}"))
         else:
             kept.append(checkpoint)

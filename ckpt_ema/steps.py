@@ -65,7 +65,11 @@ NAME_PATTERNS: tuple[tuple[Unit, re.Pattern[str]], ...] = (
     ),
     ("number", re.compile(r"(?<![\d.])(?<!\d[A-Za-z])" + _NUMBER + r"$")),
 )
-_TIME = r"[T_ .-](?P<hour>[01]\d|2[0-3])[-_.:]?(?P<minute>[0-5]\d)(?:[-_.:]?(?P<second>[0-5]\d))?(?!\d)"
+# Four digits behind a date may as well be a step.
+_TIME = (
+    r"[T_ .-](?P<hour>[01]\d|2[0-3])(?P<colon>[-_.:]?)(?P<minute>[0-5]\d)"
+    r"(?:(?P=colon)(?P<second>[0-5]\d)|(?<=[-_.:]\d\d))(?!\d)"
+)
 _MONTH_AND_DAY = r"(?P<month>0[1-9]|1[0-2]){0}(?P<day>0[1-9]|[12]\d|3[01])(?!\d)"
 DATE_PATTERNS = (
     re.compile(
@@ -74,6 +78,9 @@ DATE_PATTERNS = (
     # Without a time `20240130` may as well be a step.
     re.compile(r"(?<!\d)(?P<year>(?:19|20)\d\d)" + _MONTH_AND_DAY.format("") + _TIME),
 )
+DATE_DIGITS = 14
+"""Of a date: year, month, day, hour, minute and second, 0 where the name does not say."""
+
 EDM2_NAME = re.compile(r"^network-snapshot-(?P<step>\d{1,18})-(?P<sigma_rel>0?\.\d{1,9})$")
 """EDM2's snapshots: thousands of images, and the width of the power average."""
 

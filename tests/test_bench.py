@@ -105,7 +105,7 @@ def test_a_section_that_fails_keeps_its_parts_and_the_others(
 def test_stopped_it_has_written_every_part_that_was_finished(
     bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Of a machine that is lent for minutes no section may be lost to its last dtype."""
+    """An hour's figures of a section are not lost to its last dtype."""
 
     def stopped(arguments: argparse.Namespace) -> Iterator[tuple[str, Any]]:
         yield "float32", 1.5
@@ -117,7 +117,7 @@ def test_stopped_it_has_written_every_part_that_was_finished(
 def test_only_checkpoints_of_an_earlier_call_are_read_to_warm_them(
     bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """What was just written is in the page cache: to read gigabytes of it takes a lent machine's time."""
+    """What was just written is in the page cache: to read gigabytes of it takes time for nothing."""
     read: list[str] = []
     monkeypatch.setattr(bench, "warm", lambda path: read.append(path.name))
 

@@ -252,7 +252,7 @@ def test_another_rule_is_said(tmp_path: Path) -> None:
     planned = ckpt_ema.plan(run, tmp_path / "u.safetensors", init=tmp_path / "t.safetensors", momentum=0.2)
     assert any("momentum 0.1 per checkpoint, and goes on with another rule" in text for text in planned.warnings)
     planned = ckpt_ema.plan(run, tmp_path / "u.safetensors", init=tmp_path / "t.safetensors", skip_buffers=False)
-    assert any("was folded with `--skip-buffers`, and goes on without" in text for text in planned.warnings)
+    assert any("was made with `--skip-buffers`, and goes on without" in text for text in planned.warnings)
     planned = ckpt_ema.plan(run, tmp_path / "u.safetensors", init=tmp_path / "t.safetensors", buffers=["fc.*"])
     assert "`fc.bias` and 1 more: averaged in `t.safetensors`, copied from now on" in planned.warnings
     quiet_fold(run, tmp_path / "c.safetensors", momentum=0.1, until_step=300, buffers=["fc.*"])
@@ -274,13 +274,13 @@ def test_a_record_that_lies_is_no_traceback(tmp_path: Path, changed: dict[str, A
         ckpt_ema.plan(run, tmp_path / "u.safetensors", init=tmp_path / "t.safetensors")
 
 
-def online_run(run: Path, *, interval: int = 1, named: int = 0) -> dict[int, Path]:
-    """A checkpoint after each of eight steps, a snapshot of the online teacher beside some; it as it was at the end."""
+def online_run(run: Path, *, interval: int = 1, named: int = 0, **options: Any) -> dict[int, Path]:
+    """A checkpoint after each of thirteen steps, a snapshot of the online teacher beside each; it as it was at the end."""
     run.mkdir()
     student = torch.nn.Linear(3, 2)
-    teacher = ckpt_ema.MeanTeacher(student, momentum=0.3, interval=interval)
+    teacher = ckpt_ema.MeanTeacher(student, momentum=0.3, interval=interval, **options)
     found = {}
-    for step in range(1, 9):
+    for step in range(1, 14):
         with torch.no_grad():
             for parameter in student.parameters():
                 parameter.normal_()
@@ -301,18 +301,24 @@ def test_an_online_teacher_goes_on_by_its_own_rule_from_its_own_step(
     snapshots = online_run(run, interval=interval, named=named)
     report = quiet_fold(run, tmp_path / "on.safetensors", init=snapshots[begin])
     # With an interval, what lies between two updates has no share.
-    assert {item.step for item in report.plan.checkpoints} <= set(range(named + begin, named + 9))
+    assert {item.step for item in report.plan.checkpoints} <= set(range(named + begin, named + 14))
     assert not report.plan.warnings
     found, expected = load_file(report.output), load_file(run / "end.safetensors")
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor) if interval == 1 else torch.allclose(found[name], tensor), name
+    # In two parts: of the first one's record the phase of the interval is not that of its first checkpoint.
+    part = tmp_path / "part.safetensors"
+    quiet_fold(run, part, init=snapshots[begin], until_step=named + 8)
+    quiet_fold(run, part, init=part, overwrite=True)
+    for name, tensor in load_file(part).items():
+        assert torch.allclose(tensor, expected[name]), name
     with pytest.raises(CkptEmaError, match=r"nothing is newer than `teacher_step_\d+\.safetensors`, which is of step"):
-        ckpt_ema.plan(run, tmp_path / "t.safetensors", init=snapshots[8])
+        ckpt_ema.plan(run, tmp_path / "t.safetensors", init=snapshots[13])
     with pytest.raises(CkptEmaError, match="nothing up to step") as cut_off:
         ckpt_ema.plan(run, tmp_path / "t.safetensors", init=snapshots[begin], until_step=named + begin)
     assert cut_off.value.hint == f"pass `--until {named + begin + 1}`, or leave it away"
     asked = ckpt_ema.plan(run, tmp_path / "t.safetensors", init=snapshots[begin], momentum=0.1)
-    assert [item.step for item in asked.checkpoints] == list(range(named + begin + 1, named + 9))
+    assert [item.step for item in asked.checkpoints] == list(range(named + begin + 1, named + 14))
 
 
 def test_a_teacher_that_does_not_say_of_which_step_it_is_asks_what_to_fold(tmp_path: Path) -> None:
@@ -322,10 +328,63 @@ def test_a_teacher_that_does_not_say_of_which_step_it_is_asks_what_to_fold(tmp_p
     init = run / "end.safetensors"
     with pytest.raises(MisuseError, match=r"`end\.safetensors` does not say of which step it is") as caught:
         ckpt_ema.plan(run, output, init=init)
-    assert "--from STEP --momentum 0.3" in (caught.value.hint or "")
+    assert "--from STEP --momentum M" in (caught.value.hint or "")
     planned = ckpt_ema.plan(run, output, init=init, momentum=0.3)
-    assert len(planned.checkpoints) == 8
-    assert any("all 8 checkpoints are folded, also those that it has" in text for text in planned.notes)
-    planned = ckpt_ema.plan(run, output, init=init, momentum=0.3, from_step=7)
-    assert [item.step for item in planned.checkpoints] == [7, 8]
+    assert len(planned.checkpoints) == 13
+    assert any("all 13 are folded, also those that it has" in text for text in planned.notes)
+    planned = ckpt_ema.plan(run, output, init=init, momentum=0.3, from_step=12)
+    assert [item.step for item in planned.checkpoints] == [12, 13]
     assert not any("also those" in text for text in planned.notes)
+
+
+def test_what_differs_from_an_online_teachers_own_rule_is_taken_or_said(tmp_path: Path) -> None:
+    """What was asked for counts; whether buffers are averaged cannot be changed without a word."""
+    run, output = tmp_path / "run", tmp_path / "t.safetensors"
+    snapshots = online_run(run, interval=3, skip_buffers=False)
+    planned = ckpt_ema.plan(run, output, init=snapshots[4])
+    assert any("was made with `--no-skip-buffers`, and goes on without" in text for text in planned.warnings)
+    planned = ckpt_ema.plan(run, output, init=snapshots[4], interval=2, skip_buffers=False)
+    assert (planned.options.interval, planned.warnings) == (2, ())
+    planned = ckpt_ema.plan(run, output, init=snapshots[4], momentum=0.1, skip_buffers=False)
+    assert any("was made with momentum 0.3 per step, interval 3" in text for text in planned.warnings)
+
+
+def test_where_a_run_counts_in_another_unit_than_the_teacher_that_is_said(tmp_path: Path) -> None:
+    """Steps do not tell which epochs are in it."""
+    run = tmp_path / "run"
+    snapshots = online_run(run)
+    epochs = tmp_path / "epochs"
+    epochs.mkdir()
+    for epoch in (1, 2):
+        torch.save(torch.load(run / f"step_{epoch}.pt")["model"], epochs / f"epoch_{epoch}.pt")
+    planned = ckpt_ema.plan(epochs, tmp_path / "t.safetensors", init=snapshots[4], momentum=0.1)
+    assert any("all 2 are folded, also those that it has" in text for text in planned.notes)
+
+
+def test_checkpoints_that_come_to_count_otherwise_are_not_folded_again(tmp_path: Path) -> None:
+    """Six digits behind a date are a time until one of them is none."""
+    run, output = tmp_path / "run", tmp_path / "t.safetensors"
+    run.mkdir()
+    for step in (100000, 200000):
+        save_file(make_student(step), run / f"exp-20240130-{step}.safetensors")
+    quiet_fold(run, output, momentum=0.4)
+    save_file(make_student(300000), run / "exp-20240130-300000.safetensors")
+    planned = ckpt_ema.plan(run, tmp_path / "u.safetensors", init=output)
+    assert [item.name for item in planned.checkpoints] == ["exp-20240130-300000.safetensors"]
+    report = ckpt_ema.follow(run, output, momentum=0.4, idle_seconds=0.1, poll_seconds=0.01)
+    assert (report.num_folded, report.missed) == (1, ())
+
+
+@pytest.mark.parametrize("changed", [{"interval": value} for value in (None, 0, -1, "x", [1], 1 << 80)] + [{}])
+def test_an_online_record_that_lies_is_no_traceback(tmp_path: Path, changed: dict[str, Any]) -> None:
+    """It is an error with a message, or it does not matter."""
+    run = tmp_path / "run"
+    path = online_run(run, interval=2)[4]
+    record = record_of(path)
+    if not changed:
+        del record["interval"]
+    tensors = load_file(path)
+    save_file(tensors, path, {"ckpt_ema": json.dumps({**record, **changed})})
+    for options in ({}, {"momentum": 0.1, "per": "step"}, {"momentum": 0.1, "per": "step", "interval": 2}):
+        with contextlib.suppress(CkptEmaError):
+            ckpt_ema.plan(run, tmp_path / "t.safetensors", init=path, **options)

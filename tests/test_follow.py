@@ -90,6 +90,24 @@ def test_a_momentum_that_cannot_be_meant_is_told(tmp_path: Path, options: dict[s
     assert not said or any(said in line for line in lines)
 
 
+def test_a_name_that_counts_something_else_does_not_hide_what_is_missed(tmp_path: Path) -> None:
+    """Steps are inside, dates in the names: `--until 300` says nothing of these."""
+    run = tmp_path / "run"
+    run.mkdir()
+    for number, name in enumerate(("2024-01-30", "2024-02-10", "2024-03-05"), start=1):
+        torch.save({"model": make_student(number), "global_step": 100 * number}, run / f"{name}.pt")
+    os.truncate(run / "2024-02-10.pt", 1000)
+    report = ckpt_ema.follow(
+        run,
+        tmp_path / "t.safetensors",
+        momentum=0.1,
+        until_step=300,
+        poll_seconds=0.01,
+        patience_seconds=0.3,
+    )
+    assert report.missed == ("2024-02-10.pt",)
+
+
 def test_a_restart_beside_a_run_that_is_over(tmp_path: Path) -> None:
     """The trainer has removed what was folded: the teacher that is there is what comes of it, with or without more."""
     run, teacher = tmp_path / "run", tmp_path / "t.safetensors"

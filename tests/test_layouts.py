@@ -766,7 +766,7 @@ DATED = (
     "model_{:%Y%m%d_%H%M%S}.pt",
     "{:%Y-%m-%dT%H-%M-%S}.safetensors",
     "{:%y}th_try_{:%Y_%m_%d}.pth",
-    "model-{:%Y%m%d-%H%M}.ckpt",
+    "model-{:%Y-%m-%d-%H-%M}.ckpt",
     "{:%Y-%m-%d_%H.%M.%S}-run.pt",
     "net {:%Y.%m.%d %H:%M:%S}.pt",
     "{:%Y%m%dT%H%M%S}-v2.pt",
@@ -791,6 +791,21 @@ def test_dates_in_names_are_an_order(tmp_path: Path, pattern: str) -> None:
         torch.save(student, stepped / f"{path.stem}_step_{10 - number}.pt")
     plan = ckpt_ema.plan(stepped, momentum=MOMENTUM)
     assert [item.step for item in plan.checkpoints] == [7, 8, 9, 10]
+
+
+def test_a_bound_may_be_a_day(tmp_path: Path) -> None:
+    """It takes that day in, from its beginning and until its end."""
+    run = tmp_path / "run"
+    run.mkdir()
+    for number, day in enumerate(("2024-01-30_08-00-00", "2024-01-31_00-00-01", "2024-01-31_23-59-59", "2024-02-01")):
+        torch.save(STUDENTS[number], run / f"{day}.pt")
+
+    def days(**options: int) -> list[str]:
+        return [item.name[:10] for item in plan(run, **options).checkpoints]
+
+    assert days(until_step=20240131) == ["2024-01-30", "2024-01-31", "2024-01-31"]
+    assert days(from_step=20240131) == ["2024-01-31", "2024-01-31", "2024-02-01"]
+    assert days(from_step=202402) == ["2024-02-01"]
 
 
 def test_a_date_is_not_taken_for_a_step(tmp_path: Path) -> None:

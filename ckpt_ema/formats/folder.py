@@ -107,17 +107,23 @@ def has_weights(folder: Path) -> bool:
     return bool(_find_models(folder, check=False))
 
 
-def is_numbered_model(path: Path) -> bool:
-    """Whether `model_1000.pt` is a checkpoint by itself, and none of those that accelerate saves side by side."""
-    stem = WEIGHTS_SUFFIX.sub("", path.name)
-    match = MODEL_STEM.match(stem)
-    if match is None or match["number"] is None:
-        return False
-    suffix = path.name.removeprefix(stem)
-    if not (path.parent / f"{match['model']}{suffix}").exists():
-        return True
-    beside = [other.name.removesuffix(suffix) for other in path.parent.iterdir() if other.name.endswith(suffix)]
-    return suffix not in (".safetensors", ".bin") or stem not in _models_side_by_side(beside)
+def nameless_models(names: Collection[str]) -> set[str]:
+    """Those of a folder's files that say by their names that they are models, and not which ones.
+
+    `model_1000.pt` is a checkpoint by itself; what accelerate saves side by side, `model`, `model_1`, ..., is none.
+    """
+    stems: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        stem = WEIGHTS_SUFFIX.sub("", name)
+        if MODEL_STEM.match(stem):
+            stems[name.removeprefix(stem)].append(stem)
+    return {
+        stem + suffix
+        for suffix, found in stems.items()
+        for beside in [_models_side_by_side(found) if suffix in (".safetensors", ".bin") else set()]
+        for stem in found
+        if not stem[-1].isdigit() or stem in beside
+    }
 
 
 def _models_side_by_side(stems: Collection[str]) -> set[str]:

@@ -270,17 +270,18 @@ class MeanTeacher:
 
         A step that GradScaler skips is none, but for a fused optimizer, which is called and changes nothing: the
         teacher moves towards the same student once more then. Raises MisuseError for what is no optimizer of torch's,
-        nor a wrapper around one.
+        nor accelerate's wrapper around one.
         """
 
         def update(*_: object) -> None:
             self.update()
 
-        inner = optimizer
-        # accelerate's wrapper is an optimizer by its class alone; the one inside has the hooks.
-        while not hasattr(inner, "_optimizer_step_post_hooks") and hasattr(inner, "optimizer"):
-            inner = inner.optimizer
-        if not isinstance(inner, torch.optim.Optimizer):
+        inner: Any = optimizer
+        # accelerate's wrapper is an optimizer by its class alone; the one inside has the hooks. Others, such as
+        # DeepSpeed's, may step the one inside several times, or before the student is whole.
+        while isinstance(inner, torch.optim.Optimizer) and not hasattr(inner, "_optimizer_step_post_hooks"):
+            inner = getattr(inner, "optimizer", None)
+        if inner is None or not hasattr(inner, "_optimizer_step_post_hooks"):
             raise MisuseError(
                 f"a {type(optimizer).__name__} calls nothing after its steps", hint="call `teacher.update()` after each"
             )
