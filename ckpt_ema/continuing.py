@@ -145,7 +145,9 @@ class Beginning:
 
     def options_for(self, options: FoldOptions) -> tuple[FoldOptions, list[str], list[str]]:
         """`options`, with how the teacher was made where they say nothing of it; notes; warnings."""
-        is_asked = options.per is not None or options.momentum is not None or options.half_life is not None
+        # An online teacher is updated once every `interval` steps, too.
+        per = "step" if self.is_online else self.record.get("per")
+        is_asked = options.momentum is not None or options.half_life is not None or options.per not in (None, per)
         if not self.is_online and (self.record.get("made") != "fold" or not self.is_average):
             if self.is_average or is_asked:
                 return options, [], []
@@ -157,6 +159,11 @@ class Beginning:
                 hint="say what to fold, and with which momentum per checkpoint: `--from STEP --momentum M`; what"
                 " `teacher.save_snapshot(run, step)` writes knows its step",
             )
+        if self.is_online and self.record.get("start", "") is None and not is_asked:
+            raise CkptEmaError(
+                f"`{self.label}` is of before its first update, which copies the student",
+                hint="fold the checkpoints behind that, without `--init`",
+            )
         names = [name for name in ("momentum", "half_life") if self.record.get(name) is not None]
         made: dict[str, Any] = {name: self.record.get(name) for name in names}
         warnings = []
@@ -164,8 +171,6 @@ class Beginning:
             flag = "--no-skip-buffers" if options.skip_buffers else "--skip-buffers"
             warnings.append(f"`{self.label}` was made with `{flag}`, and goes on without")
         options = self._with_treatment(options)
-        # An online teacher is updated once every `interval` steps, too.
-        per = "step" if self.is_online else self.record.get("per")
         counting: dict[str, Any] = {"per": per, "interval": self.record.get("interval", 1)}
         if per == "step":
             counting |= {"between": self.record.get("between"), "steps_per_epoch": self.record.get("steps_per_epoch")}

@@ -54,11 +54,11 @@ NAME_PATTERNS: tuple[tuple[Unit, re.Pattern[str]], ...] = (
     (
         "step",
         re.compile(
-            r"(?:^|[^a-z])(?:global[_-]?steps?|steps?|iters?|iterations?|updates?|batch|ba)[-_=]?" + _NUMBER,
+            r"(?:^|[^a-z])(?:global[_-]?steps?|steps?|iters?|iterations?|updates?|batch|ba)[-_=.]?" + _NUMBER,
             re.IGNORECASE,
         ),
     ),
-    ("epoch", re.compile(r"(?:^|[^a-z\d])(?:epochs?|ep|e)[-_=]?" + _NUMBER, re.IGNORECASE)),
+    ("epoch", re.compile(r"(?:^|[^a-z\d])(?:epochs?|ep|e)[-_=.]?" + _NUMBER, re.IGNORECASE)),
     (
         "number",
         re.compile(r"^(?:checkpoint|ckpt|model|student|weights|net)[-_.]?" + _NUMBER + r"(?:$|[-_])", re.IGNORECASE),
@@ -78,6 +78,8 @@ DATE_PATTERNS = (
     # Without a time `20240130` may as well be a step.
     re.compile(r"(?<!\d)(?P<year>(?:19|20)\d\d)" + _MONTH_AND_DAY.format("") + _TIME),
 )
+# But not with another number behind it.
+_DAY_OF_RUN = re.compile(r"(?<!\d)(?:19|20)\d\d" + _MONTH_AND_DAY.format("") + r"(?=[-_]\d)")
 DATE_DIGITS = 14
 """Of a date: year, month, day, hour, minute and second, 0 where the name does not say."""
 
@@ -109,7 +111,7 @@ def steps_in_name(name: str) -> dict[Origin, int]:
     stem = _VERSION_SUFFIX.sub("", _PRECISION_SUFFIX.sub("", stem_of(name)))
     date = next((match for pattern in DATE_PATTERNS if (match := pattern.search(stem))), None)
     if date is None:
-        return _numbers_in(stem)
+        return _numbers_in(_DAY_OF_RUN.sub("", stem))
     parts = (int(date[part] or 0) for part in ("month", "day", "hour", "minute", "second"))
     moment = int(date["year"] + "".join(f"{part:02}" for part in parts))
     # Where there are numbers beside the date, these count; and a step behind a date may look like its time.

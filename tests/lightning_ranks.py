@@ -112,6 +112,8 @@ def main(folder: Path) -> None:
         second = fit(root, [callback], steps=6, is_distributed=is_distributed, path=path)
         assert callback.teacher is not None
         assert callback.teacher.num_updates == 6
+        # Of many processes on a machine each would have the whole teacher in host memory.
+        assert bool(callback.state_dict()["tensors"]) == (torch.distributed.get_rank() == 0)
         expected = teacher_of(first.seen + second.seen)
         assert_equal(whole(callback.teacher.tensors().items()), expected)
         assert_equal(second.validated[-1], expected)

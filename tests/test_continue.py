@@ -275,7 +275,7 @@ def test_a_record_that_lies_is_no_traceback(tmp_path: Path, changed: dict[str, A
 
 
 def online_run(run: Path, *, interval: int = 1, named: int = 0, **options: Any) -> dict[int, Path]:
-    """A checkpoint after each of thirteen steps, a snapshot of the online teacher beside each; it as it was at the end."""
+    """A checkpoint after each of thirteen steps, a snapshot of the online teacher beside each; it at the end."""
     run.mkdir()
     student = torch.nn.Linear(3, 2)
     teacher = ckpt_ema.MeanTeacher(student, momentum=0.3, interval=interval, **options)
@@ -306,6 +306,9 @@ def test_an_online_teacher_goes_on_by_its_own_rule_from_its_own_step(
     found, expected = load_file(report.output), load_file(run / "end.safetensors")
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor) if interval == 1 else torch.allclose(found[name], tensor), name
+    for told in ({"per": "step"}, {"per": "step", "between": "hold"}):  # what it is is no other rule
+        again = ckpt_ema.plan(run, tmp_path / "t.safetensors", init=snapshots[begin], **told)
+        assert (again.options.momentum, again.options.interval) == (0.3, interval)
     # In two parts: of the first one's record the phase of the interval is not that of its first checkpoint.
     part = tmp_path / "part.safetensors"
     quiet_fold(run, part, init=snapshots[begin], until_step=named + 8)
@@ -332,9 +335,39 @@ def test_a_teacher_that_does_not_say_of_which_step_it_is_asks_what_to_fold(tmp_p
     planned = ckpt_ema.plan(run, output, init=init, momentum=0.3)
     assert len(planned.checkpoints) == 13
     assert any("all 13 are folded, also those that it has" in text for text in planned.notes)
+    planned = ckpt_ema.plan(run, output, init=run / "teacher_step_5.safetensors", momentum=0.3, from_step=2)
+    assert [item.step for item in planned.checkpoints] == list(range(2, 14))
     planned = ckpt_ema.plan(run, output, init=init, momentum=0.3, from_step=12)
     assert [item.step for item in planned.checkpoints] == [12, 13]
     assert not any("also those" in text for text in planned.notes)
+
+
+def test_an_online_teacher_that_has_seen_nothing_is_not_gone_on_with(tmp_path: Path) -> None:
+    """Its first update copies the student; what it holds before is no average of anything."""
+    run = tmp_path / "run"
+    snapshots = online_run(run, interval=3)
+    with pytest.raises(CkptEmaError, match="is of before its first update, which copies the student"):
+        ckpt_ema.plan(run, tmp_path / "t.safetensors", init=snapshots[2])
+
+
+def test_what_was_left_out_on_purpose_and_is_not_newer_is_no_reason(tmp_path: Path) -> None:
+    """A copy, and an older checkpoint: the teacher has all that there is."""
+    run, output = tmp_path / "run", tmp_path / "t.safetensors"
+    save_students(run, 3)
+    save_file(make_student(2), run / "best.safetensors")
+    options: dict[str, Any] = {"exclude": ("best*", "step_100*")}
+    quiet_fold(run, output, momentum=0.25, **options)
+    with pytest.raises(CkptEmaError, match="it has every checkpoint, up to step 300"):
+        ckpt_ema.plan(run, tmp_path / "u.safetensors", init=output, **options)
+    with pytest.raises(CkptEmaError, match="nothing that is selected is newer") as caught:
+        ckpt_ema.plan(save_more(run), tmp_path / "u.safetensors", init=output, exclude=("best*", "step_400*"))
+    assert caught.value.hint == "leave `--exclude` away"
+
+
+def save_more(run: Path) -> Path:
+    """The same run with one checkpoint more."""
+    save_students(run, 4)
+    return run
 
 
 def test_what_differs_from_an_online_teachers_own_rule_is_taken_or_said(tmp_path: Path) -> None:

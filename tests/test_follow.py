@@ -108,6 +108,20 @@ def test_a_name_that_counts_something_else_does_not_hide_what_is_missed(tmp_path
     assert report.missed == ("2024-02-10.pt",)
 
 
+def test_what_is_lost_at_the_last_step_that_was_asked_for_is_missed(tmp_path: Path) -> None:
+    """And what is lost beyond it is not."""
+    run, stop = tmp_path / "run", threading.Event()
+    save(run, 1)
+    save(run, 2)
+    stop.set()
+    for step in (300, 400):
+        (run / f"step_{step}.safetensors").write_bytes(b"half")
+    report = ckpt_ema.follow(
+        run, tmp_path / "t.safetensors", momentum=0.1, until_step=300, poll_seconds=0.01, stop=stop
+    )
+    assert report.missed == ("step_300.safetensors",)
+
+
 def test_a_restart_beside_a_run_that_is_over(tmp_path: Path) -> None:
     """The trainer has removed what was folded: the teacher that is there is what comes of it, with or without more."""
     run, teacher = tmp_path / "run", tmp_path / "t.safetensors"

@@ -736,6 +736,7 @@ def test_a_listed_model_has_the_number_of_its_name_or_else_of_its_folder(tmp_pat
 NUMBERED = (
     "step_{}.pt",
     "step-{}.safetensors",
+    "step.{}.fp16.bin",
     "checkpoint-{}.pt",
     "checkpoint_{}.pth",
     "checkpoint{}.pt",
@@ -823,9 +824,12 @@ def test_a_date_of_the_run_is_no_date_of_the_checkpoints(tmp_path: Path) -> None
     """Steps that look like a time behind it are steps where one of them is none."""
     run = tmp_path / "run"
     run.mkdir()
-    for step, student in zip((900, 1000, 2000, 30000), STUDENTS, strict=True):
-        torch.save(student, run / f"run_2024-01-30_{step}.pt")
-    assert [item.step for item in plan(run).checkpoints] == [900, 1000, 2000, 30000]
+    for pattern in ("run_2024-01-30_{}.pt", "model_20240130_{}.pt", "iter2024.01.30_{}.bin"):
+        for step, student in zip((900, 1000, 2000, 30000), STUDENTS, strict=True):
+            torch.save(student, run / pattern.format(step))
+        assert [item.step for item in plan(run).checkpoints] == [900, 1000, 2000, 30000], pattern
+        for path in run.iterdir():
+            path.unlink()
 
 
 @pytest.mark.parametrize("pattern", NUMBERED)

@@ -369,6 +369,10 @@ def test_a_teacher_module_that_gained_or_lost_parameters_is_refused(student: Stu
     del module.late
     teacher.update()
     assert teacher.num_steps == 1
+    module.frozen = module.scale
+    with pytest.raises(CkptEmaError, match=r"`frozen` and `scale` of the teacher are tied now|`scale` and `frozen` of"):
+        teacher.update()
+    assert teacher.num_steps == 1
 
 
 def test_a_buffer_that_appears_is_refused_where_buffers_are_averaged(student: Student) -> None:

@@ -89,7 +89,15 @@ class Tracking:
             found = {key for key, tensor in table.items() if tensor is not None}
             if found != keys:
                 raise self._changed(path, sorted(found ^ keys))
+        held_by: dict[int, Slot] = {}
         for slot in self.averaged:
+            other = held_by.setdefault(id(slot.tensor), slot)
+            if other is not slot:
+                raise CkptEmaError(
+                    f"`{other.name}` and `{slot.name}` of the {self.whose} are tied now, and were not when the teacher"
+                    " was made",
+                    hint="make a new MeanTeacher after changing the model",
+                )
             if len(slot.places) > 1 and len({id(table[key]) for table, key in slot.places}) > 1:
                 held = [table[key] for table, key in slot.places]
                 if len({_identity(tensor) for tensor in held if tensor is not None}) > 1:
