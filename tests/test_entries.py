@@ -190,3 +190,16 @@ def test_sparse_tensors_are_refused_in_every_layout(
     folder.mkdir()
     write(folder, {"odd.weight": torch.eye(3)})
     quiet_fold(tmp_path, tmp_path / "t.safetensors")
+
+
+def test_an_entry_that_is_no_tensor_does_not_vouch_for_the_index(tmp_path: Path) -> None:
+    """What the index places in a shard, and is nowhere, is still missing."""
+    folder = tmp_path / "checkpoint-1"
+    folder.mkdir()
+    write_shards(folder, {"prior": np.ones(2)})
+    index = folder / "pytorch_model.bin.index.json"
+    table = json.loads(index.read_text())
+    table["weight_map"]["head.weight"] = next(iter(table["weight_map"].values()))
+    index.write_text(json.dumps(table))
+    with pytest.raises(CkptEmaError, match=r"holds `head\.weight`, which it does not"):
+        ckpt_ema.plan(folder, tmp_path / "t")

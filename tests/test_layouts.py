@@ -714,6 +714,19 @@ def test_numbered_models_are_checkpoints_whatever_lies_beside_them(
             assert len(again.plan.checkpoints) == len(plan.checkpoints)
 
 
+def test_models_with_gaps_between_their_numbers_are_no_models_of_one_save(tmp_path: Path) -> None:
+    """accelerate counts from 1 without one; by steps or epochs nobody counts so."""
+    run = tmp_path / "run"
+    run.mkdir()
+    for name, student in zip(("model", "model_1", "model_2", "model_4"), STUDENTS, strict=True):
+        save_file(student, run / f"{name}.safetensors")
+    planned = plan(run)
+    assert [item.step for item in planned.checkpoints] == [1, 2, 4]
+    assert ("model.safetensors", "the final model, without a step of its own") in planned.left_out
+    (run / "model_4.safetensors").unlink()
+    assert "--state" in (refusal_of(run).hint or "")
+
+
 def test_a_listed_model_has_the_number_of_its_name_or_else_of_its_folder(tmp_path: Path) -> None:
     """accelerate's `model_1` is the second model of a save; `model_300` beside nothing is that of step 300."""
     paths = []
@@ -751,6 +764,7 @@ NUMBERED = (
     "net_g_{}.pth",
     "{}.pt",
     "resnet50_{}.pth",
+    "net_g_{}.int8.pth",
     "vit_b_16-epoch-{}.pt",
     "global_step{}.pt",
     "step_{}_loss_0.25.pt",
