@@ -25,7 +25,7 @@ from ckpt_ema.planning import find_run
 from ckpt_ema.profiles import what_is_inverted
 from ckpt_ema.records import FoldOptions, FoldReport, PathLike
 from ckpt_ema.runs import STEPLESS_COPY, Checkpoint, Run
-from ckpt_ema.steps import steps_in_name
+from ckpt_ema.steps import numbers_in_name
 
 POLL_SECONDS = 1.0
 """Between two looks at the run; a checkpoint is folded when it was the same in both."""
@@ -252,7 +252,7 @@ class _Follower:
             if now - self.waiting[path].since >= self.patience_seconds and found.checkpoints:
                 self._give_up(path, f"cannot be read: {reason}")
                 continue
-            held_up.append(_numbers_in_name(path))
+            held_up.append(numbers_in_name(path.name))
         ready = []
         for item in found.checkpoints:
             is_settled = now - self.waiting[item.path].since >= self.poll_seconds
@@ -410,7 +410,7 @@ class _Follower:
         """Whether a checkpoint is by its name of a step that was not asked for."""
         until = self.options.until_step
         # Of what the run counts: steps may be inside, and names have dates or images.
-        step = _numbers_in_name(path).get(self.last_unit or "")
+        step = numbers_in_name(path.name).get(self.last_unit or "")
         return until is not None and step is not None and step > until
 
     def _is_complete(self) -> bool:
@@ -422,11 +422,6 @@ class _Follower:
         if self.target is None and not self.is_seen:
             last = self.earlier_step
         return (last is not None and last >= until) or (self.has_passed and not self.waiting)
-
-
-def _numbers_in_name(path: Path) -> dict[str, int]:
-    """By what they count."""
-    return {unit: number for (_, unit), number in steps_in_name(path.name).items()}
 
 
 def _may_precede(numbers: Mapping[str, int], item: Checkpoint) -> bool:

@@ -22,18 +22,12 @@ from ckpt_ema.layouts import Layout, SchemaPool, compact_layout
 from ckpt_ema.locations import as_path
 from ckpt_ema.model_buffers import read_model_buffers
 from ckpt_ema.outputs import resolve_outputs
-from ckpt_ema.profiles import (
-    Profile,
-    coefficients_of,
-    momentum_for_first_share,
-    step_updates,
-    what_is_inverted,
-)
+from ckpt_ema.profiles import Profile, coefficients_of, momentum_for_first_share, step_updates, what_is_inverted
 from ckpt_ema.provenance import printable
 from ckpt_ema.records import FoldedCheckpoint, FoldOptions, FoldPlan, PathLike, PlannedTeacher, ReconstructOptions
 from ckpt_ema.responses import half_life_of
 from ckpt_ema.runs import NOT_SELECTED, Checkpoint, Run, Selection, find_checkpoints
-from ckpt_ema.steps import is_copy_name, steps_in_name
+from ckpt_ema.steps import is_copy_name, numbers_in_name
 from ckpt_ema.students import NUMPY_ARRAY, choose_student, is_flat
 
 
@@ -73,7 +67,7 @@ def _cut_off(found: Run, wanted: FoldOptions, beginning: Beginning) -> NoCheckpo
     if last_step is None:
         return None
     inside = {past.name for past in beginning.past}
-    steps = {name: _step_by_name(name, unit) for name, _ in found.left_out if printable(name) not in inside}
+    steps = {name: numbers_in_name(name).get(unit) for name, _ in found.left_out if printable(name) not in inside}
     # Where its step was read, what has no number in its name may be newer as well.
     maybe = {name for name, step in steps.items() if step is None or step > last_step}
     late = [name for name, why in found.left_out if name in maybe and why == f"after {unit} {wanted.until_step}"]
@@ -94,10 +88,6 @@ def _cut_off(found: Run, wanted: FoldOptions, beginning: Beginning) -> NoCheckpo
         details=[f"{name}: {why}" for name, why in found.left_out if name in (late or unselected)],
         hint=hint,
     )
-
-
-def _step_by_name(name: str, unit: str) -> int | None:
-    return next((number for (_, counted), number in steps_in_name(name).items() if counted == unit), None)
 
 
 def _as_paths(run: PathLike | Sequence[PathLike]) -> list[Path]:

@@ -316,17 +316,20 @@ def _hint_to_fold_average(contents: Contents) -> str:
 
 
 def _is_one_checkpoint(folder: Path) -> bool:
-    return is_sharded(folder) or (
-        has_weights(folder)
-        and not _has_numbered_files(folder)
-        and not any(_is_checkpoint_folder(child) for child in _children(folder))
+    if is_sharded(folder):
+        return True
+    if not has_weights(folder):
+        return False
+    children = _children(folder)
+    return (
+        not _has_numbered_files(children)
+        and not any(map(_is_checkpoint_folder, children))
         and find_numbered_below(folder) is None
     )
 
 
-def _has_numbered_files(folder: Path) -> bool:
-    """Whether files of a series lie here: `step_100.pt`, but not accelerate's `model_1.safetensors`."""
-    children = _children(folder)
+def _has_numbered_files(children: Sequence[Path]) -> bool:
+    """Whether files of a series are among these: `step_100.pt`, but not accelerate's `model_1.safetensors`."""
     nameless = nameless_models([path.name for path in children])
     return any(
         steps_in_name(path.name) and path.name not in nameless and path.is_file()
@@ -374,7 +377,7 @@ def _children(folder: Path) -> list[Path]:
 def _is_checkpoint_folder(path: Path) -> bool:
     if not path.is_dir() or path.name.startswith("tmp"):
         return False
-    if has_weights(path) and not _has_numbered_files(path):
+    if has_weights(path) and not _has_numbered_files(_children(path)):
         return True
     if is_sharded(path):
         return not NEVER_STUDENTS.match(path.name)  # accelerate's `optimizer_0`
@@ -396,7 +399,7 @@ def _is_candidate(path: Path) -> bool:
 def _candidates_of(directory: Path) -> list[Path]:
     children = _children(directory)
     found = [path for path in children if _is_candidate(path)]
-    if any(path.is_dir() for path in found) or _has_numbered_files(directory):
+    if any(path.is_dir() for path in found) or _has_numbered_files(children):
         # Trainers put the final model beside the checkpoints; it has no step, and is the last one again.
         nameless = nameless_models([path.name for path in children])
         found = [path for path in found if path.is_dir() or path.name not in nameless]

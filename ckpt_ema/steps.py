@@ -129,6 +129,11 @@ def _numbers_in(stem: str) -> dict[Origin, int]:
     return found
 
 
+def numbers_in_name(name: str) -> dict[str, int]:
+    """The same by what they count alone: `step`, `epoch`, `date`, `number`."""
+    return {unit: number for (_, unit), number in steps_in_name(name).items()}
+
+
 def step_of_average(name: str) -> int | None:
     """The step in the name of an average as EDM2 and ema-pytorch give them; None for another name."""
     match = EDM2_NAME.match(stem_of(name)) or _EMA_PYTORCH_NAME.match(stem_of(name))

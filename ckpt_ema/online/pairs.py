@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 
 from ckpt_ema.errors import CkptEmaError
-from ckpt_ema.online.tracking import Slot, Tracking, is_sharded, local_part
+from ckpt_ema.online.tracking import BEGIN_ANEW, Slot, Tracking, is_sharded, local_part
 
 
 class Pair:
@@ -116,7 +116,7 @@ def check_shape(teacher: torch.Tensor, student: torch.Tensor, name: str) -> None
     if teacher.shape != student.shape:
         raise CkptEmaError(
             f"`{name}` has shape {list(student.shape)}, the teacher's {list(teacher.shape)}",
-            hint="make a new MeanTeacher after changing the model",
+            hint=BEGIN_ANEW,
         )
 
 

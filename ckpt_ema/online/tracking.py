@@ -19,6 +19,9 @@ WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
 
 Table = dict[str, torch.Tensor | None]
 
+BEGIN_ANEW = "make a new MeanTeacher after changing the model"
+"""What to do where student or teacher are no longer what was looked through."""
+
 Whose = Literal["student", "teacher"]
 
 
@@ -43,9 +46,7 @@ class Slot:
         table, key = self.places[0]
         tensor = table.get(key)
         if tensor is None:
-            raise CkptEmaError(
-                f"`{self.name}` is no longer in the model", hint="make a new MeanTeacher after changing the model"
-            )
+            raise CkptEmaError(f"`{self.name}` is no longer in the model", hint=BEGIN_ANEW)
         return tensor
 
     @property
@@ -96,7 +97,7 @@ class Tracking:
                 raise CkptEmaError(
                     f"`{other.name}` and `{slot.name}` of the {self.whose} are tied now, and were not when the teacher"
                     " was made",
-                    hint="make a new MeanTeacher after changing the model",
+                    hint=BEGIN_ANEW,
                 )
             if len(slot.places) > 1 and len({id(table[key]) for table, key in slot.places}) > 1:
                 held = [table[key] for table, key in slot.places]
@@ -104,7 +105,7 @@ class Tracking:
                     raise CkptEmaError(
                         f"{' and '.join(f'`{name}`' for name in slot.names)} of the {self.whose} were tied when the"
                         " teacher was made, and are not any more",
-                        hint="make a new MeanTeacher after changing the model",
+                        hint=BEGIN_ANEW,
                     )
 
     def reshard(self) -> None:
@@ -115,7 +116,7 @@ class Tracking:
         names = ", ".join(f"`{path}.{key}`" if path else f"`{key}`" for key in keys)
         return CkptEmaError(
             f"the {self.whose} has changed: {names} came, went or was replaced",
-            hint="make a new MeanTeacher after changing the model",
+            hint=BEGIN_ANEW,
         )
 
 
