@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -145,6 +146,29 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         yield folder
     finally:
         subprocess.run(["umount", str(folder)], check=True)
+
+
+def fit_lightning(
+    module: Any, loader: Any, root: Path, callbacks: list[Any], *, steps: int, path: Path | None = None, **settings: Any
+) -> None:
+    """Train in a real Trainer of Lightning's, with a validation batch after every two steps."""
+    import lightning
+
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    trainer = lightning.Trainer(
+        default_root_dir=root,
+        accelerator="cpu",
+        max_steps=steps,
+        callbacks=callbacks,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        val_check_interval=2,
+        limit_val_batches=1,
+        num_sanity_val_steps=0,
+        **settings,
+    )
+    trainer.fit(module, loader, loader, ckpt_path=path)
 
 
 def start_ranks(worker: str, count: int, folder: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from safetensors.torch import load_file
 
 import ckpt_ema
 from ckpt_ema import CkptEmaError, MisuseError
-from tests.conftest import StateDict, assert_same_bits, hook_teacher, quiet_fold, start_ranks
+from tests.conftest import StateDict, assert_same_bits, fit_lightning, hook_teacher, quiet_fold, start_ranks
 from tests.test_frameworks import (
     _calm,  # noqa: F401  (a fixture for every test here as well)
     bert,
@@ -201,29 +200,10 @@ def lightning_pair(seen: list[StateDict], validated: list[StateDict], *, fail_at
     return Watched()
 
 
-def fit_lightning(
-    module: Any, root: Path, callbacks: list[Any], *, steps: int, path: Path | None = None, **settings: Any
-) -> None:
-    """Train with a validation batch after every two steps."""
-    import lightning
-
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+def labelled_batches() -> Any:
+    """What the tiny net is trained with and validated on."""
     samples = torch.utils.data.TensorDataset(torch.randn(16, 6), torch.arange(16) % 2)
-    loader = torch.utils.data.DataLoader(samples, batch_size=4)
-    trainer = lightning.Trainer(
-        default_root_dir=root,
-        accelerator="cpu",
-        max_steps=steps,
-        callbacks=callbacks,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        val_check_interval=2,
-        limit_val_batches=1,
-        num_sanity_val_steps=0,
-        **settings,
-    )
-    trainer.fit(module, loader, loader, ckpt_path=path)
+    return torch.utils.data.DataLoader(samples, batch_size=4)
 
 
 def teacher_of(students: list[StateDict]) -> StateDict:
@@ -243,7 +223,7 @@ def test_lightning_validates_with_the_teacher_and_trains_the_student(tmp_path: P
     callback = MeanTeacherCallback(momentum=MOMENTUM)
     run = tmp_path / "run"
     saver = ModelCheckpoint(run, save_top_k=-1, every_n_train_steps=2)
-    fit_lightning(lightning_pair(seen, validated), tmp_path, [callback, saver], steps=6)
+    fit_lightning(lightning_pair(seen, validated), labelled_batches(), tmp_path, [callback, saver], steps=6)
     assert len(seen) == 6
     assert len(validated) == 3
     for number, held in enumerate(validated, start=1):
@@ -268,7 +248,9 @@ def test_lightning_resumes_and_counts_optimizer_steps(tmp_path: Path) -> None:
     saver = ModelCheckpoint(run, save_top_k=-1, every_n_train_steps=1)
     first = MeanTeacherCallback(momentum=MOMENTUM)
     seen: list[StateDict] = []
-    fit_lightning(lightning_pair(seen, []), tmp_path, [first, saver], steps=3, accumulate_grad_batches=2)
+    fit_lightning(
+        lightning_pair(seen, []), labelled_batches(), tmp_path, [first, saver], steps=3, accumulate_grad_batches=2
+    )
     assert first.teacher is not None
     assert first.teacher.num_steps == 3
     students = seen[1::2][:3]
@@ -276,7 +258,9 @@ def test_lightning_resumes_and_counts_optimizer_steps(tmp_path: Path) -> None:
     resumed = MeanTeacherCallback(momentum=MOMENTUM)
     more: list[StateDict] = []
     last = max(run.glob("*.ckpt"), key=lambda path: torch.load(path, weights_only=False)["global_step"])
-    fit_lightning(lightning_pair(more, []), tmp_path, [resumed], steps=5, path=last, accumulate_grad_batches=2)
+    fit_lightning(
+        lightning_pair(more, []), labelled_batches(), tmp_path, [resumed], steps=5, path=last, accumulate_grad_batches=2
+    )
     assert resumed.teacher is not None
     assert resumed.teacher.num_steps == 5
     steps = [
@@ -296,7 +280,9 @@ def test_lightning_tests_with_the_teacher_of_the_checkpoint(tmp_path: Path) -> N
     seen: list[StateDict] = []
     run = tmp_path / "run"
     saver = ModelCheckpoint(run, save_top_k=-1, every_n_train_steps=2)
-    fit_lightning(lightning_pair(seen, []), tmp_path, [MeanTeacherCallback(momentum=MOMENTUM), saver], steps=6)
+    fit_lightning(
+        lightning_pair(seen, []), labelled_batches(), tmp_path, [MeanTeacherCallback(momentum=MOMENTUM), saver], steps=6
+    )
     early = next(path for path in run.glob("*.ckpt") if torch.load(path, weights_only=False)["global_step"] == 4)
     samples = torch.utils.data.TensorDataset(torch.randn(4, 6), torch.arange(4) % 2)
     for validate, expected in ((True, teacher_of(seen[:4])), (False, seen[3])):
@@ -322,7 +308,7 @@ def test_lightning_gives_the_student_back_when_validation_fails(tmp_path: Path) 
     module = lightning_pair(seen, [], fail_at=2)
     callback = MeanTeacherCallback(momentum=MOMENTUM)
     with pytest.raises(ZeroDivisionError):
-        fit_lightning(module, tmp_path, [callback], steps=6)
+        fit_lightning(module, labelled_batches(), tmp_path, [callback], steps=6)
     assert_same_bits(bits_of(dict(module.named_parameters())), seen[-1])
     assert callback.teacher is not None
     assert_same_bits(callback.teacher.tensors(), teacher_of(seen))
