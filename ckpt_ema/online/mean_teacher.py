@@ -281,7 +281,7 @@ class MeanTeacher:
         # DeepSpeed's, may step the one inside several times, or before the student is whole.
         while isinstance(inner, torch.optim.Optimizer) and not hasattr(inner, "_optimizer_step_post_hooks"):
             inner = getattr(inner, "optimizer", None)
-        if inner is None or not hasattr(inner, "_optimizer_step_post_hooks"):
+        if not hasattr(inner, "_optimizer_step_post_hooks"):
             raise MisuseError(
                 f"a {type(optimizer).__name__} calls nothing after its steps", hint="call `teacher.update()` after each"
             )
