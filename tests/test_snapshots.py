@@ -375,12 +375,12 @@ def test_a_resumed_run_writes_what_an_undisturbed_one_does(tmp_path: Path, stop:
             if through == "torch.save":
                 torch.save(teacher.state_dict(), tmp_path / "state")
             else:
-                write_state(tmp_path / "state", teacher.state_dict())
+                write_state(tmp_path / "state", teacher.state_dict(), student)
     student = make_student()
     resumed = MeanTeacher(student, snapshots=Snapshots(tmp_path / "resumed", **settings))
     student.load_state_dict(weights)
     loaded = torch.load(tmp_path / "state", weights_only=True) if through == "torch.save" else None
-    resumed.load_state_dict(read_state(tmp_path / "state") if loaded is None else loaded)
+    resumed.load_state_dict(read_state(tmp_path / "state", student) if loaded is None else loaded)
     for _ in walk(student, 48 - stop, first=stop + 1):
         resumed.update()
     for path in (tmp_path / "whole").iterdir():

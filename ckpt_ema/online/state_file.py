@@ -1,11 +1,13 @@
 """The state of a MeanTeacher in a file of its own, for frameworks whose checkpoints are folders.
 
-A safetensors file: the tensors in the teacher's own dtype, all else in its metadata. Nothing in it can run.
+A safetensors file: the tensors in the teacher's own dtype, all else in its metadata. Nothing in it can run. It says
+which student it was saved with: such a framework does not tell a callback from which folder training resumes.
 """
 
 from __future__ import annotations
 
 import json
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +16,21 @@ import torch
 from ckpt_ema._version import __version__
 from ckpt_ema.byte_ranges import open_input, read_exactly
 from ckpt_ema.engine.buffers import torch_dtype
-from ckpt_ema.errors import UnreadableCheckpointError
+from ckpt_ema.errors import CkptEmaError, UnreadableCheckpointError
 from ckpt_ema.formats.contents import PROVENANCE_KEY
 from ckpt_ema.formats.safetensors import read_safetensors
 from ckpt_ema.online.teacher_file import dtype_of, write_tensors
 from ckpt_ema.profiles import RULE
 
 STATE_KEY = "ckpt_ema_state"
+STUDENT_KEY = "student_checksum"
 SAMPLE_NAME = "increments:sample"
+CHECKED_ELEMENTS = 64
 
 
-def write_state(path: Path, state: dict[str, Any]) -> None:
-    """Write what `MeanTeacher.state_dict()` returned; the file appears whole or not at all."""
-    rest, found = _taken_apart(state)
+def write_state(path: Path, state: dict[str, Any], student: torch.nn.Module) -> None:
+    """Write what `MeanTeacher.state_dict()` returned beside `student`; the file appears whole or not at all."""
+    rest, found = _taken_apart({**state, STUDENT_KEY: _checksum(student)})
     tensors = {name: (tensor, dtype_of(name, tensor)) for name, tensor in found.items()}
     # Known as a teacher's, so that nobody folds it for a student.
     record = {
@@ -41,15 +45,24 @@ def write_state(path: Path, state: dict[str, Any]) -> None:
     write_tensors(path, tensors, metadata, overwrite=True)
 
 
-def read_state(path: Path) -> dict[str, Any]:
-    """What `write_state` wrote; raises UnreadableCheckpointError for any other file."""
+def read_state(path: Path, student: torch.nn.Module) -> dict[str, Any]:
+    """What `write_state` wrote.
+
+    Raises UnreadableCheckpointError for any other file, and CkptEmaError where `student` is not the one of then.
+    """
     stored = read_safetensors(path)
     try:
         state = json.loads(stored.metadata[STATE_KEY])
+        checksum = state.pop(STUDENT_KEY)
     except (KeyError, ValueError) as error:
         raise UnreadableCheckpointError(
             f"`{path}` holds no state of a MeanTeacher", hint="pass a file that the callback wrote"
         ) from error
+    if checksum != _checksum(student):
+        raise CkptEmaError(
+            f"`{path}` is the teacher of another student than the one that training resumes with",
+            hint="pass resume_from=PATH to the callback, with the checkpoint's folder",
+        )
     file = open_input(path)
     try:
         tensors = {}
@@ -61,6 +74,15 @@ def read_state(path: Path) -> dict[str, Any]:
     finally:
         file.close()
     return _put_together(state, tensors)
+
+
+def _checksum(student: torch.nn.Module) -> int:
+    """Of the first numbers of every parameter: enough to tell two students apart."""
+    checksum = 0
+    for parameter in student.parameters():
+        head = parameter.detach().reshape(-1)[:CHECKED_ELEMENTS].cpu()
+        checksum = zlib.crc32(bytes(head.view(torch.uint8).tolist()), checksum)
+    return checksum
 
 
 def _taken_apart(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
