@@ -619,7 +619,7 @@ def follow(run: str, output: str | None, quiet: bool, **options: Any) -> None:
     from datetime import datetime  # noqa: PLC0415
 
     def tell(text: str) -> None:
-        if not quiet or text.startswith(("Warning", "missed")):
+        if not quiet or text.startswith(("Warning: ", "missed ")):
             _tell(f"{datetime.now():%H:%M:%S} {text}")
 
     with contextlib.redirect_stdout(sys.stderr), _first_signal_sets() as stop:

@@ -88,7 +88,9 @@ def follow(
     Ends when `stop` is set, after a last look; once `until_step` is folded, or passed by the run; after `idle_seconds`
     in which nothing was folded and no checkpoint written to; else never. A checkpoint counts as finished when it can be
     read and was the same in two looks, `poll_seconds` apart. Of older ones that cannot be read the newer ones wait for
-    `patience_seconds` after the last write to them. `tell` gets a line for whatever happens.
+    `patience_seconds` after the last write to them. `tell` gets a line for whatever happens, which begins with
+    "Warning: " or "missed " where somebody should look. A fold that fails for a reason that may pass, such as a full
+    disk, is tried again at every look until following ends.
 
     Raises CkptEmaError as `fold` does, and the teacher is that of the last fold then; NoCheckpointError where there is
     none at the end. What was missed is in the report, and no error.
@@ -168,6 +170,9 @@ class _Follower:
     is_seen: bool = False
     """Whether the last look found a checkpoint that can be read and is not done."""
 
+    failure: str | None = None
+    """What the last fold failed for that may pass; told once."""
+
     def run(self, stop: threading.Event, idle_seconds: float | None) -> FollowReport:
         since = time.monotonic()
         self._look_for_earlier()
@@ -215,7 +220,7 @@ class _Follower:
         if self.target is None:
             self._choose_target(found, ready[-1])
             ready = [item for item in ready if item.path not in self.done]
-        return bool(ready) and self._fold(ready)
+        return bool(ready) and self._fold(ready, is_last=is_last)
 
     def _list(self) -> Run | None:
         # A trainer may write every checkpoint under the same name.
@@ -331,9 +336,9 @@ class _Follower:
         inverted = what_is_inverted(momentum, "`--momentum {:g}`")
         num_checkpoints = math.log(0.5) / math.log1p(-momentum)
         if inverted:
-            self.tell(inverted)
+            self._warn(inverted)
         elif num_checkpoints > MANY_CHECKPOINTS:
-            self.tell(
+            self._warn(
                 f"momentum {momentum:g} works once per checkpoint here, not once per training step: half of the first"
                 f" one is left after {num_checkpoints:,.0f} more; `--per step` makes it work as in training"
             )
@@ -345,15 +350,18 @@ class _Follower:
             return None
         return read_beginning(replace(self.options, init=self.target))
 
-    def _fold(self, ready: Sequence[Checkpoint]) -> bool:
-        """Fold `ready` onto the teacher; False where one of them changed or vanished, and the next look tells more."""
+    def _fold(self, ready: Sequence[Checkpoint], *, is_last: bool) -> bool:
+        """Fold `ready` onto the teacher; False where one of them changed or vanished, and the next look tells more.
+
+        False as well where it failed for a reason that may pass, unless this was the last look.
+        """
         assert self.target is not None
         paths = [item.path for item in ready]
         if self.options.per_step and self.options.between != "hold" and self.last_step is not None:
             if self.last_path is not None and self.last_path in self.done and self.last_path.exists():
                 paths.insert(0, self.last_path)
             else:
-                self.tell(f"the checkpoint of step {self.last_step} is gone: no straight line can begin there")
+                self._warn(f"the checkpoint of step {self.last_step} is gone: no straight line can begin there")
         before = {path: _signature_below(path) for path in paths}
         init = self.target if self._beginning() is not None else None
         if init is None and self.last_step is not None:
@@ -371,14 +379,19 @@ class _Follower:
             for item in ready:
                 self.waiting.pop(item.path, None)
             return False
-        except CkptEmaError:
-            if all(_signature_below(path) == signature for path, signature in before.items()):
+        except CkptEmaError as error:
+            is_same = all(_signature_below(path) == signature for path, signature in before.items())
+            if is_same and (is_last or not error.may_pass):
                 raise
+            if is_same and error.message != self.failure:
+                self.failure = error.message
+                self._warn(f"{error.message}; it is tried again at every look")
             return False
+        self.failure = None
         if self.last is None:
             for text in report.plan.warnings:
                 if "was rounded" in text:
-                    self.tell(f"Warning: {text}")
+                    self._warn(text)
         self.last = report
         self.num_folded += len(ready)
         self.last_step, self.last_unit, self.last_path = ready[-1].step, ready[-1].unit, ready[-1].path
@@ -390,6 +403,9 @@ class _Follower:
         count = len(inside | {(item.name, item.step) for item in report.plan.checkpoints})
         self.tell(f"{_first_to_last(ready)} folded in {report.seconds:.1f} s: {count} checkpoints in {self.target}")
         return True
+
+    def _warn(self, text: str) -> None:
+        self.tell(f"Warning: {text}")
 
     def _give_up(self, path: Path, why: str) -> None:
         self._miss(path, why)

@@ -9,7 +9,7 @@ import stat
 from collections.abc import Generator, Hashable, Sequence
 from pathlib import Path, PosixPath
 
-from ckpt_ema.errors import MisuseError
+from ckpt_ema.errors import MisuseError, UnreadableCheckpointError
 from ckpt_ema.remote_store import URL, find_entry, list_folder, read_range
 
 LOCAL_SCHEMES = ("file", "local")
@@ -85,6 +85,19 @@ def as_path(given: str | os.PathLike[str]) -> Path:
     if VERSION.search(rest):
         raise MisuseError(f"`{text}` asks for a version of an object, and only the newest are read")
     return RemotePath(f"{scheme}://{rest}")
+
+
+def children_of(folder: Path) -> list[Path]:
+    """What lies in `folder`, by name: nothing where a trainer has removed it since it was seen.
+
+    Raises UnreadableCheckpointError where it cannot be listed.
+    """
+    try:
+        return sorted(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise UnreadableCheckpointError(f"cannot list `{folder}`: {error.strerror}") from error
 
 
 def identity_of(path: Path) -> Hashable:

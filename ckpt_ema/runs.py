@@ -20,7 +20,7 @@ from ckpt_ema.formats.deepspeed import folder_of_latest
 from ckpt_ema.formats.folder import MODEL_STEM, NEVER_STUDENTS, has_weights, is_sharded, nameless_models
 from ckpt_ema.layouts import Layout, SchemaPool, compact_layout
 from ckpt_ema.learning_rates import learning_rates_of
-from ckpt_ema.locations import common_folder, identity_of, name_within
+from ckpt_ema.locations import children_of, common_folder, identity_of, name_within
 from ckpt_ema.steps import (
     DATE_DIGITS,
     EDM2_NAME,
@@ -366,12 +366,7 @@ def _has_series_name(path: Path) -> bool:
 
 
 def _children(folder: Path) -> list[Path]:
-    try:
-        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    except FileNotFoundError:  # removed since it was seen
-        return []
-    except OSError as error:
-        raise CkptEmaError(f"cannot list `{folder}`: {error.strerror}") from error
+    return [path for path in children_of(folder) if not path.name.startswith(".")]
 
 
 def _is_checkpoint_folder(path: Path) -> bool:
@@ -634,7 +629,10 @@ def _read_list(paths: Sequence[Path], selection: Selection) -> tuple[Path, _List
                 f"`{path}` is a run directory among {len(paths)} arguments",
                 hint="pass one run directory, or checkpoints in the order they are to be folded",
             )
-        original = seen.setdefault(identity_of(path), path)
+        try:
+            original = seen.setdefault(identity_of(path), path)
+        except OSError as error:  # a trainer has removed it since it was seen
+            raise UnreadableCheckpointError(f"cannot read `{path}`: {error.strerror}") from error
         if original is not path:
             listing.left_out.append((path.name, f"another name of `{original.name}`"))
         elif not _is_wanted(path, selection):

@@ -86,7 +86,7 @@ def test_a_momentum_that_cannot_be_meant_is_told(tmp_path: Path, options: dict[s
     lines: list[str] = []
     for _ in range(2):
         ckpt_ema.follow(run, teacher, until_step=200, poll_seconds=0.01, tell=lines.append, **options)
-    assert sum(line.startswith("momentum ") for line in lines) == bool(said)
+    assert sum(line.startswith("Warning: ") for line in lines) == bool(said)
     assert not said or any(said in line for line in lines)
 
 
@@ -654,3 +654,82 @@ def test_a_teacher_is_readable_at_every_moment(tmp_path: Path) -> None:
     assert counts == sorted(counts)
     assert set(counts) <= {number * 10 for number in range(1, 8)}
     shutil.rmtree(run)
+
+
+ROTATING_TRAINER = """
+import os, shutil, sys, time
+from pathlib import Path
+import torch
+from safetensors.torch import save_file
+run, end = Path(sys.argv[1]), time.monotonic() + float(sys.argv[2])
+number = 0
+while time.monotonic() < end:
+    number += 1
+    for name, others in ((f"checkpoint-{number}", ["config.json"]), (f"step_{number}.safetensors", [])):
+        if name.endswith(".safetensors"):
+            save_file({"w": torch.full((4,), float(number))}, run / f".{name}")
+        else:
+            (run / f".{name}").mkdir()
+            save_file({"w": torch.full((4,), float(number))}, run / f".{name}" / "model.safetensors")
+            (run / f".{name}" / "config.json").write_text("{}")
+        if sys.argv[3] in name:
+            os.rename(run / f".{name}", run / name)
+    old = run / f"checkpoint-{number - 10}"
+    shutil.rmtree(old, ignore_errors=True)
+    (run / f"step_{number - 10}.safetensors").unlink(missing_ok=True)
+    time.sleep(0.01)
+"""
+"""Keeps ten checkpoints of the last 0.2 s: some go in the middle of every look."""
+
+
+@pytest.mark.parametrize("kind", ["checkpoint-", "step_"])
+def test_a_trainer_that_removes_checkpoints_while_they_are_looked_at_is_followed(tmp_path: Path, kind: str) -> None:
+    """Folders and files that vanish between being listed and being read are missed, and end nothing."""
+    run, output = tmp_path / "run", tmp_path / ("teacher" if kind == "checkpoint-" else "t.safetensors")
+    run.mkdir()
+    trainer = subprocess.Popen([sys.executable, "-c", ROTATING_TRAINER, str(run), "3", kind])
+    try:
+        while not any(path.name.startswith(kind) for path in run.iterdir()):
+            time.sleep(0.01)
+        with Following(run, output, poll_seconds=0.01) as following:
+            trainer.wait(60)
+            report = following.end()
+    finally:
+        trainer.kill()
+    assert report.num_folded > 0
+    assert report.output == output
+
+
+def test_a_disk_that_is_full_for_a_while_ends_nothing(
+    tmp_path: Path, small_disk: Path, cli: Callable[..., Any]
+) -> None:
+    """Told once, tried again at every look; where following ends before it passes, it is the error."""
+    run, output = tmp_path / "run", small_disk / "t.safetensors"
+    save(run, 1)
+    (small_disk / "filler").write_bytes(b"x" * (1 << 20))
+    with Following(run, output) as following:
+        following.wait("is tried again at every look")
+        time.sleep(0.3)
+        (small_disk / "filler").unlink()
+        following.wait("folded in")
+        following.end()
+    [told] = [line for line in following.lines if "tried again" in line]
+    assert told.startswith("Warning: ")
+    assert "No space left" in told or "needs" in told
+    save(run, 2)
+    (small_disk / "filler").write_bytes(b"x" * ((1 << 20) - 8192))
+    ended = cli("follow", run, "-o", output, "--momentum", 0.1, "--idle", "0.5s", "-q")
+    assert ended.code == 1
+    assert "Error: " in ended.stderr
+    assert_same_bits(load_file(output), make_student(1))
+
+
+def test_warnings_are_heard_with_quiet(tmp_path: Path, cli: Callable[..., Any]) -> None:
+    """`-q` leaves what `fold -q` leaves: warnings."""
+    run = tmp_path / "run"
+    save(run, 1)
+    done = cli("follow", run, "-o", "t.safetensors", "--momentum", 0.999, "--until", 100, "-q")
+    assert done.code == 0
+    assert "Warning: " in done.stderr
+    assert "is written `--momentum 0.001` here" in done.stderr
+    assert "folded" not in done.stderr

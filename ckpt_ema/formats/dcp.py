@@ -22,6 +22,7 @@ from ckpt_ema.formats.pickle_scan import MalformedPickleError
 from ckpt_ema.formats.pickles import Inert, PickledTensor, is_unknown_dtype, sizes_of
 from ckpt_ema.formats.torch_save import load_pickle, read_zip_within
 from ckpt_ema.formats.zip_archive import CHECKSUM_OFFSET, MAX_SMALL_BYTES, ZIP_MAGIC
+from ckpt_ema.locations import children_of
 
 METADATA_NAME = ".metadata"
 PIECE_SUFFIX = ".distcp"
@@ -68,7 +69,7 @@ class ShardedTensor(NamedTuple):
 
 def is_dcp_folder(folder: Path) -> bool:
     """Whether torch.distributed.checkpoint wrote into `folder`, finished or not."""
-    return (folder / METADATA_NAME).is_file() or any(path.suffix == PIECE_SUFFIX for path in folder.iterdir())
+    return (folder / METADATA_NAME).is_file() or any(path.suffix == PIECE_SUFFIX for path in children_of(folder))
 
 
 def read_dcp(folder: Path) -> Contents:

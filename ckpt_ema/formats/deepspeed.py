@@ -21,6 +21,7 @@ from ckpt_ema.errors import UnreadableCheckpointError
 from ckpt_ema.formats.contents import Contents, is_plain_name, read_file
 from ckpt_ema.formats.pickle_scan import MalformedPickleError
 from ckpt_ema.formats.pickles import Inert, PickledTensor, sizes_of
+from ckpt_ema.locations import children_of
 
 LATEST_NAME = "latest"
 MODEL_FILE = re.compile(r"^(?:zero_pp_rank_(?P<rank>\d+)_)?mp_rank_(?P<part>\d+)_model_states\.pt$")
@@ -31,16 +32,19 @@ CONVERTER = "python zero_to_fp32.py"
 
 def is_deepspeed_folder(folder: Path) -> bool:
     """Whether a folder like `global_step100` holds what DeepSpeed's ranks saved."""
-    return any(MODEL_FILE.match(path.name) or LAYER_FILE.match(path.name) for path in folder.iterdir())
+    return any(MODEL_FILE.match(path.name) or LAYER_FILE.match(path.name) for path in children_of(folder))
 
 
 def folder_of_latest(folder: Path) -> Path | None:
     """The folder that `latest` in `folder` names, where it is there."""
     path = folder / LATEST_NAME
     # A link of that name points to a checkpoint; DeepSpeed's is a small text.
-    if path.is_symlink() or not path.is_file() or path.stat().st_size > 4096:
+    try:
+        if path.is_symlink() or not path.is_file() or path.stat().st_size > 4096:
+            return None
+        name = path.read_bytes().decode("utf-8", "replace").strip()
+    except OSError:  # a trainer has removed it since it was seen
         return None
-    name = path.read_bytes().decode("utf-8", "replace").strip()
     return folder / name if is_plain_name(name) and (folder / name).is_dir() else None
 
 

@@ -18,6 +18,7 @@ from ckpt_ema.formats.deepspeed import folder_of_latest, is_deepspeed_folder, re
 from ckpt_ema.formats.json_tables import parse_json
 from ckpt_ema.formats.pickles import PickledTensor
 from ckpt_ema.formats.rank_files import is_rank_folder, read_rank_files
+from ckpt_ema.locations import children_of
 
 WEIGHTS_SUFFIX = re.compile(r"\.(safetensors|ckpt|bin|pt|pth|pyth|th|pth\.tar|tar)$", re.IGNORECASE)
 SHARD_NAME = re.compile(r"^(?P<stem>.+)-(?P<index>\d+)-of-(?P<count>\d+)\.(safetensors|bin|pt)$")
@@ -103,7 +104,7 @@ def _read_folder(folder: Path) -> Contents:
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether `folder` itself holds weights that `read_folder` would read; a stat of the folder, no file is opened."""
+    """Whether `folder` itself holds weights that `read_folder` would read; no file is opened."""
     return bool(_find_models(folder, check=False))
 
 
@@ -143,7 +144,7 @@ def _models_side_by_side(stems: Collection[str]) -> set[str]:
 
 def _find_models(folder: Path, *, check: bool = True) -> dict[str, list[Path]]:
     """Weight files by model: one file each, or the index or the shards of one."""
-    names = sorted(path.name for path in folder.iterdir() if path.is_file())
+    names = [path.name for path in children_of(folder) if path.is_file()]
     models: dict[str, list[Path]] = {}
     # The order of preference is that of Transformers: one safetensors file, its shards, then the older pickles.
     for suffix in (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json"):
@@ -324,7 +325,7 @@ def _sharded_folder(folder: Path) -> Path | None:
     """The folder that the files of a sharded checkpoint lie in: this one, or the model's below it."""
     if is_dcp_folder(folder) or is_deepspeed_folder(folder) or is_rank_folder(folder):
         return folder
-    for child in sorted(folder.iterdir()):
+    for child in children_of(folder):
         # Accelerate's FSDP: `pytorch_model_fsdp_0` beside `optimizer_0`.
         if child.name.startswith("pytorch_model_fsdp") and child.is_dir() and is_dcp_folder(child):
             return child
