@@ -29,7 +29,7 @@ def own_files(folder: Path) -> list[str]:
     return [*indices, *weights, *_own_pieces(folder, names)]
 
 
-def check_replaceable(folder: Path, written: Collection[str] = ()) -> None:
+def check_folder_replaceable(folder: Path, written: Collection[str] = ()) -> None:
     """Raise CkptEmaError unless `folder` is empty, or holds a teacher that this tool wrote and nothing like one.
 
     Files called `written` are going to be put there.

@@ -11,7 +11,7 @@ from ckpt_ema.errors import CkptEmaError, MisuseError
 from ckpt_ema.formats import read_contents
 from ckpt_ema.formats.folder import WEIGHTS_SUFFIX
 from ckpt_ema.locations import RemotePath, as_path, identity_of
-from ckpt_ema.old_teacher import check_replaceable
+from ckpt_ema.old_teacher import check_folder_replaceable
 from ckpt_ema.profiles import Profile
 from ckpt_ema.provenance import is_snapshot
 from ckpt_ema.records import FoldOptions, FoldPlan, PathLike
@@ -178,7 +178,7 @@ def _check_output(planned: FoldPlan, target: Path, written: Collection[str], dra
     if planned.is_folder:
         if not target.is_dir():
             raise CkptEmaError(f"`{target}` is a file, the teacher a folder", hint="pass another `--output`")
-        check_replaceable(target, written)
+        check_folder_replaceable(target, written)
         if planned.options.writes_folder:  # which takes the place of what is there
             _check_no_input_inside(planned, target)
     elif target.is_dir():

@@ -155,10 +155,11 @@ def _check_patterns(found: Run, wanted: ReconstructOptions) -> None:
     names = [average.path.name for average in found.averages]
     for pattern in wanted.averages:
         if not fnmatch.filter(names, pattern):
+            others = [f"{name}: {why}" for name, why in found.left_out if fnmatch.fnmatchcase(name, pattern)]
             raise CkptEmaError(
-                f"`--average {pattern}` matches no file of `{found.directory}` but snapshots that say themselves what"
-                " they are",
-                hint="patterns match whole names: `--average '0.*.pt=power:0.05'`",
+                f"`--average {pattern}` matches no file of `{found.directory}` that would take part",
+                details=others,
+                hint=None if others else "patterns match whole names: `--average '0.*.pt=power:0.05'`",
             )
 
 

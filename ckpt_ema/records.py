@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from ckpt_ema.catalogue import TeacherTensor
 from ckpt_ema.errors import MisuseError
 from ckpt_ema.layouts import Layout
 from ckpt_ema.profiles import Between, Profile, Update, check_momentum
-from ckpt_ema.responses import declared_response, gamma_of
+from ckpt_ema.responses import declared_response, gamma_of, momentum_of_half_life
 from ckpt_ema.runs import Checkpoint
 from ckpt_ema.sizes import DEFAULT_MEMORY_BUDGET_BYTES
 from ckpt_ema.students import check_prefix
@@ -153,8 +152,8 @@ class FoldOptions:
         for name in ("interval", "last", "num_threads", "steps_per_epoch"):
             value = getattr(self, name)
             if value is not None and not 1 <= value < MAX_COUNT:
-                option = name.replace("num_", "").replace("_", "-")
-                raise MisuseError(f"`--{option}` is {value}, and must be 1 or more, below 2**53")
+                option = name if name == "num_threads" else f"--{name.replace('_', '-')}"  # no option of the command
+                raise MisuseError(f"`{option}` is {value}, and must be 1 or more, below 2**53")
         if self.from_step is not None and self.until_step is not None and self.from_step > self.until_step:
             raise MisuseError(f"`--from {self.from_step}` lies behind `--until {self.until_step}`")
         for name, choices in (
@@ -304,8 +303,8 @@ def _as_number(name: str, given: object) -> float:
         check_momentum(given)
     elif name == "sigma_rel":
         gamma_of(given)
-    elif not 0 < given < math.inf:
-        raise MisuseError(f"the half-life is {given}, and must be above 0 steps", hint="pass for example `1000`")
+    else:
+        momentum_of_half_life(given)
     return float(given)
 
 

@@ -232,8 +232,12 @@ class _Pages:
             self.clear()
         begins, contents = self._pages.setdefault(url, ([], []))
         at = bisect.bisect_left(begins, begin)
-        begins.insert(at, begin)
-        contents.insert(at, content)
+        if begins[at : at + 1] == [begin]:  # a longer one, or it would not have been asked for
+            self._kept_bytes -= len(contents[at])
+            contents[at] = content
+        else:
+            begins.insert(at, begin)
+            contents.insert(at, content)
         self._kept_bytes += len(content)
 
     def clear(self) -> None:

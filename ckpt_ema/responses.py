@@ -195,8 +195,12 @@ def tail_at(response: Response, step: float) -> float:
 def momentum_of_half_life(half_life: float, interval: int = 1) -> float:
     """1 - 0.5 ** (interval / half_life): after `half_life` steps half of a student's share is left.
 
-    Below 1 also where it would round to that.
+    Below 1 also where it would round to that. Raises MisuseError for a half-life that is not a finite number above 0.
     """
+    if not 0 < half_life < math.inf:
+        raise MisuseError(
+            f"the half-life is {half_life}, and must be a finite number of steps above 0", hint="pass for example 1000"
+        )
     return min(-math.expm1(-math.log(2) * interval / half_life), MAX_MOMENTUM)
 
 

@@ -489,7 +489,10 @@ def _read_run_directory(run: Path, selection: Selection) -> tuple[Path, _Listing
             listing.left_out.append((path.name, f"another name of `{original.name}`"))
             continue
         if _is_declared(path, selection):
-            _take_declared(listing, path, selection, shared)
+            try:
+                _take_declared(listing, path, selection, shared)
+            except UnreadableCheckpointError as error:
+                listing.set_unreadable(path.name, error)
             continue
         named_average = selection.state is None and is_average_name(stem_of(path.name))
         try:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ckpt_ema.errors import CkptEmaError, UnreadableCheckpointError
 from ckpt_ema.formats import ModelFolder
-from ckpt_ema.old_teacher import check_replaceable, move_rest
+from ckpt_ema.old_teacher import check_folder_replaceable, move_rest
 from ckpt_ema.writer import BEGIN_ANEW, Draft, sync_folder, write_small_file
 
 # What from_pretrained reads beside weights: configuration, tokenizer, processor, chat template, custom model code.
@@ -140,7 +140,7 @@ def _take_place(folder: Path, target: Path, draft: Draft, *, overwrite: bool, wr
         raise CkptEmaError(
             f"`{target}` appeared while the teacher was being folded", hint="pass `--overwrite` or another `--output`"
         )
-    check_replaceable(target, written)
+    check_folder_replaceable(target, written)
     if _exchange(folder, target):
         return
     # In two steps then: for a moment there is neither.

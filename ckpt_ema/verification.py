@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
 import itertools
 import math
 import operator
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ckpt_ema.blocks import BlockPlan
-from ckpt_ema.byte_ranges import TensorRange, count_elements, open_input, read_exactly
+from ckpt_ema.byte_ranges import InputFile, SourceFile, TensorRange, count_elements, open_input, read_exactly
 from ckpt_ema.coefficients import MAX_COEFFICIENT
 from ckpt_ema.continuing import parts_of, past_of
 from ckpt_ema.dtypes import DType
@@ -235,8 +236,7 @@ def _recompute(
     seed = random.randrange(1 << 32) if seed is None else seed
     chosen = random.Random(seed).sample(blocks, min(len(blocks), max(MIN_BLOCKS, math.ceil(share * len(blocks)))))
     chosen.sort(key=lambda block: block.position)
-    judge = _Judge(found, planned.blocks, copied, parts)
-    with InputFiles(planned.layouts) as files:
+    with InputFiles(planned.layouts) as files, _Judge(found, planned.blocks, copied, parts) as judge:
         task = Task(planned.blocks, planned.layouts, [planned.teachers[0].updates], files)
         try:
             cpu.fold_blocks(task, [judge], lambda num_bytes: None, chosen)
@@ -245,8 +245,6 @@ def _recompute(
         except NonFiniteBlockError as error:
             name = next(tensor.name for tensor in planned.tensors if tensor.index == error.origin.tensor)
             return Check("recomputed", False, f"`{name}` of the run is not finite")
-        finally:
-            judge.close()
         files.check_unchanged()
     part = sum(block.end_position - block.position for block in chosen) / max(1, planned.blocks.data_bytes)
     what = f"{len(chosen)} of {len(blocks)} blocks ({part:.1%}, `--seed {seed}`)"
@@ -291,13 +289,19 @@ class _Judge:
             if begin < end:
                 self._ranges.append((begin, end, name, stored))
         self._ranges.sort(key=operator.itemgetter(0))
-        files = dict.fromkeys(stored.file for _, _, _, stored in self._ranges)
-        self._files = {file: open_input(file.path) for file in files}
+        self._files: dict[SourceFile, InputFile] = {}
 
-    def close(self) -> None:
-        """Let go of the teacher's files."""
-        for file in self._files.values():
-            file.close()
+    def __enter__(self) -> _Judge:
+        with contextlib.ExitStack() as stack:
+            for _, _, _, stored in self._ranges:
+                if stored.file not in self._files:
+                    file = self._files[stored.file] = open_input(stored.file.path)
+                    stack.callback(file.close)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
 
     def write(self, block: memoryview, position: int) -> None:
         """Compare `block` with the bytes at `position` of the data section; raises _DifferentError."""

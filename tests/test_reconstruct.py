@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -567,6 +568,25 @@ def test_a_truncated_snapshot_is_left_out_aloud(walks: dict[str, tuple[Path, Wal
     for name in ("teacher_power_0.1_step_400.safetensors", "tracks/teacher_power_0.05_step_400.safetensors"):
         assert "truncated" in left_out[name]
         assert any(name in text for text in planned.warnings)
+
+
+def test_a_truncated_average_is_left_out_aloud(walks: dict[str, tuple[Path, Walk]], tmp_path: Path) -> None:
+    """One that is described with `averages`, as one that describes itself."""
+    source, _ = walks["even"]
+    run = tmp_path / "run"
+    shutil.copytree(source, run, ignore=shutil.ignore_patterns("teacher*"))
+    for step in (300, 400):
+        torch.save(load_file(source / f"step_{step}.safetensors"), run / f"ema_{step}.pt")
+    (run / "ema_400.pt").write_bytes((run / "ema_400.pt").read_bytes()[:100])
+    averages = {"ema_*.pt": "ema:0.1"}
+    planned = ckpt_ema.plan_reconstruction(run, momentum=0.01, averages=averages)
+    assert [item.name for item in planned.averages] == ["ema_300.pt"]
+    assert "it cannot be read" in dict(planned.left_out)["ema_400.pt"]
+    assert any("`ema_400.pt` takes no part" in text for text in planned.warnings)
+    (run / "ema_300.pt").unlink()
+    with pytest.raises(CkptEmaError, match="matches no file") as caught:
+        ckpt_ema.plan_reconstruction(run, momentum=0.01, averages=averages)
+    assert "ema_400.pt: it cannot be read" in str(caught.value)
 
 
 def rename_to_epochs(source: Path, run: Path) -> None:

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 import ckpt_ema
 from ckpt_ema.errors import CkptEmaError, MisuseError
 from ckpt_ema.locations import as_path
+from ckpt_ema.remote_store import _Pages
 from tests.conftest import Outcome, StateDict, assert_same_bits, hook_teacher, make_student, quiet_fold, save_students
 from tests.s3_server import BUCKET, S3Server, serve
 from tests.test_sharded import write_dcp
@@ -198,6 +199,18 @@ def test_urls_keep_their_parts() -> None:
     assert as_path("s3://bucket/a") == as_path("s3://bucket/a/") != as_path("s3://bucket/b")
     assert as_path("file:///tmp/run") == Path("/tmp/run")
     assert as_path("run:/a") == Path("run:/a")
+
+
+def test_a_longer_page_takes_the_place_of_a_shorter_one() -> None:
+    """What is read twice is asked for once, whatever was kept of it before."""
+    pages = _Pages()
+    pages.keep("s3://b/f", 0, b"0123")
+    pages.keep("s3://b/f", 8, b"89")
+    pages.keep("s3://b/f", 0, b"01234567")
+    assert pages.find("s3://b/f", 0, 8) == b"01234567"
+    assert pages.find("s3://b/f", 8, 10) == b"89"
+    assert pages.find("s3://b/f", 6, 10) is None
+    assert pages._kept_bytes == 10
 
 
 # --- few requests -----------------------------------------------------------------------------------------------------

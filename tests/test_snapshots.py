@@ -229,6 +229,23 @@ def test_a_long_run_keeps_a_bounded_number_of_increments(monkeypatch: pytest.Mon
     assert max(b - a for a, b in itertools.pairwise([*steps, 4000])) <= 32
 
 
+@pytest.mark.parametrize("every", [1, 10])
+def test_a_resumed_run_measures_the_steps_of_an_undisturbed_one(every: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where so many steps have passed that fewer are measured."""
+    monkeypatch.setattr("ckpt_ema.online.increments.MAX_COUNT", 300)
+    tensor = torch.zeros(3)
+    whole = Increments([tensor], every=every)
+    for step in range(1, 6000):
+        whole.observe(step, [tensor.fill_(step)])
+        if step == 4000:
+            state = copy.deepcopy(whole.state_dict())
+    resumed = Increments([tensor], every=every)
+    resumed.load_state_dict(state)
+    for step in range(4001, 6000):
+        resumed.observe(step, [tensor.fill_(step)])
+    assert resumed.read() == whole.read()
+
+
 # --- retention --------------------------------------------------------------------------------------------------------
 
 
@@ -321,6 +338,19 @@ def test_a_checkpoint_of_that_name_is_never_replaced(tmp_path: Path) -> None:
     with pytest.raises(CkptEmaError, match="is no teacher that ckpt-ema wrote"):
         teacher.update()
     assert list(load_file(tmp_path / "teacher_ema_0.1_step_1.safetensors")) == ["w"]
+
+
+def test_a_saved_teacher_does_not_take_a_snapshots_place(tmp_path: Path) -> None:
+    """A reconstruction would lose it; another snapshot of that step replaces it."""
+    teacher = MeanTeacher(make_student())
+    teacher.update()
+    path = teacher.save_snapshot(tmp_path, 1)
+    before = path.read_bytes()
+    with pytest.raises(CkptEmaError, match="is a snapshot, from which"):
+        teacher.save(path)
+    assert path.read_bytes() == before
+    teacher.update()
+    assert teacher.save_snapshot(tmp_path, 1).read_bytes() != before
 
 
 # --- skipped steps, states --------------------------------------------------------------------------------------------
@@ -560,7 +590,7 @@ def test_no_record_makes_the_reader_fail(record: Any) -> None:
         ({"momentum": 0.5, "half_life": 1}, "two of the tracks are the same: ema_0.5, ema_hl1"),
         ({"sigma_rel": 0.3}, "the relative width is 0.3"),
         ({"momentum": (0.1, 1.0)}, "must lie between 0 and 1"),
-        ({"half_life": -3}, "must be above 0 steps"),
+        ({"half_life": -3}, "must be a finite number of steps above 0"),
         ({"half_life": "3"}, "half_life is '3', and must be a number or several"),
         ({"momentum": [True]}, "must be a number or several"),
         ({"dtype": "float64"}, "dtype is 'float64'"),

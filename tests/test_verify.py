@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import ckpt_ema
+import ckpt_ema.verification
 from ckpt_ema.byte_ranges import TensorRange
 from tests.conftest import Outcome, make_student, quiet_fold, save_students
 
@@ -87,6 +89,25 @@ def test_one_flipped_bit_is_found(tmp_path: Path, cli: Cli) -> None:
     table = json.loads(cli("verify", "t.safetensors", "run", "--share", 1, "--json").stdout)
     assert table["ok"] is False
     assert [check["ok"] for check in table["checks"]] == [True, True, True, False]
+
+
+def test_verify_lets_go_of_the_teachers_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a checkpoint changes between the plan and the reading."""
+    run, teacher = tmp_path / "run", tmp_path / "t.safetensors"
+    save_students(run, 3)
+    quiet_fold(run, teacher, momentum=0.1)
+    plan_again = ckpt_ema.verification.plan_again
+
+    def plan_then_touch(*arguments: Any) -> Any:
+        found = plan_again(*arguments)
+        os.utime(run / "step_200.safetensors")
+        return found
+
+    monkeypatch.setattr(ckpt_ema.verification, "plan_again", plan_then_touch)
+    for _ in range(3):
+        assert not ckpt_ema.verify(teacher, run).is_ok
+    held = [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.exists()]
+    assert str(teacher) not in held
 
 
 def test_a_sample_says_how_much_it_looked_at(tmp_path: Path) -> None:

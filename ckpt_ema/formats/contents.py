@@ -127,7 +127,9 @@ def read_json(path: Path) -> dict[str, Any]:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise UnreadableCheckpointError(f"`{path}` has {path.stat().st_size} bytes, too many for a table")
         table = parse_json(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise UnreadableCheckpointError(f"cannot read `{path}`: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
         raise UnreadableCheckpointError(f"`{path}` is not valid JSON: {error}") from error
     if not isinstance(table, dict):
         raise UnreadableCheckpointError(f"`{path}` is not a JSON table")

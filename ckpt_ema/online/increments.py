@@ -45,6 +45,8 @@ class Increments:
         self._scales = torch.cat(_scales(students, self._num_runs))
         self._every = every
         self._spacing = max(MIN_SPACING, every // 16)
+        # Of the steps that files are written after, each so-many-th is measured.
+        self._thinning = 1
         self._measured: list[tuple[int, float]] = []
         self._pending: list[tuple[int, torch.Tensor]] = []
         self._squared_norm: float | torch.Tensor | None = None
@@ -54,7 +56,7 @@ class Increments:
     def is_due(self, step: int) -> bool:
         """Whether the student's movement at `step`, a whole number from 1, is to be measured."""
         # The steps that files are written after are the ends of averages, where all depends on the last movements.
-        if step <= DENSE_STEPS or step % self._spacing == 0 or step % self._every == 0:
+        if step <= DENSE_STEPS or step % self._spacing == 0 or step % (self._every * self._thinning) == 0:
             return True
         return int(math.log(step) / math.log(RATIO)) != int(math.log(step - 1) / math.log(RATIO))
 
@@ -92,6 +94,7 @@ class Increments:
         measured, squared_norm = self.read()
         return {
             "spacing": self._spacing,
+            "thinning": self._thinning,
             "measured": measured,
             "squared_norm": squared_norm,
             "sampled_at": self._sampled_at,
@@ -100,7 +103,7 @@ class Increments:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken; a sample of another size than the student's here is not compared with."""
-        self._spacing = int(state["spacing"])
+        self._spacing, self._thinning = int(state["spacing"]), int(state["thinning"])
         self._measured = [(int(step), float(value)) for step, value in state["measured"]]
         self._pending = []
         self._squared_norm = state["squared_norm"]
@@ -129,7 +132,7 @@ class Increments:
     def _thin(self) -> None:
         while len(self._measured) + len(self._pending) > MAX_COUNT:
             self._spacing *= 2
-            self._every *= 1 if self._spacing <= self._every else 2
+            self._thinning *= 1 if self._spacing <= self._every * self._thinning else 2
             self._measured = [item for item in self._measured if self.is_due(item[0])]
             self._pending = [item for item in self._pending if self.is_due(item[0])]
 

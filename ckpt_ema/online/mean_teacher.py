@@ -24,7 +24,7 @@ from ckpt_ema.online.rule import Rule, blocks_of, is_finite
 from ckpt_ema.online.settings import Arithmetic, OnNonfinite, ShadowDevice, ShadowDtype, check_settings
 from ckpt_ema.online.snapshots import Snapshots, SnapshotTracks
 from ckpt_ema.online.swap import SWAPPED, call_all, swap_in
-from ckpt_ema.online.teacher_file import OnlineRecord, check_replaceable, write_teacher
+from ckpt_ema.online.teacher_file import OnlineRecord, check_file_replaceable, write_teacher
 from ckpt_ema.online.tracking import Tracking, is_sharded, part_of, track, unwrap
 from ckpt_ema.response_records import response_record
 from ckpt_ema.responses import Ema
@@ -428,8 +428,8 @@ class MeanTeacher:
 
         What is not averaged is the student's, as it is now. `dtype` of averaged tensors: "student", "teacher",
         "float32", "bfloat16" or "float16". The file appears whole or not at all; `overwrite` replaces a teacher that
-        ckpt-ema wrote, and never another file. Raises CkptEmaError where the teacher is not finite, and for a sharded
-        one, whose `state_dict()` is for torch.distributed.checkpoint.
+        ckpt-ema wrote, and never a snapshot or another file. Raises CkptEmaError where the teacher is not finite, and
+        for a sharded one, whose `state_dict()` is for torch.distributed.checkpoint.
         """
         return self._write(Path(path), None, dtype=dtype, overwrite=overwrite)
 
@@ -464,7 +464,7 @@ class MeanTeacher:
     @torch.no_grad()
     def _write(self, path: Path, step: int | None, *, dtype: str, overwrite: bool) -> Path:
         self._begin("save the teacher")
-        check_replaceable(path, overwrite=overwrite)
+        check_file_replaceable(path, overwrite=overwrite, by_snapshot=step is not None)
         if any(is_sharded(pair.student.tensor) for pair in self._pairs):
             raise CkptEmaError(
                 "the teacher is sharded over ranks, and no rank has all of it",

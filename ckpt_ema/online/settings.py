@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -10,6 +9,7 @@ from typing import Any, Literal
 from ckpt_ema.errors import MisuseError
 from ckpt_ema.online.snapshots import Snapshots
 from ckpt_ema.profiles import check_momentum, what_is_inverted
+from ckpt_ema.responses import momentum_of_half_life
 
 Arithmetic = Literal["hook", "lerp"]
 OnNonfinite = Literal["raise", "skip"]
@@ -61,11 +61,7 @@ def check_settings(
     else:
         if momentum is not None:
             raise MisuseError("momentum and half_life say the same thing twice", hint="pass one of them")
-        if not _as_number("half_life", half_life) > 0:
-            raise MisuseError(f"half_life is {half_life!r}, and must be above 0 steps", hint="pass half_life=1000")
-        # 1 - 0.5 ** (interval / half_life), exact for long half-lives too.
-        momentum = -math.expm1(-math.log(2) * interval / half_life)
-        check_momentum(momentum)
+        momentum = momentum_of_half_life(_as_number("half_life", half_life), interval)
     if snapshots is not None and not isinstance(snapshots, Snapshots):
         raise MisuseError(
             f"snapshots is {snapshots!r}, and must be a ckpt_ema.Snapshots", hint='pass snapshots=Snapshots("FOLDER")'
@@ -85,7 +81,10 @@ def check_settings(
 def _as_number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise MisuseError(f"{name} is {value!r}, and must be a number", hint=f"pass {name} as a plain float")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise MisuseError(f"{name} is larger than any float", hint=f"pass {name} as a plain float") from None
 
 
 def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> Any:

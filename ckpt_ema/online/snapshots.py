@@ -21,7 +21,7 @@ from ckpt_ema.formats.safetensors import read_safetensors
 from ckpt_ema.online.increments import Increments
 from ckpt_ema.online.pairs import beside, check_fit, shadow_of
 from ckpt_ema.online.rule import Rule, is_finite
-from ckpt_ema.online.teacher_file import OnlineRecord, check_replaceable, write_teacher
+from ckpt_ema.online.teacher_file import OnlineRecord, check_file_replaceable, write_teacher
 from ckpt_ema.online.tracking import Tracking, is_sharded
 from ckpt_ema.profiles import check_momentum
 from ckpt_ema.provenance import read_provenance
@@ -248,7 +248,7 @@ class SnapshotTracks:
 
     def _write(self, track: Track, shadows: list[torch.Tensor], step: int, record: OnlineRecord) -> None:
         path = self._directory / f"teacher_{track.name}_step_{step}.safetensors"
-        check_replaceable(path, overwrite=True)
+        check_file_replaceable(path, overwrite=True, by_snapshot=True)
         if not is_finite(shadows):
             raise CkptEmaError(
                 f"the track {track.name} holds a NaN or an infinity at step {step}; nothing was written",
@@ -343,8 +343,6 @@ def _check_tracks(tracks: Sequence[Track]) -> None:
     if not tracks:
         raise MisuseError("snapshots without a track", hint="pass sigma_rel, momentum or half_life")
     for track in tracks:
-        if track.given == "half_life" and not 0 < track.value < math.inf:
-            raise MisuseError(f"half_life is {track.value}, and must be above 0 steps", hint="pass half_life=1000")
         if track.momentum is None:
             gamma_of(track.value)
         else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ from ckpt_ema.formats import read_contents
 from ckpt_ema.formats.contents import PROVENANCE_KEY
 from ckpt_ema.online.rule import is_finite
 from ckpt_ema.profiles import POWER_RULE, RULE
+from ckpt_ema.provenance import is_snapshot
 from ckpt_ema.writer import FileParts, TeacherFile, encode_header
 
 WRITTEN_DTYPES = ("student", "teacher", "float32", "bfloat16", "float16")
@@ -132,18 +132,27 @@ def _write(file: TeacherFile, name: str, tensor: torch.Tensor, dtype: DType, beg
         file.write(buffer.bytes[: part.numel() * dtype.itemsize], begin + first * dtype.itemsize)
 
 
-def check_replaceable(path: Path, *, overwrite: bool) -> None:
-    """Raise CkptEmaError where something lies at `path` that a teacher must not replace."""
+def check_file_replaceable(path: Path, *, overwrite: bool, by_snapshot: bool) -> None:
+    """Raise CkptEmaError where something lies at `path` that a teacher, or another snapshot, must not replace."""
     if not path.exists():
         return
     if not overwrite:
         raise CkptEmaError(f"`{path}` exists", hint="pass overwrite=True or another path")
-    with contextlib.suppress(CkptEmaError):
-        if read_contents(path).is_own_teacher:
-            return
-    raise CkptEmaError(
-        f"`{path}` is no teacher that ckpt-ema wrote, and is not replaced", hint="pass another path, or remove the file"
-    )
+    try:
+        contents = read_contents(path)
+        is_own = contents.is_own_teacher
+    except CkptEmaError:
+        is_own = False
+    if not is_own:
+        raise CkptEmaError(
+            f"`{path}` is no teacher that ckpt-ema wrote, and is not replaced",
+            hint="pass another path, or remove the file",
+        )
+    if is_snapshot(contents.metadata) and not by_snapshot:
+        raise CkptEmaError(
+            f"`{path}` is a snapshot, from which a reconstruction makes other teachers, and is not replaced",
+            hint="pass another path",
+        )
 
 
 def dtype_of(name: str, tensor: torch.Tensor) -> DType:
