@@ -512,6 +512,71 @@ def test_while_swapped_it_can_be_neither_changed_nor_saved(student: Student, tmp
     teacher.update()
 
 
+def replace_parameter(module: nn.Module) -> None:
+    module.encoder.bias = nn.Parameter(torch.zeros(7))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda module: module.double(),
+        lambda module: module.half(),
+        lambda module: module.double().to(next(iter(module.buffers())).dtype),
+        lambda module: module.load_state_dict({n: t + 1 for n, t in module.state_dict().items()}, assign=True),
+        replace_parameter,
+    ],
+)
+def test_a_module_that_is_converted_while_swapped_is_the_student_again(
+    student: Student, change: Callable[[nn.Module], object], dtype: torch.dtype
+) -> None:
+    """Whose tensors were replaced in the block gets its own back, which the optimizer knows, and the teacher its."""
+    student = student.to(dtype)
+    teacher = MeanTeacher(student, momentum=MOMENTUM)
+    for _ in train(student, 3):
+        teacher.update()
+    theirs = {name: tensor.clone() for name, tensor in teacher.tensors().items()}
+    parameters = dict(student.named_parameters())
+    mine = {name: tensor.detach().clone() for name, tensor in parameters.items()}
+    dtypes = {name: buffer.dtype for name, buffer in student.named_buffers()}
+    with teacher.swapped_into():
+        change(student)
+    assert_same_bits({name: tensor.detach() for name, tensor in student.named_parameters()}, mine)
+    assert {name: buffer.dtype for name, buffer in student.named_buffers()} == dtypes
+    assert_same_bits(teacher.tensors(), theirs)
+    for name, parameter in student.named_parameters():
+        assert parameter is parameters[name], name
+    assert student.decoder.weight is student.encoder.weight
+    teacher.update()
+
+
+def test_what_is_written_to_a_swapped_module_is_told(student: Student) -> None:
+    """The teacher would hold it: an error where its own tensors are exchanged, nothing where the module has copies."""
+    teacher = MeanTeacher(student)
+    teacher.update()
+    other = {name: tensor + 1 for name, tensor in student.state_dict().items()}
+    mine = {name: tensor.detach().clone() for name, tensor in student.named_parameters()}
+    with pytest.raises(CkptEmaError, match=r"`encoder\.weight`.* written to") as caught, teacher.swapped_into():
+        student.load_state_dict(other)
+    assert "load_state_dict" in str(caught.value.hint)
+    assert_same_bits({name: tensor.detach() for name, tensor in student.named_parameters()}, mine)
+
+    def write_and_raise() -> None:
+        with teacher.swapped_into():
+            student.load_state_dict(other)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):  # it says more
+        write_and_raise()
+    narrow = copy.deepcopy(student).to(torch.bfloat16)
+    beside = MeanTeacher(narrow)
+    before = {name: tensor.clone() for name, tensor in beside.tensors().items()}
+    with beside.swapped_into():
+        narrow.load_state_dict(other)
+    assert_same_bits(beside.tensors(), before)
+    assert torch.equal(narrow.frozen, mine["frozen"].to(torch.bfloat16))
+
+
 def test_a_module_that_does_not_fit_cannot_be_swapped_into(student: Student) -> None:
     """Missing names, other shapes, other ties: every difference is told, and nothing is changed."""
     teacher = MeanTeacher(student)

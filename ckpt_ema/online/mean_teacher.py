@@ -23,7 +23,7 @@ from ckpt_ema.online.pairs import Pair, beside, check_shape, check_stored, pairs
 from ckpt_ema.online.rule import Rule, blocks_of, is_finite
 from ckpt_ema.online.settings import Arithmetic, OnNonfinite, ShadowDevice, ShadowDtype, check_settings
 from ckpt_ema.online.snapshots import Snapshots, SnapshotTracks
-from ckpt_ema.online.swap import SWAPPED, call_all, swap_in
+from ckpt_ema.online.swap import SWAPPED, Swap, call_all, hold_buffers
 from ckpt_ema.online.teacher_file import OnlineRecord, check_file_replaceable, write_teacher
 from ckpt_ema.online.tracking import Tracking, is_sharded, part_of, track, unwrap
 from ckpt_ema.response_records import response_record
@@ -292,26 +292,27 @@ class MeanTeacher:
     def swapped_into(self, module: torch.nn.Module | None = None) -> Iterator[torch.nn.Module]:
         """Put the teacher's numbers into `module` (default: the student) for the length of a `with` block.
 
-        What the module held comes back afterwards, also when the block raises; do not train in it. In between the
-        teacher can be neither updated nor saved. Tensors of the teacher's dtype are exchanged in place; of others a
-        copy is kept. What is not averaged stays the module's own: another module than the student keeps its running
-        statistics. Raises CkptEmaError, nothing changed, where names, shapes or ties do not fit.
+        The tensors that the module held come back afterwards, also when the block raises or converts the module. In
+        between the teacher can be neither updated nor saved. Tensors of the teacher's dtype are exchanged in place; of
+        others a copy is kept. What is not averaged stays the module's own: another module than the student keeps its
+        running statistics. Raises CkptEmaError, nothing changed, where names, shapes or ties do not fit; and at the
+        end where the block wrote to a parameter that was exchanged, which the teacher holds then.
         """
         self._begin("swap it in again")
         target = self._student if module is None else module
         tracking = track(target, skip_buffers=self.skip_buffers)
         places = places_in(tracking, self._pairs)
+        swaps = [(Swap(place), pair, is_first) for place, pair, is_first in places]
         root = unwrap(target)
-        undo: list[Callable[[], object]] = []
+        undo: list[Callable[[], object]] = [hold_buffers(root)]
         hold_back_all()
         try:
             self._is_swapped = True
             SWAPPED.add(root)
-            # Detached, not under torch.no_grad: an interrupt on the way into or out of that would leave training
-            # without gradients.
-            for place, pair, is_first in places:
-                swap_in(place.local.detach(), pair.local.detach(), undo, exchanges=is_first)
+            for swap, pair, is_first in swaps:
+                swap.put_in(pair.local, undo, exchanges=is_first)
             yield target
+            written = [swap.name for swap, _, _ in swaps if swap.is_written_to()]
         finally:
             try:
                 failure = self._take_back(root, tracking, undo)
@@ -319,6 +320,14 @@ class MeanTeacher:
                 failure = self._take_back(root, tracking, undo) or error
             if failure is not None:
                 raise failure
+        if written:
+            names = ", ".join(f"`{name}`" for name in written[:3])
+            raise CkptEmaError(
+                f"{names}{' and more' if len(written) > 3 else ''} of the module were written to while the teacher's"
+                " numbers were in it: the teacher holds what was written",
+                hint="load the teacher's last state (`teacher.load_state_dict`), and write to the module outside of the"
+                " block",
+            )
 
     def _take_back(
         self, root: torch.nn.Module, tracking: Tracking, undo: list[Callable[[], object]]

@@ -9,21 +9,72 @@ from collections.abc import Callable
 import torch
 
 from ckpt_ema.online.rule import Exchange, blocks_of
+from ckpt_ema.online.tracking import Slot, identity, is_sharded
 
 SWAPPED: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 """Modules that hold a teacher's numbers for now."""
 
 
-def swap_in(tensor: torch.Tensor, teacher: torch.Tensor, undo: list[Callable[[], object]], *, exchanges: bool) -> None:
-    """Put `teacher` into `tensor`, and on the list how to undo it, before anything has changed."""
-    if exchanges and tensor.dtype is teacher.dtype and tensor.device == teacher.device:
-        exchange = Exchange(list(blocks_of(tensor, teacher)))
-        undo.append(exchange.undo)
-        exchange.run()
-    else:
-        # Kept where the teacher is: a teacher in host memory is there because the student's device is full.
-        undo.append(functools.partial(tensor.copy_, tensor.to(teacher.device, copy=True)))
-        tensor.copy_(teacher)
+class Swap:
+    """One place of a module that holds a teacher's numbers for a while."""
+
+    def __init__(self, slot: Slot) -> None:
+        self.name = slot.name
+        self._held = [(table, key, table[key]) for table, key in slot.places]
+        # Detached, not under torch.no_grad: an interrupt on the way into or out of that would leave training without
+        # gradients.
+        self._local = slot.local.detach()
+        self._is_plain = not is_sharded(slot.tensor)
+        self._version: int | None = None
+
+    def put_in(self, teacher: torch.Tensor, undo: list[Callable[[], object]], *, exchanges: bool) -> None:
+        """Put `teacher` in, and on the list how to undo it, before anything has changed.
+
+        With `exchanges` the teacher's tensor holds what was here, where the two are alike; else a copy is kept.
+        """
+        here, teacher = self._local, teacher.detach()
+        undo.append(self._give_back)
+        if exchanges and here.dtype is teacher.dtype and here.device == teacher.device:
+            exchange = Exchange(list(blocks_of(here, teacher)))
+            undo.append(exchange.undo)
+            exchange.run()
+            self._version = None if here.is_inference() else here._version
+        else:
+            # Kept where the teacher is: a teacher in host memory is there because the student's device is full.
+            undo.append(functools.partial(here.copy_, here.to(teacher.device, copy=True)))
+            here.copy_(teacher)
+
+    def is_written_to(self) -> bool:
+        """Whether somebody wrote to a parameter of the module that is the teacher's for now."""
+        table, key, tensor = self._held[0]
+        return (
+            self._version is not None
+            and self._is_plain
+            and isinstance(tensor, torch.nn.Parameter)
+            and table.get(key) is tensor
+            and identity(tensor) == identity(self._local)
+            and tensor._version != self._version
+        )
+
+    def _give_back(self) -> None:
+        """Let the module hold the tensors it held: `module.half()` gives them other memory, others replace them."""
+        for table, key, tensor in self._held:
+            table[key] = tensor
+            if tensor is not None and self._is_plain and identity(tensor) != identity(self._local):
+                tensor.data = self._local
+
+
+def hold_buffers(module: torch.nn.Module) -> Callable[[], None]:
+    """What gives back the buffers of `module` that were converted since; what was written to them stays."""
+    held = [(part._buffers, key, tensor) for part in module.modules() for key, tensor in part._buffers.items()]
+
+    def give_back() -> None:
+        for table, key, tensor in held:
+            now = table.get(key)
+            if tensor is not None and now is not None and (now.dtype, now.device) != (tensor.dtype, tensor.device):
+                table[key] = tensor
+
+    return give_back
 
 
 def call_all(undo: list[Callable[[], object]]) -> BaseException | None:
