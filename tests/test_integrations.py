@@ -299,6 +299,100 @@ def test_lightning_tests_with_the_teacher_of_the_checkpoint(tmp_path: Path) -> N
         assert_same_bits(bits_of(dict(module.named_parameters())), seen[3])
 
 
+def lightning_trainer(root: Path, callbacks: list[Any], **settings: Any) -> Any:
+    """One that trains six steps, and may be asked for more."""
+    import lightning
+
+    return lightning.Trainer(
+        default_root_dir=root,
+        accelerator="cpu",
+        callbacks=callbacks,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **{"max_steps": 6, **settings},
+    )
+
+
+def test_lightning_evaluates_as_it_is_what_the_teacher_does_not_follow(tmp_path: Path) -> None:
+    """Another module, and a checkpoint that brings no teacher: never the numbers of the last one."""
+    pytest.importorskip("lightning")
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    from ckpt_ema.integrations.lightning import MeanTeacherCallback
+
+    seen: list[StateDict] = []
+    tested: list[StateDict] = []
+    module = lightning_pair(seen, tested)
+    saver = ModelCheckpoint(tmp_path / "run", save_top_k=-1, every_n_train_steps=2, save_weights_only=True)
+    trainer = lightning_trainer(tmp_path, [MeanTeacherCallback(momentum=MOMENTUM), saver])
+    trainer.fit(module, labelled_batches())
+    other_tested: list[StateDict] = []
+    other = lightning_pair([], other_tested)
+    with pytest.warns(UserWarning, match="it is not the module that was trained"):
+        trainer.test(other, labelled_batches(), verbose=False)
+    assert_same_bits(other_tested[0], bits_of(dict(other.named_parameters())))
+    early = next((tmp_path / "run").glob("*step=2.ckpt"))
+    with pytest.warns(UserWarning, match="its checkpoint holds no teacher"):
+        trainer.test(module, labelled_batches(), ckpt_path=early, verbose=False)
+    assert_same_bits(tested[0], seen[1])
+
+
+def test_lightning_predicts_with_the_teacher_and_goes_on_with_it(tmp_path: Path) -> None:
+    """What a monitor chose is what predicts; a `fit` that trains on has the teacher of all steps."""
+    pytest.importorskip("lightning")
+    from ckpt_ema.integrations.lightning import MeanTeacherCallback
+
+    seen: list[StateDict] = []
+    predicted: list[StateDict] = []
+    module = lightning_pair(seen, [])
+    module.predict_step = lambda batch: predicted.append(bits_of(dict(module.named_parameters())))
+    callback = MeanTeacherCallback(momentum=MOMENTUM)
+    trainer = lightning_trainer(tmp_path, [callback])
+    trainer.fit(module, labelled_batches())
+    trainer.predict(module, labelled_batches())
+    assert_same_bits(predicted[0], teacher_of(seen))
+    assert_same_bits(bits_of(dict(module.named_parameters())), seen[-1])
+    trainer.fit_loop.epoch_loop.max_steps = 9
+    trainer.fit(module, labelled_batches())
+    assert callback.teacher is not None
+    assert (len(seen), callback.teacher.num_updates) == (9, 9)
+    assert_same_bits(callback.teacher.tensors(), teacher_of(seen))
+    # Another training of the same module begins anew.
+    lightning_trainer(tmp_path, [callback], max_steps=1).fit(module, labelled_batches())
+    assert callback.teacher.num_updates == 1
+
+
+def test_lightning_refuses_snapshots_beside_two_optimizers(tmp_path: Path) -> None:
+    """Its steps are then two in a batch, by which its checkpoints are called; the teacher's are batches."""
+    pytest.importorskip("lightning")
+    from ckpt_ema.integrations.lightning import MeanTeacherCallback
+
+    module = lightning_pair([], [])
+    module.automatic_optimization = False
+    module.configure_optimizers = lambda: [torch.optim.SGD(module.parameters(), lr=0.1) for _ in range(2)]
+    callback = MeanTeacherCallback(snapshots=ckpt_ema.Snapshots(tmp_path / "tracks"))
+    with pytest.raises(MisuseError, match="2 optimizers' steps"):
+        lightning_trainer(tmp_path, [callback]).fit(module, labelled_batches())
+
+
+def test_lightning_says_when_a_resumed_training_has_no_teacher(tmp_path: Path) -> None:
+    """The checkpoint was written without the callback."""
+    pytest.importorskip("lightning")
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    from ckpt_ema.integrations.lightning import MeanTeacherCallback
+
+    saver = ModelCheckpoint(tmp_path / "run", save_top_k=-1, every_n_train_steps=2)
+    lightning_trainer(tmp_path, [saver]).fit(lightning_pair([], []), labelled_batches())
+    callback = MeanTeacherCallback(momentum=MOMENTUM)
+    early = next((tmp_path / "run").glob("*step=2.ckpt"))
+    with pytest.warns(UserWarning, match="from step 2 without a teacher's state"):
+        lightning_trainer(tmp_path, [callback]).fit(lightning_pair([], []), labelled_batches(), ckpt_path=early)
+    assert callback.teacher is not None
+    assert (callback.teacher.num_steps, callback.teacher.num_updates) == (6, 4)
+
+
 def test_lightning_gives_the_student_back_when_validation_fails(tmp_path: Path) -> None:
     """What a handler of the exception saves is the student."""
     pytest.importorskip("lightning")

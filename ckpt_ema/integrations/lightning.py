@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback
 
+from ckpt_ema.errors import MisuseError
 from ckpt_ema.online.mean_teacher import MeanTeacher
 from ckpt_ema.online.settings import check_settings
-from ckpt_ema.online.tracking import is_sharded, whole_of
+from ckpt_ema.online.tracking import gather_on_first_rank
 
 
 class MeanTeacherCallback(Callback):
-    """Follows the module with a `ckpt_ema.MeanTeacher`, and validates and tests with the teacher's numbers.
+    """Follows the module with a `ckpt_ema.MeanTeacher`, and validates, tests and predicts with the teacher's numbers.
 
     An update comes after every batch that stepped an optimizer. The teacher's state travels in the checkpoints, whose
     `state_dict` stays the student's; `teacher` is the MeanTeacher, from the start of training on, in the process that
-    trains. `validate=False` leaves validation and tests to the student. Further options are MeanTeacher's.
+    trains. `validate=False` leaves all that to the student; so is, with a warning, what is no part of this training: a
+    module that was not followed, a checkpoint without a teacher. Further options are MeanTeacher's.
     """
 
     def __init__(
@@ -29,27 +31,44 @@ class MeanTeacherCallback(Callback):
         self.validate = validate
         self.teacher: MeanTeacher | None = None
         self._loaded_state: dict[str, Any] | None = None
+        self._is_loaded = False
         self._last_step = 0
         self._swap = contextlib.ExitStack()
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """A new training has a new teacher, unless a checkpoint brings one, which is loaded after this."""
-        if stage == "fit":
-            self.teacher = self._loaded_state = None
+        """Of an earlier training only what is trained on keeps its teacher; a checkpoint's is loaded after this."""
+        self._loaded_state, self._is_loaded = None, False
+        goes_on = self._follows(pl_module) and 0 < trainer.global_step == self._last_step
+        if stage == "fit" and not goes_on:
+            self.teacher = None
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Begin late: by now the module lies on its device and is wrapped."""
+        if len(trainer.optimizers) > 1 and self.options.get("snapshots") is not None:
+            raise MisuseError(
+                f"snapshots count batches, and this training's checkpoints {len(trainer.optimizers)} optimizers' steps",
+                hint="leave `snapshots` away: no reconstruction could tell which student belongs to which",
+            )
         self._take_loaded(pl_module)
         if self.teacher is None:
+            if trainer.global_step:
+                warnings.warn(
+                    f"training goes on from step {trainer.global_step} without a teacher's state: the teacher begins"
+                    " anew with a copy of the student",
+                    stacklevel=2,
+                )
             self.teacher = MeanTeacher(pl_module, **self.options)
             self.teacher.num_steps = trainer.global_step
         self._last_step = trainer.global_step
+
+    def _follows(self, pl_module: Any) -> bool:
+        return self.teacher is not None and self.teacher.student is pl_module
 
     def _take_loaded(self, pl_module: Any) -> None:
         if self._loaded_state is not None:
             self.teacher = MeanTeacher(pl_module, **self.options)
             self.teacher.load_state_dict(self._loaded_state)
-            self._loaded_state = None
+            self._loaded_state, self._is_loaded = None, True
 
     def on_train_batch_end(self, trainer: Any, *_: Any, **__: Any) -> None:
         """Update where an optimizer stepped; accumulated batches do not."""
@@ -61,15 +80,21 @@ class MeanTeacherCallback(Callback):
     def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Put the teacher in, that of the checkpoint where one was loaded."""
         self._take_loaded(pl_module)
-        if self.validate and self.teacher is not None:
+        if not self.validate or self.teacher is None:
+            return
+        lacks_teacher = trainer.state.fn != "fit" and trainer.ckpt_path and not self._is_loaded
+        if lacks_teacher or not self._follows(pl_module):
+            why = "its checkpoint holds no teacher" if lacks_teacher else "it is not the module that was trained"
+            warnings.warn(f"the module is evaluated as it is, without the mean teacher: {why}", stacklevel=2)
+        else:
             self._swap.enter_context(self.teacher.swapped_into(pl_module))
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Take the student back: behind the module's own end of the epoch, before ModelCheckpoint saves."""
         self._swap.close()
 
-    on_test_epoch_start = on_validation_epoch_start
-    on_test_end = on_validation_end
+    on_test_epoch_start = on_predict_epoch_start = on_validation_epoch_start
+    on_test_end = on_predict_end = on_validation_end
 
     def on_exception(self, *_: Any) -> None:
         """Take the student back: a checkpoint may be saved on the way out."""
@@ -80,13 +105,7 @@ class MeanTeacherCallback(Callback):
         if self.teacher is None:
             return {}
         state = self.teacher.state_dict()
-        tensors = state["tensors"]
-        if any(map(is_sharded, tensors.values())):
-            is_first = torch.distributed.get_rank() == 0
-            wholes = ((name, whole_of(tensor)) for name, tensor in tensors.items())
-            # Every rank takes part in each; what the others get is gone at once.
-            state["tensors"] = {name: whole for name, whole in wholes if is_first}
-        return state
+        return {**state, "tensors": gather_on_first_rank(state["tensors"])}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep it until the module lies where it is to be used."""

@@ -134,6 +134,11 @@ class MeanTeacher:
         self._tracks = None if snapshots is None else SnapshotTracks(snapshots, self._tracking)
 
     @property
+    def student(self) -> torch.nn.Module:
+        """The module that is followed, as it was passed."""
+        return self._student
+
+    @property
     def momentum(self) -> float:
         """The student's share at each update."""
         return self._settings.momentum

@@ -205,8 +205,20 @@ def part_of(stored: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
     return distribute_tensor(stored, tensor.device_mesh, tensor.placements).to_local()
 
 
-def whole_of(tensor: torch.Tensor) -> torch.Tensor:
-    """All of a sharded tensor, in host memory, for which every rank has to call this; any other tensor itself."""
+def gather_on_first_rank(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Whole tensors in host memory on the first rank, nothing on the others; where none is sharded, what is given.
+
+    Every rank has to call this.
+    """
+    if not any(map(is_sharded, tensors.values())):
+        return tensors
+    is_first = torch.distributed.get_rank() == 0
+    # All take part in each; what the others get is gone at once.
+    wholes = ((name, _whole_of(tensor)) for name, tensor in tensors.items())
+    return {name: whole for name, whole in wholes if is_first}
+
+
+def _whole_of(tensor: torch.Tensor) -> torch.Tensor:
     full_tensor = getattr(tensor, "full_tensor", None)
     return tensor if full_tensor is None else full_tensor().cpu()
 
