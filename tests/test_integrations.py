@@ -546,3 +546,70 @@ def test_transformers_resumes_with_the_teacher_it_stopped_with(tmp_path: Path, d
         train_with_transformers(
             bert().to(dtype), run, steps=8, callbacks=[MeanTeacherCallback()], resume=run / "checkpoint-6"
         )
+
+
+def lora() -> Any:
+    """The tiny BERT, each time the same, with adapters on its queries, which alone are trained and saved."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    return peft.get_peft_model(bert(), peft.LoraConfig(target_modules=["query"], r=2, init_lora_weights=False))
+
+
+def test_transformers_resumes_adapters_with_their_teacher(tmp_path: Path) -> None:
+    """The Trainer takes every folder with an adapter in a checkpoint for one of the model's: the teacher is none."""
+    peft = pytest.importorskip("peft")
+    from ckpt_ema.integrations.transformers import MeanTeacherCallback
+
+    run = tmp_path / "run"
+    seen: list[StateDict] = []
+    train_with_transformers(lora(), run, steps=4, callbacks=[MeanTeacherCallback(momentum=MOMENTUM), watcher(seen)])
+    callback, model = MeanTeacherCallback(momentum=MOMENTUM), lora()
+    train_with_transformers(model, run, steps=6, callbacks=[callback, watcher(seen)], resume=run / "checkpoint-4")
+    assert list(model.peft_config) == ["default"]
+    assert callback.teacher is not None
+    found = callback.teacher.tensors()
+    expected = hook_teacher(seen, MOMENTUM)
+    assert_same_bits(found, {name: expected[name] for name in found})
+    loaded = peft.PeftModel.from_pretrained(bert(), run / "checkpoint-6" / "teacher" / "adapter")
+    adapters = {name: tensor for name, tensor in bits_of(loaded.state_dict()).items() if "lora" in name}
+    assert_same_bits(adapters, {name: expected[name] for name in adapters})
+    assert len(adapters) == 4
+    assert [item.step for item in ckpt_ema.plan(run, momentum=MOMENTUM).checkpoints] == [2, 4, 6]
+
+
+def test_transformers_writes_into_the_folder_of_a_trial(tmp_path: Path) -> None:
+    """A hyperparameter search saves each trial in a folder of its own, and tells callbacks another one."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("optuna")
+    from transformers import Trainer, TrainingArguments
+
+    from ckpt_ema.integrations.transformers import MeanTeacherCallback
+
+    samples = [{"input_ids": torch.arange(8), "attention_mask": torch.ones(8).long(), "labels": k % 2} for k in (0, 1)]
+    trainer = Trainer(
+        model_init=bert,
+        args=TrainingArguments(str(tmp_path), max_steps=2, save_steps=2, report_to=[], use_cpu=True),
+        train_dataset=samples,
+        eval_dataset=samples,
+        callbacks=[MeanTeacherCallback(momentum=MOMENTUM)],
+    )
+    trainer.hyperparameter_search(
+        hp_space=lambda trial: {"learning_rate": trial.suggest_float("learning_rate", 1e-4, 1e-2)},
+        compute_objective=lambda metrics: metrics["eval_loss"],
+        n_trials=2,
+        backend="optuna",
+    )
+    for number in (0, 1):
+        load_transformers(tmp_path / f"run-{number}" / "checkpoint-2" / "teacher", bert())
+
+
+def test_transformers_refuses_two_teachers_of_one_training(tmp_path: Path) -> None:
+    """Both would write the same files; one after the other is fine."""
+    pytest.importorskip("transformers")
+    from ckpt_ema.integrations.transformers import MeanTeacherCallback
+
+    callbacks = [MeanTeacherCallback(momentum=0.1), MeanTeacherCallback(momentum=0.2)]
+    with pytest.raises(MisuseError, match="two MeanTeacherCallbacks"):
+        train_with_transformers(bert(), tmp_path / "both", steps=2, callbacks=callbacks)
+    for callback in callbacks:
+        train_with_transformers(bert(), tmp_path / "each", steps=2, callbacks=[callback])

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from ckpt_ema.errors import CkptEmaError
+from ckpt_ema.errors import CkptEmaError, MisuseError
 from ckpt_ema.online.mean_teacher import MeanTeacher
 from ckpt_ema.online.settings import check_settings
 from ckpt_ema.online.state_file import read_state, write_state
@@ -22,9 +22,10 @@ STATE_NAME = "mean_teacher.safetensors"
 class MeanTeacherCallback(TrainerCallback):
     """Follows the model with a `ckpt_ema.MeanTeacher` after every optimizer step.
 
-    Every `checkpoint-N/` gets a folder `teacher` that `from_pretrained` loads (of another module than Transformers' own
-    its state dict, as the Trainer saves it), and the file `mean_teacher.safetensors` from which a resumed training goes
-    on. Options are MeanTeacher's; `teacher` is there once training has begun.
+    Every `checkpoint-N/` gets a folder `teacher` that `from_pretrained` loads (adapters by PEFT from `teacher/adapter`;
+    of another module than Transformers' own its state dict, as the Trainer saves it), and the file
+    `mean_teacher.safetensors` from which a resumed training goes on. The Trainer's own evaluation is the student's.
+    Options are MeanTeacher's; `teacher` is there once training has begun.
     """
 
     def __init__(
@@ -45,8 +46,13 @@ class MeanTeacherCallback(TrainerCallback):
         """Start, or go on from the checkpoint that training resumes from.
 
         The Trainer does not tell which that is, so the student that a teacher belongs to is compared with the one that
-        was loaded. Raises CkptEmaError where they differ, and for a sharded model.
+        was loaded. Raises CkptEmaError where they differ, and for a sharded model; MisuseError beside another of these.
         """
+        if vars(state).setdefault("mean_teacher_callback", self) is not self:
+            raise MisuseError(
+                "two MeanTeacherCallbacks would write the same files",
+                hint="follow the other with a ckpt_ema.MeanTeacher",
+            )
         if any(is_sharded(parameter) for parameter in model.parameters()):
             raise CkptEmaError(
                 "a sharded model's teacher cannot be saved by the Trainer's first process",
@@ -81,7 +87,10 @@ class MeanTeacherCallback(TrainerCallback):
         self.teacher.check_finite()
         folder = _folder_of(args, state)
         write_state(folder / STATE_NAME, self.teacher.state_dict(), model)
-        with folder_to_fill(folder / "teacher") as filled:
+        # One level down the Trainer does not take the teacher for a second adapter of the student's.
+        where = folder / "teacher" / "adapter" if hasattr(model, "peft_config") else folder / "teacher"
+        where.parent.mkdir(exist_ok=True)
+        with folder_to_fill(where) as filled:
             if processing_class is not None:
                 processing_class.save_pretrained(filled)
             if not hasattr(model, "save_pretrained"):  # any module, whose state dict is what the Trainer saves
@@ -93,4 +102,9 @@ class MeanTeacherCallback(TrainerCallback):
 
 
 def _folder_of(args: Any, state: Any) -> Path:
-    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+    """Where the Trainer saves now, or loads from where nothing else is said."""
+    name = f"checkpoint-{state.global_step}"
+    if state.is_hyper_param_search:  # each trial has a folder of its own, and the newest is the one just saved
+        trials = Path(args.output_dir).glob(f"*/{name}")
+        return max(trials, key=lambda path: path.stat().st_mtime_ns, default=Path(args.output_dir) / name)
+    return Path(args.output_dir) / name
