@@ -23,7 +23,7 @@ from ckpt_ema.locations import as_path
 from ckpt_ema.model_buffers import read_model_buffers
 from ckpt_ema.outputs import resolve_outputs
 from ckpt_ema.profiles import Profile, coefficients_of, momentum_for_first_share, step_updates, what_is_inverted
-from ckpt_ema.provenance import printable
+from ckpt_ema.provenance import aliases_in, printable, read_provenance
 from ckpt_ema.records import FoldedCheckpoint, FoldOptions, FoldPlan, PathLike, PlannedTeacher, ReconstructOptions
 from ckpt_ema.responses import half_life_of
 from ckpt_ema.runs import NOT_SELECTED, Checkpoint, Run, Selection, find_checkpoints
@@ -245,6 +245,7 @@ def _average_layout(path: Path, tensors: Sequence[TeacherTensor], pool: SchemaPo
         elif stored.dtype.kind != tensor.student_dtype.kind:
             differences.append(f"{tensor.name}: {stored.dtype}, the students' is {tensor.student_dtype}")
     averaged = {tensor.name for tensor in tensors}
+    averaged |= aliases_in(read_provenance(contents.metadata) or {}, averaged)
     differences += [f"{name}: missing in the students" for name in teacher.tensors if name not in averaged]
     if differences:
         raise CkptEmaError(

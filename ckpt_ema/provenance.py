@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from ckpt_ema._version import __version__
@@ -115,6 +115,17 @@ def copied_names(record: Mapping[str, Any]) -> frozenset[str]:
     names = copied.get("names") if isinstance(copied, dict) else None
     groups = names.values() if isinstance(names, dict) else ()
     return frozenset(name for group in groups if isinstance(group, list) for name in group if isinstance(name, str))
+
+
+def aliases_in(record: Mapping[str, Any], names: Collection[str]) -> frozenset[str]:
+    """What a record calls tied to one of `names`, and is none of these itself: the same tensor once more.
+
+    Transformers and others leave all but one name of a tied tensor out of their checkpoints.
+    """
+    tied = record.get("tied")
+    groups = [group for group in tied if isinstance(group, list)] if isinstance(tied, list) else []
+    sets = [frozenset(name for name in group if isinstance(name, str)) for group in groups]
+    return frozenset().union(*(each for each in sets if not each.isdisjoint(names))).difference(names)
 
 
 def printable(name: str) -> str:

@@ -6,7 +6,7 @@ import fnmatch
 import glob
 import math
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from ckpt_ema.errors import CkptEmaError, MisuseError
 from ckpt_ema.formats import read_contents
 from ckpt_ema.planning import find_run, plan_weighed
 from ckpt_ema.profiles import updates_of
-from ckpt_ema.provenance import read_provenance
+from ckpt_ema.provenance import aliases_in, read_provenance
 from ckpt_ema.records import FoldPlan, PathLike, Prediction, ReconstructOptions
 from ckpt_ema.response_records import MAX_STEP, read_response
 from ckpt_ema.responses import Ema, Impulse, Power, Response, SteppedPower, declared_response, tail_at
@@ -100,13 +100,15 @@ def plan_reconstruct(
         predictions=tuple(_prediction(solution, stored) for solution in solutions),
     )
     kept = tuple((name, reason) for name, reason in left_out if reason)
-    followed = frozenset().union(*(_names_in(average.path) for average in weighed.averages))
+    names = weighed.checkpoints[-1].layout.schema.names
+    followed = frozenset().union(*(_followed_in(average.path, names) for average in weighed.averages))
     return plan_weighed(replace(found, left_out=kept), weighed, output, wanted, followed=followed)
 
 
-def _names_in(snapshot: Path) -> frozenset[str]:
-    """The tensors that an online teacher averaged: a student's others are its buffers."""
-    return frozenset(map(str, read_contents(snapshot).tree))
+def _followed_in(snapshot: Path, names: Collection[str]) -> frozenset[str]:
+    """The tensors that an online teacher averaged, of a student that has `names`: its others are its buffers."""
+    contents = read_contents(snapshot)
+    return frozenset(map(str, contents.tree)) - aliases_in(read_provenance(contents.metadata) or {}, names)
 
 
 def _in_steps(found: Run, wanted: ReconstructOptions) -> tuple[Run, tuple[int, float], list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -546,6 +547,39 @@ def test_transformers_resumes_with_the_teacher_it_stopped_with(tmp_path: Path, d
         train_with_transformers(
             bert().to(dtype), run, steps=8, callbacks=[MeanTeacherCallback()], resume=run / "checkpoint-6"
         )
+
+
+def test_transformers_snapshots_of_a_tied_model_fit_its_checkpoints(tmp_path: Path) -> None:
+    """The Trainer leaves one name of a tied tensor out: snapshots, and what `save` writes, are gone on with all the same."""
+    pytest.importorskip("transformers")
+    from ckpt_ema.integrations.transformers import MeanTeacherCallback
+
+    run, model = tmp_path / "run", gpt2()
+    seen: list[StateDict] = []
+    callback = MeanTeacherCallback(momentum=MOMENTUM, snapshots=ckpt_ema.Snapshots(run, every=2, momentum=0.3))
+    train_with_transformers(model, run, steps=6, callbacks=[callback, watcher(seen)])
+    assert callback.teacher is not None
+    saved = load_file(callback.teacher.save(tmp_path / "t.safetensors"))
+    stored = load_file(run / "checkpoint-6" / "model.safetensors")
+    assert saved.keys() - stored.keys() == {"lm_head.weight"}
+    # The track itself is asked for: the coefficients name one file.
+    report = ckpt_ema.reconstruct(run, tmp_path / "again", momentum=0.3, announce=lambda plan: None)
+    assert report.plan.predictions[0].error < 1e-3
+    again = load_transformers(report.output, model)
+    lerped = {name: tensor.clone() for name, tensor in seen[0].items()}
+    for student in seen[1:]:
+        for name, tensor in lerped.items():
+            tensor.lerp_(student[name], 0.3)
+    for name, tensor in again.items():
+        torch.testing.assert_close(tensor, lerped[name])
+    shutil.copytree(run / "checkpoint-6", tmp_path / "later" / "checkpoint-7")
+    gone_on = quiet_fold(
+        tmp_path / "later", tmp_path / "on", init=tmp_path / "t.safetensors", momentum=0.5, from_step=7
+    )
+    folded = load_file(gone_on.output / "model.safetensors")
+    assert folded.keys() == stored.keys()
+    for name, tensor in folded.items():
+        assert torch.equal(tensor, saved[name].mul(0.5).add(stored[name], alpha=0.5)), name
 
 
 def lora() -> Any:

@@ -508,6 +508,7 @@ class MeanTeacher:
             num_skipped=self.num_skipped,
             step=step,
             reasons=reasons,
+            ties=[pair.names for pair in self._pairs if len(pair.names) > 1],
         )
 
     def _response(self, step: int) -> Ema | None:

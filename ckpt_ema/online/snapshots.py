@@ -285,6 +285,7 @@ class SnapshotTracks:
             num_skipped=num_skipped,
             step=step,
             reasons={},
+            ties=[slot.names for slot in self._slots if len(slot.names) > 1],
             more={
                 "track": track.name,
                 track.given: track.value,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,9 @@ class OnlineRecord:
     reasons: Mapping[str, str]
     """Why each copied tensor is not averaged, by name."""
 
+    ties: Sequence[tuple[str, ...]] = ()
+    """The names of each averaged tensor that has several: checkpoints of some trainers hold one of them."""
+
     more: Mapping[str, Any] = field(default_factory=dict)
     """Further entries, which JSON can hold."""
 
@@ -71,6 +74,7 @@ class OnlineRecord:
             "updates": self.num_updates,
             "skipped": self.num_skipped,
             "copied": {"tensors": len(self.reasons), "names": copied},
+            **({"tied": [list(names) for names in self.ties]} if self.ties else {}),
             **self.more,
         }
         return {"format": "pt", PROVENANCE_KEY: json.dumps(record, ensure_ascii=False)}
