@@ -293,6 +293,51 @@ def test_a_training_that_begins_anew_leaves_an_earlier_ones_files_alone(tmp_path
     assert len(list(tmp_path.iterdir())) == 3
 
 
+def test_what_another_future_wrote_is_set_aside(tmp_path: Path) -> None:
+    """A training that goes on from an earlier step has other students from there on, whatever files it writes later."""
+    student = make_student()
+    teacher = MeanTeacher(student, snapshots=Snapshots(tmp_path, every=2, momentum=(0.1, 0.2)))
+    for step in walk(student, 8):
+        teacher.update()
+        if step == 4:
+            state, weights = copy.deepcopy(teacher.state_dict()), copy.deepcopy(student.state_dict())
+    written = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    student.load_state_dict(weights)
+    resumed = MeanTeacher(student, snapshots=Snapshots(tmp_path, every=3, momentum=(0.1, 0.2)))
+    resumed.load_state_dict(state)
+    assert {path.name for path in tmp_path.iterdir()} == written.keys()  # it may be loaded to look at it
+    other_steps = walk(student, 2, first=105)
+    next(other_steps)
+    with pytest.warns(UserWarning, match=r"4 snapshots of later steps than 4 .*\.abandoned"):
+        resumed.update()
+    next(other_steps)
+    resumed.update()
+    found = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    kept = {f"teacher_ema_{momentum}_step_{step}.safetensors" for momentum in (0.1, 0.2) for step in (2, 4)}
+    gone = written.keys() - kept
+    new = {f"teacher_ema_{momentum}_step_6.safetensors" for momentum in (0.1, 0.2)}
+    assert found.keys() == kept | new | {f"{name}.abandoned" for name in gone}
+    assert all(found[name] == written[name] for name in kept)
+    assert all(found[f"{name}.abandoned"] == written[name] for name in gone)
+
+
+def test_two_teachers_in_one_folder_are_told(tmp_path: Path) -> None:
+    """Each would write over the other's files; one that takes over from another does not."""
+    one, other = make_student(), make_student()
+    settings = Snapshots(tmp_path, every=1, momentum=0.1)
+    teachers = [MeanTeacher(student, snapshots=settings) for student in (one, other)]
+    teachers[0].update()
+    teachers[1].load_state_dict(teachers[0].state_dict())
+    for _ in range(3):
+        teachers[1].update()
+    with pytest.raises(CkptEmaError, match="another MeanTeacher writes into"):
+        teachers[0].update()
+    apart = MeanTeacher(one, snapshots=Snapshots(tmp_path / "apart", every=1, momentum=0.1))
+    for _ in range(2):
+        apart.update()
+        teachers[1].update()
+
+
 def test_a_folder_stays_where_it_was_when_the_trainer_changes_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

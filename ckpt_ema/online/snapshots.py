@@ -9,6 +9,7 @@ import math
 import os
 import re
 import warnings
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,6 +31,9 @@ from ckpt_ema.responses import Ema, Power, Response, gamma_of, momentum_of_half_
 
 SNAPSHOT_DTYPES = ("float32", "student", "bfloat16", "float16")
 DEFAULT_SIGMA_REL = (0.05, 0.10)
+
+ABANDONED = ".abandoned"
+"""Behind the name of a snapshot whose training went on from an earlier step."""
 
 Numbers = float | Sequence[float]
 
@@ -78,7 +82,7 @@ class Snapshots:
 
     directory: str | os.PathLike[str]
     """Where the files go, of one MeanTeacher alone, created with it. A training that begins anew is refused where an
-    earlier one's files are; one that goes on from its state replaces those of the same steps."""
+    earlier one's files are; one that goes on from its state gives those of later steps another name."""
 
     every: int = 1000
     """Steps from one file to the next."""
@@ -150,7 +154,7 @@ class SnapshotTracks:
         self._increments = Increments([slot.local for slot in self._slots], settings.every)
         self._start = 0
         self._num_updates = 0
-        self._has_begun = False
+        self._has_begun = self._is_resumed = self._has_written = False
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -165,6 +169,9 @@ class SnapshotTracks:
         if not self._has_begun:
             self._check_directory()
             self._has_begun = True
+        if self._is_resumed:
+            self._set_aside_later(step - 1)
+            self._is_resumed = False
         if not self._num_updates:
             self._start = step - 1
         for track, shadows in self._shadows.items():
@@ -186,6 +193,7 @@ class SnapshotTracks:
         """
         if step % self._settings.every or not self._num_updates or not _is_first_rank():
             return
+        self._check_alone()
         for track, shadows in self._shadows.items():
             self._write(track, shadows, step, record)
             self._remove_older(track, step)
@@ -202,6 +210,34 @@ class SnapshotTracks:
                     " training wrote, and this one begins anew",
                     hint="go on from its state (`teacher.load_state_dict`), or pass another directory to Snapshots",
                 )
+
+    def _check_alone(self) -> None:
+        """Refuse to take turns with another one in one folder; one that takes over from another is alone."""
+        last = _WRITERS.get(self._directory, lambda: None)()
+        if self._has_written and last is not None and last is not self:
+            raise CkptEmaError(
+                f"another MeanTeacher writes into `{self._directory}` as well, over the files of this one",
+                hint="pass each of them a directory of its own to Snapshots",
+            )
+        _WRITERS[self._directory] = weakref.ref(self)
+        self._has_written = True
+
+    def _set_aside_later(self, step: int) -> None:
+        """Rename what was written after `step`: the student took another path from there, which is not gone on with."""
+        if not _is_first_rank():
+            return
+        later = [path for track in self._shadows for number, path in self._files_of(track) if number > step]
+        if later:
+            warnings.warn(
+                f"{len(later)} snapshots of later steps than {step} in `{self._directory}` are called *{ABANDONED} now:"
+                " training goes on from there on another path, and a reconstruction would mix the two",
+                stacklevel=5,  # past torch.no_grad
+            )
+        for path in later:
+            try:
+                path.rename(path.with_name(path.name + ABANDONED))
+            except OSError as error:
+                raise CkptEmaError(f"cannot rename `{path}`: {error.strerror}", hint="remove it") from error
 
     def state_dict(self) -> dict[str, Any]:
         """Counters, increments, and every track's tensors by its name, all of them this object's own."""
@@ -237,7 +273,7 @@ class SnapshotTracks:
                 tensor.copy_(state["tracks"][track.name][name])
         self._start, self._num_updates = int(state["start"]), int(state["num_updates"])
         self._increments.load_state_dict(state["increments"])
-        self._has_begun = self._num_updates > 0
+        self._has_begun = self._is_resumed = self._num_updates > 0
 
     def start_anew(self) -> None:
         """Let the next update copy the student."""
@@ -312,6 +348,10 @@ class SnapshotTracks:
         matches = [(path, pattern.fullmatch(path.name)) for path in self._directory.iterdir()]
         found = sorted(((int(match[1]), path) for path, match in matches if match), reverse=True)
         return [(number, path) for number, path in found if _is_own(path, track, number)]
+
+
+_WRITERS: dict[Path, weakref.ref[SnapshotTracks]] = {}
+"""Who wrote last into a folder, of this process."""
 
 
 def _is_own(path: Path, track: Track, step: int) -> bool:
