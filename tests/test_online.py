@@ -512,6 +512,36 @@ def test_while_swapped_it_can_be_neither_changed_nor_saved(student: Student, tmp
     teacher.update()
 
 
+def test_attached_twice_it_would_count_twice(student: Student) -> None:
+    """An error, until the first one is removed; others of its own are no error, foreign ones told."""
+    teacher = MeanTeacher(student, momentum=MOMENTUM)
+    optimizers = [torch.optim.SGD(part.parameters(), lr=0.01) for part in (student.encoder, student.norm)]
+    handle, _ = (teacher.attach(optimizer) for optimizer in optimizers)
+    with pytest.raises(MisuseError, match="attached to this optimizer already"):
+        teacher.attach(optimizers[0])
+    MeanTeacher(student).attach(optimizers[0])
+    handle.remove()
+    teacher.attach(optimizers[0])
+    for parameter in student.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizers[0].step()
+    assert teacher.num_updates == 1
+    with pytest.warns(UserWarning, match="none of the parameters"):
+        teacher.attach(torch.optim.SGD(nn.Linear(2, 2).parameters()))
+
+
+def test_a_teacher_that_was_never_updated_is_saved_with_a_word(student: Student, tmp_path: Path) -> None:
+    """An optimizer that was replaced, or never calls its hooks, would else go unnoticed."""
+    teacher = MeanTeacher(student)
+    with pytest.warns(UserWarning, match="no update has come yet") as caught:
+        teacher.save(tmp_path / "t.safetensors")
+    assert caught[0].filename == __file__
+    teacher.update()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        teacher.save(tmp_path / "t.safetensors")
+
+
 def replace_parameter(module: nn.Module) -> None:
     module.encoder.bias = nn.Parameter(torch.zeros(7))
 

@@ -48,15 +48,15 @@ class MeanTeacherCallback(TrainerCallback):
         The Trainer does not tell which that is, so the student that a teacher belongs to is compared with the one that
         was loaded. Raises CkptEmaError where they differ, and for a sharded model; MisuseError beside another of these.
         """
-        if vars(state).setdefault("mean_teacher_callback", self) is not self:
-            raise MisuseError(
-                "two MeanTeacherCallbacks would write the same files",
-                hint="follow the other with a ckpt_ema.MeanTeacher",
-            )
         if any(is_sharded(parameter) for parameter in model.parameters()):
             raise CkptEmaError(
                 "a sharded model's teacher cannot be saved by the Trainer's first process",
                 hint="follow it with a ckpt_ema.MeanTeacher, and save its state_dict with torch.distributed.checkpoint",
+            )
+        if vars(state).setdefault("mean_teacher_callback", self) is not self:
+            raise MisuseError(
+                "two MeanTeacherCallbacks would write the same files",
+                hint="follow the other with a ckpt_ema.MeanTeacher",
             )
         self.teacher = MeanTeacher(model, **self.options)
         if not state.global_step:

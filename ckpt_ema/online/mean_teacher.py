@@ -274,13 +274,10 @@ class MeanTeacher:
         """Update after every `optimizer.step()` from now on; `remove()` of what is returned ends that.
 
         A step that GradScaler skips is none, but for a fused optimizer, which is called and changes nothing: the
-        teacher moves towards the same student once more then. Raises MisuseError for what is no optimizer of torch's,
-        nor accelerate's wrapper around one.
+        teacher moves towards the same student once more then. Warns where the optimizer has none of the student's
+        parameters. Raises MisuseError for what is no optimizer of torch's, nor accelerate's wrapper around one, and
+        where this teacher is attached to it already.
         """
-
-        def update(*_: object) -> None:
-            self.update()
-
         inner: Any = optimizer
         # accelerate's wrapper is an optimizer by its class alone; the one inside has the hooks. Others, such as
         # DeepSpeed's, may step the one inside several times, or before the student is whole.
@@ -290,7 +287,16 @@ class MeanTeacher:
             raise MisuseError(
                 f"a {type(optimizer).__name__} calls nothing after its steps", hint="call `teacher.update()` after each"
             )
-        handle: RemovableHandle = inner.register_step_post_hook(update)
+        hooks = inner._optimizer_step_post_hooks.values()
+        if any(isinstance(hook, _AfterStep) and hook.teacher is self for hook in hooks):
+            raise MisuseError(
+                "the teacher is attached to this optimizer already, and would count each step twice",
+                hint="call `remove()` of what the first `attach` returned, or leave this one away",
+            )
+        own = {id(pair.student.tensor) for pair in self._pairs}
+        if not any(id(tensor) in own for group in inner.param_groups for tensor in group["params"]):
+            warnings.warn("the optimizer has none of the parameters that this teacher follows", stacklevel=2)
+        handle: RemovableHandle = inner.register_step_post_hook(_AfterStep(self))
         return handle
 
     @contextlib.contextmanager
@@ -478,6 +484,11 @@ class MeanTeacher:
     @torch.no_grad()
     def _write(self, path: Path, step: int | None, *, dtype: str, overwrite: bool) -> Path:
         self._begin("save the teacher")
+        if self._start is None:
+            warnings.warn(
+                "no update has come yet: what is written is the student as it was when this teacher was made",
+                stacklevel=4,  # past torch.no_grad
+            )
         check_file_replaceable(path, overwrite=overwrite, by_snapshot=step is not None)
         if any(is_sharded(pair.student.tensor) for pair in self._pairs):
             raise CkptEmaError(
@@ -591,6 +602,16 @@ class MeanTeacher:
                 f"cannot {what} while the teacher's numbers are swapped into a module",
                 hint="do it after the `with teacher.swapped_into(...)` block",
             )
+
+
+class _AfterStep:
+    """What an optimizer calls behind its step."""
+
+    def __init__(self, teacher: MeanTeacher) -> None:
+        self.teacher = teacher
+
+    def __call__(self, *_: object) -> None:
+        self.teacher.update()
 
 
 def _is_capturing() -> bool:
