@@ -102,7 +102,9 @@ def weigh(checkpoints: Sequence[Checkpoint], options: FoldOptions, beginning: Be
             f" {options.interval} steps",
             hint="train on, then fold again",
         )
-    is_other = bool(newer.warnings) or not beginning.is_average or beginning.record.get("initial_teacher") is not None
+    # What is not an average of listed checkpoints alone stays one input, whose parts nobody lists again.
+    is_mixed = beginning.record.get("initial_teacher") is not None or bool(beginning.record.get("averages"))
+    is_other = bool(newer.warnings) or not beginning.is_average or is_mixed
     past = () if is_other else beginning.past
     return replace(
         weighed,
@@ -183,7 +185,8 @@ def _per_step(
     # The teacher's own newest student is left out already, as one that is in it.
     left_out = [item for item in left_out if anchor is None or item[0] != anchor.label]
     # Its own record cannot tell it by its first checkpoint.
-    is_to_tell = beginning is not None and options.interval > 1 and not beginning.knows_origin
+    is_known = beginning.knows_origin if beginning is not None else kept[0] is checkpoints[0]
+    is_to_tell = options.interval > 1 and not is_known
     return Weighed(
         (),
         tuple(kept),

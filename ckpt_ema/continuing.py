@@ -15,7 +15,7 @@ from ckpt_ema.formats import read_contents
 from ckpt_ema.formats.folder import has_weights, is_sharded
 from ckpt_ema.locations import as_path
 from ckpt_ema.profiles import POWER_RULE
-from ckpt_ema.provenance import printable, read_provenance, rule_of
+from ckpt_ema.provenance import SELECTION, printable, read_provenance, rule_of
 from ckpt_ema.records import MAX_COUNT, FoldOptions, PastCheckpoint
 from ckpt_ema.runs import Checkpoint
 
@@ -143,12 +143,34 @@ class Beginning:
             return None
         return self.past[0].step * (1 if self.past[0].unit == "step" else options.steps_per_epoch or 1)
 
+    def select_for(self, options: FoldOptions) -> tuple[FoldOptions, list[str]]:
+        """`options`, with what of each checkpoint is the student where they say nothing of it; warnings."""
+        given = self.record.get("selection")
+        if not isinstance(given, dict):
+            return options, []
+        made = {name: given[name] for name in SELECTION if isinstance(given.get(name), str)}
+        warnings = []
+        for name in SELECTION:
+            asked, before = getattr(options, name), made.pop(name, None)
+            if asked is None and before is not None:
+                made[name] = before
+            elif asked != before:
+                how = "without" if before is None else f"with `--{name} {before}`, not"
+                warnings.append(f"`{self.label}` was made {how} `--{name} {asked}`")
+        try:
+            return replace(options, **made), warnings
+        except MisuseError as error:
+            raise self._impossible(error) from None
+
+    def _impossible(self, error: MisuseError) -> CkptEmaError:
+        return CkptEmaError(f"`{self.path}` says of itself what cannot be: {error.message}")
+
     def options_for(self, options: FoldOptions) -> tuple[FoldOptions, list[str], list[str]]:
         """`options`, with how the teacher was made where they say nothing of it; notes; warnings."""
         # An online teacher is updated once every `interval` steps, too.
         per = "step" if self.is_online else self.record.get("per")
         is_asked = options.momentum is not None or options.half_life is not None or options.per not in (None, per)
-        if not self.is_online and (self.record.get("made") != "fold" or not self.is_average):
+        if not self.is_online and (self.record.get("made") not in ("fold", "reconstruct") or not self.is_average):
             if self.is_average or is_asked:
                 return options, [], []
             what = f"`{self.label}` is of profile {self.profile}"
@@ -187,7 +209,7 @@ class Beginning:
         try:
             inherited = replace(options, **made, **counting)
         except MisuseError as error:
-            raise CkptEmaError(f"`{self.path}` says of itself what cannot be: {error.message}") from None
+            raise self._impossible(error) from None
         return inherited, [f"goes on as `{self.label}` was made: {_told(made, counting)}"], warnings
 
     def _with_treatment(self, options: FoldOptions) -> FoldOptions:
@@ -209,7 +231,7 @@ class Beginning:
         `is_told` says that somebody chose from which step on; that counts where the teacher lists no checkpoints.
         Raises CkptEmaError where nothing is left.
         """
-        own = None if self.past or is_told else self.own_step
+        own = None if is_told else self.own_step
         steps = [item.step for item in checkpoints if item.step is not None and item.unit in ("step", "number")]
         if own is not None and len(steps) == len(checkpoints):
             newer = [item for item, step in zip(checkpoints, steps, strict=True) if step > own]

@@ -218,7 +218,10 @@ class _Follower:
             return False
         assert found is not None
         if self.target is None:
+            asked = self.options.state, self.options.prefix
             self._choose_target(found, ready[-1])
+            if asked != (self.options.state, self.options.prefix):
+                return self.look(is_last=is_last)  # the teacher is of other tensors than these
             ready = [item for item in ready if item.path not in self.done]
         return bool(ready) and self._fold(ready, is_last=is_last)
 
@@ -301,7 +304,9 @@ class _Follower:
         if beginning is None:
             self._tell_of_momentum()
             return
-        options, notes, warnings = beginning.options_for(self.options)
+        options, selected = beginning.select_for(self.options)
+        options, notes, warnings = beginning.options_for(options)
+        warnings = [*selected, *warnings]
         foreign: Sequence[str] = []
         with contextlib.suppress(NoCheckpointError):  # nothing is newer, yet
             foreign = beginning.newer_of(found.checkpoints).warnings
@@ -310,10 +315,13 @@ class _Follower:
                 (*foreign, f"`{self.target}` does not say what it was folded from")[0], hint="pass another `--output`"
             )
         if warnings:
+            names = ("momentum", "half_life", "per", "state", "prefix")
+            given = [f"`--{name.replace('_', '-')}`" for name in names if getattr(self.options, name) is not None]
+            leave = f"leave {' and '.join(given)} away to go on with it, or " if given else ""
             raise CkptEmaError(
                 f"`{self.target}` is the teacher of other options",
                 details=warnings,
-                hint="leave `--momentum`, `--half-life` and `--per` away to go on with it, or pass another `--output`",
+                hint=f"{leave}pass another `--output`",
             )
         self.options = options
         for text in notes:

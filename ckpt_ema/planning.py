@@ -34,10 +34,13 @@ from ckpt_ema.students import NUMPY_ARRAY, choose_student, is_flat
 def plan_fold(run: PathLike | Sequence[PathLike], output: PathLike | None, wanted: FoldOptions) -> FoldPlan:
     """Plan the fold of a run, or of checkpoints in the order given; raises CkptEmaError where it cannot be."""
     beginning = read_beginning(wanted)
-    found = find_run(run, wanted)
     if beginning is None:
+        found = find_run(run, wanted)
         return plan_weighed(found, weigh(found.checkpoints, wanted), output, wanted)
+    wanted, selected = beginning.select_for(wanted)
+    found = find_run(run, wanted)
     wanted, notes, warnings = beginning.options_for(wanted)
+    warnings = [*selected, *warnings]
     weighed = _weigh_newer(found, wanted, beginning)
     weighed = replace(
         weighed,

@@ -19,6 +19,10 @@ RULE_KEYS = (
 )
 
 
+SELECTION = ("state", "prefix")
+"""Options that say which of a checkpoint's tensors are the student's."""
+
+
 def teacher_metadata(plan: FoldPlan, number: int) -> dict[str, str]:
     """`__metadata__` of one teacher: texts only, the same for the same input (no date, no path of this machine)."""
     options = plan.options
@@ -36,6 +40,7 @@ def teacher_metadata(plan: FoldPlan, number: int) -> dict[str, str]:
         **({} if plan.origin is None else {"origin": plan.origin}),
         "state": plan.newest.state_key,
         "stripped": list(plan.newest.stripped),
+        "selection": {name: getattr(options, name) for name in SELECTION if getattr(options, name) is not None},
         "averages": [
             {"name": printable(item.name), "step": item.step, "coefficient": item.coefficients[number]}
             for item in (() if plan.past else plan.averages)

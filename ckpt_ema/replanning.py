@@ -86,7 +86,10 @@ def check_listed(record: Mapping[str, Any], past: Sequence[PastCheckpoint], run:
 
 
 def _prefixes_of(record: Mapping[str, Any]) -> list[str | None]:
-    """What may have been asked for as `--prefix`: of what was stripped, the record does not say who asked."""
+    """What was asked for as `--prefix`, or may have been: older records do not say who asked for what was stripped."""
+    selection = record.get("selection")
+    if isinstance(selection, dict) and isinstance(selection.get("prefix"), (str, type(None))):
+        return [selection.get("prefix")]
     return [None, *_texts(record.get("stripped"))]
 
 

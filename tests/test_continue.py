@@ -421,3 +421,96 @@ def test_an_online_record_that_lies_is_no_traceback(tmp_path: Path, changed: dic
     for options in ({}, {"momentum": 0.1, "per": "step"}, {"momentum": 0.1, "per": "step", "interval": 2}):
         with contextlib.suppress(CkptEmaError):
             ckpt_ema.plan(run, tmp_path / "t.safetensors", init=path, **options)
+
+
+def save_halves(run: Path, count: int) -> None:
+    """A raw state dict beside an average in each; in both a pair of halves with names alike."""
+    run.mkdir(exist_ok=True)
+    for step in range(1, count + 1):
+        generator = torch.Generator().manual_seed(step)
+        names = [f"{half}.{name}" for half in ("student", "teacher") for name in ("a", "b")]
+        states = [{name: torch.randn(9, generator=generator) for name in names} for _ in range(2)]
+        torch.save(dict(zip(("model", "model_ema"), states, strict=True)), run / f"step_{step}.pt")
+
+
+SELECTIONS: list[dict[str, Any]] = [
+    {"state": "model_ema"},
+    {"prefix": "teacher."},
+    {"state": "model_ema", "prefix": "teacher."},
+]
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_the_same_part_of_each_checkpoint_goes_on(tmp_path: Path, selection: dict[str, Any]) -> None:
+    """By `--init` and by a follower that begins again, neither told which state dict or sub-model it was."""
+    run = tmp_path / "run"
+    save_halves(run, 4)
+    whole = quiet_fold(run, tmp_path / "whole.safetensors", momentum=0.3, **selection).output
+    begun = quiet_fold(run, tmp_path / "t.safetensors", momentum=0.3, until_step=2, **selection).output
+    assert_same_bits(load_file(quiet_fold(run, tmp_path / "on.safetensors", init=begun).output), load_file(whole))
+    assert record_of(tmp_path / "on.safetensors") == record_of(whole)
+    ckpt_ema.follow(run, begun, until_step=4, poll_seconds=0.01)
+    assert_same_bits(load_file(begun), load_file(whole))
+    for teacher in (whole, begun):
+        assert ckpt_ema.verify(teacher, run, share=1).is_ok
+
+
+def test_another_part_of_each_checkpoint_is_told(tmp_path: Path) -> None:
+    """Asked for where the teacher has another: a warning of a fold, an error of a follower."""
+    run = tmp_path / "run"
+    save_halves(run, 3)
+    begun = quiet_fold(run, tmp_path / "t.safetensors", momentum=0.3, until_step=2).output
+    plan = ckpt_ema.plan(run, tmp_path / "on.safetensors", init=begun, state="model_ema")
+    assert "`t.safetensors` was made without `--state model_ema`" in plan.warnings
+    with pytest.raises(CkptEmaError, match="is the teacher of other options") as caught:
+        ckpt_ema.follow(run, begun, state="model_ema", until_step=3, poll_seconds=0.01)
+    assert caught.value.hint == "leave `--state` away to go on with it, or pass another `--output`"
+
+
+@pytest.mark.parametrize("has_snapshots", [False, True])
+def test_a_reconstruction_goes_on_by_its_own_rule_from_its_own_step(tmp_path: Path, has_snapshots: bool) -> None:
+    """Per step, near what training would have made; the record holds together, or says what it began with."""
+    run = tmp_path / "run"
+    run.mkdir()
+    student = torch.nn.Linear(6, 5)
+    tracks = ckpt_ema.Snapshots(run, every=20) if has_snapshots else None
+    teacher = ckpt_ema.MeanTeacher(student, half_life=20, snapshots=tracks)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(1, 161):
+        with torch.no_grad():
+            for parameter in student.parameters():
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+        teacher.update()
+        if step % (1 if step > 100 else 20) == 0:
+            save_file(
+                {name: tensor.detach() for name, tensor in student.named_parameters()}, run / f"step_{step}.safetensors"
+            )
+    made = ckpt_ema.reconstruct(run, tmp_path / "at.safetensors", half_life=20, at=100, announce=lambda plan: None)
+    plan = ckpt_ema.plan(run, tmp_path / "on.safetensors", init=made.output)
+    assert any("half-life 20 per step" in note for note in plan.notes)
+    assert [item.step for item in plan.checkpoints] == list(range(101, 161))
+    on = quiet_fold(run, tmp_path / "on.safetensors", init=made.output).output
+    straight = quiet_fold(run, tmp_path / "straight.safetensors", half_life=20, from_step=100).output
+    truth = teacher.tensors()
+
+    def distance(path: Path) -> float:
+        return sum(float((tensor - truth[name]).norm()) for name, tensor in load_file(path).items())
+
+    assert distance(on) < distance(straight)
+    assert ckpt_ema.verify(on, run).is_ok
+
+
+def test_an_interval_counts_from_a_first_checkpoint_that_was_left_out(tmp_path: Path) -> None:
+    """Its share is next to nothing by then, and its step is where the counting began."""
+    run = tmp_path / "run"
+    run.mkdir()
+    for step in (0, 13, 61, 110, 126):
+        save_file(make_student(step), run / f"step_{step}.safetensors")
+    options: dict[str, Any] = {"half_life": 1.0, "interval": 2, "between": "hold"}
+    whole = quiet_fold(run, tmp_path / "whole.safetensors", **options).output
+    begun = quiet_fold(run, tmp_path / "t.safetensors", until_step=61, **options).output
+    on = quiet_fold(run, tmp_path / "on.safetensors", init=begun).output
+    mine, expected = load_file(on), load_file(whole)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(mine[name], tensor, rtol=1e-6, atol=1e-6)
+    assert ckpt_ema.verify(on, run, share=1).is_ok
