@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ckpt_ema.continuing import Beginning, parts_of
+from ckpt_ema.continuing import Beginning, parts_of, rounded_to
 from ckpt_ema.errors import CkptEmaError, MisuseError, NoUpdateError
 from ckpt_ema.locations import as_path
 from ckpt_ema.profiles import (
@@ -52,6 +52,9 @@ class Weighed:
     updates: tuple[tuple[Update, ...], ...]
     """`updates[t][i]`: how input i enters teacher t, the averages before the checkpoints."""
 
+    given: tuple[tuple[float, ...], ...] | None = None
+    """`given[t][i]`: the coefficients where updates were made of them, which do not tell them to the last bit."""
+
     left_out: tuple[tuple[str, str], ...] = ()
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
@@ -74,6 +77,9 @@ class Weighed:
 
     parts: int = 1
     """In how many folds that teacher was made (see FoldPlan)."""
+
+    rounded_to: frozenset[str] = frozenset()
+    """Dtypes that it was rounded to on the way (see FoldPlan)."""
 
     is_cut: bool = False
     """Whether straight lines cross from that teacher to these checkpoints."""
@@ -117,6 +123,7 @@ def weigh(checkpoints: Sequence[Checkpoint], options: FoldOptions, beginning: Be
         copied=copied_names(beginning.record) if past else frozenset(),
         rules=beginning.rules if past else (),
         parts=parts_of(beginning.record) if past else 1,
+        rounded_to=rounded_to(beginning.record) if past else frozenset(),
         is_cut=bool(past) and options.per_step and options.between != "hold",
     )
 
@@ -124,7 +131,7 @@ def weigh(checkpoints: Sequence[Checkpoint], options: FoldOptions, beginning: Be
 def _per_checkpoint(checkpoints: Sequence[Checkpoint], options: FoldOptions) -> Weighed:
     kept, left_out = _every(checkpoints, options)
     updates = [_checkpoint_updates(profile, len(kept), options) for profile in options.profiles]
-    return Weighed((), tuple(kept), tuple(map(tuple, updates)), tuple(left_out))
+    return Weighed((), tuple(kept), tuple(map(tuple, updates)), left_out=tuple(left_out))
 
 
 def _checkpoint_updates(profile: Profile, count: int, options: FoldOptions) -> list[Update]:
@@ -191,8 +198,8 @@ def _per_step(
         (),
         tuple(kept),
         tuple(map(tuple, updates)),
-        tuple(left_out),
-        tuple(notes),
+        left_out=tuple(left_out),
+        notes=tuple(notes),
         origin=(steps[0] if origin is None else origin) if is_to_tell else None,
     )
 
@@ -210,9 +217,13 @@ def _without_idle(
     if not idle:
         return list(checkpoints), list(updates), []
     dropped = {num_leading + i for i in idle}
+    # What changes nothing goes without the others being worked out anew, which would cost float64 its last digits.
+    silent = all(each[i] == Update(1.0, 0.0) for each in updates for i in dropped)
     remaining = [[share for i, share in enumerate(shares) if i not in dropped] for shares in all_shares]
     kept = [item for i, item in enumerate(checkpoints) if i not in set(idle)]
     left_out = [(checkpoints[i].label, f"its coefficient would be below {SMALLEST_COEFFICIENT:g}") for i in idle]
+    if silent:
+        return kept, [[update for i, update in enumerate(each) if i not in dropped] for each in updates], left_out
     return kept, [updates_of(shares) for shares in remaining], left_out
 
 
@@ -271,7 +282,8 @@ def _by_hand(checkpoints: Sequence[Checkpoint], given: Any) -> Weighed:
         )
     kept = [item for item in checkpoints if shares.get(item.label)]
     left_out = [(label, "its coefficient is 0, or not given") for label in labels if not shares.get(label)]
-    return Weighed((), tuple(kept), (tuple(updates_of([shares[item.label] for item in kept])),), tuple(left_out))
+    given = tuple(shares[item.label] for item in kept)
+    return Weighed((), tuple(kept), (tuple(updates_of(given)),), (given,), tuple(left_out))
 
 
 def read_coefficients(given: Any) -> dict[str, float]:

@@ -304,6 +304,12 @@ def parts_of(record: Mapping[str, Any]) -> int:
     return parts if type(parts) is int and 1 < parts < MAX_COUNT else 1
 
 
+def rounded_to(record: Mapping[str, Any]) -> frozenset[str]:
+    """The dtypes that teachers on the way to this one were rounded to, of fewer bits than they were folded in."""
+    names = record.get("rounded_to")
+    return frozenset(name for name in names if isinstance(name, str)) if isinstance(names, list) else frozenset()
+
+
 def past_of(record: Mapping[str, Any]) -> tuple[PastCheckpoint, ...]:
     """The checkpoints that a record lists; none where one of them is not what this tool writes."""
     items = record.get("checkpoints")

@@ -16,6 +16,7 @@ from ckpt_ema.byte_ranges import TensorRange
 from ckpt_ema.catalogue import TeacherTensor, Treatment, build_catalogue
 from ckpt_ema.coefficients import Weighed, weigh
 from ckpt_ema.continuing import Beginning, read_beginning
+from ckpt_ema.dtypes import DType
 from ckpt_ema.errors import CkptEmaError, MisuseError, NoCheckpointError, NoUpdateError
 from ckpt_ema.formats import read_contents
 from ckpt_ema.layouts import Layout, SchemaPool, compact_layout
@@ -178,14 +179,14 @@ def plan_weighed(
         num_teachers=len(weighed.updates),
     )
     is_folder, targets = resolve_outputs(output, found, newest, wanted)
-    coefficients = [coefficients_of(updates) for updates in weighed.updates]
+    coefficients = weighed.given or [coefficients_of(updates) for updates in weighed.updates]
     teachers = tuple(
         PlannedTeacher(profile, target, tuple(updates), shares[0])
         for profile, target, updates, shares in zip(
             wanted.profiles, targets, weighed.updates, coefficients, strict=True
         )
     )
-    rounded = list(_rounded(weighed, layouts, tensors, wanted))
+    narrow = _narrow(weighed, layouts, tensors, wanted)
     by_input = list(zip(*coefficients, strict=True))
     num_averages = len(weighed.averages)
     return FoldPlan(
@@ -203,7 +204,8 @@ def plan_weighed(
         ),
         past=weighed.past,
         rules_of_past=weighed.rules,
-        parts=weighed.parts + (weighed.is_cut or bool(rounded)),
+        parts=weighed.parts + (weighed.is_cut or bool(narrow)),
+        rounded_to=weighed.rounded_to.union(stored.name for stored, _ in narrow),
         origin=weighed.origin,
         predictions=weighed.predictions,
         span=weighed.span,
@@ -214,7 +216,7 @@ def plan_weighed(
         warnings=(
             *found.warnings,
             *weighed.warnings,
-            *rounded,
+            *_rounded(weighed, narrow),
             *_treated_otherwise(weighed, tensors),
             *_warnings(checkpoints, teachers, wanted, tensors, goes_on=weighed.goes_on),
         ),
@@ -348,24 +350,28 @@ def _treated_otherwise(weighed: Weighed, tensors: Sequence[TeacherTensor]) -> It
             yield f"`{names[0]}`{more}: {before} in `{weighed.averages[0].label}`, {now} from now on"
 
 
-def _rounded(
+def _narrow(
     weighed: Weighed, layouts: Sequence[Layout], tensors: Sequence[TeacherTensor], options: FoldOptions
-) -> Iterator[str]:
-    """What a teacher that is gone on with has lost since it was folded."""
+) -> list[tuple[DType, DType]]:
+    """Of each tensor that was rounded in the teacher that is gone on with its dtype there, and that of the fold."""
     if not weighed.past:
-        return
-    narrow = [
-        (tensor, stored)
+        return []
+    dtypes = [
+        (layouts[0].schema.dtypes[tensor.index], accumulate_dtype(tensor.student_dtype, options.accumulate))
         for tensor in tensors
         if tensor.action == "average"
-        and (stored := layouts[0].schema.dtypes[tensor.index]).itemsize
-        < accumulate_dtype(tensor.student_dtype, options.accumulate).itemsize
     ]
+    return [(stored, folded) for stored, folded in dtypes if stored.itemsize < folded.itemsize]
+
+
+def _rounded(weighed: Weighed, narrow: Sequence[tuple[DType, DType]]) -> Iterator[str]:
+    """What a teacher that is gone on with has lost since it was folded."""
     if narrow:
-        dtypes = " and ".join(sorted({stored.name for _, stored in narrow}))
+        dtypes = " and ".join(sorted({stored.name for stored, _ in narrow}))
+        hint = "; `--dtype float32` keeps all digits" if all(folded.itemsize <= 4 for _, folded in narrow) else ""
         yield (
             f"`{weighed.averages[0].label}` was rounded to {dtypes} when it was written ({len(narrow)} tensors), and"
-            " what goes on from it is near the fold of all at once, not equal; `--dtype float32` keeps all digits"
+            f" what goes on from it is near the fold of all at once, not equal{hint}"
         )
 
 

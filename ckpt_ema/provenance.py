@@ -37,6 +37,7 @@ def teacher_metadata(plan: FoldPlan, number: int) -> dict[str, str]:
         "initial_teacher": None if plan.initial_teacher is None or plan.past else printable(plan.initial_teacher),
         **made_record(plan, number),
         **({} if plan.parts == 1 else {"parts": plan.parts}),
+        **({"rounded_to": sorted(plan.rounded_to)} if plan.rounded_to else {}),
         **({} if plan.origin is None else {"origin": plan.origin}),
         "state": plan.newest.state_key,
         "stripped": list(plan.newest.stripped),

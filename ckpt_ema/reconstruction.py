@@ -334,11 +334,13 @@ def _weigh(stored: Sequence[Stored], solutions: Sequence[Solution], copied: Stor
         for i, each in enumerate(stored)
         if i not in order and isinstance(each.source, Checkpoint)
     ]
+    given = tuple(tuple(solution.coefficients[i] for i in order) for solution in solutions)
     return Weighed(
         tuple(source for source in sources if isinstance(source, Average)),
         tuple(source for source in sources if isinstance(source, Checkpoint)),
-        tuple(tuple(updates_of([solution.coefficients[i] for i in order])) for solution in solutions),
-        tuple(left_out),
+        tuple(tuple(updates_of(shares)) for shares in given),
+        given,
+        left_out=tuple(left_out),
     )
 
 

@@ -399,6 +399,9 @@ class FoldPlan:
     rules_of_past: tuple[Mapping[str, Any], ...]
     """How these entered it, as its record says, oldest first."""
 
+    rounded_to: frozenset[str]
+    """Names of the dtypes with fewer bits than the fold's own that teachers gone on from were rounded to."""
+
     parts: int
     """In how many folds the teachers are made, those counted that cost last digits: the one gone on from was rounded,
     or straight lines lead from its checkpoints to these. With 1 the bits are those of one fold."""

@@ -148,33 +148,35 @@ def _updates(
 ) -> tuple[Update, ...]:
     """How the checkpoints entered the teacher; raises CkptEmaError where that cannot be told to the last bit."""
     shares = [item.coefficient for item in (*averages, *past)]
+    found: list[tuple[Update, ...]] = []
     if record["made"] == "fold" and not has_earlier_rules(record):
         weighed = weigh(checkpoints, wanted)
-        if _are_near(coefficients_of(weighed.updates[0]), shares):
-            return weighed.updates[0]
-        if not wanted.per_step:
+        found = [weighed.updates[0]]
+        if weighed.given is None and wanted.per_step:
+            # Those of a share next to nothing are not in the record, and one of them may have been the first.
+            with contextlib.suppress(CkptEmaError):
+                everything = find_run(run, replace(wanted, until_step=past[-1].step))
+                weighed = weigh(everything.checkpoints, wanted)
+                if [printable(item.label) for item in weighed.checkpoints] == [item.name for item in past]:
+                    found.append(weighed.updates[0])
+        found = [updates for updates in found if _are_near(coefficients_of(updates), shares)]
+        if not found and not wanted.per_step:
             raise CkptEmaError("its coefficients are not those of its rule")
-        # Those of a share next to nothing are not in the record, and one of them was the first.
-        with contextlib.suppress(CkptEmaError):
-            last = past[-1].step
-            everything = find_run(run, replace(wanted, until_step=last))
-            weighed = weigh(everything.checkpoints, wanted)
-            names = [printable(item.label) for item in weighed.checkpoints]
-            if names == [item.name for item in past] and _are_near(coefficients_of(weighed.updates[0]), shares):
-                return weighed.updates[0]
-    updates = tuple(updates_of(shares))
-    if has_earlier_rules(record):  # held to rounding alone
-        return updates
-    # A running mean is divided anew, which moves its numbers by some 1e-16: nothing to float32.
-    is_wide = wanted.accumulate == "float64" or any(
-        dtype.name in ("float64", "complex128") for dtype in checkpoints[-1].layout.schema.dtypes
-    )
-    if is_wide and min(shares) >= 0:
-        raise CkptEmaError(
-            "it was folded in float64 from coefficients that its record does not hold to the last bit",
-            hint="`ckpt-ema compare` shows how far it is from one that is made again",
-        )
-    return updates
+    # The rule's own, of two the one that has the coefficients to the last bit.
+    return max(found, key=lambda updates: coefficients_of(updates) == shares, default=tuple(updates_of(shares)))
+
+
+def is_exact(planned: FoldPlan, record: Mapping[str, Any], shares: Sequence[float]) -> bool:
+    """Whether a plan makes a teacher to the last bit again, whose record holds `shares`.
+
+    A running mean that is worked out of these moves its numbers by some 1e-16: nothing to float32.
+    """
+    if has_earlier_rules(record):
+        return False
+    if record["made"] == "reconstruct" or record.get("profile") == "given":
+        return True
+    is_wide = any(lane.accumulate_dtype.name in ("float64", "complex128") for lane in planned.blocks.lanes)
+    return not is_wide or coefficients_of(planned.teachers[0].updates) == list(shares)
 
 
 def has_earlier_rules(record: Mapping[str, Any]) -> bool:

@@ -16,11 +16,11 @@ from typing import Any
 from ckpt_ema.blocks import BlockPlan
 from ckpt_ema.byte_ranges import InputFile, SourceFile, TensorRange, count_elements, open_input, read_exactly
 from ckpt_ema.coefficients import MAX_COEFFICIENT
-from ckpt_ema.continuing import parts_of, past_of
-from ckpt_ema.dtypes import DType
+from ckpt_ema.continuing import parts_of, past_of, rounded_to
+from ckpt_ema.dtypes import BY_NAME, DType
 from ckpt_ema.engine import cpu
 from ckpt_ema.engine.contract import NonFiniteBlockError, Task
-from ckpt_ema.engine.distance import epsilon_of, first_not_finite, relative_distance, shown_element
+from ckpt_ema.engine.distance import distance_of, epsilon_of, first_not_finite, length_of, shown_element
 from ckpt_ema.engine.inputs import InputFiles
 from ckpt_ema.engine.streams import Streams
 from ckpt_ema.errors import CkptEmaError, MisuseError
@@ -29,12 +29,15 @@ from ckpt_ema.layouts import SchemaPool, compact_layout
 from ckpt_ema.locations import as_path
 from ckpt_ema.provenance import copied_names, read_provenance, teacher_metadata
 from ckpt_ema.records import FoldPlan, PathLike
-from ckpt_ema.replanning import SHARE_TOLERANCE, averages_of, check_listed, has_earlier_rules, plan_again
+from ckpt_ema.replanning import SHARE_TOLERANCE, averages_of, check_listed, has_earlier_rules, is_exact, plan_again
 from ckpt_ema.sizes import DEFAULT_MEMORY_BUDGET_BYTES, format_size
 from ckpt_ema.structure import fault_of_folder
 
 MIN_BLOCKS = 16
 """That a sample has at least."""
+
+SMALL_BYTES = 1 << 16
+"""Of a tensor whose inputs are looked at before it is called another one."""
 
 SUM_TOLERANCE = 1e-6
 """By which coefficients may miss 1."""
@@ -211,9 +214,44 @@ def _check_against(
         return Check("recomputed", None, f"cannot be done from a run alone: {why}")
     planned = plan_again(found, record, past, copied, run, memory_budget_bytes)
     _check_told(record, planned)
+    return _recompute(found, planned, copied, _tolerance_of(record, planned), share, seed)
+
+
+@dataclass(frozen=True, slots=True)
+class _Tolerance:
+    """How far a right teacher may be from the one that is made again."""
+
+    num_roundings: int
+    """Each of them half of a last place, in any direction; 1 where the two are equal."""
+
+    why: str
+    """What rounds, for people."""
+
+    epsilons: tuple[float, ...] = ()
+    """Last places of dtypes beside the teacher's that were rounded to on the way."""
+
+    def allows(self, distance: float, norm: float, dtype: DType) -> bool:
+        """Whether elements of `dtype` may be so far from others of length `norm`."""
+        return distance <= math.sqrt(self.num_roundings) * max(epsilon_of(dtype), *self.epsilons, 0.0) * norm
+
+
+def _tolerance_of(record: Mapping[str, Any], planned: FoldPlan) -> _Tolerance | None:
+    """None for bit for bit."""
+    averages, past = averages_of(record), past_of(record)
+    parts = min(parts_of(record), len(past))
     # Other operations in another order: each checkpoint rounds for itself.
-    parts = len(past) if has_earlier_rules(record) else min(parts_of(record), len(past))
-    return _recompute(found, planned, copied, parts, share, seed)
+    num_roundings, why = parts, f"its {parts} parts"
+    if has_earlier_rules(record):
+        num_roundings = len(past)
+    if not is_exact(planned, record, [item.coefficient for item in (*averages, *past)]):
+        num_roundings, why = len(past), "its recorded coefficients" if parts == 1 else why
+    if num_roundings == 1:
+        return None
+    dtypes = [BY_NAME[name] for name in rounded_to(record) if name in BY_NAME]
+    if planned.options.accumulate == "student":
+        dtypes += {tensor.student_dtype for tensor in planned.tensors if tensor.action == "average"}
+        num_roundings = len(past)
+    return _Tolerance(num_roundings, why, tuple(map(epsilon_of, dtypes)))
 
 
 def _check_told(record: Mapping[str, Any], planned: FoldPlan) -> None:
@@ -229,14 +267,19 @@ def _check_told(record: Mapping[str, Any], planned: FoldPlan) -> None:
 
 
 def _recompute(
-    found: Inspection, planned: FoldPlan, copied: frozenset[str], parts: int, share: float, seed: int | None
+    found: Inspection,
+    planned: FoldPlan,
+    copied: frozenset[str],
+    tolerance: _Tolerance | None,
+    share: float,
+    seed: int | None,
 ) -> Check:
     """Fold a sample of the blocks again, and compare."""
     blocks = list(planned.blocks.blocks())
     seed = random.randrange(1 << 32) if seed is None else seed
     chosen = random.Random(seed).sample(blocks, min(len(blocks), max(MIN_BLOCKS, math.ceil(share * len(blocks)))))
     chosen.sort(key=lambda block: block.position)
-    with InputFiles(planned.layouts) as files, _Judge(found, planned.blocks, copied, parts) as judge:
+    with InputFiles(planned.layouts) as files, _Judge(found, planned.blocks, copied, tolerance) as judge:
         task = Task(planned.blocks, planned.layouts, [planned.teachers[0].updates], files)
         try:
             cpu.fold_blocks(task, [judge], lambda num_bytes: None, chosen)
@@ -246,14 +289,31 @@ def _recompute(
             name = next(tensor.name for tensor in planned.tensors if tensor.index == error.origin.tensor)
             return Check("recomputed", False, f"`{name}` of the run is not finite")
         files.check_unchanged()
+    for name, (text, distance, dtype) in judge.doubtful.items():
+        norm = _norm_of_inputs(planned, name)
+        assert tolerance is not None
+        if not tolerance.allows(distance, norm, dtype):
+            return Check("recomputed", False, text, _hint_of_rounding(planned))
+        judge.largest = max(judge.largest, distance / norm)
     part = sum(block.end_position - block.position for block in chosen) / max(1, planned.blocks.data_bytes)
     what = f"{len(chosen)} of {len(blocks)} blocks ({part:.1%}, `--seed {seed}`)"
     if len(chosen) == len(blocks):
         what = "all of it"
     how = "bit for bit"
-    if judge.largest:
-        how = f"up to the rounding of its {parts} parts (relative distance {judge.largest:.1e} at most)"
+    if judge.largest and tolerance is not None:
+        how = f"up to the rounding of {tolerance.why} (relative distance {judge.largest:.1e} at most)"
     return Check("recomputed", True, f"{what} from {len(planned.inputs)} files, {how}")
+
+
+def _norm_of_inputs(planned: FoldPlan, name: str) -> float:
+    """The lengths of a tensor in all inputs, by what each brings: the rounding of a sum is in proportion to these."""
+    index = next(tensor.index for tensor in planned.tensors if tensor.name == name)
+    norm = 0.0
+    for item, layout in zip(planned.inputs, planned.layouts, strict=True):
+        with Streams([layout], planned.options.memory_budget_bytes) as streams:
+            length = math.hypot(*(length_of(elements) for _, (elements,) in streams.portions(index)))
+        norm += abs(item.coefficients[0]) * length
+    return norm
 
 
 def _hint_of_rounding(planned: FoldPlan) -> str | None:
@@ -276,11 +336,16 @@ class _DifferentError(Exception):
 class _Judge:
     """A Teacher that compares what it is given with what the file holds."""
 
-    def __init__(self, found: Inspection, plan: BlockPlan, copied: frozenset[str], parts: int) -> None:
+    def __init__(
+        self, found: Inspection, plan: BlockPlan, copied: frozenset[str], tolerance: _Tolerance | None
+    ) -> None:
         self._copied = copied
-        self._parts = parts
+        self._tolerance = tolerance
         self.largest = 0.0
         """The largest relative distance of a block, where rounding is allowed for."""
+        self.doubtful: dict[str, tuple[str, float, DType]] = {}
+        """Small tensors that are further apart than that, for their own length: what was found, how far, the dtype.
+        They may be the small difference of large numbers."""
         self._ranges: list[tuple[int, int, str, TensorRange]] = []
         for name, (begin, end) in plan.offsets.items():
             stored = found.tensors[name]
@@ -313,16 +378,18 @@ class _Judge:
                 break
             held = read_exactly(self._files[stored.file], last - first, stored.begin + first - begin)
             made = bytes(block[first - position : last - position])
-            if held != made and not self._is_rounding(name, stored.dtype, held, made):
-                raise _DifferentError(_first_difference(name, stored.dtype, first - begin, held, made))
-
-    def _is_rounding(self, name: str, dtype: DType, held: bytes, made: bytes) -> bool:
-        """Whether a difference is one that the parts of a teacher explain: each of them rounds anew."""
-        if self._parts == 1 or name in self._copied:
-            return False
-        distance = relative_distance(held, made, dtype)
-        self.largest = max(self.largest, distance)
-        return distance <= math.sqrt(self._parts) * epsilon_of(dtype)
+            if held == made:
+                continue
+            text = _first_difference(name, stored.dtype, first - begin, held, made)
+            if self._tolerance is None or name in self._copied:
+                raise _DifferentError(text)
+            apart = distance_of(held, made, stored.dtype)
+            if self._tolerance.allows(apart.distance, apart.norm, stored.dtype):
+                self.largest = max(self.largest, apart.relative)
+            elif len(made) == end - begin <= SMALL_BYTES:
+                self.doubtful[name] = (text, apart.distance, stored.dtype)
+            else:
+                raise _DifferentError(text)
 
 
 def _first_difference(name: str, dtype: DType, offset: int, held: bytes, made: bytes) -> str:

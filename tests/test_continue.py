@@ -514,3 +514,19 @@ def test_an_interval_counts_from_a_first_checkpoint_that_was_left_out(tmp_path: 
     for name, tensor in expected.items():
         torch.testing.assert_close(mine[name], tensor, rtol=1e-6, atol=1e-6)
     assert ckpt_ema.verify(on, run, share=1).is_ok
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_held_students_in_float64_go_on_bit_for_bit(tmp_path: Path, seed: int) -> None:
+    """The teacher's own newest checkpoint has no share then, and does not change how the others enter."""
+    run = tmp_path / "run"
+    run.mkdir()
+    generator = torch.Generator().manual_seed(seed)
+    steps = sorted(set(torch.randint(1, 200, (6,), generator=generator).tolist()))
+    for step in steps:
+        save_file({"w": torch.randn(500, generator=generator, dtype=torch.float64)}, run / f"step_{step}.safetensors")
+    whole = quiet_fold(run, tmp_path / "whole.safetensors", half_life=20, between="hold").output
+    begun = quiet_fold(run, tmp_path / "t.safetensors", half_life=20, between="hold", until_step=steps[0]).output
+    teacher = quiet_fold(run, tmp_path / "on.safetensors", init=begun).output
+    assert_same_bits(load_file(teacher), load_file(whole))
+    assert "bit for bit" in ckpt_ema.verify(teacher, run, share=1).checks[-1].text

@@ -87,11 +87,17 @@ def first_not_finite(elements: torch.Tensor, *, may_be_infinite: bool) -> tuple[
     return index, float(values[index].real)
 
 
-def relative_distance(one: bytes, other: bytes, dtype: DType) -> float:
-    """||a - b|| / ||b|| of the elements of `dtype` in two runs of bytes of one length."""
+def distance_of(one: bytes, other: bytes, dtype: DType) -> Distance:
+    """Of the elements of `dtype` in two runs of bytes of one length."""
     found = Distance()
     found.add(_elements(one, dtype), _elements(other, dtype))
-    return found.relative
+    return found
+
+
+def length_of(elements: torch.Tensor) -> float:
+    """||a|| of shape [n], of any dtype."""
+    wide = torch.complex128 if elements.is_complex() else torch.float64
+    return _length(comparable(elements).to(wide).abs())
 
 
 def epsilon_of(dtype: DType) -> float:
