@@ -45,6 +45,11 @@ class MisuseError(CkptEmaError):
     """What was asked for makes no sense: wrong options rather than wrong files."""
 
 
+def quoted(text: str) -> str:
+    """`text` as one word of a shell, in quotes."""
+    return "'" + text.replace("'", "'\"'\"'") + "'"
+
+
 def first_line(error: BaseException) -> str:
     """What another library's error says, without the advice and the traces that some put below."""
     return (str(error).splitlines() or [""])[0]

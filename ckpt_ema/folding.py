@@ -20,7 +20,7 @@ from typing import Any
 from ckpt_ema.blocks import Block, BlockPlan, plan_of_rank, without
 from ckpt_ema.engine.contract import Engine, NonFinite, NonFiniteBlockError, Task, Teacher
 from ckpt_ema.engine.inputs import InputFiles, allow_open_files
-from ckpt_ema.errors import CkptEmaError
+from ckpt_ema.errors import CkptEmaError, quoted
 from ckpt_ema.fingerprints import differences_of_ranks, fingerprint, made_of
 from ckpt_ema.formats import forget_tables
 from ckpt_ema.journal import FinishedBlocks, Journal, Range, journal_path, open_finished_blocks
@@ -356,9 +356,9 @@ def _non_finite(planned: FoldPlan, origin: NonFinite) -> CkptEmaError:
     elif len(Path(name).parts) > 1 or planned.directory != planned.newest.path.parent:
         hint = f"leave `{name}` off the list"
     else:
-        hint = f"fold without it: `--exclude '{glob.escape(name)}'`"
+        hint = f"fold without it: `--exclude {quoted(glob.escape(name))}`"
     if tensor.action == "average":
-        hint += f"; if it is a constant mask, copy it: `--buffer '{tensor.name}'`"
+        hint += f"; if it is a constant mask of infinities, copy it: `--buffer {quoted(tensor.name)}`"
     return CkptEmaError(
         f"`{tensor.name}` holds a NaN or an infinity in `{name}`, the first that does; nothing was written", hint=hint
     )

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from ckpt_ema.errors import CkptEmaError, MisuseError
+from ckpt_ema.errors import CkptEmaError, MisuseError, quoted
 from ckpt_ema.formats import read_contents
 from ckpt_ema.formats.folder import WEIGHTS_SUFFIX
 from ckpt_ema.locations import RemotePath, as_path, identity_of
@@ -57,7 +57,7 @@ def resolve_outputs(
             pattern = Path(text).with_name(f"{Path(text).stem}-{placeholder}{'' if has_folder else '.safetensors'}")
             raise MisuseError(
                 f"`--output {text}` is one name for {len(profiles)} teachers",
-                hint=f"pass `--output '{pattern}'`, or an existing folder",
+                hint=f"pass `--output {quoted(str(pattern))}`, or an existing folder",
             )
         text = str(Path(text) / own_name)
     if wanted.writes_folder and text.endswith(".safetensors"):
@@ -94,9 +94,10 @@ def _resolve(pattern: str, profile: Profile, has_folder: bool) -> tuple[bool, Pa
     # Of the pattern: a number's decimals look like a suffix.
     named = Path(pattern)
     has_suffix = bool(named.suffix) and "}" not in named.suffix
+    better = str(named.with_suffix(".safetensors")) if has_suffix else f"{named}.safetensors"
     raise MisuseError(
         f"`--output {path}` is neither a folder nor ends with .safetensors",
-        hint=f"pass `--output '{named.with_suffix('.safetensors') if has_suffix else f'{named}.safetensors'}'`",
+        hint=f"pass `--output {quoted(better)}`",
     )
 
 

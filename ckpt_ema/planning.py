@@ -17,7 +17,7 @@ from ckpt_ema.catalogue import TeacherTensor, Treatment, build_catalogue
 from ckpt_ema.coefficients import Weighed, weigh
 from ckpt_ema.continuing import Beginning, read_beginning
 from ckpt_ema.dtypes import DType
-from ckpt_ema.errors import CkptEmaError, MisuseError, NoCheckpointError, NoUpdateError
+from ckpt_ema.errors import CkptEmaError, MisuseError, NoCheckpointError, NoUpdateError, quoted
 from ckpt_ema.formats import read_contents
 from ckpt_ema.layouts import Layout, SchemaPool, compact_layout
 from ckpt_ema.locations import as_path
@@ -166,7 +166,11 @@ def plan_weighed(
         known_buffers=_unfollowed(newest, followed) or newest.known_buffers,
     )
     pool = SchemaPool()
-    hint = "pass a teacher of the same model with `--init`" if wanted.init is not None else None
+    hint = None
+    if wanted.init is not None:
+        hint = "pass a teacher of the same model with `--init`"
+    elif not wanted.skip_buffers:
+        hint = "leave `--no-skip-buffers` away: snapshots hold parameters alone"
     layouts = [_average_layout(average.path, tensors, pool, hint) for average in weighed.averages]
     sizes = [sum(file.size for file in layout.files) for layout in layouts]
     layouts += [checkpoint.layout for checkpoint in checkpoints]
@@ -257,8 +261,8 @@ def _average_layout(path: Path, tensors: Sequence[TeacherTensor], pool: SchemaPo
             f"{len(differences)} tensors differ between `{path.name}` and the students",
             details=differences,
             hint=hint
-            or f"leave it out: `--exclude '{glob.escape(path.name)}'`; snapshots hold parameters alone, under the names"
-            " of the student that was followed (`--prefix`)",
+            or f"leave it out: `--exclude {quoted(glob.escape(path.name))}`; snapshots hold parameters alone, under the"
+            " names of the student that was followed (`--prefix`)",
         )
     # Copied tensors come from the newest student; the initial teacher's are never read, and need not exist.
     absent = contents.files[0]

@@ -17,17 +17,30 @@ NUM_NODES = 8
 def nodes_between(begin: int, end: int) -> Iterator[tuple[float, float]]:
     """(node, weight) pairs that sum a function over the steps `begin + 1, ..., end`.
 
-    What is summed here decays from `end` backwards, as averages do: the last steps are taken one by one, before them
-    panels that are twice as long each. In float64; exact where a panel has no more than NUM_NODES steps.
+    What is summed here decays from `end` backwards, as averages do, and may be a power of the steps since `begin`:
+    the first and the last steps are taken one by one, towards the middle panels that are twice as long each. In
+    float64; exact where a panel has no more than NUM_NODES steps.
     """
-    length = NUM_NODES
-    while end > begin:
-        count = min(length, end - begin)
-        if end - begin - count < count // 2:
-            count = end - begin
-        for node, weight in sum_rule(count):
-            yield end - count + node, weight
+    middle = begin + (end - begin) // 2
+    for count in _doubled(end - middle):
         end -= count
+        for node, weight in sum_rule(count):
+            yield end + node, weight
+    for count in _doubled(middle - begin):
+        for node, weight in sum_rule(count):
+            yield begin + node, weight
+        begin += count
+
+
+def _doubled(total: int) -> Iterator[int]:
+    """Lengths that sum to `total`, each twice the one before but for the last."""
+    length = NUM_NODES
+    while total > 0:
+        count = min(length, total)
+        if total - count < count // 2:
+            count = total
+        yield count
+        total -= count
         length *= 2
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from ckpt_ema.coefficients import Average, Weighed, training_steps
 from ckpt_ema.dtypes import DType
-from ckpt_ema.errors import CkptEmaError, MisuseError
+from ckpt_ema.errors import CkptEmaError, MisuseError, quoted
 from ckpt_ema.formats import read_contents
 from ckpt_ema.planning import find_run, plan_weighed
 from ckpt_ema.profiles import updates_of
@@ -260,7 +260,7 @@ def _declared(found: Run, wanted: ReconstructOptions) -> Iterator[Stored]:
         except MisuseError as error:
             raise CkptEmaError(
                 f"`{average.path.name}`: {error.message}",
-                hint=f"leave it out: `--exclude '{glob.escape(average.path.name)}'`",
+                hint=f"leave it out: `--exclude {quoted(glob.escape(average.path.name))}`",
             ) from error
         rounding = max(_rounding(average), _rounding_of_updates(response, None))
         yield Stored(average.label, response, rounding, average)

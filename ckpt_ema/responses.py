@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ckpt_ema.errors import MisuseError
+from ckpt_ema.errors import MisuseError, quoted
 
 MAX_MOMENTUM = 1 - 2**-53
 MAX_EVERY = 1 << 53
@@ -181,7 +181,7 @@ def declared_response(name: str, text: str, end: int) -> Response:
     raise MisuseError(
         f"`{name}` is said to be {text!r}, and must be power:SIGMA_REL or ema:MOMENTUM, with :EVERY behind it where"
         " it was updated every so many steps only (of powers: ema-pytorch's `update_every`)",
-        hint=f"pass for example `--average '{name}=power:0.1'`",
+        hint=f"pass for example `--average {quoted(f'{name}=power:0.1')}`",
     )
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ckpt_ema.byte_ranges import expect_tables
 from ckpt_ema.collisions import collision_of
-from ckpt_ema.errors import CkptEmaError, MisuseError, NoCheckpointError, UnreadableCheckpointError
+from ckpt_ema.errors import CkptEmaError, MisuseError, NoCheckpointError, UnreadableCheckpointError, quoted
 from ckpt_ema.formats import Contents, ModelFolder, is_weights_file_name, read_contents
 from ckpt_ema.formats.deepspeed import folder_of_latest
 from ckpt_ema.formats.folder import MODEL_STEM, NEVER_STUDENTS, has_weights, is_sharded, nameless_models
@@ -305,7 +305,7 @@ def _read_declared(contents: Contents, selection: Selection, shared: _Shared) ->
     if origin is None:
         raise CkptEmaError(
             f"`{path}` was said to be an average, and of which step it is, neither its contents nor its name tell",
-            hint=f"leave it out: `--exclude '{glob.escape(path.name)}'`",
+            hint=f"leave it out: `--exclude {quoted(glob.escape(path.name))}`",
         )
     return replace(checkpoint, step=numbers[origin], unit=origin[1])
 
@@ -503,7 +503,7 @@ def _read_run_directory(run: Path, selection: Selection) -> tuple[Path, _Listing
                 listing.checkpoints.append(_read_checkpoint(contents, selection, shared))
         except UnreadableCheckpointError as error:
             if not named_average:
-                error.hint = error.hint or f"leave it out: `--exclude '{glob.escape(path.name)}'`"
+                error.hint = error.hint or f"leave it out: `--exclude {quoted(glob.escape(path.name))}`"
                 listing.unreadable.append((path, error))
                 continue
             if selection.takes_teachers:

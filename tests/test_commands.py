@@ -419,6 +419,20 @@ def test_momentum_per_step_is_offered_where_steps_are_known(tmp_path: Path, cli:
     assert float(newest) == pytest.approx(1 - 0.999**50, rel=0.02)
 
 
+def test_hints_are_words_of_a_shell_whatever_a_name_holds(run: Path, tmp_path: Path, cli: Cli) -> None:
+    """Typed as printed, in a shell: a name with an apostrophe, a star and a space."""
+    name = "it's * step_600.pt"
+    (run / name).write_bytes(b"half of a checkpoint")
+    (run / "step_700.safetensors").write_bytes((run / "step_500.safetensors").read_bytes())
+    shown = cli("plan", run, "--momentum", 0.5)
+    assert shown.code == 1
+    [option] = re.findall(r"leave it out: `(.*)`", shown.stderr)
+    words = f"{sys.executable} -m ckpt_ema plan {run} --momentum 0.5 {option} --json"
+    done = subprocess.run(words, shell=True, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    assert [item["step"] for item in json.loads(done.stdout)["checkpoints"]] == [100, 200, 300, 400, 500, 700]
+
+
 def test_a_model_beside_numbered_files_does_not_hide_them(run: Path) -> None:
     """`model.safetensors` beside `step_N.safetensors` is the final model, not the run."""
     save_file(make_student(9), run / "model.safetensors")

@@ -588,6 +588,16 @@ def test_a_truncated_average_is_left_out_aloud(walks: dict[str, tuple[Path, Walk
     assert "ema_400.pt: it cannot be read" in str(caught.value)
 
 
+def test_buffers_that_no_snapshot_has_are_named_as_the_cause(
+    walks: dict[str, tuple[Path, Walk]], tmp_path: Path
+) -> None:
+    """Asked for by an option, not by a snapshot of which there are more of the same kind."""
+    run, _ = walks["even"]
+    with pytest.raises(CkptEmaError, match="running_mean: missing in") as caught:
+        ckpt_ema.plan_reconstruction(run, tmp_path / "t.safetensors", momentum=0.01, skip_buffers=False)
+    assert str(caught.value.hint).startswith("leave `--no-skip-buffers` away")
+
+
 def rename_to_epochs(source: Path, run: Path) -> None:
     """Students known by epochs of 100 steps, snapshots by their steps."""
     run.mkdir()

@@ -467,6 +467,17 @@ def test_without_partitions_the_module_is_folded(saved_by_deepspeed: Path, tmp_p
     assert_same_bits(load_file(tmp_path / "0.safetensors"), rounded)
 
 
+def test_a_module_that_does_not_list_its_buffers_has_those_that_are_known_by_name(tmp_path: Path) -> None:
+    """Older versions of DeepSpeed do not say; that is not the same as none."""
+    for step in (2, 4):
+        folder = tmp_path / "run" / f"global_step{step}"
+        folder.mkdir(parents=True)
+        table = {"module": {"weight": torch.randn(3, 2), "bn.running_mean": torch.randn(3)}, "global_steps": step}
+        torch.save(table, folder / "mp_rank_00_model_states.pt")
+    plan = ckpt_ema.plan(tmp_path / "run", momentum=0.5)
+    assert {tensor.name: tensor.action for tensor in plan.tensors} == {"weight": "average", "bn.running_mean": "copy"}
+
+
 def test_the_trainers_deepspeed_checkpoints_are_read(saved_by_deepspeed: Path, tmp_path: Path) -> None:
     """`checkpoint-4/` with `latest` and `global_step4/` inside, and no weights of its own."""
     for step in (2, 4, 6):

@@ -68,7 +68,8 @@ def read_deepspeed(folder: Path) -> Contents:
     states = [_read_table(path) for path in models]
     first = states[0]
     counters = {name: first.table[name] for name in ("global_steps",) if type(first.table.get(name)) is int}
-    buffers = frozenset(name for name in _as_list(first.table.get("buffer_names")) if isinstance(name, str))
+    listed = first.table.get("buffer_names")  # of older versions nothing says which they are
+    buffers = frozenset(name for name in listed if isinstance(name, str)) if isinstance(listed, list) else None
     module = first.table.get("module")
     if optimizers:
         partitions = [_read_table(path) for path in optimizers]
