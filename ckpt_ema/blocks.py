@@ -1,4 +1,4 @@
-"""How the fold goes about it: catalogue, layouts and a memory budget in, lanes, blocks and the file's header out.
+"""How the fold goes about it: catalogue, layouts and a memory budget in, lanes and blocks out.
 
 The teacher's data section is cut into lanes: runs of tensors of one dtype and one treatment. A lane is folded as one
 long vector, a block at a time, whatever tensors it crosses; thousands of small tensors cost as little as a large one.

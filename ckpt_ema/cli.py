@@ -22,7 +22,7 @@ import click
 import ckpt_ema
 from ckpt_ema._version import __version__
 from ckpt_ema.errors import CkptEmaError, MisuseError
-from ckpt_ema.sizes import DEFAULT_MEMORY_BUDGET_BYTES, SizeError, format_size, parse_duration, parse_size
+from ckpt_ema.sizes import DEFAULT_MEMORY_BUDGET_BYTES, SizeError, counted, format_size, parse_duration, parse_size
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -147,7 +147,7 @@ def _run(command: Command, arguments: tuple[Any, ...], options: dict[str, Any]) 
             _tell(f"\nhint: {error.hint}")
         sys.exit(2 if isinstance(error, MisuseError) else 1)
     except _StoppedError as stop:
-        _tell("Stopped; a teacher is only ever replaced by a whole one")
+        _tell("Stopped; no unfinished teacher was written" if "output" in options else "Stopped")
         sys.exit(stop.exit_code)
     except BrokenPipeError:  # `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -329,7 +329,7 @@ def _follow_options(command: Command) -> Command:
             default=1,
             show_default=True,
             metavar="N",
-            help="The hook's: per step, update every N steps.",
+            help="Per step, update every N steps, as MeanTeacherHook does.",
         ),
         "until": click.option(
             "--until", "until_step", type=int, metavar="STEP", help="Last step to fold; end when it is there."
@@ -391,7 +391,7 @@ def _with_options(command: Command, changed: dict[str, Command | None]) -> Comma
             default=1,
             show_default=True,
             metavar="N",
-            help="The hook's: fold every N-th checkpoint after the first, or, per step, update every N steps.",
+            help="Fold every N-th checkpoint after the first; per step, update every N steps, as MeanTeacherHook does.",
         ),
         "between": click.option(
             "--between",
@@ -410,7 +410,7 @@ def _with_options(command: Command, changed: dict[str, Command | None]) -> Comma
             type=click.Choice(["ema", "uniform", "minus-sqrt", "power"]),
             default="ema",
             show_default=True,
-            help="How shares fall with age; power counts steps and needs --sigma-rel.",
+            help="Exponential, plain mean, WSM's merge, or EDM2's power average (per step, with --sigma-rel).",
         ),
         "sigma-rel": click.option(
             "--sigma-rel",
@@ -507,13 +507,13 @@ def _with_options(command: Command, changed: dict[str, Command | None]) -> Comma
             type=_Size(),
             default=format_size(DEFAULT_MEMORY_BUDGET_BYTES),
             show_default=True,
-            help="Budget for buffers.",
+            help="For all buffers together, beside torch itself.",
         ),
         "overwrite": click.option("--overwrite", is_flag=True, help="Replace an existing teacher."),
         "resume": click.option(
             "--resume",
             is_flag=True,
-            help="Go on with a fold that was stopped, where there is one; and keep what this one does, should it stop.",
+            help="Go on with a fold that was stopped, if there is one; and keep what this one does if it is stopped.",
         ),
         "json": click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout."),
         "quiet": click.option("-q", "--quiet", is_flag=True, help="No progress, no summary; warnings and errors only."),
@@ -524,7 +524,15 @@ def _with_options(command: Command, changed: dict[str, Command | None]) -> Comma
     return command
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class _Group(click.Group):
+    """Keeps the words as they were typed, for hints."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.obj = list(args)
+        return super().parse_args(ctx, args)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="ckpt-ema")
 def main() -> None:
     """Fold the checkpoints of a training run into a mean teacher.
@@ -626,7 +634,7 @@ def follow(run: str, output: str | None, quiet: bool, **options: Any) -> None:
         done = ckpt_ema.follow(run, output, stop=stop, tell=tell, **options)
     if not quiet:
         missed = f", missed {len(done.missed)}: {', '.join(done.missed)}" if done.missed else ""
-        _tell(f"folded {done.num_folded} checkpoints{missed}")
+        _tell(f"folded {counted(done.num_folded, 'checkpoint')}{missed}")
     _hand_over(str(done.output), [str(done.output)])
 
 
@@ -696,7 +704,7 @@ _MEMORY = click.option(
     type=_Size(),
     default=format_size(DEFAULT_MEMORY_BUDGET_BYTES),
     show_default=True,
-    help="Budget for buffers.",
+    help="For all buffers together, beside torch itself.",
 )
 
 
@@ -851,6 +859,6 @@ def _warn(planned: FoldPlan) -> None:
     for text in planned.warnings:
         _tell(f"Warning: {text}")
     if planned.mended_options:
+        command, *words = click.get_current_context().find_root().obj
         # Behind the command's name: behind `--` an option would be a path.
-        words = [*sys.argv[1:2], *planned.mended_options, *sys.argv[2:]]
-        _tell(f"hint: {shlex.join(['ckpt-ema', *words])}")
+        _tell(f"hint: {shlex.join(['ckpt-ema', command, *planned.mended_options, *words])}")

@@ -1,6 +1,6 @@
 """The fold: a run directory in, a teacher out.
 
-run -> checkpoints -> catalogue -> updates -> blocks -> engine -> teacher files
+run -> checkpoints -> updates -> catalogue -> blocks -> engine -> teacher files
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Progress = Callable[[int, int], None]
 
 
 def plan(run: PathLike | Sequence[PathLike], output: PathLike | None = None, **options: Any) -> FoldPlan:
-    """Plan a fold without reading a tensor; arguments are those of `fold`."""
+    """Plan a fold without reading a tensor; arguments are those of `fold` but for `progress`, `announce`, `ranks`."""
     with _reading_tables():
         return plan_fold(run, output, FoldOptions(**options))
 
@@ -77,9 +77,12 @@ def fold(
 
     `run` is a run directory, or a list of checkpoints in the order they are to be folded. `output` defaults to
     `teacher.safetensors` in the run directory, or to the folder `teacher` for Hugging Face folders; with a list of
-    momenta it is a pattern with `{momentum}`, or a folder. `options` are the fields of `FoldOptions`. `announce` gets
-    the plan before a tensor is read; without it, its warnings are issued as Python warnings. `progress` is told
-    (bytes read, bytes to read) as it goes, from the folding threads. Where several processes fold together, `ranks` is
+    momenta it is a pattern with `{momentum}`, or a folder. `options` are the fields of `FoldOptions`, most used:
+    `momentum=0.001` per checkpoint or with `per="step"` per training step, `half_life` in steps in place of it, `last`,
+    `from_step` and `until_step`, `init` (a teacher to go on from), `dtype`, `device="auto"`,
+    `memory_budget_bytes=256 << 20`, `overwrite=False`, `resume=False`. `announce` gets the plan before a tensor is
+    read; without it, its warnings are issued as Python warnings. `progress` is told (bytes read, bytes to read) as it
+    goes, from the folding threads. Where several processes fold together, `ranks` is
     the place of this one (`ranks_of_environment()`); all of them return when the teacher is there.
 
     Raises CkptEmaError; then nothing was written and an existing teacher is untouched. Of several teachers each
@@ -91,7 +94,7 @@ def fold(
 
 
 def plan_reconstruction(run: PathLike | Sequence[PathLike], output: PathLike | None = None, **options: Any) -> FoldPlan:
-    """Plan a reconstruction without reading a tensor; arguments are those of `reconstruct`."""
+    """Plan a reconstruction without reading a tensor; `run` and `output` as in `fold`, and ReconstructOptions' fields."""
     # Here, not above: it solves with torch, for which a fold's plan must not wait.
     from ckpt_ema.reconstruction import plan_reconstruct  # noqa: PLC0415
 

@@ -25,6 +25,7 @@ from ckpt_ema.planning import find_run
 from ckpt_ema.profiles import what_is_inverted
 from ckpt_ema.records import FoldOptions, FoldReport, PathLike
 from ckpt_ema.runs import STEPLESS_COPY, Checkpoint, Run
+from ckpt_ema.sizes import counted
 from ckpt_ema.steps import numbers_in_name
 
 POLL_SECONDS = 1.0
@@ -409,7 +410,8 @@ class _Follower:
             self.waiting.pop(item.path, None)
         inside = {(past.name, past.step) for past in report.plan.past}
         count = len(inside | {(item.name, item.step) for item in report.plan.checkpoints})
-        self.tell(f"{_first_to_last(ready)} folded in {report.seconds:.1f} s: {count} checkpoints in {self.target}")
+        has = f"{counted(count, 'checkpoint')} in {self.target}"
+        self.tell(f"{_first_to_last(ready)} folded in {report.seconds:.1f} s: {has}")
         return True
 
     def _warn(self, text: str) -> None:

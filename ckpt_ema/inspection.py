@@ -45,7 +45,11 @@ class Inspection:
 
 
 def inspect(path: str | os.PathLike[str], *, state: str | None = None, prefix: str | None = None) -> Inspection:
-    """Look at one checkpoint or teacher; raises CkptEmaError where it cannot be read, MisuseError where it is none."""
+    """Look at one checkpoint or teacher, reading no tensor.
+
+    `state` is the dotted path of a state dict inside it, the one that would be folded by default; `prefix` a sub-model,
+    taken off the names. Raises CkptEmaError where it cannot be read, MisuseError where it is none.
+    """
     path = as_path(path)
     if not path.exists():
         raise MisuseError(f"`{path}` does not exist")

@@ -28,6 +28,7 @@ from ckpt_ema.provenance import aliases_in, printable, read_provenance
 from ckpt_ema.records import FoldedCheckpoint, FoldOptions, FoldPlan, PathLike, PlannedTeacher, ReconstructOptions
 from ckpt_ema.responses import half_life_of
 from ckpt_ema.runs import NOT_SELECTED, Checkpoint, Run, Selection, find_checkpoints
+from ckpt_ema.sizes import counted
 from ckpt_ema.steps import is_copy_name, numbers_in_name
 from ckpt_ema.students import NUMPY_ARRAY, choose_student, is_flat
 
@@ -258,7 +259,7 @@ def _average_layout(path: Path, tensors: Sequence[TeacherTensor], pool: SchemaPo
     differences += [f"{name}: missing in the students" for name in teacher.tensors if name not in averaged]
     if differences:
         raise CkptEmaError(
-            f"{len(differences)} tensors differ between `{path.name}` and the students",
+            f"{counted(len(differences), 'difference')} between the tensors of `{path.name}` and the students'",
             details=differences,
             hint=hint
             or f"leave it out: `--exclude {quoted(glob.escape(path.name))}`; snapshots hold parameters alone, under the"

@@ -21,7 +21,7 @@ from ckpt_ema.provenance import aliases_in, read_provenance
 from ckpt_ema.records import FoldPlan, PathLike, Prediction, ReconstructOptions
 from ckpt_ema.response_records import MAX_STEP, read_response
 from ckpt_ema.responses import Ema, Impulse, Power, Response, SteppedPower, declared_response, tail_at
-from ckpt_ema.runs import LISTED_IN_ORDER, OWN_TEACHER, Checkpoint, Run
+from ckpt_ema.runs import OUT_OF_ORDER, OWN_TEACHER, Checkpoint, Run
 from ckpt_ema.solver import EVEN, Item, Solution, Variance, interpolated, solve
 from ckpt_ema.steps import EDM2_NAME, stem_of
 
@@ -144,7 +144,7 @@ def _in_steps(found: Run, wanted: ReconstructOptions) -> tuple[Run, tuple[int, f
         checkpoints=in_steps,
         averages=tuple(averages),
         left_out=(*found.left_out, *left_out),
-        warnings=tuple(text for text in found.warnings if not text.startswith(LISTED_IN_ORDER)),
+        warnings=tuple(text for text in found.warnings if not text.startswith(OUT_OF_ORDER)),
     )
     return run, (first, last), notes
 

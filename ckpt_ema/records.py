@@ -140,7 +140,8 @@ class FoldOptions:
         for name, kinds in _TYPES.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, kinds):
-                raise MisuseError(f"`{name}` is {value!r}, a {type(value).__name__}")
+                wanted = "a whole number" if int in kinds else "a text"
+                raise MisuseError(f"`{name}` is {value!r} ({type(value).__name__}), and must be {wanted}")
         if not isinstance(self.coefficients, (str, os.PathLike, Mapping, type(None))):
             raise MisuseError(
                 f"`coefficients` is a {type(self.coefficients).__name__}, and must map names to numbers, or be a file"

@@ -13,7 +13,7 @@ from ckpt_ema.catalogue import TeacherTensor
 from ckpt_ema.inspection import Inspection
 from ckpt_ema.provenance import counting_record, made_record, profile_record
 from ckpt_ema.records import FoldPlan, FoldReport
-from ckpt_ema.sizes import format_size
+from ckpt_ema.sizes import counted, format_size
 
 if TYPE_CHECKING:  # these import torch, for which a plan must not wait
     from ckpt_ema.comparison import Comparison
@@ -41,9 +41,9 @@ def _plan_lines(plan: FoldPlan, verbose: bool) -> Iterator[str]:
     yield from _prediction_lines(plan)
     for note in plan.notes:
         yield f"note      {note}"
-    yield f"average   {_count(plan.num_averaged, 'tensor')}, {_elements(plan.tensors, 'average')} elements"
+    yield f"average   {counted(plan.num_averaged, 'tensor')}, {_elements(plan.tensors, 'average')} elements"
     for reason, tensors in plan.copied.items():
-        yield f"copy      {_count(len(tensors), 'tensor')} from {plan.checkpoints[-1].name}: {reason}"
+        yield f"copy      {counted(len(tensors), 'tensor')} from {plan.checkpoints[-1].name}: {reason}"
     for reason, names in _grouped(plan.left_out).items():
         yield f"left out  {_some(names, verbose)}: {reason}"
     for reason, names in _grouped(plan.left_out_tensors).items():
@@ -51,7 +51,7 @@ def _plan_lines(plan: FoldPlan, verbose: bool) -> Iterator[str]:
     yield f"read      {format_size(plan.bytes_to_read)}"
     each = f"{len(plan.teachers)} x " if len(plan.teachers) > 1 else ""
     yield f"write     {each}{format_size(plan.blocks.data_bytes)} to {', '.join(plan.output_names)}"
-    threads = _count(plan.blocks.num_threads, "thread")
+    threads = counted(plan.blocks.num_threads, "thread")
     yield f"memory    {format_size(plan.buffer_bytes)} of buffers beside torch itself, {threads}"
     if verbose:
         yield ""
@@ -64,8 +64,8 @@ def _plan_lines(plan: FoldPlan, verbose: bool) -> Iterator[str]:
 
 
 def _inputs(plan: FoldPlan) -> str:
-    snapshots = f" and {_count(len(plan.averages), 'snapshot')}" if plan.predictions and plan.averages else ""
-    return _count(len(plan.checkpoints), "checkpoint") + snapshots
+    snapshots = f" and {counted(len(plan.averages), 'snapshot')}" if plan.predictions and plan.averages else ""
+    return counted(len(plan.checkpoints), "checkpoint") + snapshots
 
 
 def predictions_text(plan: FoldPlan) -> str:
@@ -81,8 +81,8 @@ def _prediction_lines(plan: FoldPlan) -> Iterator[str]:
         )
         most = ", ".join(f"{item.name} {item.coefficients[number]:.2g}" for item in used[:2])
         yield (
-            f"expected  {teacher.profile.title}: error {prediction.error:.2g} ({prediction.nearest} as it is: 1);"
-            f" {_count(len(used), 'file')}, most {most}; sum of |coefficient| {prediction.amplification:.2f}"
+            f"expected  {teacher.profile.title}: {prediction.error:.2g} of the error of {prediction.nearest};"
+            f" {counted(len(used), 'file')}, most {most}; sum of |coefficient| {prediction.amplification:.2f}"
         )
 
 
@@ -150,7 +150,7 @@ def summary_text(report: FoldReport, *, verbose: bool = False) -> str:
     first = plan.inputs[0].name
     lines = [
         f"folded {_inputs(plan)} into {', '.join(plan.output_names)}",
-        f"  {_count(plan.num_averaged, 'tensor')} averaged, {plan.num_copied} copied from {plan.checkpoints[-1].name}",
+        f"  {counted(plan.num_averaged, 'tensor')} averaged, {plan.num_copied} copied from {plan.checkpoints[-1].name}",
         f"  {format_size(report.bytes_read)} in {report.seconds:.2f} s on {_device(report, verbose)},"
         f" {report.gigabytes_per_second:.2f} GB/s",
         f"  {', '.join(f'{name} {share:.0%}' for name, share in report.timings.shares().items())}",
@@ -161,7 +161,8 @@ def summary_text(report: FoldReport, *, verbose: bool = False) -> str:
     for teacher, share in zip(plan.teachers, newest.coefficients, strict=True):
         if len(teacher.updates) > 1 and not plan.predictions:
             which = f"{teacher.profile.title}: " if len(plan.teachers) > 1 else ""
-            lines.append(f"  {which}{first} keeps {teacher.first_share:.1%}, {newest.name} has {share:.1%}")
+            shares = f"{first} {teacher.first_share:.1%}, {newest.name} {share:.1%}"
+            lines.append(f"  {which}share in the teacher: {shares}")
     if plan.left_out:
         lines.append(f"  left out {len(plan.left_out)}: {_some([name for name, _ in plan.left_out], False)}")
     return "\n".join(lines)
@@ -285,7 +286,7 @@ def _provenance_lines(record: dict[str, Any], verbose: bool) -> Iterator[str]:
     if record.get("made") == "reconstruct":
         yield (
             f"made       by reconstruct, steps {record.get('start')} to {record.get('step')}, expected error"
-            f" {record.get('predicted_error')} ({record.get('nearest')} as it is: 1)"
+            f" {record.get('predicted_error')} of that of {record.get('nearest')}"
         )
     unit = "steps" if record.get("half_life") is not None else f"per {record.get('per')}"
     yield f"{_provenance_profile(record)} {unit}, interval {record.get('interval')}"
@@ -315,12 +316,10 @@ def _comparison_lines(found: Comparison, verbose: bool) -> Iterator[str]:
     if found.is_identical:
         recast = sum(tensor.dtypes[0] != tensor.dtypes[1] for tensor in found.tensors)
         dtypes = f"; {recast} of them in another dtype" if recast else ""
-        yield f"identical: {_count(len(found.tensors), 'tensor')}, value for value{dtypes}"
+        yield f"identical: {counted(len(found.tensors), 'tensor')}, value for value{dtypes}"
     else:
-        yield (
-            f"{len(different)} of {_count(len(found.tensors), 'tensor')} differ; relative distance in all"
-            f" {found.relative:.3g}"
-        )
+        differ = f"{counted(len(found.tensors), 'tensor')} {'differs' if len(different) == 1 else 'differ'}"
+        yield f"{len(different)} of {differ}; relative distance in all {found.relative:.3g}"
     shown = different if verbose else different[:MAX_SHOWN]
     if shown:
         width = max(len("tensor"), *(len(tensor.name) for tensor in shown))
@@ -400,10 +399,6 @@ def _grouped(pairs: Sequence[tuple[str, str]]) -> dict[str, list[str]]:
 def _some(names: Sequence[str], verbose: bool) -> str:
     shown = names if verbose else names[:4]
     return ", ".join(shown) + (f" and {len(names) - len(shown)} more" if len(names) > len(shown) else "")
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _elements(tensors: Sequence[TeacherTensor], action: str) -> str:

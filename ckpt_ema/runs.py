@@ -38,7 +38,7 @@ from ckpt_ema.students import choose_student, find_state_dicts, is_average_name,
 STEPLESS_COPY = "a copy by its name, without a step"
 NOT_SELECTED = "not selected by name"
 OWN_TEACHER = "a teacher that ckpt-ema wrote"
-LISTED_IN_ORDER = "pass the run directory to fold in step order"
+OUT_OF_ORDER = "the list is not in step order"
 EMA_PYTORCH_PREFIX = "ema_model."
 """Before the names of its averages; its counters have none."""
 
@@ -671,9 +671,10 @@ def _read_list(paths: Sequence[Path], selection: Selection) -> tuple[Path, _List
     known = [step for step in steps if step is not None]
     if known != sorted(known):
         older, newer = next((a, b) for a, b in itertools.pairwise(known) if a > b)
+        unit = origin[1] if origin else "step"
         listing.warnings.append(
-            f"{LISTED_IN_ORDER}: the checkpoints are folded as listed, and there"
-            f" {origin[1] if origin else 'step'} {newer} follows {older}"
+            f"{OUT_OF_ORDER}: {unit} {newer} comes after {unit} {older}, and is folded so; pass the run directory to"
+            " fold in step order"
         )
     return parent, listing
 

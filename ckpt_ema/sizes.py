@@ -24,6 +24,11 @@ _UNITS = {
 }
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 tensor`, `2 tensors`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 class SizeError(ValueError):
     """A text that is no size."""
 

@@ -60,7 +60,7 @@ def companions_of(folder: ModelFolder) -> list[Path]:
 def folder_to_fill(target: Path, draft: Draft | None = None) -> Iterator[Path]:
     """A folder to write the teacher into: `target` where it exists, else one that becomes `target` at the end."""
     draft = draft or Draft()
-    if target.is_dir() and not draft.name(target).is_dir():
+    if target.is_dir() and not draft.name(target).is_dir() and not _mark(target, draft).exists():
         yield target
         return
     with new_folder(target, overwrite=False, draft=draft) as temporary:

@@ -30,7 +30,7 @@ from ckpt_ema.locations import as_path
 from ckpt_ema.provenance import copied_names, read_provenance, teacher_metadata
 from ckpt_ema.records import FoldPlan, PathLike
 from ckpt_ema.replanning import SHARE_TOLERANCE, averages_of, check_listed, has_earlier_rules, is_exact, plan_again
-from ckpt_ema.sizes import DEFAULT_MEMORY_BUDGET_BYTES, format_size
+from ckpt_ema.sizes import DEFAULT_MEMORY_BUDGET_BYTES, counted, format_size
 from ckpt_ema.structure import fault_of_folder
 
 MIN_BLOCKS = 16
@@ -140,7 +140,7 @@ def _check_structure(found: Inspection, *, is_own: bool) -> Check:
     wrong = fault_of_folder(found) if is_own and found.path.is_dir() else None
     if wrong is not None:
         return Check("structure", False, wrong)
-    return Check("structure", True, f"{len(found.tensors)} tensors, {format_size(_num_bytes(found))}")
+    return Check("structure", True, f"{counted(len(found.tensors), 'tensor')}, {format_size(_num_bytes(found))}")
 
 
 def _num_bytes(found: Inspection) -> int:
@@ -187,7 +187,8 @@ def _check_provenance(found: Inspection, record: Mapping[str, Any], copied: froz
             f" {len(found.tensors)}",
         )
     made = "folded" if record["made"] == "fold" else "reconstructed"
-    return Check("provenance", True, f"{made} by {record.get('tool')} {record.get('version')} from {len(shares)} files")
+    by = f"{record.get('tool')} {record.get('version')}"
+    return Check("provenance", True, f"{made} by {by} from {counted(len(shares), 'file')}")
 
 
 def _check_against(
@@ -302,7 +303,7 @@ def _recompute(
     how = "bit for bit"
     if judge.largest and tolerance is not None:
         how = f"up to the rounding of {tolerance.why} (relative distance {judge.largest:.1e} at most)"
-    return Check("recomputed", True, f"{what} from {len(planned.inputs)} files, {how}")
+    return Check("recomputed", True, f"{what} from {counted(len(planned.inputs), 'file')}, {how}")
 
 
 def _norm_of_inputs(planned: FoldPlan, name: str) -> float:

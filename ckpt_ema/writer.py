@@ -72,7 +72,7 @@ class FileParts:
 
 @dataclass(slots=True)
 class Draft:
-    """What the unfinished files of one teacher have in common: their names, and what becomes of them."""
+    """What the unfinished files of one fold have in common: their names, and what becomes of them."""
 
     token: str = field(default_factory=lambda: secrets.token_hex(4))
     """Tells them from those of other folds."""

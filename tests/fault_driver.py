@@ -35,6 +35,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "shards": {"overwrite": True, "shard_size_bytes": 6000},
     "apart": {"overwrite": True, "shard_size_bytes": 30_000},
     "joined": {"overwrite": True, "shard_size_bytes": 10**9},
+    "new": {"shard_size_bytes": 10**9},
     "dcp": {"output_format": "dcp", "overwrite": True},
     "model": {"overwrite": True},
 }
@@ -131,7 +132,7 @@ class Scenario:
         self.folder.mkdir()
         if self.name == "overwritten":
             shutil.copy(self.begin / "old.safetensors", self.target)
-        if self.target.name == "t":
+        if self.target.name == "t" and self.name != "new":
             shutil.copytree(self.begin / self.name, self.target)
 
     def fold(self) -> None:

@@ -457,3 +457,15 @@ def test_the_mending_command_works_behind_two_dashes(run: Path, cli: Callable[..
     mended = cli(*shlex.split(hint)[2:])
     assert mended.code == 0
     assert "per step" in mended.stdout
+
+
+def test_the_mending_command_is_the_one_that_was_called(tmp_path: Path) -> None:
+    """Also inside another program, whose own words are others."""
+    from click.testing import CliRunner
+
+    from ckpt_ema.cli import main
+
+    save_students(tmp_path / "run", 20)
+    shown = CliRunner().invoke(main, ["plan", str(tmp_path / "run")])
+    assert shown.exit_code == 0
+    assert f"hint: ckpt-ema plan --per step {tmp_path / 'run'}\n" in shown.output

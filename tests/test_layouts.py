@@ -1389,7 +1389,7 @@ def test_a_list_is_folded_as_listed_with_a_warning_when_steps_descend(
     listed = [run / f"step_{step}.safetensors" for step in (300, 100, 500)]
     outcome = cli("fold", *listed, "-o", tmp_path / "t.safetensors", "--momentum", MOMENTUM)
     assert outcome.code == 0, outcome.stderr
-    assert "step 100 follows 300" in outcome.stderr
+    assert "step 100 comes after step 300" in outcome.stderr
     expected = hook_teacher([make_student(3), make_student(1), make_student(5)], MOMENTUM, BUFFERS)
     assert_same_bits(load_file(tmp_path / "t.safetensors"), expected)
 
@@ -1412,7 +1412,7 @@ def test_what_a_shell_lists_as_text_brings_the_warning(tmp_path: Path, listed: s
         sorted(run.glob("checkpoint-*" if listed == "folders" else "checkpoint-*/model.safetensors")),
         output=tmp_path / "t.safetensors",
     )
-    assert any("number 200 follows 1000" in warning for warning in planned.warnings)
+    assert any("number 200 comes after number 1000" in warning for warning in planned.warnings)
 
 
 @pytest.mark.parametrize("missing", ["first", "second"])

@@ -441,7 +441,7 @@ def test_the_command_says_what_to_expect(walks: dict[str, tuple[Path, Walk]], tm
     run, _ = walks["even"]
     outcome = cli("reconstruct", run, "--half-life", 50, "-o", "t.safetensors")
     assert (outcome.code, outcome.stdout) == (0, "t.safetensors\n")
-    expected = r"^expected +half-life 50: error (\S+) \(step_300.safetensors as it is: 1\); \d+ files, most \S+ -?\d"
+    expected = r"^expected +half-life 50: (\S+) of the error of step_300.safetensors; \d+ files, most"
     assert len(re.findall(expected, outcome.stderr, re.MULTILINE)) == 1
     plan = cli("reconstruct", run, "--half-life", 50, "--plan")
     assert plan.stdout.startswith("5 checkpoints and 8 snapshots of")
@@ -782,7 +782,7 @@ def test_ema_pytorchs_checkpoints_are_read(tmp_path: Path, cli: Cli) -> None:
     assert len(stored) == 8
     nearest = min(float((each - true).norm()) for each in stored)
     error = float((found - true).norm())
-    expected = re.search(r"power 0.26: error (\S+) ", outcome.stderr)
+    expected = re.search(r"power 0.26: (\S+) of the error of ", outcome.stderr)
     assert expected is not None
     assert error / nearest == pytest.approx(float(expected[1]), rel=0.2)
     # Raw students beside them have other names; what is an average has its prefix taken off.

@@ -69,14 +69,18 @@ def drive(*arguments: object) -> list[str]:
     return wrong
 
 
-@pytest.mark.parametrize("scenario", ["file", "overwritten", "several", "shards", "apart", "joined", "dcp", "model"])
+@pytest.mark.parametrize(
+    "scenario", ["file", "overwritten", "several", "shards", "apart", "joined", "new", "dcp", "model"]
+)
 def test_a_fold_killed_at_any_writing_call_goes_on_to_the_same_bytes(faults: Path, scenario: str) -> None:
     """Killed before, after and within every call that writes: no half teacher, `resume` ends with the same bytes, and
     nothing is left beside them."""
     assert drive("calls", faults, scenario) == []
 
 
-@pytest.mark.parametrize("scenario", ["file", "overwritten", "several", "shards", "apart", "joined", "dcp", "model"])
+@pytest.mark.parametrize(
+    "scenario", ["file", "overwritten", "several", "shards", "apart", "joined", "new", "dcp", "model"]
+)
 def test_when_power_fails_what_was_synced_is_gone_on_with(faults: Path, scenario: str) -> None:
     """At every call that writes: of what was not synced any part may be lost, sectors and names; the teacher that was
     there is whole, and `resume` ends with the bytes of an undisturbed fold."""

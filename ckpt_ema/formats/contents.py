@@ -51,7 +51,7 @@ class Contents:
 
     files: tuple[SourceFile, ...]
     tree: Any
-    """Nested mappings; tensors are TensorRange, AssembledTensor or PickledTensor."""
+    """Nested mappings; tensors are TensorRange, AssembledTensor, PickledTensor or ShardedTensor."""
 
     metadata: Mapping[str, str] = field(default_factory=dict)
     """`__metadata__` of a safetensors file."""

@@ -45,7 +45,7 @@ class PickleScan(NamedTuple):
     """Whether loading it might take more than some seconds or hundreds of megabytes."""
 
 
-# 20000 tensors take 80000; each may be nested in the one before it, and needs stack then (see torch_save.py).
+# 20000 tensors take 80000; each may be nested in the one before it, and needs stack then (see pickle_trial.py).
 MAX_TUPLES = 1_000_000
 # Strings, names of classes and loose numbers are passed over one by one: half a microsecond each.
 MAX_SLOW_OPERATIONS = 1_500_000
