@@ -94,7 +94,7 @@ def fold(
 
 
 def plan_reconstruction(run: PathLike | Sequence[PathLike], output: PathLike | None = None, **options: Any) -> FoldPlan:
-    """Plan a reconstruction without reading a tensor; `run` and `output` as in `fold`, and ReconstructOptions' fields."""
+    """Plan a reconstruction without reading a tensor; arguments are those of `reconstruct`, as with `plan`."""
     # Here, not above: it solves with torch, for which a fold's plan must not wait.
     from ckpt_ema.reconstruction import plan_reconstruct  # noqa: PLC0415
 
