@@ -160,9 +160,8 @@ def summary_text(report: FoldReport, *, verbose: bool = False) -> str:
     newest = plan.checkpoints[-1]
     for teacher, share in zip(plan.teachers, newest.coefficients, strict=True):
         if len(teacher.updates) > 1 and not plan.predictions:
-            which = f"{teacher.profile.title}: " if len(plan.teachers) > 1 else ""
-            shares = f"{first} {teacher.first_share:.1%}, {newest.name} {share:.1%}"
-            lines.append(f"  {which}share in the teacher: {shares}")
+            which = f" of {teacher.profile.title}" if len(plan.teachers) > 1 else ""
+            lines.append(f"  share in the teacher{which}: {first} {teacher.first_share:.1%}, {newest.name} {share:.1%}")
     if plan.left_out:
         lines.append(f"  left out {len(plan.left_out)}: {_some([name for name, _ in plan.left_out], False)}")
     return "\n".join(lines)

@@ -217,7 +217,7 @@ def test_stdout_is_the_paths_alone(run: Path, tmp_path: Path, cli: Cli) -> None:
     pattern = tmp_path / "t-{momentum}.safetensors"
     done = cli("fold", run, "--momentum", "0.5", "--momentum", "0.1", "-o", pattern)
     assert done.stdout.split("\n") == [f"{tmp_path}/t-0.5.safetensors", f"{tmp_path}/t-0.1.safetensors", ""]
-    assert "momentum 0.1: step_0.pt keeps 65.6%" in done.stderr
+    assert "share in the teacher of momentum 0.1: step_0.pt 65.6%" in done.stderr
 
 
 def test_the_summary_says_where_the_time_went(run: Path, tmp_path: Path) -> None:

@@ -549,7 +549,7 @@ def test_a_fold_that_fails_leaves_no_folder(tmp_path: Path, options: dict[str, A
         ({"shard_size_bytes": 0}, "1 byte or more"),
         ({"shard_size_bytes": 5, "output_format": "dcp"}, "has none"),
         ({"output_format": "pt"}, "must be one of safetensors, dcp"),
-        ({"shard_size_bytes": "5GB"}, "a str"),
+        ({"shard_size_bytes": "5GB"}, "must be a whole number"),
         ({"output_format": "dcp", "output": "t.safetensors"}, "the name of a file"),
     ],
 )
