@@ -59,7 +59,8 @@ class Swap:
     def _give_back(self) -> None:
         """Let the module hold the tensors it held: `module.half()` gives them other memory, others replace them."""
         for table, key, tensor in self._held:
-            table[key] = tensor
+            if table.get(key) is not tensor:  # or torch.compile would look through the module anew
+                table[key] = tensor
             if tensor is not None and self._is_plain and identity(tensor) != identity(self._local):
                 tensor.data = self._local
 
