@@ -21,10 +21,10 @@ from ckpt_ema.errors import CkptEmaError, MisuseError, NoCheckpointError, NoUpda
 from ckpt_ema.folding import fold
 from ckpt_ema.locations import RemotePath, as_path
 from ckpt_ema.outputs import resolve_outputs
-from ckpt_ema.planning import find_run
+from ckpt_ema.planning import ROUNDED, find_run
 from ckpt_ema.profiles import what_is_inverted
 from ckpt_ema.records import FoldOptions, FoldReport, PathLike
-from ckpt_ema.runs import STEPLESS_COPY, Checkpoint, Run
+from ckpt_ema.runs import BEYOND, STEPLESS_COPY, Checkpoint, Run
 from ckpt_ema.sizes import counted
 from ckpt_ema.steps import numbers_in_name
 
@@ -242,7 +242,7 @@ class _Follower:
             seen |= {path: _signature_below(path) for path, _ in found.unfinished}
             for name in [name for name, reason in found.left_out if reason == STEPLESS_COPY]:
                 self._leave_out(found.directory / name)
-            self.has_passed = self.has_passed or any(reason.startswith("after ") for _, reason in found.left_out)
+            self.has_passed = self.has_passed or any(reason.startswith(f"{BEYOND} ") for _, reason in found.left_out)
         for path in [path for path in self.waiting if path not in seen]:
             if not path.exists():
                 self._miss(path, "vanished before it was folded")
@@ -399,7 +399,7 @@ class _Follower:
         self.failure = None
         if self.last is None:
             for text in report.plan.warnings:
-                if "was rounded" in text:
+                if ROUNDED in text:
                     self._warn(text)
         self.last = report
         self.num_folded += len(ready)

@@ -27,10 +27,13 @@ from ckpt_ema.profiles import Profile, coefficients_of, momentum_for_first_share
 from ckpt_ema.provenance import aliases_in, printable, read_provenance
 from ckpt_ema.records import FoldedCheckpoint, FoldOptions, FoldPlan, PathLike, PlannedTeacher, ReconstructOptions
 from ckpt_ema.responses import half_life_of
-from ckpt_ema.runs import NOT_SELECTED, Checkpoint, Run, Selection, find_checkpoints
+from ckpt_ema.runs import BEYOND, NOT_SELECTED, Checkpoint, Run, Selection, find_checkpoints
 from ckpt_ema.sizes import counted
 from ckpt_ema.steps import is_copy_name, numbers_in_name
 from ckpt_ema.students import NUMPY_ARRAY, choose_student, is_flat
+
+ROUNDED = "was rounded to"
+"""In the warning of what a teacher that is gone on with has lost."""
 
 
 def plan_fold(run: PathLike | Sequence[PathLike], output: PathLike | None, wanted: FoldOptions) -> FoldPlan:
@@ -75,7 +78,7 @@ def _cut_off(found: Run, wanted: FoldOptions, beginning: Beginning) -> NoCheckpo
     steps = {name: numbers_in_name(name).get(unit) for name, _ in found.left_out if printable(name) not in inside}
     # Where its step was read, what has no number in its name may be newer as well.
     maybe = {name for name, step in steps.items() if step is None or step > last_step}
-    late = [name for name, why in found.left_out if name in maybe and why == f"after {unit} {wanted.until_step}"]
+    late = [name for name, why in found.left_out if name in maybe and why == f"{BEYOND} {unit} {wanted.until_step}"]
     newer = {name for name, step in steps.items() if step is not None and step > last_step and not is_copy_name(name)}
     unselected = [name for name, why in found.left_out if name in newer and why == NOT_SELECTED]
     if late:
@@ -375,7 +378,7 @@ def _rounded(weighed: Weighed, narrow: Sequence[tuple[DType, DType]]) -> Iterato
         dtypes = " and ".join(sorted({stored.name for stored, _ in narrow}))
         hint = "; `--dtype float32` keeps all digits" if all(folded.itemsize <= 4 for _, folded in narrow) else ""
         yield (
-            f"`{weighed.averages[0].label}` was rounded to {dtypes} when it was written ({len(narrow)} tensors), and"
+            f"`{weighed.averages[0].label}` {ROUNDED} {dtypes} when it was written ({len(narrow)} tensors), and"
             f" what goes on from it is near the fold of all at once, not equal{hint}"
         )
 

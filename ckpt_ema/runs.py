@@ -37,6 +37,9 @@ from ckpt_ema.students import choose_student, find_state_dicts, is_average_name,
 
 STEPLESS_COPY = "a copy by its name, without a step"
 NOT_SELECTED = "not selected by name"
+BEYOND = "after"
+"""How the reason begins for what lies behind `until_step`."""
+
 OWN_TEACHER = "a teacher that ckpt-ema wrote"
 OUT_OF_ORDER = "the list is not in step order"
 EMA_PYTORCH_PREFIX = "ema_model."
@@ -698,7 +701,7 @@ def _select(directory: Path, listing: _Listing, selection: Selection) -> list[Ch
         if first is not None and _at_precision_of(first, checkpoint) < first:
             listing.left_out.append((checkpoint.label, f"before {checkpoint.unit} {selection.from_step}"))
         elif last is not None and _at_precision_of(last, checkpoint) > last:
-            listing.left_out.append((checkpoint.label, f"after {checkpoint.unit} {selection.until_step}"))
+            listing.left_out.append((checkpoint.label, f"{BEYOND} {checkpoint.unit} {selection.until_step}"))
         else:
             kept.append(checkpoint)
     if selection.last is not None:
