@@ -83,6 +83,7 @@ def main(folder: Path) -> None:
         with pytest.raises(CkptEmaError, match="sharded model's teacher cannot be saved by the Trainer"):
             MeanTeacherCallback().on_train_begin(None, None, None, model=sharded)
     check_forwards_inside_a_swap(mesh)
+    check_that_converted_shards_are_told(mesh)
     check_all_ranks_skip_together(mesh)
     check_a_sharded_teacher_module(mesh)
     # Every rank has all of it, and nothing by its shape tells whole parameters from shards.
@@ -110,6 +111,15 @@ def check_forwards_inside_a_swap(mesh: DeviceMesh) -> None:
                 assert torch.equal(model(batch), bare(batch))
     for name, tensor in teacher.tensors().items():
         assert torch.equal(tensor.full_tensor(), reference.tensors()[name]), name
+
+
+def check_that_converted_shards_are_told(mesh: DeviceMesh) -> None:
+    """They do not come back from a swap, unlike whole tensors."""
+    model = make_model()
+    fully_shard(model, mesh=mesh)
+    teacher = MeanTeacher(model)
+    with pytest.raises(CkptEmaError, match="is sharded and was converted"), teacher.swapped_into() as held:
+        held.half()
 
 
 def check_all_ranks_skip_together(mesh: DeviceMesh) -> None:

@@ -569,9 +569,15 @@ def test_a_module_that_is_converted_while_swapped_is_the_student_again(
     parameters = dict(student.named_parameters())
     mine = {name: tensor.detach().clone() for name, tensor in parameters.items()}
     dtypes = {name: buffer.dtype for name, buffer in student.named_buffers()}
+    student(torch.randn(4, 7).to(dtype)).sum().backward()
+    gradients = {name: parameter.grad.clone() for name, parameter in parameters.items() if parameter.grad is not None}
+    buffers = {name: buffer.clone() for name, buffer in student.named_buffers()}
     with teacher.swapped_into():
         change(student)
     assert_same_bits({name: tensor.detach() for name, tensor in student.named_parameters()}, mine)
+    assert_same_bits({n: p.grad for n, p in student.named_parameters() if p.grad is not None}, gradients)
+    if change is not replace_parameter:
+        assert_same_bits(dict(student.named_buffers()), buffers)
     assert {name: buffer.dtype for name, buffer in student.named_buffers()} == dtypes
     assert_same_bits(teacher.tensors(), theirs)
     for name, parameter in student.named_parameters():
@@ -581,14 +587,14 @@ def test_a_module_that_is_converted_while_swapped_is_the_student_again(
 
 
 def test_what_is_written_to_a_swapped_module_is_told(student: Student) -> None:
-    """The teacher would hold it: an error where its own tensors are exchanged, nothing where the module has copies."""
+    """The teacher would hold it, where its own tensors are exchanged; nothing is lost where the module has copies."""
     teacher = MeanTeacher(student)
     teacher.update()
     other = {name: tensor + 1 for name, tensor in student.state_dict().items()}
     mine = {name: tensor.detach().clone() for name, tensor in student.named_parameters()}
-    with pytest.raises(CkptEmaError, match=r"`frozen`, .* written to") as caught, teacher.swapped_into():
+    with pytest.warns(UserWarning, match=r"`frozen`, .* written to.*load_state_dict") as caught, teacher.swapped_into():
         student.load_state_dict(other)
-    assert "load_state_dict" in str(caught.value.hint)
+    assert caught[0].filename == __file__
     assert_same_bits({name: tensor.detach() for name, tensor in student.named_parameters()}, mine)
 
     def write_and_raise() -> None:
@@ -601,10 +607,23 @@ def test_what_is_written_to_a_swapped_module_is_told(student: Student) -> None:
     narrow = copy.deepcopy(student).to(torch.bfloat16)
     beside = MeanTeacher(narrow)
     before = {name: tensor.clone() for name, tensor in beside.tensors().items()}
-    with beside.swapped_into():
+    with warnings.catch_warnings(), beside.swapped_into():
+        warnings.simplefilter("error")
         narrow.load_state_dict(other)
     assert_same_bits(beside.tensors(), before)
     assert torch.equal(narrow.frozen, mine["frozen"].to(torch.bfloat16))
+
+
+def test_an_embedding_that_renormalises_itself_is_evaluated_without_a_word() -> None:
+    """Its forwards write to its weight, which an average of short vectors has no need of."""
+    student = nn.Sequential(nn.Embedding(5, 3, max_norm=1.0), nn.Linear(3, 2))
+    teacher = MeanTeacher(student, momentum=0.5)
+    for _ in range(2):
+        student(torch.arange(5))
+        teacher.update()
+    with warnings.catch_warnings(), teacher.swapped_into():
+        warnings.simplefilter("error")
+        student(torch.arange(5))
 
 
 def test_a_module_that_does_not_fit_cannot_be_swapped_into(student: Student) -> None:

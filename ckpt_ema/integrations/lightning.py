@@ -39,7 +39,7 @@ class MeanTeacherCallback(Callback):
         """Of an earlier training only what is trained on keeps its teacher; a checkpoint's is loaded after this."""
         self._loaded_state, self._is_loaded = None, False
         goes_on = self._follows(pl_module) and 0 < trainer.global_step == self._last_step
-        if stage == "fit" and not goes_on:
+        if stage == "fit" and (trainer.ckpt_path or not goes_on):
             self.teacher = None
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -68,7 +68,7 @@ class MeanTeacherCallback(Callback):
         if self._loaded_state is not None:
             self.teacher = MeanTeacher(pl_module, **self.options)
             self.teacher.load_state_dict(self._loaded_state)
-            self._loaded_state, self._is_loaded = None, True
+            self._loaded_state, self._is_loaded, self._last_step = None, True, -1
 
     def on_train_batch_end(self, trainer: Any, *_: Any, **__: Any) -> None:
         """Update where an optimizer stepped; accumulated batches do not."""

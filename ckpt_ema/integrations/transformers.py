@@ -105,6 +105,6 @@ def _folder_of(args: Any, state: Any) -> Path:
     """Where the Trainer saves now, or loads from where nothing else is said."""
     name = f"checkpoint-{state.global_step}"
     if state.is_hyper_param_search:  # each trial has a folder of its own, and the newest is the one just saved
-        trials = Path(args.output_dir).glob(f"*/{name}")
+        trials = (path for path in Path(args.output_dir).glob(f"*/{name}") if not (path / STATE_NAME).exists())
         return max(trials, key=lambda path: path.stat().st_mtime_ns, default=Path(args.output_dir) / name)
     return Path(args.output_dir) / name

@@ -103,7 +103,7 @@ class Increments:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken; a sample of another size than the student's here is not compared with."""
-        self._spacing, self._thinning = int(state["spacing"]), int(state["thinning"])
+        self._spacing, self._thinning = int(state["spacing"]), int(state.get("thinning", 1))
         self._measured = [(int(step), float(value)) for step, value in state["measured"]]
         self._pending = []
         self._squared_norm = state["squared_norm"]

@@ -293,9 +293,14 @@ class MeanTeacher:
                 "the teacher is attached to this optimizer already, and would count each step twice",
                 hint="call `remove()` of what the first `attach` returned, or leave this one away",
             )
+        self._prepare_modules()  # FSDP2 may hold others since a forward
         own = {id(pair.student.tensor) for pair in self._pairs}
         if not any(id(tensor) in own for group in inner.param_groups for tensor in group["params"]):
-            warnings.warn("the optimizer has none of the parameters that this teacher follows", stacklevel=2)
+            warnings.warn(
+                "the optimizer has none of the parameters that this teacher follows; where it steps copies of them, all"
+                " is well",
+                stacklevel=2,
+            )
         handle: RemovableHandle = inner.register_step_post_hook(_AfterStep(self))
         return handle
 
@@ -306,8 +311,9 @@ class MeanTeacher:
         The tensors that the module held come back afterwards, also when the block raises or converts the module. In
         between the teacher can be neither updated nor saved. Tensors of the teacher's dtype are exchanged in place; of
         others a copy is kept. What is not averaged stays the module's own: another module than the student keeps its
-        running statistics. Raises CkptEmaError, nothing changed, where names, shapes or ties do not fit; and at the
-        end where the block wrote to a parameter that was exchanged, which the teacher holds then.
+        running statistics. Raises CkptEmaError, nothing changed, where names, shapes or ties do not fit, and at the end
+        where a sharded parameter was converted, which does not come back. Warns where the block wrote to a parameter
+        that was exchanged (not by way of `.data`, nor to shards: nobody counts that): the teacher holds that then.
         """
         self._begin("swap it in again")
         target = self._student if module is None else module
@@ -315,7 +321,7 @@ class MeanTeacher:
         places = places_in(tracking, self._pairs)
         swaps = [(Swap(place), pair, is_first) for place, pair, is_first in places]
         root = unwrap(target)
-        undo: list[Callable[[], object]] = [hold_buffers(root)]
+        undo: list[Callable[[], object]] = [hold_buffers(root, [swap for swap, _, _ in swaps])]
         hold_back_all()
         try:
             self._is_swapped = True
@@ -323,7 +329,13 @@ class MeanTeacher:
             for swap, pair, is_first in swaps:
                 swap.put_in(pair.local, undo, exchanges=is_first)
             yield target
-            written = [swap.name for swap, _, _ in swaps if swap.is_written_to()]
+            tracking.reshard()
+            renormed = {id(getattr(part, "weight", None)) for part in root.modules() if getattr(part, "max_norm", None)}
+            written = [
+                place.name
+                for (swap, _, _), (place, _, _) in zip(swaps, places, strict=True)
+                if swap.is_written_to() and id(place.tensor) not in renormed
+            ]
         finally:
             try:
                 failure = self._take_back(root, tracking, undo)
@@ -333,11 +345,11 @@ class MeanTeacher:
                 raise failure
         if written:
             names = ", ".join(f"`{name}`" for name in written[:3])
-            raise CkptEmaError(
+            warnings.warn(
                 f"{names}{' and more' if len(written) > 3 else ''} of the module were written to while the teacher's"
-                " numbers were in it: the teacher holds what was written",
-                hint="load the teacher's last state (`teacher.load_state_dict`), and write to the module outside of the"
-                " block",
+                " numbers were in it: the teacher holds what was written; go on from its last state"
+                " (`teacher.load_state_dict`), and write to the module outside of the `with` block",
+                stacklevel=3,  # past contextlib
             )
 
     def _take_back(
@@ -458,6 +470,7 @@ class MeanTeacher:
 
         Beside the run's checkpoints it does not disturb a fold, which leaves averages of this tool out; a
         reconstruction takes it for what it is, where its response is known exactly. `step` is a whole number from 0.
+        Where training goes back to an earlier step, remove those of later ones: they are of another path.
         """
         if type(step) is not int or step < 0:
             raise MisuseError(f"step is {step!r}, and must be a whole number from 0", hint="pass the trainer's counter")
@@ -485,10 +498,8 @@ class MeanTeacher:
     def _write(self, path: Path, step: int | None, *, dtype: str, overwrite: bool) -> Path:
         self._begin("save the teacher")
         if self._start is None:
-            warnings.warn(
-                "no update has come yet: what is written is the student as it was when this teacher was made",
-                stacklevel=4,  # past torch.no_grad
-            )
+            whose = "the student as it was when this teacher was made" if self._owns_tensors else "the module as it is"
+            warnings.warn(f"no update has come yet: what is written is {whose}", stacklevel=4)  # past torch.no_grad
         check_file_replaceable(path, overwrite=overwrite, by_snapshot=step is not None)
         if any(is_sharded(pair.student.tensor) for pair in self._pairs):
             raise CkptEmaError(

@@ -5,6 +5,7 @@ From such files `ckpt-ema reconstruct` makes the average of any other momentum a
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import re
@@ -154,7 +155,8 @@ class SnapshotTracks:
         self._increments = Increments([slot.local for slot in self._slots], settings.every)
         self._start = 0
         self._num_updates = 0
-        self._has_begun = self._is_resumed = self._has_written = False
+        self._has_begun = self._is_resumed = False
+        self._last_written: int | None = None
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -171,6 +173,7 @@ class SnapshotTracks:
             self._has_begun = True
         if self._is_resumed:
             self._set_aside_later(step - 1)
+            _WRITERS[self._directory.resolve()] = weakref.ref(self)  # in the place of whoever wrote before
             self._is_resumed = False
         if not self._num_updates:
             self._start = step - 1
@@ -193,7 +196,7 @@ class SnapshotTracks:
         """
         if step % self._settings.every or not self._num_updates or not _is_first_rank():
             return
-        self._check_alone()
+        self._check_alone(step)
         for track, shadows in self._shadows.items():
             self._write(track, shadows, step, record)
             self._remove_older(track, step)
@@ -211,16 +214,18 @@ class SnapshotTracks:
                     hint="go on from its state (`teacher.load_state_dict`), or pass another directory to Snapshots",
                 )
 
-    def _check_alone(self) -> None:
+    def _check_alone(self, step: int) -> None:
         """Refuse to take turns with another one in one folder; one that takes over from another is alone."""
-        last = _WRITERS.get(self._directory, lambda: None)()
-        if self._has_written and last is not None and last is not self:
+        folder = self._directory.resolve()
+        last = _WRITERS.get(folder, lambda: None)()
+        is_other = last is not None and last is not self
+        if last is not None and is_other and (self._last_written is not None or last._last_written == step):
             raise CkptEmaError(
                 f"another MeanTeacher writes into `{self._directory}` as well, over the files of this one",
                 hint="pass each of them a directory of its own to Snapshots",
             )
-        _WRITERS[self._directory] = weakref.ref(self)
-        self._has_written = True
+        _WRITERS[folder] = weakref.ref(self)
+        self._last_written = step
 
     def _set_aside_later(self, step: int) -> None:
         """Rename what was written after `step`: the student took another path from there, which is not gone on with."""
@@ -234,8 +239,10 @@ class SnapshotTracks:
                 stacklevel=5,  # past torch.no_grad
             )
         for path in later:
+            names = (path.name + ABANDONED + (f"-{number}" if number else "") for number in itertools.count())
+            free = next(path.with_name(name) for name in names if not os.path.lexists(path.with_name(name)))
             try:
-                path.rename(path.with_name(path.name + ABANDONED))
+                path.rename(free)
             except OSError as error:
                 raise CkptEmaError(f"cannot rename `{path}`: {error.strerror}", hint="remove it") from error
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
+from ckpt_ema.errors import CkptEmaError
 from ckpt_ema.online.rule import Exchange, blocks_of
-from ckpt_ema.online.tracking import Slot, identity, is_sharded
+from ckpt_ema.online.tracking import Slot, is_sharded, local_part
 
 SWAPPED: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 """Modules that hold a teacher's numbers for now."""
@@ -20,12 +21,17 @@ class Swap:
 
     def __init__(self, slot: Slot) -> None:
         self.name = slot.name
+        self._slot = slot
         self._held = [(table, key, table[key]) for table, key in slot.places]
+        gradients = ((tensor, tensor.grad) for _, _, tensor in self._held if tensor is not None)
+        self._gradients = [(tensor, grad, grad.data) for tensor, grad in gradients if grad is not None]
         # Detached, not under torch.no_grad: an interrupt on the way into or out of that would leave training without
         # gradients.
         self._local = slot.local.detach()
-        self._is_plain = not is_sharded(slot.tensor)
+        self._is_sharded = is_sharded(slot.tensor)
         self._version: int | None = None
+        self.was_replaced = False
+        """Whether the module held other memory at the end, known once it has been given back what it held."""
 
     def put_in(self, teacher: torch.Tensor, undo: list[Callable[[], object]], *, exchanges: bool) -> None:
         """Put `teacher` in, and on the list how to undo it, before anything has changed.
@@ -45,34 +51,50 @@ class Swap:
             here.copy_(teacher)
 
     def is_written_to(self) -> bool:
-        """Whether somebody wrote to a parameter of the module that is the teacher's for now."""
-        table, key, tensor = self._held[0]
-        return (
-            self._version is not None
-            and self._is_plain
-            and isinstance(tensor, torch.nn.Parameter)
-            and table.get(key) is tensor
-            and identity(tensor) == identity(self._local)
-            and tensor._version != self._version
-        )
+        """Whether somebody wrote to a parameter of the module that is the teacher's for now, as far as torch counts."""
+        is_parameter = isinstance(self._held[0][2], torch.nn.Parameter)
+        return self._version is not None and is_parameter and self._local._version != self._version
 
     def _give_back(self) -> None:
         """Let the module hold the tensors it held: `module.half()` gives them other memory, others replace them."""
         for table, key, tensor in self._held:
             if table.get(key) is not tensor:  # or torch.compile would look through the module anew
-                table[key] = tensor
-            if tensor is not None and self._is_plain and identity(tensor) != identity(self._local):
-                tensor.data = self._local
+                table[key], self.was_replaced = tensor, True
+            if tensor is not None and _memory_of(tensor) != _memory_of(self._local):
+                self.was_replaced = True
+                if not self._is_sharded:
+                    tensor.data = self._local
+        if self.was_replaced:
+            for tensor, grad, content in self._gradients:
+                grad.data = content
+                tensor.grad = grad
+        if self._is_sharded and _memory_of(self._slot.tensor) != _memory_of(self._local):
+            raise CkptEmaError(
+                f"`{self.name}` is sharded and was converted while the teacher's numbers were in the module: it holds"
+                " these numbers now",
+                hint="load the student again; convert a copy of the module",
+            )
 
 
-def hold_buffers(module: torch.nn.Module) -> Callable[[], None]:
+def _memory_of(tensor: torch.Tensor) -> object:
+    local = local_part(tensor)
+    begin = local.data_ptr() if local.numel() and local.layout == torch.strided else None
+    return local.device, local.dtype, local.shape, begin
+
+
+def hold_buffers(module: torch.nn.Module, swaps: Sequence[Swap]) -> Callable[[], None]:
     """What gives back the buffers of `module` that were converted since; what was written to them stays."""
     held = [(part._buffers, key, tensor) for part in module.modules() for key, tensor in part._buffers.items()]
 
     def give_back() -> None:
+        was_converted = any(swap.was_replaced for swap in swaps)
         for table, key, tensor in held:
             now = table.get(key)
-            if tensor is not None and now is not None and (now.dtype, now.device) != (tensor.dtype, tensor.device):
+            if tensor is None or now is None or now is tensor:
+                continue
+            # Forwards replace buffers as well, such as tables of positions that have become too short.
+            is_conversion = was_converted and now.shape == tensor.shape
+            if is_conversion or (now.dtype, now.device) != (tensor.dtype, tensor.device):
                 table[key] = tensor
 
     return give_back

@@ -101,7 +101,7 @@ class Tracking:
                 )
             if len(slot.places) > 1 and len({id(table[key]) for table, key in slot.places}) > 1:
                 held = [table[key] for table, key in slot.places]
-                if len({identity(tensor) for tensor in held if tensor is not None}) > 1:
+                if len({_identity(tensor) for tensor in held if tensor is not None}) > 1:
                     raise CkptEmaError(
                         f"{' and '.join(f'`{name}`' for name in slot.names)} of the {self.whose} were tied when the"
                         " teacher was made, and are not any more",
@@ -139,7 +139,7 @@ def track(module: torch.nn.Module, *, skip_buffers: bool, whose: Whose = "studen
     _reshard(sharded)
     groups: dict[object, tuple[list[str], list[tuple[Table, str]], bool]] = {}
     for name, tensor, table, key, is_parameter in _entries(root):
-        names, places, _ = groups.setdefault(identity(tensor), ([], [], is_parameter))
+        names, places, _ = groups.setdefault(_identity(tensor), ([], [], is_parameter))
         names.append(name)
         places.append((table, key))
     averaged, copied, reasons = [], [], {}
@@ -257,7 +257,7 @@ def _check_exists(name: str, tensor: torch.Tensor) -> None:
         )
 
 
-def identity(tensor: torch.Tensor) -> object:
+def _identity(tensor: torch.Tensor) -> object:
     """Equal for tensors that are the same memory, however they came to be tied."""
     local = local_part(tensor)
     if not local.numel() or local.layout != torch.strided:
