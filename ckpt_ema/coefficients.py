@@ -120,6 +120,7 @@ def weigh(checkpoints: Sequence[Checkpoint], options: FoldOptions, beginning: Be
         notes=(*weighed.notes, *newer.notes),
         goes_on=bool(past),
         past=past,
+        origin=None if past and beginning.knows_origin else weighed.origin,
         copied=copied_names(beginning.record) if past else frozenset(),
         rules=beginning.rules if past else (),
         parts=parts_of(beginning.record) if past else 1,
@@ -191,16 +192,17 @@ def _per_step(
     kept, updates, left_out = _without_idle(kept, updates, num_leading=int(beginning is not None))
     # The teacher's own newest student is left out already, as one that is in it.
     left_out = [item for item in left_out if anchor is None or item[0] != anchor.label]
-    # Its own record cannot tell it by its first checkpoint.
-    is_known = beginning.knows_origin if beginning is not None else kept[0] is checkpoints[0]
-    is_to_tell = options.interval > 1 and not is_known
+    if options.interval == 1 or (beginning is None and kept[0] is checkpoints[0]):  # which tells it
+        counted_from = None
+    else:
+        counted_from = steps[0] if origin is None else origin
     return Weighed(
         (),
         tuple(kept),
         tuple(map(tuple, updates)),
         left_out=tuple(left_out),
         notes=tuple(notes),
-        origin=(steps[0] if origin is None else origin) if is_to_tell else None,
+        origin=counted_from,
     )
 
 

@@ -21,6 +21,9 @@ from ckpt_ema.runs import Checkpoint
 
 UNITS = ("step", "epoch", "date", "number")
 
+OTHER_RULE = ", and goes on with another rule"
+"""How the warning ends of a momentum that is not the teacher's."""
+
 
 @dataclass(frozen=True, slots=True)
 class Newer:
@@ -35,6 +38,17 @@ class Newer:
 
     warnings: Sequence[str] = ()
     notes: Sequence[str] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Inherited:
+    """How a teacher is gone on with."""
+
+    options: FoldOptions
+    notes: list[str]
+    warnings: list[str]
+    clashing: list[str]
+    """Names of options that say something else than the teacher does of itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +91,10 @@ class Beginning:
         return self.record.get("per") == "update" and isinstance(momentum, float) and 0 < momentum < 1
 
     @property
+    def _is_reconstruction(self) -> bool:
+        return self.record.get("made") == "reconstruct"
+
+    @property
     def own_step(self) -> int | None:
         """The step that it gives as its own: of a reconstruction or an online teacher."""
         return self._count("step")
@@ -88,7 +106,9 @@ class Beginning:
     @property
     def last(self) -> tuple[str, int | None]:
         """Unit and number of its newest checkpoint, or its own step where it lists none; None where that is unknown."""
-        return (self.past[-1].unit, self.past[-1].step) if self.past else ("step", self.own_step)
+        if self.past and not self._is_reconstruction:
+            return self.past[-1].unit, self.past[-1].step
+        return "step", self.own_step
 
     def inside_of(self, checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
         """Those that are in it, as far as it says."""
@@ -130,42 +150,59 @@ class Beginning:
     @property
     def knows_origin(self) -> bool:
         """Whether an interval counts from its first checkpoint, so that whoever goes on need not say from where."""
-        return bool(self.past) and self._count("origin") is None
+        return bool(self.past) and self._count("origin") is None and not self._is_reconstruction
 
     def first_step(self, options: FoldOptions) -> int | None:
         """The training step from which an interval counts, mostly that of its first checkpoint; None if not known."""
         origin, calls, interval = (self._count(name) for name in ("origin", "steps", "interval"))
         if origin is not None:
             return origin
+        if self._is_reconstruction:
+            return self._count("start")
         if self.is_online and self.own_step is not None and calls is not None and interval:
             return (self.own_step - calls) % interval
         if not self.past or self.past[0].step is None:
             return None
         return self.past[0].step * (1 if self.past[0].unit == "step" else options.steps_per_epoch or 1)
 
-    def select_for(self, options: FoldOptions) -> tuple[FoldOptions, list[str]]:
-        """`options`, with what of each checkpoint is the student where they say nothing of it; warnings."""
+    def inherit(self, options: FoldOptions) -> Inherited:
+        """`options`, with how the teacher was made and of what where they say nothing of it.
+
+        Raises MisuseError or CkptEmaError where that cannot be gone on with.
+        """
+        selected, warnings, clashing = self._select_for(options)
+        found, notes, more = self._options_for(selected)
+        if any(text.endswith(OTHER_RULE) for text in more):
+            clashing += [name for name in ("momentum", "half_life", "per") if getattr(options, name) is not None]
+        return Inherited(found, notes, [*warnings, *more], clashing)
+
+    def _select_for(self, options: FoldOptions) -> tuple[FoldOptions, list[str], list[str]]:
+        """`options`, with what of each checkpoint is the student; warnings; the options that these are about."""
         given = self.record.get("selection")
         if not isinstance(given, dict):
-            return options, []
+            return options, [], []
         made = {name: given[name] for name in SELECTION if isinstance(given.get(name), str)}
-        warnings = []
+        # What was found without being asked for is the same when it is asked for.
+        stripped = self.record.get("stripped")
+        found = {"state": [self.record.get("state")], "prefix": stripped if isinstance(stripped, list) else []}
+        warnings, clashing = [], []
         for name in SELECTION:
             asked, before = getattr(options, name), made.pop(name, None)
             if asked is None and before is not None:
                 made[name] = before
-            elif asked != before:
+            elif asked != before and asked not in found[name]:
                 how = "without" if before is None else f"with `--{name} {before}`, not"
                 warnings.append(f"`{self.label}` was made {how} `--{name} {asked}`")
+                clashing.append(name)
         try:
-            return replace(options, **made), warnings
+            return replace(options, **made), warnings, clashing
         except MisuseError as error:
             raise self._impossible(error) from None
 
     def _impossible(self, error: MisuseError) -> CkptEmaError:
         return CkptEmaError(f"`{self.path}` says of itself what cannot be: {error.message}")
 
-    def options_for(self, options: FoldOptions) -> tuple[FoldOptions, list[str], list[str]]:
+    def _options_for(self, options: FoldOptions) -> tuple[FoldOptions, list[str], list[str]]:
         """`options`, with how the teacher was made where they say nothing of it; notes; warnings."""
         # An online teacher is updated once every `interval` steps, too.
         per = "step" if self.is_online else self.record.get("per")
@@ -201,7 +238,7 @@ class Beginning:
             if any(asked[name] not in (None, value) for name, value in made.items()) or (
                 options.per_step != (per == "step")
             ):
-                warnings.append(f"`{self.label}` was made with {_told(made, counting)}, and goes on with another rule")
+                warnings.append(f"`{self.label}` was made with {_told(made, counting)}{OTHER_RULE}")
             return options, [], warnings
         for name, default in (("interval", 1), ("between", None), ("steps_per_epoch", None)):
             if getattr(options, name) != default:
@@ -232,11 +269,17 @@ class Beginning:
         Raises CkptEmaError where nothing is left.
         """
         own = None if is_told else self.own_step
-        steps = [item.step for item in checkpoints if item.step is not None and item.unit in ("step", "number")]
+        per_epoch = self._count("steps_per_epoch")
+        factors = {"step": 1, "number": per_epoch or 1} | ({} if per_epoch is None else {"epoch": per_epoch})
+        steps = [
+            (item.step * factors[item.unit], item)
+            for item in checkpoints
+            if item.step is not None and item.unit in factors
+        ]
         if own is not None and len(steps) == len(checkpoints):
-            newer = [item for item, step in zip(checkpoints, steps, strict=True) if step > own]
-            older = [item for item, step in zip(checkpoints, steps, strict=True) if step <= own]
-            anchor = next((item for item in older if item.step == own), None)
+            newer = [item for step, item in steps if step > own]
+            older = [item for step, item in steps if step <= own]
+            anchor = next((item for step, item in steps if step == own), None)
             return Newer(self._some(newer), anchor, [(item.label, f"not newer than `{self.label}`") for item in older])
         inside = {id(item) for item in self.inside_of(checkpoints)}
         last = self.past[-1] if self.past else None

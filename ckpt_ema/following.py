@@ -305,9 +305,7 @@ class _Follower:
         if beginning is None:
             self._tell_of_momentum()
             return
-        options, selected = beginning.select_for(self.options)
-        options, notes, warnings = beginning.options_for(options)
-        warnings = [*selected, *warnings]
+        inherited = beginning.inherit(self.options)
         foreign: Sequence[str] = []
         with contextlib.suppress(NoCheckpointError):  # nothing is newer, yet
             foreign = beginning.newer_of(found.checkpoints).warnings
@@ -315,17 +313,16 @@ class _Follower:
             raise CkptEmaError(
                 (*foreign, f"`{self.target}` does not say what it was folded from")[0], hint="pass another `--output`"
             )
-        if warnings:
-            names = ("momentum", "half_life", "per", "state", "prefix")
-            given = [f"`--{name.replace('_', '-')}`" for name in names if getattr(self.options, name) is not None]
+        if inherited.warnings:
+            given = [f"`--{name.replace('_', '-')}`" for name in inherited.clashing]
             leave = f"leave {' and '.join(given)} away to go on with it, or " if given else ""
             raise CkptEmaError(
                 f"`{self.target}` is the teacher of other options",
-                details=warnings,
+                details=inherited.warnings,
                 hint=f"{leave}pass another `--output`",
             )
-        self.options = options
-        for text in notes:
+        self.options = inherited.options
+        for text in inherited.notes:
             self.tell(text)
         self.last_step, self.last_unit = beginning.past[-1].step, beginning.past[-1].unit
         inside = beginning.inside_of(found.checkpoints)

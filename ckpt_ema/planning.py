@@ -42,16 +42,15 @@ def plan_fold(run: PathLike | Sequence[PathLike], output: PathLike | None, wante
     if beginning is None:
         found = find_run(run, wanted)
         return plan_weighed(found, weigh(found.checkpoints, wanted), output, wanted)
-    wanted, selected = beginning.select_for(wanted)
+    inherited = beginning.inherit(wanted)
+    wanted = inherited.options
     found = find_run(run, wanted)
-    wanted, notes, warnings = beginning.options_for(wanted)
-    warnings = [*selected, *warnings]
     weighed = _weigh_newer(found, wanted, beginning)
     weighed = replace(
         weighed,
-        notes=(*weighed.notes, *notes),
-        warnings=(*weighed.warnings, *warnings),
-        goes_on=weighed.goes_on or (beginning.is_online and bool(notes)),
+        notes=(*weighed.notes, *inherited.notes),
+        warnings=(*weighed.warnings, *inherited.warnings),
+        goes_on=weighed.goes_on or (beginning.is_online and bool(inherited.notes)),
     )
     return plan_weighed(found, weighed, output, wanted)
 
@@ -170,12 +169,7 @@ def plan_weighed(
         known_buffers=_unfollowed(newest, followed) or newest.known_buffers,
     )
     pool = SchemaPool()
-    hint = None
-    if wanted.init is not None:
-        hint = "pass a teacher of the same model with `--init`"
-    elif not wanted.skip_buffers:
-        hint = "leave `--no-skip-buffers` away: snapshots hold parameters alone"
-    layouts = [_average_layout(average.path, tensors, pool, hint) for average in weighed.averages]
+    layouts = [_average_layout(average.path, tensors, pool, wanted) for average in weighed.averages]
     sizes = [sum(file.size for file in layout.files) for layout in layouts]
     layouts += [checkpoint.layout for checkpoint in checkpoints]
     blocks = plan_blocks(
@@ -241,7 +235,7 @@ def _unfollowed(newest: Checkpoint, followed: frozenset[str]) -> frozenset[str]:
     return names - followed if followed and followed < names else frozenset()
 
 
-def _average_layout(path: Path, tensors: Sequence[TeacherTensor], pool: SchemaPool, hint: str | None) -> Layout:
+def _average_layout(path: Path, tensors: Sequence[TeacherTensor], pool: SchemaPool, wanted: FoldOptions) -> Layout:
     """The tensors of an average that takes part, an initial teacher or a snapshot, under the students' indices."""
     contents = read_contents(path)
     # A teacher may be one of ours, or a state dict by itself, whose names look like an average's.
@@ -261,12 +255,18 @@ def _average_layout(path: Path, tensors: Sequence[TeacherTensor], pool: SchemaPo
     averaged |= aliases_in(read_provenance(contents.metadata) or {}, averaged)
     differences += [f"{name}: missing in the students" for name in teacher.tensors if name not in averaged]
     if differences:
+        hint = (
+            f"leave it out: `--exclude {quoted(glob.escape(path.name))}`; snapshots hold what the online teacher"
+            " averaged, mostly parameters alone, under the names of the student that was followed (`--prefix`)"
+        )
+        if wanted.init is not None:
+            hint = "pass a teacher of the same model with `--init`"
+        elif not wanted.skip_buffers and all(line.endswith(f": missing in `{path.name}`") for line in differences):
+            hint = "leave `--no-skip-buffers` away: these are buffers, which the online teacher did not average"
         raise CkptEmaError(
             f"{counted(len(differences), 'difference')} between the tensors of `{path.name}` and the students'",
             details=differences,
-            hint=hint
-            or f"leave it out: `--exclude {quoted(glob.escape(path.name))}`; snapshots hold parameters alone, under the"
-            " names of the student that was followed (`--prefix`)",
+            hint=hint,
         )
     # Copied tensors come from the newest student; the initial teacher's are never read, and need not exist.
     absent = contents.files[0]

@@ -107,11 +107,11 @@ def profile_record(profile: Profile) -> dict[str, Any]:
 
 def counting_record(options: FoldOptions) -> dict[str, Any]:
     """What the profile counts, and how often."""
-    if isinstance(options, ReconstructOptions):
-        return {"per": "step", "interval": options.interval}
     if not options.per_step:
         return {"per": "checkpoint", "interval": options.interval}
     epochs = {} if options.steps_per_epoch is None else {"steps_per_epoch": options.steps_per_epoch}
+    if isinstance(options, ReconstructOptions):
+        return {"per": "step", "interval": options.interval, **epochs}
     return {"per": "step", "interval": options.interval, "between": options.between or "linear", **epochs}
 
 

@@ -530,3 +530,80 @@ def test_held_students_in_float64_go_on_bit_for_bit(tmp_path: Path, seed: int) -
     teacher = quiet_fold(run, tmp_path / "on.safetensors", init=begun).output
     assert_same_bits(load_file(teacher), load_file(whole))
     assert "bit for bit" in ckpt_ema.verify(teacher, run, share=1).checks[-1].text
+
+
+def save_walk(run: Path, names: dict[str, int]) -> None:
+    """A student that moves at random, saved under each name after so many moves."""
+    run.mkdir(exist_ok=True)
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.zeros(50)
+    for name, moves in names.items():
+        weight = weight + torch.randn(50, generator=generator) * moves**0.5
+        torch.save({"weight": weight, "bias": weight[:3].clone()}, run / name)
+
+
+def test_a_reconstructions_interval_counts_from_where_it_began(tmp_path: Path) -> None:
+    """Not from the first student that has a share in it; also where what goes on from it is gone on with."""
+    run = tmp_path / "run"
+    save_walk(run, {f"step_{step}.pt": 10 for step in range(0, 1001, 10)})
+    made = ckpt_ema.reconstruct(
+        run, tmp_path / "t.safetensors", momentum=0.5, interval=7, until_step=700, announce=lambda plan: None
+    )
+    assert record_of(made.output)["checkpoints"][0]["step"] > 0
+    plan = ckpt_ema.plan(run, tmp_path / "on.safetensors", init=made.output, until_step=710)
+    assert plan.first_share == pytest.approx(0.5)  # one update, at 707
+    on = quiet_fold(run, tmp_path / "on.safetensors", init=made.output, until_step=710).output
+    assert record_of(on)["origin"] == 0
+    plan = ckpt_ema.plan(run, tmp_path / "further.safetensors", init=on, until_step=730)
+    assert plan.first_share == pytest.approx(0.125)  # three, at 714, 721 and 728
+
+
+def test_a_reconstruction_that_goes_on_in_parts_keeps_its_interval(tmp_path: Path) -> None:
+    """With snapshots in it nobody lists its students again, so that its beginning is written down."""
+    run = tmp_path / "run"
+    student = torch.nn.Linear(6, 5)
+    teacher = ckpt_ema.MeanTeacher(student, snapshots=ckpt_ema.Snapshots(run, every=20))
+    generator = torch.Generator().manual_seed(0)
+    for step in range(1, 201):
+        with torch.no_grad():
+            for parameter in student.parameters():
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+        teacher.update()
+        if step % 20 == 0:
+            save_file(
+                {name: tensor.detach() for name, tensor in student.named_parameters()}, run / f"step_{step}.safetensors"
+            )
+    options: dict[str, Any] = {"half_life": 20, "interval": 7, "at": 100}
+    made = ckpt_ema.reconstruct(run, tmp_path / "t.safetensors", announce=lambda plan: None, **options).output
+    start = record_of(made)["start"]
+    on = quiet_fold(run, tmp_path / "on.safetensors", init=made, until_step=120).output
+    assert record_of(on)["origin"] == start
+    further = ckpt_ema.plan(run, tmp_path / "further.safetensors", init=on, until_step=140)
+    num_updates = (140 - start) // 7 - (120 - start) // 7
+    assert further.first_share == pytest.approx(0.5 ** (7 * num_updates / 20))
+
+
+def test_a_reconstruction_of_numbered_epochs_goes_on_with_the_next(tmp_path: Path) -> None:
+    """Its step counts training steps, the names what they count."""
+    run = tmp_path / "run"
+    save_walk(run, {f"ck_{number}.pt": 100 for number in range(11)})
+    options: dict[str, Any] = {"half_life": 100.0, "steps_per_epoch": 100}
+    made = ckpt_ema.reconstruct(run, tmp_path / "t.safetensors", until_step=5, announce=lambda plan: None, **options)
+    for given in ({}, {"per": "step", **options}):
+        plan = ckpt_ema.plan(run, tmp_path / "on.safetensors", init=made.output, **given)
+        assert [item.step for item in plan.checkpoints][-5:] == [6, 7, 8, 9, 10]
+        assert plan.options.steps_per_epoch == 100
+
+
+def test_what_was_found_by_itself_may_be_asked_for(tmp_path: Path) -> None:
+    """The state dict and the prefix that were chosen are the same ones when somebody names them."""
+    run = tmp_path / "run"
+    run.mkdir()
+    for step in (1, 2, 3):
+        halves = {half: make_student(step + number) for number, half in enumerate(("student", "teacher"))}
+        state = {f"{half}.{name}": tensor for half, each in halves.items() for name, tensor in each.items()}
+        torch.save({"model": state, "epoch": step}, run / f"step_{step}.pt")
+    begun = quiet_fold(run, tmp_path / "t.safetensors", momentum=0.3, until_step=2).output
+    for given in ({"state": "model"}, {"prefix": "student."}):
+        assert not ckpt_ema.plan(run, tmp_path / "on.safetensors", init=begun, **given).warnings
+    ckpt_ema.follow(run, begun, state="model", until_step=3, poll_seconds=0.01)

@@ -387,10 +387,33 @@ def test_lightning_says_when_a_resumed_training_has_no_teacher(tmp_path: Path) -
     lightning_trainer(tmp_path, [saver]).fit(lightning_pair([], []), labelled_batches())
     callback = MeanTeacherCallback(momentum=MOMENTUM)
     early = next((tmp_path / "run").glob("*step=2.ckpt"))
-    with pytest.warns(UserWarning, match="from step 2 without a teacher's state"):
-        lightning_trainer(tmp_path, [callback]).fit(lightning_pair([], []), labelled_batches(), ckpt_path=early)
+    module = lightning_pair([], [])
+    trainer = lightning_trainer(tmp_path, [callback])
+    for _ in range(2):  # the second time another future's teacher is there
+        with pytest.warns(UserWarning, match="from step 2 without a teacher's state"):
+            trainer.fit(module, labelled_batches(), ckpt_path=early)
+        assert callback.teacher is not None
+        assert (callback.teacher.num_steps, callback.teacher.num_updates) == (6, 4)
+
+
+def test_lightning_does_not_go_on_with_the_teacher_of_a_checkpoint_that_was_tested(tmp_path: Path) -> None:
+    """Its step is not the one that training goes on from."""
+    pytest.importorskip("lightning")
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    from ckpt_ema.integrations.lightning import MeanTeacherCallback
+
+    callback, module = MeanTeacherCallback(momentum=MOMENTUM), lightning_pair([], [])
+    saver = ModelCheckpoint(tmp_path / "run", save_top_k=-1, every_n_train_steps=2)
+    trainer = lightning_trainer(tmp_path, [callback, saver])
+    trainer.fit(module, labelled_batches())
+    early = next((tmp_path / "run").glob("*step=2.ckpt"))
+    trainer.test(module, labelled_batches(), ckpt_path=early, verbose=False)
+    trainer.fit_loop.epoch_loop.max_steps = 8
+    with pytest.warns(UserWarning, match="from step 6 without a teacher's state"):
+        trainer.fit(module, labelled_batches())
     assert callback.teacher is not None
-    assert (callback.teacher.num_steps, callback.teacher.num_updates) == (6, 4)
+    assert (callback.teacher.num_steps, callback.teacher.num_updates) == (8, 2)
 
 
 def test_lightning_gives_the_student_back_when_validation_fails(tmp_path: Path) -> None:
