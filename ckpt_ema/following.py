@@ -6,6 +6,7 @@ listing -> what is new and finished -> a fold that goes on from the teacher's ow
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import math
 import os
@@ -36,6 +37,9 @@ MANY_CHECKPOINTS = 100
 
 PATIENCE_SECONDS = 60.0
 """An unreadable checkpoint that nobody has written to for so long holds up newer ones no longer."""
+
+MAX_PAUSE_SECONDS = 60.0
+"""Between two folds of which the first failed for a reason that may pass."""
 
 Signature = tuple[tuple[str, int, int], ...]
 """Path, bytes, and a number that changes with the time, of each file."""
@@ -91,7 +95,7 @@ def follow(
     read and was the same in two looks, `poll_seconds` apart. Of older ones that cannot be read the newer ones wait for
     `patience_seconds` after the last write to them. `tell` gets a line for whatever happens, which begins with
     "Warning: " or "missed " where somebody should look. A fold that fails for a reason that may pass, such as a full
-    disk, is tried again at every look until following ends.
+    disk, is tried again, at last once a minute, until following ends.
 
     Raises CkptEmaError as `fold` does, and the teacher is that of the last fold then; NoCheckpointError where there is
     none at the end. What was missed is in the report, and no error.
@@ -171,8 +175,11 @@ class _Follower:
     is_seen: bool = False
     """Whether the last look found a checkpoint that can be read and is not done."""
 
-    failure: str | None = None
-    """What the last fold failed for that may pass; told once."""
+    num_failures: int = 0
+    """Folds in a row that failed for a reason that may pass; told once."""
+
+    failed_at: float = 0.0
+    """When the last of these did, in seconds of a clock that only goes forward."""
 
     def run(self, stop: threading.Event, idle_seconds: float | None) -> FollowReport:
         since = time.monotonic()
@@ -208,6 +215,9 @@ class _Follower:
                 beginning = read_beginning(replace(self.options, init=place))
                 if beginning is not None and beginning.past:
                     self.earlier, self.earlier_step = place, beginning.past[-1].step
+                    # Before the run is read: which of its state dicts is meant may be nothing that it tells by itself.
+                    inherited = beginning.inherit(self.options).options
+                    self.options = replace(self.options, state=inherited.state, prefix=inherited.prefix)
                     return
 
     def look(self, *, is_last: bool) -> bool:
@@ -218,11 +228,12 @@ class _Follower:
         if not ready:
             return False
         assert found is not None
+        # Each look after a failure folds all of it anew: less and less often, then.
+        pause = min(MAX_PAUSE_SECONDS, self.poll_seconds * 2**self.num_failures)
+        if self.num_failures and not is_last and time.monotonic() - self.failed_at < pause:
+            return False
         if self.target is None:
-            asked = self.options.state, self.options.prefix
             self._choose_target(found, ready[-1])
-            if asked != (self.options.state, self.options.prefix):
-                return self.look(is_last=is_last)  # the teacher is of other tensors than these
             ready = [item for item in ready if item.path not in self.done]
         return bool(ready) and self._fold(ready, is_last=is_last)
 
@@ -366,7 +377,7 @@ class _Follower:
         if self.options.per_step and self.options.between != "hold" and self.last_step is not None:
             if self.last_path is not None and self.last_path in self.done and self.last_path.exists():
                 paths.insert(0, self.last_path)
-            else:
+            elif not self.num_failures:
                 self._warn(f"the checkpoint of step {self.last_step} is gone: no straight line can begin there")
         before = {path: _signature_below(path) for path in paths}
         init = self.target if self._beginning() is not None else None
@@ -387,13 +398,15 @@ class _Follower:
             return False
         except CkptEmaError as error:
             is_same = all(_signature_below(path) == signature for path, signature in before.items())
-            if is_same and (is_last or not error.may_pass):
+            if is_same and (is_last or not _may_pass(error)):
                 raise
-            if is_same and error.message != self.failure:
-                self.failure = error.message
-                self._warn(f"{error.message}; it is tried again at every look")
+            if is_same:
+                if not self.num_failures:
+                    hint = f" ({error.hint})" if error.hint else ""
+                    self._warn(f"{error.message}{hint}; it is tried again from time to time")
+                self.num_failures, self.failed_at = self.num_failures + 1, time.monotonic()
             return False
-        self.failure = None
+        self.num_failures = 0
         if self.last is None:
             for text in report.plan.warnings:
                 if ROUNDED in text:
@@ -445,6 +458,13 @@ class _Follower:
         if self.target is None and not self.is_seen:
             last = self.earlier_step
         return (last is not None and last >= until) or (self.has_passed and not self.waiting)
+
+
+def _may_pass(error: CkptEmaError) -> bool:
+    """Whether nobody need do anything about it here: not a folder that may not be written to, or is not there."""
+    reason = error.__cause__
+    is_final = isinstance(reason, (PermissionError, FileNotFoundError, NotADirectoryError, IsADirectoryError))
+    return error.may_pass and not is_final and getattr(reason, "errno", None) not in (errno.EROFS, errno.EINVAL)
 
 
 def _may_precede(numbers: Mapping[str, int], item: Checkpoint) -> bool:

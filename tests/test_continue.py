@@ -607,3 +607,19 @@ def test_what_was_found_by_itself_may_be_asked_for(tmp_path: Path) -> None:
     for given in ({"state": "model"}, {"prefix": "student."}):
         assert not ckpt_ema.plan(run, tmp_path / "on.safetensors", init=begun, **given).warnings
     ckpt_ema.follow(run, begun, state="model", until_step=3, poll_seconds=0.01)
+
+
+def test_a_follower_finds_the_part_again_that_the_run_does_not_tell(tmp_path: Path) -> None:
+    """Of two state dicts with names of their own neither is the student by itself; the teacher says which it is."""
+    run = tmp_path / "run"
+    run.mkdir()
+    for step in (1, 2, 3):
+        torch.save(
+            {name: {"state_dict": make_student(step * i)} for i, name in ((1, "alpha"), (2, "beta"))},
+            run / f"step_{step}.pt",
+        )
+    options: dict[str, Any] = {"momentum": 0.3, "state": "beta.state_dict"}
+    ckpt_ema.follow(run, tmp_path / "t.safetensors", until_step=2, poll_seconds=0.01, **options)
+    ckpt_ema.follow(run, tmp_path / "t.safetensors", until_step=3, poll_seconds=0.01)
+    whole = quiet_fold(run, tmp_path / "whole.safetensors", **options).output
+    assert_same_bits(load_file(tmp_path / "t.safetensors"), load_file(whole))

@@ -708,7 +708,7 @@ def test_a_disk_that_is_full_for_a_while_ends_nothing(
     save(run, 1)
     (small_disk / "filler").write_bytes(b"x" * (1 << 20))
     with Following(run, output) as following:
-        following.wait("is tried again at every look")
+        following.wait("is tried again from time to time")
         time.sleep(0.3)
         (small_disk / "filler").unlink()
         following.wait("folded in")
@@ -733,3 +733,10 @@ def test_warnings_are_heard_with_quiet(tmp_path: Path, cli: Callable[..., Any]) 
     assert "Warning: " in done.stderr
     assert "is written `--momentum 0.001` here" in done.stderr
     assert "folded" not in done.stderr
+
+
+def test_a_place_that_cannot_be_written_to_is_an_error_at_once(tmp_path: Path) -> None:
+    """Nothing that passes by itself."""
+    save(tmp_path / "run", 1)
+    with pytest.raises(CkptEmaError, match="cannot write"):
+        ckpt_ema.follow(tmp_path / "run", "/proc/t.safetensors", momentum=0.1, until_step=100, poll_seconds=0.01)
