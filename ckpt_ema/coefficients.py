@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,7 @@ class Weighed:
     parts: int = 1
     """In how many folds that teacher was made (see FoldPlan)."""
 
-    rounded_to: frozenset[str] = frozenset()
+    rounded_to: Mapping[str, float] = field(default_factory=dict)
     """Dtypes that it was rounded to on the way (see FoldPlan)."""
 
     is_cut: bool = False
@@ -124,7 +124,7 @@ def weigh(checkpoints: Sequence[Checkpoint], options: FoldOptions, beginning: Be
         copied=copied_names(beginning.record) if past else frozenset(),
         rules=beginning.rules if past else (),
         parts=parts_of(beginning.record) if past else 1,
-        rounded_to=rounded_to(beginning.record) if past else frozenset(),
+        rounded_to=rounded_to(beginning.record) if past else {},
         is_cut=bool(past) and options.per_step and options.between != "hold",
     )
 

@@ -347,10 +347,11 @@ def parts_of(record: Mapping[str, Any]) -> int:
     return parts if type(parts) is int and 1 < parts < MAX_COUNT else 1
 
 
-def rounded_to(record: Mapping[str, Any]) -> frozenset[str]:
-    """The dtypes that teachers on the way to this one were rounded to, of fewer bits than they were folded in."""
-    names = record.get("rounded_to")
-    return frozenset(name for name in names if isinstance(name, str)) if isinstance(names, list) else frozenset()
+def rounded_to(record: Mapping[str, Any]) -> dict[str, float]:
+    """The dtypes that teachers on the way to this one were rounded to, each with the share of what was, from 0 to 1."""
+    shares = record.get("rounded_to")
+    items = shares.items() if isinstance(shares, dict) else ()
+    return {name: share for name, share in items if isinstance(share, float) and 0 <= share <= 1}
 
 
 def past_of(record: Mapping[str, Any]) -> tuple[PastCheckpoint, ...]:

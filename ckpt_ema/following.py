@@ -397,7 +397,9 @@ class _Follower:
                 self.waiting.pop(item.path, None)
             return False
         except CkptEmaError as error:
+            # The trainer may have been removing one of them before it was looked at here.
             is_same = all(_signature_below(path) == signature for path, signature in before.items())
+            is_same = is_same and all(map(_is_whole, ready))
             if is_same and (is_last or not _may_pass(error)):
                 raise
             if is_same:
@@ -486,6 +488,11 @@ def _is_hidden(path: Path) -> bool:
 
 def _signature_of(item: Checkpoint) -> Signature:
     return tuple((str(file.path), file.size, hash(file.version)) for file in item.layout.files)
+
+
+def _is_whole(item: Checkpoint) -> bool:
+    """Whether all files are there that its tensors were found in."""
+    return all(file.path.exists() for file in item.layout.files)
 
 
 def _signature_below(path: Path) -> Signature:

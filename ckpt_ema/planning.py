@@ -207,7 +207,7 @@ def plan_weighed(
         past=weighed.past,
         rules_of_past=weighed.rules,
         parts=weighed.parts + (weighed.is_cut or bool(narrow)),
-        rounded_to=weighed.rounded_to.union(stored.name for stored, _ in narrow),
+        rounded_to={**weighed.rounded_to, **dict.fromkeys((stored.name for stored, _ in narrow), 1.0)},
         origin=weighed.origin,
         predictions=weighed.predictions,
         span=weighed.span,

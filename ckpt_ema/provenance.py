@@ -37,7 +37,7 @@ def teacher_metadata(plan: FoldPlan, number: int) -> dict[str, str]:
         "initial_teacher": None if plan.initial_teacher is None or plan.past else printable(plan.initial_teacher),
         **made_record(plan, number),
         **({} if plan.parts == 1 else {"parts": plan.parts}),
-        **({"rounded_to": sorted(plan.rounded_to)} if plan.rounded_to else {}),
+        **_rounded_record(plan, number),
         **({} if plan.origin is None else {"origin": plan.origin}),
         "state": plan.newest.state_key,
         "stripped": list(plan.newest.stripped),
@@ -62,6 +62,15 @@ def teacher_metadata(plan: FoldPlan, number: int) -> dict[str, str]:
     if len(rules) > 1:
         record["earlier_rules"] = rules[:-1]
     return {"format": "pt", PROVENANCE_KEY: json.dumps(record, ensure_ascii=False)}
+
+
+def _rounded_record(plan: FoldPlan, number: int) -> dict[str, Any]:
+    """What was rounded on the way, and the share it still has; nothing of what shows in no digit any more."""
+    if not plan.past:
+        return {}
+    kept = plan.averages[0].coefficients[number]
+    shares = {name: share * kept for name, share in sorted(plan.rounded_to.items()) if share * kept > 1e-12}
+    return {"rounded_to": shares} if shares else {}
 
 
 def rule_of(record: Mapping[str, Any]) -> dict[str, Any]:

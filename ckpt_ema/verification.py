@@ -228,12 +228,16 @@ class _Tolerance:
     why: str
     """What rounds, for people."""
 
-    epsilons: tuple[float, ...] = ()
-    """Last places of dtypes beside the teacher's that were rounded to on the way."""
+    epsilon: float = 0.0
+    """The last place of what was computed in, where that is more than the teacher's."""
+
+    on_the_way: float = 0.0
+    """What earlier teachers have lost by being written in fewer bits, as far as it is still in this one."""
 
     def allows(self, distance: float, norm: float, dtype: DType) -> bool:
         """Whether elements of `dtype` may be so far from others of length `norm`."""
-        return distance <= math.sqrt(self.num_roundings) * max(epsilon_of(dtype), *self.epsilons, 0.0) * norm
+        each = max(epsilon_of(dtype), self.epsilon)
+        return distance <= (math.sqrt(self.num_roundings) * each + self.on_the_way) * norm
 
 
 def _tolerance_of(record: Mapping[str, Any], planned: FoldPlan) -> _Tolerance | None:
@@ -248,11 +252,13 @@ def _tolerance_of(record: Mapping[str, Any], planned: FoldPlan) -> _Tolerance | 
         num_roundings, why = len(past), "its recorded coefficients" if parts == 1 else why
     if num_roundings == 1:
         return None
-    dtypes = [BY_NAME[name] for name in rounded_to(record) if name in BY_NAME]
+    lost = [share * epsilon_of(BY_NAME[name]) for name, share in rounded_to(record).items() if name in BY_NAME]
+    epsilon = 0.0
     if planned.options.accumulate == "student":
-        dtypes += {tensor.student_dtype for tensor in planned.tensors if tensor.action == "average"}
+        averaged = [tensor for tensor in planned.tensors if tensor.action == "average"]
+        epsilon = max((epsilon_of(tensor.student_dtype) for tensor in averaged), default=0.0)
         num_roundings = len(past)
-    return _Tolerance(num_roundings, why, tuple(map(epsilon_of, dtypes)))
+    return _Tolerance(num_roundings, why, epsilon, sum(lost))
 
 
 def _check_told(record: Mapping[str, Any], planned: FoldPlan) -> None:

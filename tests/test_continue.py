@@ -462,6 +462,10 @@ def test_another_part_of_each_checkpoint_is_told(tmp_path: Path) -> None:
     begun = quiet_fold(run, tmp_path / "t.safetensors", momentum=0.3, until_step=2).output
     plan = ckpt_ema.plan(run, tmp_path / "on.safetensors", init=begun, state="model_ema")
     assert "`t.safetensors` was made without `--state model_ema`" in plan.warnings
+    other = quiet_fold(run, tmp_path / "o.safetensors", momentum=0.3, until_step=2, state="model_ema").output
+    plan = ckpt_ema.plan(run, tmp_path / "on.safetensors", init=other, state="model")
+    assert "`o.safetensors` was made with `--state model_ema`, not `--state model`" in plan.warnings
+    assert plan.newest.state_key == "model"
     with pytest.raises(CkptEmaError, match="is the teacher of other options") as caught:
         ckpt_ema.follow(run, begun, state="model_ema", until_step=3, poll_seconds=0.01)
     assert caught.value.hint == "leave `--state` away to go on with it, or pass another `--output`"
@@ -504,11 +508,13 @@ def test_an_interval_counts_from_a_first_checkpoint_that_was_left_out(tmp_path: 
     """Its share is next to nothing by then, and its step is where the counting began."""
     run = tmp_path / "run"
     run.mkdir()
-    for step in (0, 13, 61, 110, 126):
+    for step in (3, 152, 251, 300):
         save_file(make_student(step), run / f"step_{step}.safetensors")
-    options: dict[str, Any] = {"half_life": 1.0, "interval": 2, "between": "hold"}
+    options: dict[str, Any] = {"momentum": 0.9, "per": "step", "interval": 7, "between": "hold"}
     whole = quiet_fold(run, tmp_path / "whole.safetensors", **options).output
-    begun = quiet_fold(run, tmp_path / "t.safetensors", until_step=61, **options).output
+    begun = quiet_fold(run, tmp_path / "t.safetensors", until_step=251, **options).output
+    # Of 49 steps seven are updates, all but for the phase: the last is after step 297, or 299 counted from 152.
+    assert record_of(begun)["origin"] == 3
     on = quiet_fold(run, tmp_path / "on.safetensors", init=begun).output
     mine, expected = load_file(on), load_file(whole)
     for name, tensor in expected.items():

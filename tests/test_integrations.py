@@ -363,17 +363,31 @@ def test_lightning_predicts_with_the_teacher_and_goes_on_with_it(tmp_path: Path)
     assert callback.teacher.num_updates == 1
 
 
-def test_lightning_refuses_snapshots_beside_two_optimizers(tmp_path: Path) -> None:
-    """Its steps are then two in a batch, by which its checkpoints are called; the teacher's are batches."""
+@pytest.mark.parametrize("num_stepped", [1, 2])
+def test_lightning_refuses_snapshots_where_a_batch_has_several_steps(tmp_path: Path, num_stepped: int) -> None:
+    """Its checkpoints are called by optimizer steps, and the teacher counts batches; one step in each is fine."""
     pytest.importorskip("lightning")
     from ckpt_ema.integrations.lightning import MeanTeacherCallback
 
     module = lightning_pair([], [])
     module.automatic_optimization = False
     module.configure_optimizers = lambda: [torch.optim.SGD(module.parameters(), lr=0.1) for _ in range(2)]
-    callback = MeanTeacherCallback(snapshots=ckpt_ema.Snapshots(tmp_path / "tracks"))
-    with pytest.raises(MisuseError, match="2 optimizers' steps"):
-        lightning_trainer(tmp_path, [callback]).fit(module, labelled_batches())
+    plain_step = module.training_step
+
+    def training_step(batch: Any) -> None:
+        module.manual_backward(plain_step(batch))
+        for optimizer in module.optimizers()[:num_stepped]:
+            optimizer.step()
+
+    module.training_step = training_step
+    callback = MeanTeacherCallback(snapshots=ckpt_ema.Snapshots(tmp_path / "tracks", every=2))
+    trainer = lightning_trainer(tmp_path, [callback])
+    if num_stepped == 1:
+        trainer.fit(module, labelled_batches())
+        assert len(list((tmp_path / "tracks").iterdir())) == 6
+        return
+    with pytest.raises(MisuseError, match="several optimizer steps in each"):
+        trainer.fit(module, labelled_batches())
 
 
 def test_lightning_says_when_a_resumed_training_has_no_teacher(tmp_path: Path) -> None:
@@ -639,21 +653,31 @@ def test_transformers_writes_into_the_folder_of_a_trial(tmp_path: Path) -> None:
     from ckpt_ema.integrations.transformers import MeanTeacherCallback
 
     samples = [{"input_ids": torch.arange(8), "attention_mask": torch.ones(8).long(), "labels": k % 2} for k in (0, 1)]
+    callback = MeanTeacherCallback(momentum=MOMENTUM)
     trainer = Trainer(
         model_init=bert,
         args=TrainingArguments(str(tmp_path), max_steps=2, save_steps=2, report_to=[], use_cpu=True),
         train_dataset=samples,
         eval_dataset=samples,
-        callbacks=[MeanTeacherCallback(momentum=MOMENTUM)],
+        callbacks=[callback],
     )
+    teachers: list[StateDict] = []
+
+    def keep_teacher(metrics: dict[str, float]) -> float:
+        assert callback.teacher is not None
+        teachers.append({name: tensor.clone() for name, tensor in callback.teacher.tensors().items()})
+        return metrics["eval_loss"]
+
     trainer.hyperparameter_search(
         hp_space=lambda trial: {"learning_rate": trial.suggest_float("learning_rate", 1e-4, 1e-2)},
-        compute_objective=lambda metrics: metrics["eval_loss"],
+        compute_objective=keep_teacher,
+        hp_name=lambda trial: f"trials/{trial.number}",
         n_trials=2,
         backend="optuna",
     )
-    for number in (0, 1):
-        load_transformers(tmp_path / f"run-{number}" / "checkpoint-2" / "teacher", bert())
+    for number, teacher in enumerate(teachers):
+        loaded = load_transformers(tmp_path / "trials" / str(number) / "checkpoint-2" / "teacher", bert())
+        assert_same_bits({name: loaded[name] for name in teacher}, teacher)
 
 
 def test_transformers_refuses_two_teachers_of_one_training(tmp_path: Path) -> None:
@@ -664,5 +688,7 @@ def test_transformers_refuses_two_teachers_of_one_training(tmp_path: Path) -> No
     callbacks = [MeanTeacherCallback(momentum=0.1), MeanTeacherCallback(momentum=0.2)]
     with pytest.raises(MisuseError, match="two MeanTeacherCallbacks"):
         train_with_transformers(bert(), tmp_path / "both", steps=2, callbacks=callbacks)
+    with pytest.raises(MisuseError, match="two MeanTeacherCallbacks"):
+        train_with_transformers(bert(), tmp_path / "twice", steps=2, callbacks=[callbacks[0], callbacks[0]])
     for callback in callbacks:
         train_with_transformers(bert(), tmp_path / "each", steps=2, callbacks=[callback])

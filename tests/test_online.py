@@ -586,6 +586,21 @@ def test_a_module_that_is_converted_while_swapped_is_the_student_again(
     teacher.update()
 
 
+def test_forwards_that_count_in_train_mode_are_no_writes_to_parameters(student: Student) -> None:
+    """With running statistics averaged too, these are the teacher's own to move."""
+    teacher = MeanTeacher(student, skip_buffers=False)
+    teacher.update()
+    with warnings.catch_warnings(), teacher.swapped_into():
+        warnings.simplefilter("error")
+        student(torch.randn(4, 7))
+    with torch.inference_mode():
+        made_inside = Student()
+    inside = MeanTeacher(made_inside)
+    inside.update()
+    with warnings.catch_warnings(), inside.swapped_into():
+        warnings.simplefilter("error")
+
+
 def test_what_is_written_to_a_swapped_module_is_told(student: Student) -> None:
     """The teacher would hold it, where its own tensors are exchanged; nothing is lost where the module has copies."""
     teacher = MeanTeacher(student)
@@ -624,6 +639,23 @@ def test_an_embedding_that_renormalises_itself_is_evaluated_without_a_word() -> 
     with warnings.catch_warnings(), teacher.swapped_into():
         warnings.simplefilter("error")
         student(torch.arange(5))
+
+
+def test_parts_of_one_tensor_and_nested_swaps_are_no_foreign_writes() -> None:
+    """Parameters cut out of one flat tensor share its counter; a swap within a swap writes to the same tensors."""
+    flat = torch.randn(6)
+    student = nn.Module()
+    student.a, student.b = nn.Parameter(flat[:3]), nn.Parameter(flat[3:])
+    teachers = [MeanTeacher(student), MeanTeacher(student)]
+    for teacher in teachers:
+        teacher.update()
+    other = copy.deepcopy(student)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with teachers[0].swapped_into():
+            pass
+        with teachers[0].swapped_into(other), teachers[1].swapped_into(other):
+            pass
 
 
 def test_a_module_that_does_not_fit_cannot_be_swapped_into(student: Student) -> None:

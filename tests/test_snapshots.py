@@ -321,6 +321,60 @@ def test_what_another_future_wrote_is_set_aside(tmp_path: Path) -> None:
     assert all(found[f"{name}.abandoned"] == written[name] for name in gone)
 
 
+def test_going_back_twice_loses_nothing_unless_little_is_to_be_kept(tmp_path: Path) -> None:
+    """Every future that was left stays, under a name of its own; with `keep` until training has come as far again."""
+    for keep in (None, 2):
+        folder = tmp_path / str(keep)
+        student = make_student()
+        settings = Snapshots(folder, every=2, momentum=0.1, keep=keep)
+        teacher = MeanTeacher(student, snapshots=settings)
+        for step in walk(student, 8):
+            teacher.update()
+            if step == 2:
+                state = copy.deepcopy(teacher.state_dict())
+        for last in (6, 10):
+            teacher = MeanTeacher(student, snapshots=settings)
+            teacher.load_state_dict(state)
+            with pytest.warns(UserWarning, match="are called"):
+                teacher.update()
+            for _ in range(3, last):
+                teacher.update()
+        names = sorted(path.name.removeprefix("teacher_ema_0.1_step_") for path in folder.iterdir())
+        live = [f"{step}.safetensors" for step in ((2, 4, 6, 8, 10) if keep is None else (8, 10))]
+        left = ["4.safetensors.abandoned", "4.safetensors.abandoned-1", "6.safetensors.abandoned"]
+        left += ["6.safetensors.abandoned-1", "8.safetensors.abandoned"]
+        assert names == sorted(live + (left if keep is None else []))
+
+
+def test_a_state_of_before_the_first_step_is_gone_on_with(tmp_path: Path) -> None:
+    """Beside files of its own future."""
+    student = make_student()
+    settings = Snapshots(tmp_path, every=2, momentum=0.1)
+    teacher = MeanTeacher(student, snapshots=settings)
+    state = copy.deepcopy(teacher.state_dict())
+    for _ in walk(student, 4):
+        teacher.update()
+    again = MeanTeacher(student, snapshots=settings)
+    again.load_state_dict(state)
+    with pytest.warns(UserWarning, match="2 snapshots of later steps than 0"):
+        again.update()
+
+
+def test_copies_and_other_tracks_are_no_second_writers(tmp_path: Path) -> None:
+    """What goes on with a copy takes over; tracks of other names have files of their own."""
+    student = make_student()
+    teacher = MeanTeacher(student, snapshots=Snapshots(tmp_path, every=1, momentum=0.1))
+    beside = MeanTeacher(student, snapshots=Snapshots(tmp_path, every=1, momentum=0.2))
+    for _ in walk(student, 3):
+        teacher.update()
+        beside.update()
+    _, copied = copy.deepcopy((student, teacher))
+    for _ in range(3):
+        copied.update()
+    with pytest.raises(CkptEmaError, match="another MeanTeacher writes into"):
+        teacher.update()
+
+
 def test_two_teachers_in_one_folder_are_told(tmp_path: Path) -> None:
     """Each would write over the other's files; one that takes over from another does not."""
     one, other = make_student(), make_student()
@@ -332,6 +386,16 @@ def test_two_teachers_in_one_folder_are_told(tmp_path: Path) -> None:
         teachers[1].update()
     with pytest.raises(CkptEmaError, match="another MeanTeacher writes into"):
         teachers[0].update()
+    both = Snapshots(tmp_path / "both", every=2, momentum=0.1)
+    (tmp_path / "link").symlink_to(tmp_path / "both")
+    by_link = Snapshots(tmp_path / "link", every=2, momentum=0.1)
+    fresh = [MeanTeacher(student, snapshots=each) for student, each in ((one, both), (other, by_link))]
+    for each in (*fresh, fresh[0]):
+        each.update()
+    before = [path.read_bytes() for path in (tmp_path / "both").iterdir()]
+    with pytest.raises(CkptEmaError, match="another MeanTeacher writes into"):
+        fresh[1].update()
+    assert [path.read_bytes() for path in (tmp_path / "both").iterdir()] == before
     apart = MeanTeacher(one, snapshots=Snapshots(tmp_path / "apart", every=1, momentum=0.1))
     for _ in range(2):
         apart.update()

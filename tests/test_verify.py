@@ -606,3 +606,26 @@ def test_a_small_difference_of_large_numbers_is_held_to_these(tmp_path: Path) ->
         metadata = file.metadata()
     save_file({**tensors, "s7": tensors["s7"] + 1e-5}, teacher, metadata)
     assert failed(ckpt_ema.verify(teacher, run, share=1))
+
+
+def test_what_was_rounded_long_ago_excuses_little(tmp_path: Path) -> None:
+    """Of a part in bfloat16 at the beginning nothing is left after forty more; nor does it excuse a copied tensor."""
+    run = tmp_path / "run"
+    run.mkdir()
+    for step in range(1, 41):
+        generator = torch.Generator().manual_seed(step)
+        student = {"w": torch.randn(60, 50, generator=generator), "running_mean": torch.randn(9, generator=generator)}
+        torch.save(student, run / f"step_{step}.pt")
+    options: dict[str, Any] = {"momentum": 0.5}
+    begun = quiet_fold(run, tmp_path / "t.safetensors", until_step=2, dtype="bfloat16", **options).output
+    teacher = quiet_fold(run, tmp_path / "on.safetensors", init=begun, dtype="float32").output
+    assert ckpt_ema.verify(teacher, run, share=1).is_ok
+    tensors = load_file(teacher)
+    with safe_open(teacher, "pt") as file:
+        metadata = file.metadata()
+    changed = tensors["w"].clone()
+    changed[3] *= 1.0001
+    nudged = tensors["running_mean"] * (1 + 1e-7)
+    for name, other in (("w", changed), ("running_mean", nudged)):
+        save_file({**tensors, name: other}, teacher, metadata)
+        assert failed(ckpt_ema.verify(teacher, run, share=1)), name

@@ -44,11 +44,6 @@ class MeanTeacherCallback(Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Begin late: by now the module lies on its device and is wrapped."""
-        if len(trainer.optimizers) > 1 and self.options.get("snapshots") is not None:
-            raise MisuseError(
-                f"snapshots count batches, and this training's checkpoints {len(trainer.optimizers)} optimizers' steps",
-                hint="leave `snapshots` away: no reconstruction could tell which student belongs to which",
-            )
         self._take_loaded(pl_module)
         if self.teacher is None:
             if trainer.global_step:
@@ -74,6 +69,11 @@ class MeanTeacherCallback(Callback):
         """Update where an optimizer stepped; accumulated batches do not."""
         assert self.teacher is not None
         if trainer.global_step != self._last_step:
+            if trainer.global_step > self._last_step + 1 and self.options.get("snapshots") is not None:
+                raise MisuseError(
+                    "snapshots count batches, and this training's checkpoints several optimizer steps in each",
+                    hint="leave `snapshots` away: no reconstruction could tell which student belongs to which",
+                )
             self._last_step = trainer.global_step
             self.teacher.update()
 

@@ -53,11 +53,12 @@ class MeanTeacherCallback(TrainerCallback):
                 "a sharded model's teacher cannot be saved by the Trainer's first process",
                 hint="follow it with a ckpt_ema.MeanTeacher, and save its state_dict with torch.distributed.checkpoint",
             )
-        if vars(state).setdefault("mean_teacher_callback", self) is not self:
+        if "has_mean_teacher" in vars(state):
             raise MisuseError(
                 "two MeanTeacherCallbacks would write the same files",
                 hint="follow the other with a ckpt_ema.MeanTeacher",
             )
+        state.has_mean_teacher = True
         self.teacher = MeanTeacher(model, **self.options)
         if not state.global_step:
             return
@@ -105,6 +106,6 @@ def _folder_of(args: Any, state: Any) -> Path:
     """Where the Trainer saves now, or loads from where nothing else is said."""
     name = f"checkpoint-{state.global_step}"
     if state.is_hyper_param_search:  # each trial has a folder of its own, and the newest is the one just saved
-        trials = (path for path in Path(args.output_dir).glob(f"*/{name}") if not (path / STATE_NAME).exists())
+        trials = (path for path in Path(args.output_dir).rglob(name) if not (path / STATE_NAME).exists())
         return max(trials, key=lambda path: path.stat().st_mtime_ns, default=Path(args.output_dir) / name)
     return Path(args.output_dir) / name

@@ -23,7 +23,7 @@ from ckpt_ema.online.pairs import Pair, beside, check_shape, check_stored, pairs
 from ckpt_ema.online.rule import Rule, blocks_of, is_finite
 from ckpt_ema.online.settings import Arithmetic, OnNonfinite, ShadowDevice, ShadowDtype, check_settings
 from ckpt_ema.online.snapshots import Snapshots, SnapshotTracks
-from ckpt_ema.online.swap import SWAPPED, Swap, call_all, hold_buffers
+from ckpt_ema.online.swap import SWAPPED, Swap, call_all, hold_buffers, watch_anew, written_in
 from ckpt_ema.online.teacher_file import OnlineRecord, check_file_replaceable, write_teacher
 from ckpt_ema.online.tracking import Tracking, is_sharded, part_of, track, unwrap
 from ckpt_ema.response_records import response_record
@@ -319,28 +319,25 @@ class MeanTeacher:
         target = self._student if module is None else module
         tracking = track(target, skip_buffers=self.skip_buffers)
         places = places_in(tracking, self._pairs)
-        swaps = [(Swap(place), pair, is_first) for place, pair, is_first in places]
+        swaps = [Swap(place) for place, _, _ in places]
         root = unwrap(target)
-        undo: list[Callable[[], object]] = [hold_buffers(root, [swap for swap, _, _ in swaps])]
+        undo: list[Callable[[], object]] = [hold_buffers(root, swaps)]
         hold_back_all()
         try:
             self._is_swapped = True
             SWAPPED.add(root)
-            for swap, pair, is_first in swaps:
+            for swap, (_, pair, is_first) in zip(swaps, places, strict=True):
                 swap.put_in(pair.local, undo, exchanges=is_first)
+            for swap in swaps:
+                swap.watch()
             yield target
-            tracking.reshard()
-            renormed = {id(getattr(part, "weight", None)) for part in root.modules() if getattr(part, "max_norm", None)}
-            written = [
-                place.name
-                for (swap, _, _), (place, _, _) in zip(swaps, places, strict=True)
-                if swap.is_written_to() and id(place.tensor) not in renormed
-            ]
+            written = written_in(root, swaps)
         finally:
             try:
                 failure = self._take_back(root, tracking, undo)
             except BaseException as error:  # Ctrl-C between two of its lines: what is left is done now
                 failure = self._take_back(root, tracking, undo) or error
+            watch_anew(swaps)
             if failure is not None:
                 raise failure
         if written:

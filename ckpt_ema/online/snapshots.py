@@ -101,7 +101,8 @@ class Snapshots:
     """Of the written tensors: `float32`, `student`, `bfloat16` or `float16`."""
 
     keep: int | None = None
-    """Files of each track that stay, the newest ones; None for all."""
+    """Files of each track that stay, the newest ones; None for all, also for those of later steps that got another
+    name."""
 
     def __post_init__(self) -> None:
         for name in ("every", "keep"):
@@ -171,10 +172,7 @@ class SnapshotTracks:
         if not self._has_begun:
             self._check_directory()
             self._has_begun = True
-        if self._is_resumed:
-            self._set_aside_later(step - 1)
-            _WRITERS[self._directory.resolve()] = weakref.ref(self)  # in the place of whoever wrote before
-            self._is_resumed = False
+        self._take_over(step)
         if not self._num_updates:
             self._start = step - 1
         for track, shadows in self._shadows.items():
@@ -196,6 +194,7 @@ class SnapshotTracks:
         """
         if step % self._settings.every or not self._num_updates or not _is_first_rank():
             return
+        self._take_over(step)  # where this step's update was left out
         self._check_alone(step)
         for track, shadows in self._shadows.items():
             self._write(track, shadows, step, record)
@@ -214,17 +213,32 @@ class SnapshotTracks:
                     hint="go on from its state (`teacher.load_state_dict`), or pass another directory to Snapshots",
                 )
 
-    def _check_alone(self, step: int) -> None:
-        """Refuse to take turns with another one in one folder; one that takes over from another is alone."""
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy takes: it has written nothing yet."""
+        return {**self.__dict__, "_last_written": None}
+
+    def _take_over(self, step: int) -> None:
+        """Behind `load_state_dict`, before `step` counts: what others wrote of it and later is of another path."""
+        if self._is_resumed:
+            self._set_aside_later(step - 1)
+            _WRITERS.update({place: weakref.ref(self) for place in self._places()})
+            self._is_resumed = False
+
+    def _places(self) -> list[tuple[Path, str]]:
+        """Where each track is written, whatever the folder is called."""
         folder = self._directory.resolve()
-        last = _WRITERS.get(folder, lambda: None)()
-        is_other = last is not None and last is not self
-        if last is not None and is_other and (self._last_written is not None or last._last_written == step):
+        return [(folder, track.name) for track in self._shadows]
+
+    def _check_alone(self, step: int) -> None:
+        """Refuse to take turns with another one in one place; one that takes over from another is alone."""
+        writers = [_WRITERS.get(place, lambda: None)() for place in self._places()]
+        others = [writer for writer in writers if writer is not None and writer is not self]
+        if any(self._last_written is not None or other._last_written == step for other in others):
             raise CkptEmaError(
                 f"another MeanTeacher writes into `{self._directory}` as well, over the files of this one",
                 hint="pass each of them a directory of its own to Snapshots",
             )
-        _WRITERS[folder] = weakref.ref(self)
+        _WRITERS.update({place: weakref.ref(self) for place in self._places()})
         self._last_written = step
 
     def _set_aside_later(self, step: int) -> None:
@@ -280,7 +294,7 @@ class SnapshotTracks:
                 tensor.copy_(state["tracks"][track.name][name])
         self._start, self._num_updates = int(state["start"]), int(state["num_updates"])
         self._increments.load_state_dict(state["increments"])
-        self._has_begun = self._is_resumed = self._num_updates > 0
+        self._has_begun = self._is_resumed = True
 
     def start_anew(self) -> None:
         """Let the next update copy the student."""
@@ -348,6 +362,10 @@ class SnapshotTracks:
                 path.unlink(missing_ok=True)
             except OSError as error:
                 warnings.warn(f"`{path}` cannot be removed: {error.strerror}", stacklevel=2)
+        # Of those that were set aside none is needed where this path has come as far.
+        for number, path in self._abandoned_of(track):
+            if number <= step:
+                path.unlink(missing_ok=True)
 
     def _files_of(self, track: Track) -> list[tuple[int, Path]]:
         """The track's files and their steps, the newest first."""
@@ -356,9 +374,16 @@ class SnapshotTracks:
         found = sorted(((int(match[1]), path) for path, match in matches if match), reverse=True)
         return [(number, path) for number, path in found if _is_own(path, track, number)]
 
+    def _abandoned_of(self, track: Track) -> list[tuple[int, Path]]:
+        """The same of those that were set aside, by their names."""
+        name, end = re.escape(track.name), re.escape(ABANDONED)
+        pattern = re.compile(rf"teacher_{name}_step_([1-9][0-9]*)\.safetensors{end}(-[0-9]+)?")
+        matches = [(path, pattern.fullmatch(path.name)) for path in self._directory.iterdir()]
+        return [(int(match[1]), path) for path, match in matches if match]
 
-_WRITERS: dict[Path, weakref.ref[SnapshotTracks]] = {}
-"""Who wrote last into a folder, of this process."""
+
+_WRITERS: dict[tuple[Path, str], weakref.ref[SnapshotTracks]] = {}
+"""Who wrote a track in a folder last, of this process."""
 
 
 def _is_own(path: Path, track: Track, step: int) -> bool:

@@ -29,6 +29,7 @@ class Swap:
         # gradients.
         self._local = slot.local.detach()
         self._is_sharded = is_sharded(slot.tensor)
+        self._is_exchanged = False
         self._version: int | None = None
         self.was_replaced = False
         """Whether the module held other memory at the end, known once it has been given back what it held."""
@@ -44,16 +45,27 @@ class Swap:
             exchange = Exchange(list(blocks_of(here, teacher)))
             undo.append(exchange.undo)
             exchange.run()
-            self._version = None if here.is_inference() else here._version
+            self._is_exchanged = True
         else:
             # Kept where the teacher is: a teacher in host memory is there because the student's device is full.
             undo.append(functools.partial(here.copy_, here.to(teacher.device, copy=True)))
             here.copy_(teacher)
 
+    def watch(self) -> None:
+        """Take what is written from now on for somebody else's: all swaps that share memory have put theirs in."""
+        is_parameter = isinstance(self._held[0][2], torch.nn.Parameter)
+        if self._is_exchanged and is_parameter and not self._local.is_inference():
+            self._version = self._local._version
+            WATCHED.add(self)
+
+    @property
     def is_written_to(self) -> bool:
         """Whether somebody wrote to a parameter of the module that is the teacher's for now, as far as torch counts."""
-        is_parameter = isinstance(self._held[0][2], torch.nn.Parameter)
-        return self._version is not None and is_parameter and self._local._version != self._version
+        return self._version is not None and self._local._version != self._version
+
+    def holds(self, tensor: object) -> bool:
+        """Whether `tensor` is the one that has these numbers."""
+        return any(held is tensor for _, _, held in self._held)
 
     def _give_back(self) -> None:
         """Let the module hold the tensors it held: `module.half()` gives them other memory, others replace them."""
@@ -74,6 +86,24 @@ class Swap:
                 " these numbers now",
                 hint="load the student again; convert a copy of the module",
             )
+
+
+WATCHED: weakref.WeakSet[Swap] = weakref.WeakSet()
+"""Swaps of which it is known when somebody else writes to them."""
+
+
+def written_in(module: torch.nn.Module, swaps: Sequence[Swap]) -> list[str]:
+    """The parameters of `module` that were written to, but for embeddings, which shorten their vectors in forwards."""
+    limited = [part for part in module.modules() if getattr(part, "max_norm", None) is not None]
+    shortened = [getattr(part, "weight", None) for part in limited]
+    return [swap.name for swap in swaps if swap.is_written_to and not any(swap.holds(tensor) for tensor in shortened)]
+
+
+def watch_anew(ended: Sequence[Swap]) -> None:
+    """These have been taken back; what that wrote to others' tensors was not somebody else."""
+    WATCHED.difference_update(ended)
+    for swap in WATCHED:
+        swap.watch()
 
 
 def _memory_of(tensor: torch.Tensor) -> object:
