@@ -41,7 +41,7 @@ def teacher_metadata(plan: FoldPlan, number: int) -> dict[str, str]:
         **({} if plan.origin is None else {"origin": plan.origin}),
         "state": plan.newest.state_key,
         "stripped": list(plan.newest.stripped),
-        "selection": {name: getattr(options, name) for name in SELECTION if getattr(options, name) is not None},
+        "selection": _selection_record(plan),
         "averages": [
             {"name": printable(item.name), "step": item.step, "coefficient": item.coefficients[number]}
             for item in (() if plan.past else plan.averages)
@@ -62,6 +62,15 @@ def teacher_metadata(plan: FoldPlan, number: int) -> dict[str, str]:
     if len(rules) > 1:
         record["earlier_rules"] = rules[:-1]
     return {"format": "pt", PROVENANCE_KEY: json.dumps(record, ensure_ascii=False)}
+
+
+def _selection_record(plan: FoldPlan) -> dict[str, str]:
+    """What was asked for of each checkpoint; a prefix as it was found, with its point."""
+    options = plan.options
+    asked = {name: getattr(options, name) for name in SELECTION if getattr(options, name) is not None}
+    if options.prefix is not None and f"{options.prefix}." in plan.newest.stripped:
+        asked["prefix"] = f"{options.prefix}."
+    return asked
 
 
 def _rounded_record(plan: FoldPlan, number: int) -> dict[str, Any]:

@@ -449,6 +449,10 @@ def test_the_same_part_of_each_checkpoint_goes_on(tmp_path: Path, selection: dic
     begun = quiet_fold(run, tmp_path / "t.safetensors", momentum=0.3, until_step=2, **selection).output
     assert_same_bits(load_file(quiet_fold(run, tmp_path / "on.safetensors", init=begun).output), load_file(whole))
     assert record_of(tmp_path / "on.safetensors") == record_of(whole)
+    if selection == {"prefix": "teacher."}:  # the same without its point
+        again = quiet_fold(run, tmp_path / "again.safetensors", momentum=0.3, prefix="teacher").output
+        assert again.read_bytes() == whole.read_bytes()
+        assert not ckpt_ema.plan(run, tmp_path / "n.safetensors", init=begun, prefix="teacher").warnings
     ckpt_ema.follow(run, begun, until_step=4, poll_seconds=0.01)
     assert_same_bits(load_file(begun), load_file(whole))
     for teacher in (whole, begun):
@@ -610,7 +614,7 @@ def test_what_was_found_by_itself_may_be_asked_for(tmp_path: Path) -> None:
         state = {f"{half}.{name}": tensor for half, each in halves.items() for name, tensor in each.items()}
         torch.save({"model": state, "epoch": step}, run / f"step_{step}.pt")
     begun = quiet_fold(run, tmp_path / "t.safetensors", momentum=0.3, until_step=2).output
-    for given in ({"state": "model"}, {"prefix": "student."}):
+    for given in ({"state": "model"}, {"prefix": "student."}, {"prefix": "student"}):
         assert not ckpt_ema.plan(run, tmp_path / "on.safetensors", init=begun, **given).warnings
     ckpt_ema.follow(run, begun, state="model", until_step=3, poll_seconds=0.01)
 
