@@ -15,7 +15,7 @@ from typing import Any
 
 from ckpt_ema.blocks import BlockPlan
 from ckpt_ema.byte_ranges import InputFile, SourceFile, TensorRange, count_elements, open_input, read_exactly
-from ckpt_ema.coefficients import MAX_COEFFICIENT
+from ckpt_ema.coefficients import MAX_COEFFICIENT, SMALLEST_COEFFICIENT
 from ckpt_ema.continuing import parts_of, past_of, rounded_to
 from ckpt_ema.dtypes import BY_NAME, DType
 from ckpt_ema.engine import cpu
@@ -248,11 +248,12 @@ def _tolerance_of(record: Mapping[str, Any], planned: FoldPlan) -> _Tolerance | 
     num_roundings, why = parts, f"its {parts} parts"
     if has_earlier_rules(record):
         num_roundings = len(past)
+    lost = [share * epsilon_of(BY_NAME[name]) for name, share in rounded_to(record).items() if name in BY_NAME]
     if not is_exact(planned, record, [item.coefficient for item in (*averages, *past)]):
         num_roundings, why = len(past), "its recorded coefficients" if parts == 1 else why
+        lost.append(SMALLEST_COEFFICIENT)  # of what a part still had, and one at once leaves out
     if num_roundings == 1:
         return None
-    lost = [share * epsilon_of(BY_NAME[name]) for name, share in rounded_to(record).items() if name in BY_NAME]
     epsilon = 0.0
     if planned.options.accumulate == "student":
         averaged = [tensor for tensor in planned.tensors if tensor.action == "average"]
