@@ -14,6 +14,7 @@ from ckpt_ema.continuing import Beginning, parts_of, rounded_to
 from ckpt_ema.errors import CkptEmaError, MisuseError, NoUpdateError
 from ckpt_ema.locations import as_path
 from ckpt_ema.profiles import (
+    SMALLEST_COEFFICIENT,
     Profile,
     Update,
     checkpoint_coefficients,
@@ -25,9 +26,6 @@ from ckpt_ema.profiles import (
 from ckpt_ema.provenance import copied_names
 from ckpt_ema.records import FoldOptions, PastCheckpoint, Prediction, ReconstructOptions
 from ckpt_ema.runs import Checkpoint
-
-SMALLEST_COEFFICIENT = 1e-12
-"""A student with less shows in no digit of a float32 teacher, and is not read."""
 
 SUM_TOLERANCE = 1e-6
 MAX_COEFFICIENT = 1e6

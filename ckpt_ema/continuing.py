@@ -190,7 +190,7 @@ class Beginning:
             asked, before = getattr(options, name), made.pop(name, None)
             if asked is None and before is not None:
                 made[name] = before
-            elif asked is not None and not {asked, f"{asked}."} & {before, *found[name]}:
+            elif asked is not None and not any(each in (asked, f"{asked}.") for each in (before, *found[name])):
                 how = "without" if before is None else f"with `--{name} {before}`, not"
                 warnings.append(f"`{self.label}` was made {how} `--{name} {asked}`")
                 clashing.append(name)

@@ -17,6 +17,9 @@ from ckpt_ema.responses import Ema, Power, Response, Uniform, gamma_of, momentum
 
 RULE = "teacher = (1 - momentum) * teacher + momentum * student"
 POWER_RULE = "teacher = b * teacher + (1 - b) * student, b = (1 - 1 / step) ** (gamma + 1)"
+SMALLEST_COEFFICIENT = 1e-12
+"""A student with less shows in no digit of a float32 teacher, and is not read."""
+
 Kind = Literal["ema", "uniform", "minus-sqrt", "power", "given"]
 Between = Literal["linear", "hold"]
 

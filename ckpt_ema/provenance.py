@@ -10,7 +10,7 @@ from typing import Any
 
 from ckpt_ema._version import __version__
 from ckpt_ema.formats.contents import PROVENANCE_KEY
-from ckpt_ema.profiles import Profile
+from ckpt_ema.profiles import SMALLEST_COEFFICIENT, Profile
 from ckpt_ema.records import FoldOptions, FoldPlan, ReconstructOptions
 
 RULE_KEYS = (
@@ -78,7 +78,9 @@ def _rounded_record(plan: FoldPlan, number: int) -> dict[str, Any]:
     if not plan.past:
         return {}
     kept = plan.averages[0].coefficients[number]
-    shares = {name: share * kept for name, share in sorted(plan.rounded_to.items()) if share * kept > 1e-12}
+    shares = {
+        name: share * kept for name, share in sorted(plan.rounded_to.items()) if share * kept >= SMALLEST_COEFFICIENT
+    }
     return {"rounded_to": shares} if shares else {}
 
 

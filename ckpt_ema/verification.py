@@ -15,7 +15,7 @@ from typing import Any
 
 from ckpt_ema.blocks import BlockPlan
 from ckpt_ema.byte_ranges import InputFile, SourceFile, TensorRange, count_elements, open_input, read_exactly
-from ckpt_ema.coefficients import MAX_COEFFICIENT, SMALLEST_COEFFICIENT
+from ckpt_ema.coefficients import MAX_COEFFICIENT
 from ckpt_ema.continuing import parts_of, past_of, rounded_to
 from ckpt_ema.dtypes import BY_NAME, DType
 from ckpt_ema.engine import cpu
@@ -27,6 +27,7 @@ from ckpt_ema.errors import CkptEmaError, MisuseError
 from ckpt_ema.inspection import Inspection, inspect
 from ckpt_ema.layouts import SchemaPool, compact_layout
 from ckpt_ema.locations import as_path
+from ckpt_ema.profiles import SMALLEST_COEFFICIENT
 from ckpt_ema.provenance import copied_names, read_provenance, teacher_metadata
 from ckpt_ema.records import FoldPlan, PathLike
 from ckpt_ema.replanning import SHARE_TOLERANCE, averages_of, check_listed, has_earlier_rules, is_exact, plan_again

@@ -148,26 +148,21 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", str(folder)], check=True)
 
 
-def fit_lightning(
-    module: Any, loader: Any, root: Path, callbacks: list[Any], *, steps: int, path: Path | None = None, **settings: Any
-) -> None:
-    """Train in a real Trainer of Lightning's, with a validation batch after every two steps."""
+def lightning_trainer(root: Path, callbacks: list[Any], **settings: Any) -> Any:
+    """A real Trainer of Lightning's on the CPU, which says nothing and writes nothing that its callbacks do not."""
     import lightning
 
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    trainer = lightning.Trainer(
-        default_root_dir=root,
-        accelerator="cpu",
-        max_steps=steps,
-        callbacks=callbacks,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        val_check_interval=2,
-        limit_val_batches=1,
-        num_sanity_val_steps=0,
-        **settings,
-    )
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    return lightning.Trainer(default_root_dir=root, accelerator="cpu", callbacks=callbacks, **{**quiet, **settings})
+
+
+def fit_lightning(
+    module: Any, loader: Any, root: Path, callbacks: list[Any], *, steps: int, path: Path | None = None, **settings: Any
+) -> None:
+    """Train in a real Trainer, with a validation batch after every two steps."""
+    validation = {"val_check_interval": 2, "limit_val_batches": 1, "num_sanity_val_steps": 0}
+    trainer = lightning_trainer(root, callbacks, max_steps=steps, **validation, **settings)
     trainer.fit(module, loader, loader, ckpt_path=path)
 
 

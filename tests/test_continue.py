@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -260,7 +260,16 @@ def test_another_rule_is_said(tmp_path: Path) -> None:
     assert "`fc.weight`: copied in `c.safetensors`, averaged from now on" in planned.warnings
 
 
-@pytest.mark.parametrize("changed", [{"momentum": 7.0}, {"momentum": "x"}, {"checkpoints": [{"name": 3}]}, {"per": 9}])
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"momentum": 7.0},
+        {"momentum": "x"},
+        {"checkpoints": [{"name": 3}]},
+        {"per": 9},
+        {"selection": {"prefix": 3}, "stripped": [{}], "state": [[]], "rounded_to": {"float32": "x"}},
+    ],
+)
 def test_a_record_that_lies_is_no_traceback(tmp_path: Path, changed: dict[str, Any]) -> None:
     """Provenance is what a stranger wrote: it is used, refused, or not believed."""
     run = tmp_path / "run"
@@ -270,8 +279,9 @@ def test_a_record_that_lies_is_no_traceback(tmp_path: Path, changed: dict[str, A
     tensors = load_file(tmp_path / "t.safetensors")
     save_file(tensors, tmp_path / "t.safetensors", metadata={"format": "pt", "ckpt_ema": json.dumps(record)})
     save_students(run, 3)
-    with contextlib.suppress(CkptEmaError):
-        ckpt_ema.plan(run, tmp_path / "u.safetensors", init=tmp_path / "t.safetensors")
+    for asked in ({}, {"prefix": "fc."}, {"state": "model"}):
+        with contextlib.suppress(CkptEmaError):
+            ckpt_ema.plan(run, tmp_path / "u.safetensors", init=tmp_path / "t.safetensors", **asked)
 
 
 def online_run(run: Path, *, interval: int = 1, named: int = 0, **options: Any) -> dict[int, Path]:
@@ -475,24 +485,29 @@ def test_another_part_of_each_checkpoint_is_told(tmp_path: Path) -> None:
     assert caught.value.hint == "leave `--state` away to go on with it, or pass another `--output`"
 
 
-@pytest.mark.parametrize("has_snapshots", [False, True])
-def test_a_reconstruction_goes_on_by_its_own_rule_from_its_own_step(tmp_path: Path, has_snapshots: bool) -> None:
-    """Per step, near what training would have made; the record holds together, or says what it began with."""
-    run = tmp_path / "run"
-    run.mkdir()
+def train(run: Path, saved: Collection[int], **options: Any) -> ckpt_ema.MeanTeacher:
+    """A student that moves at random for as many steps, saved after some, and its teacher."""
+    run.mkdir(exist_ok=True)
     student = torch.nn.Linear(6, 5)
-    tracks = ckpt_ema.Snapshots(run, every=20) if has_snapshots else None
-    teacher = ckpt_ema.MeanTeacher(student, half_life=20, snapshots=tracks)
+    teacher = ckpt_ema.MeanTeacher(student, **options)
     generator = torch.Generator().manual_seed(0)
-    for step in range(1, 161):
+    for step in range(1, max(saved) + 1):
         with torch.no_grad():
             for parameter in student.parameters():
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
         teacher.update()
-        if step % (1 if step > 100 else 20) == 0:
-            save_file(
-                {name: tensor.detach() for name, tensor in student.named_parameters()}, run / f"step_{step}.safetensors"
-            )
+        if step in saved:
+            state = {name: tensor.detach() for name, tensor in student.named_parameters()}
+            save_file(state, run / f"step_{step}.safetensors")
+    return teacher
+
+
+@pytest.mark.parametrize("has_snapshots", [False, True])
+def test_a_reconstruction_goes_on_by_its_own_rule_from_its_own_step(tmp_path: Path, has_snapshots: bool) -> None:
+    """Per step, near what training would have made; the record holds together, or says what it began with."""
+    run = tmp_path / "run"
+    tracks = ckpt_ema.Snapshots(run, every=20) if has_snapshots else None
+    teacher = train(run, {*range(20, 101, 20), *range(101, 161)}, half_life=20, snapshots=tracks)
     made = ckpt_ema.reconstruct(run, tmp_path / "at.safetensors", half_life=20, at=100, announce=lambda plan: None)
     plan = ckpt_ema.plan(run, tmp_path / "on.safetensors", init=made.output)
     assert any("half-life 20 per step" in note for note in plan.notes)
@@ -571,18 +586,7 @@ def test_a_reconstructions_interval_counts_from_where_it_began(tmp_path: Path) -
 def test_a_reconstruction_that_goes_on_in_parts_keeps_its_interval(tmp_path: Path) -> None:
     """With snapshots in it nobody lists its students again, so that its beginning is written down."""
     run = tmp_path / "run"
-    student = torch.nn.Linear(6, 5)
-    teacher = ckpt_ema.MeanTeacher(student, snapshots=ckpt_ema.Snapshots(run, every=20))
-    generator = torch.Generator().manual_seed(0)
-    for step in range(1, 201):
-        with torch.no_grad():
-            for parameter in student.parameters():
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-        teacher.update()
-        if step % 20 == 0:
-            save_file(
-                {name: tensor.detach() for name, tensor in student.named_parameters()}, run / f"step_{step}.safetensors"
-            )
+    train(run, range(20, 201, 20), snapshots=ckpt_ema.Snapshots(run, every=20))
     options: dict[str, Any] = {"half_life": 20, "interval": 7, "at": 100}
     made = ckpt_ema.reconstruct(run, tmp_path / "t.safetensors", announce=lambda plan: None, **options).output
     start = record_of(made)["start"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 import ckpt_ema
-from tests.conftest import Outcome, StateDict, assert_same_bits, hook_teacher
+from tests.conftest import Outcome, StateDict, assert_same_bits, hook_teacher, lightning_trainer
 
 # Read when huggingface_hub is imported: a test must never wait for the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -219,19 +218,8 @@ def lightning_module() -> Any:
 
 def train_with_lightning(root: Path, callbacks: list[Any], *, steps: int = 12, logger: Any = False) -> None:
     """`steps` steps in a real Trainer."""
-    import lightning
-
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     samples = torch.utils.data.TensorDataset(torch.randn(16, 6), torch.arange(16) % 2)
-    trainer = lightning.Trainer(
-        default_root_dir=root,
-        accelerator="cpu",
-        max_steps=steps,
-        callbacks=callbacks,
-        logger=logger,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = lightning_trainer(root, callbacks, max_steps=steps, logger=logger)
     trainer.fit(lightning_module(), torch.utils.data.DataLoader(samples, batch_size=4, shuffle=True))
 
 

@@ -11,7 +11,15 @@ from safetensors.torch import load_file
 
 import ckpt_ema
 from ckpt_ema import CkptEmaError, MisuseError
-from tests.conftest import StateDict, assert_same_bits, fit_lightning, hook_teacher, quiet_fold, start_ranks
+from tests.conftest import (
+    StateDict,
+    assert_same_bits,
+    fit_lightning,
+    hook_teacher,
+    lightning_trainer,
+    quiet_fold,
+    start_ranks,
+)
 from tests.test_frameworks import (
     _calm,  # noqa: F401  (a fixture for every test here as well)
     bert,
@@ -272,7 +280,6 @@ def test_lightning_resumes_and_counts_optimizer_steps(tmp_path: Path) -> None:
 def test_lightning_tests_with_the_teacher_of_the_checkpoint(tmp_path: Path) -> None:
     """`trainer.test` of a checkpoint evaluates that checkpoint's teacher; `validate=False` leaves it to the student."""
     pytest.importorskip("lightning")
-    import lightning
     from lightning.pytorch.callbacks import ModelCheckpoint
 
     from ckpt_ema.integrations.lightning import MeanTeacherCallback
@@ -288,30 +295,10 @@ def test_lightning_tests_with_the_teacher_of_the_checkpoint(tmp_path: Path) -> N
     for validate, expected in ((True, teacher_of(seen[:4])), (False, seen[3])):
         tested: list[StateDict] = []
         module = lightning_pair([], tested)
-        trainer = lightning.Trainer(
-            accelerator="cpu",
-            logger=False,
-            enable_progress_bar=False,
-            callbacks=[MeanTeacherCallback(momentum=MOMENTUM, validate=validate)],
-        )
+        trainer = lightning_trainer(tmp_path, [MeanTeacherCallback(momentum=MOMENTUM, validate=validate)])
         trainer.test(module, torch.utils.data.DataLoader(samples, batch_size=4), ckpt_path=early, verbose=False)
         assert_same_bits(tested[0], expected)
         assert_same_bits(bits_of(dict(module.named_parameters())), seen[3])
-
-
-def lightning_trainer(root: Path, callbacks: list[Any], **settings: Any) -> Any:
-    """One that trains six steps, and may be asked for more."""
-    import lightning
-
-    return lightning.Trainer(
-        default_root_dir=root,
-        accelerator="cpu",
-        callbacks=callbacks,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **{"max_steps": 6, **settings},
-    )
 
 
 def test_lightning_evaluates_as_it_is_what_the_teacher_does_not_follow(tmp_path: Path) -> None:
@@ -325,7 +312,7 @@ def test_lightning_evaluates_as_it_is_what_the_teacher_does_not_follow(tmp_path:
     tested: list[StateDict] = []
     module = lightning_pair(seen, tested)
     saver = ModelCheckpoint(tmp_path / "run", save_top_k=-1, every_n_train_steps=2, save_weights_only=True)
-    trainer = lightning_trainer(tmp_path, [MeanTeacherCallback(momentum=MOMENTUM), saver])
+    trainer = lightning_trainer(tmp_path, [MeanTeacherCallback(momentum=MOMENTUM), saver], max_steps=6)
     trainer.fit(module, labelled_batches())
     other_tested: list[StateDict] = []
     other = lightning_pair([], other_tested)
@@ -348,7 +335,7 @@ def test_lightning_predicts_with_the_teacher_and_goes_on_with_it(tmp_path: Path)
     module = lightning_pair(seen, [])
     module.predict_step = lambda batch: predicted.append(bits_of(dict(module.named_parameters())))
     callback = MeanTeacherCallback(momentum=MOMENTUM)
-    trainer = lightning_trainer(tmp_path, [callback])
+    trainer = lightning_trainer(tmp_path, [callback], max_steps=6)
     trainer.fit(module, labelled_batches())
     trainer.predict(module, labelled_batches())
     assert_same_bits(predicted[0], teacher_of(seen))
@@ -381,7 +368,7 @@ def test_lightning_refuses_snapshots_where_a_batch_has_several_steps(tmp_path: P
 
     module.training_step = training_step
     callback = MeanTeacherCallback(snapshots=ckpt_ema.Snapshots(tmp_path / "tracks", every=2))
-    trainer = lightning_trainer(tmp_path, [callback])
+    trainer = lightning_trainer(tmp_path, [callback], max_steps=6)
     if num_stepped == 1:
         trainer.fit(module, labelled_batches())
         assert len(list((tmp_path / "tracks").iterdir())) == 6
@@ -398,11 +385,11 @@ def test_lightning_says_when_a_resumed_training_has_no_teacher(tmp_path: Path) -
     from ckpt_ema.integrations.lightning import MeanTeacherCallback
 
     saver = ModelCheckpoint(tmp_path / "run", save_top_k=-1, every_n_train_steps=2)
-    lightning_trainer(tmp_path, [saver]).fit(lightning_pair([], []), labelled_batches())
+    lightning_trainer(tmp_path, [saver], max_steps=6).fit(lightning_pair([], []), labelled_batches())
     callback = MeanTeacherCallback(momentum=MOMENTUM)
     early = next((tmp_path / "run").glob("*step=2.ckpt"))
     module = lightning_pair([], [])
-    trainer = lightning_trainer(tmp_path, [callback])
+    trainer = lightning_trainer(tmp_path, [callback], max_steps=6)
     for _ in range(2):  # the second time another future's teacher is there
         with pytest.warns(UserWarning, match="from step 2 without a teacher's state"):
             trainer.fit(module, labelled_batches(), ckpt_path=early)
@@ -419,7 +406,7 @@ def test_lightning_does_not_go_on_with_the_teacher_of_a_checkpoint_that_was_test
 
     callback, module = MeanTeacherCallback(momentum=MOMENTUM), lightning_pair([], [])
     saver = ModelCheckpoint(tmp_path / "run", save_top_k=-1, every_n_train_steps=2)
-    trainer = lightning_trainer(tmp_path, [callback, saver])
+    trainer = lightning_trainer(tmp_path, [callback, saver], max_steps=6)
     trainer.fit(module, labelled_batches())
     early = next((tmp_path / "run").glob("*step=2.ckpt"))
     trainer.test(module, labelled_batches(), ckpt_path=early, verbose=False)
