@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +29,12 @@ def prepare_fold(run: Path, output: Path, **options: Any) -> Callable[[], None]:
         fold(run, output, announce=lambda plan: None, **{"momentum": MOMENTUM, **options})
 
     return work
+
+
+def prepare_fold_without_llvm(run: Path, output: Path, **options: Any) -> Callable[[], None]:
+    """The same as where llvmlite is not installed: torch's calls update the teacher."""
+    sys.modules["llvmlite"] = None  # type: ignore[assignment]
+    return prepare_fold(run, output, **options)
 
 
 def prepare_read(run: Path, output: Path) -> Callable[[], None]:
@@ -175,6 +182,7 @@ def prepare_dd(run: Path, output: Path) -> Callable[[], None]:
 
 CANDIDATES: dict[str, Callable[..., Callable[[], None]]] = {
     "fold": prepare_fold,
+    "fold without llvmlite": prepare_fold_without_llvm,
     "floor": prepare_floor,
     "read": prepare_read,
     "pinned": prepare_pinned,

@@ -299,7 +299,7 @@ def warm(path: Path) -> None:
 def bench_fold(arguments: argparse.Namespace) -> Parts:
     for dtype in arguments.dtypes:
         run = write_run(arguments.inputs / dtype, layers(arguments.elements), dtype, arguments, "safetensors")
-        names = ("read", "floor", "fold", *OTHERS)
+        names = ("read", "floor", "fold", "fold without llvmlite", *OTHERS)
         results = compare({name: Case(name, run) for name in names}, arguments, ("floor", "fold"))
         size = next(run.glob("step_*")).stat().st_size
         print(

@@ -94,10 +94,32 @@ def _candidates(model: str, dtype: str, device: str) -> dict[str, Callable[[], o
         updates[label] = teacher.update
     if device == "cuda":
         updates |= _more_on_a_gpu(student)
+    else:
+        updates |= _without_llvmlite(student)
     updates["the hook's mul_/add_ loop"] = literal
     if dtype == "float32":  # the others keep their average in the student's dtype
         updates |= _peers(student, parameters, teachers)
     return updates
+
+
+def _without_llvmlite(student: Any) -> dict[str, Callable[[], object]]:
+    """As where llvmlite is not installed: torch's calls update the teacher."""
+    from unittest import mock
+
+    from ckpt_ema import MeanTeacher
+    from ckpt_ema.online import rule
+
+    def in_torchs_calls(update: Callable[[], object]) -> Callable[[], object]:
+        def run() -> None:
+            with mock.patch.object(rule, "update_all_", lambda pairs, keep, take, *, lerp: pairs):
+                update()
+
+        return run
+
+    return {
+        f"{label}, without llvmlite": in_torchs_calls(MeanTeacher(student, momentum=MOMENTUM, **options).update)
+        for label, options in (("ckpt-ema", {}), ('ckpt-ema, arithmetic="lerp"', {"arithmetic": "lerp"}))
+    }
 
 
 def _more_on_a_gpu(student: Any) -> dict[str, Callable[[], object]]:

@@ -1019,7 +1019,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "engine.workers",
         "provenance",
     ),
-    ("old_teacher", "engine.fused", "engine.staging"),
+    ("old_teacher", "engine.compiled", "engine.fused", "engine.staging"),
     ("teacher_folder",),
     ("continuing",),
     ("coefficients", "outputs", "teacher_files", "online", "online.tracking", "online.rule", "online.offload"),

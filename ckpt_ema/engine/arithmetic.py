@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 
@@ -10,6 +11,18 @@ from ckpt_ema.blocks import ELEMENT_MULTIPLE
 
 SMALLEST_KEEP = 1e-30
 CHECKED_ELEMENTS = 64 * ELEMENT_MULTIPLE
+
+GRAIN = 32768
+"""Elements that torch gives a thread at least, a multiple of every vector: whole ones of these it rounds alike."""
+
+TRIED_ELEMENTS = 2 * GRAIN
+"""Enough that any other rounding shows in thousands of them."""
+
+LARGEST_LERP = 0.4999
+"""From a half on torch's lerp counts from the other end; so near to it, a share may become one as a float32."""
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+"""A teacher's tensor and the student's of the same shape."""
 
 
 def update_(teacher: torch.Tensor, student: torch.Tensor, keep: float, take: float) -> None:
@@ -43,6 +56,42 @@ def addr_has_the_hooks_bits(dtype: torch.dtype) -> bool:
         expected = teacher.clone().mul_(keep).add_(student, alpha=take)
         found = teacher.clone().view(1, -1).addr_(_one(dtype), student, beta=keep, alpha=take)
         if not torch.equal(found[0], expected):
+            return False
+    return True
+
+
+def has_torchs_bits(
+    update: Callable[[torch.Tensor, torch.Tensor, float, float], None],
+    device: torch.device,
+    teacher: torch.dtype,
+    student: torch.dtype,
+    *,
+    lerp: bool,
+    count: int = TRIED_ELEMENTS,
+) -> bool:
+    """Whether `update(teacher, student, keep, take)` changes `count` elements of a device as torch's own calls do.
+
+    These are `mul_(keep).add_(student, alpha=take)`, or `lerp_(student, take)` up to LARGEST_LERP. Waits for the
+    device.
+    """
+    # Whatever device is the default one.
+    generator = torch.Generator("cpu").manual_seed(0)
+    values = torch.randn(2, count, generator=generator, device="cpu")
+    values *= torch.exp2(torch.randint(-40, 40, values.shape, generator=generator, device="cpu"))
+    special = (0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1e-42, 3e38)
+    values[:, : len(special)] = torch.tensor(special, device="cpu")
+    values[1, 1 : len(special) + 1] = torch.tensor(special, device="cpu")
+    old, new = values[0].to(device, teacher), values[1].to(device, student)
+    for take in (0.001, 0.1, 1 / 3):
+        expected, found = old.clone(), old.clone()
+        if lerp:
+            expected.lerp_(new.to(teacher), take)
+        else:
+            expected.mul_(1 - take).add_(new, alpha=take)
+        update(found, new, 1 - take, take)
+        # Number by number, -0.0 not being 0.0; one NaN is as good as another.
+        same = (expected == found) & (expected.signbit() == found.signbit())
+        if not (same | (expected.isnan() & found.isnan())).all():
             return False
     return True
 

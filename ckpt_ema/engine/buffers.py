@@ -32,6 +32,7 @@ class Buffer:
             memory = bytearray(size)
             self.tensor = torch.frombuffer(memory, dtype=torch.uint8)
             self.bytes = memoryview(memory)
+        self.address = self.tensor.data_ptr()
         self._views: dict[tuple[DType, int], torch.Tensor] = {}
 
     def elements(self, dtype: DType, count: int) -> torch.Tensor:

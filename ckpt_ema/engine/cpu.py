@@ -9,13 +9,16 @@ from __future__ import annotations
 import cmath
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 
-from ckpt_ema.blocks import Block, padded
+from ckpt_ema.blocks import Block, BlockPlan, padded
+from ckpt_ema.dtypes import DType
 from ckpt_ema.engine.arithmetic import comparable, sign_of_finiteness, update_
-from ckpt_ema.engine.buffers import Buffer
+from ckpt_ema.engine.buffers import Buffer, torch_dtype
+from ckpt_ema.engine.compiled import Kernel, kernel_for
 from ckpt_ema.engine.contract import NonFinite, NonFiniteBlockError, Nowhere, Task, Teacher, write_block
 from ckpt_ema.engine.gather import gather_block
 from ckpt_ema.engine.inputs import ExtentTable, Scatters, stored_dtype
@@ -26,6 +29,12 @@ from ckpt_ema.timings import Timings
 # A block of 500 students is a gigabyte: whoever looks at the progress would wait for long.
 TOLD_BYTES = 32 << 20
 
+COMPILED_UPDATES = 1 << 30
+"""Updates of one element, from which on a compiled kernel saves more than it takes to compile."""
+
+Kernels = dict[tuple[DType, DType], Kernel]
+"""By the dtypes of an accumulator and of an input."""
+
 
 def fold_blocks(
     task: Task, teachers: Sequence[Teacher], progress: Callable[[int], None], chosen: Iterable[Block] | None = None
@@ -34,15 +43,15 @@ def fold_blocks(
     plan = task.plan
     blocks = _Queue(iter(plan.blocks() if chosen is None else chosen))
     extents = ExtentTable(task.files)
+    kernels: Kernels = {}
     failures: list[BaseException] = []
     timings = Timings()
     lock = threading.Lock()
     jobs = Jobs()
-    ended = [threading.Event() for _ in range(plan.num_threads)]
 
-    def work(end: threading.Event) -> None:
+    def work(job: Callable[[], None], end: threading.Event) -> None:
         try:
-            jobs.run(fold_all)
+            jobs.run(job)
         except BaseException as error:
             blocks.stop()
             failures.append(error)
@@ -57,7 +66,7 @@ def fold_blocks(
         # One intra-op thread each: torch's own threads on blocks of this size cost more than they bring.
         torch.set_num_threads(1)
         started = time.perf_counter()
-        folder = _BlockFolder(task, teachers, extents, tell)
+        folder = _BlockFolder(task, teachers, extents, kernels, tell)
         while (block := blocks.take()) is not None:
             folder.fold(block)
             task.on_finished(block)
@@ -65,8 +74,23 @@ def fold_blocks(
         with lock:
             folder.add_timings(timings, time.perf_counter() - started, plan.num_threads)
 
+    worth_compiling = _worth_compiling(plan)
+
+    def compile_all() -> None:
+        # Meanwhile the others fold with torch's calls, to the same bits.
+        torch.set_num_threads(1)
+        for one, other in worth_compiling:
+            kernel = kernel_for(torch_dtype(one), torch_dtype(other))
+            if kernel is not None:
+                kernels[one, other] = kernel
+
     threads_before = torch.get_num_threads()
-    threads = [threading.Thread(target=work, args=(end,), name="fold", daemon=True) for end in ended]
+    todo = [compile_all] * bool(worth_compiling) + [fold_all] * plan.num_threads
+    ended = [threading.Event() for _ in todo]
+    threads = [
+        threading.Thread(target=work, args=(job, end), name="fold", daemon=True)
+        for job, end in zip(todo, ended, strict=True)
+    ]
     try:
         for thread in threads:
             start(thread)
@@ -90,10 +114,21 @@ def fold_blocks(
 
 def refold(task: Task, block: Block) -> None:
     """Fold a block that another engine found not to be finite, in the plan's own portions; raises where it is not."""
-    folder = _BlockFolder(task, [Nowhere()] * len(task.updates), ExtentTable(task.files), lambda num_bytes: None)
+    teachers = [Nowhere()] * len(task.updates)
+    folder = _BlockFolder(task, teachers, ExtentTable(task.files), {}, lambda num_bytes: None)
     size = task.plan.block_elements
     for begin in range(block.begin, block.end, size):
         folder.fold(Block(block.lane, begin, min(begin + size, block.end)))
+
+
+def _worth_compiling(plan: BlockPlan) -> list[tuple[DType, DType]]:
+    """The dtypes of an accumulator and an input that so much is folded of that a kernel pays."""
+    counts: Counter[tuple[DType, DType]] = Counter()
+    for lane in plan.lanes:
+        if lane.action == "average":
+            for dtype in lane.input_dtypes[1:]:
+                counts[lane.accumulate_dtype, dtype] += (lane.span[1] - lane.span[0]) * plan.num_teachers
+    return [dtypes for dtypes, count in counts.items() if count >= COMPILED_UPDATES]
 
 
 class _Queue:
@@ -116,7 +151,12 @@ class _BlockFolder:
     """One thread's buffers, and what it does with them."""
 
     def __init__(
-        self, task: Task, teachers: Sequence[Teacher], extents: ExtentTable, progress: Callable[[int], None]
+        self,
+        task: Task,
+        teachers: Sequence[Teacher],
+        extents: ExtentTable,
+        kernels: Kernels,
+        progress: Callable[[int], None],
     ) -> None:
         plan = task.plan
         self._progress = progress
@@ -125,6 +165,7 @@ class _BlockFolder:
         self._layouts = task.layouts
         # By input: a student enters every teacher before the next one is read.
         self._updates = list(zip(*task.updates, strict=True))
+        self._kernels = kernels
         self._files = task.files
         self._teachers = teachers
         raw, accumulator, widened, span = plan.thread_buffers
@@ -171,9 +212,16 @@ class _BlockFolder:
         for accumulator in accumulators[1:]:
             accumulator.copy_(accumulators[0])
         rows = [accumulator.view(1, -1) for accumulator in accumulators]
+        places = [buffer.address for buffer in self._accumulators]
+        kernels = {dtype: self._kernels.get((lane.accumulate_dtype, dtype)) for dtype in set(lane.input_dtypes)}
         inputs = zip(self._layouts[1:], self._updates[1:], lane.input_dtypes[1:], strict=True)
         for layout, updates, dtype in inputs:
             self._read(layout, block, self._raw)
+            kernel = kernels[dtype]
+            if kernel is not None:
+                for place, (keep, take) in zip(places, updates, strict=True):
+                    kernel.update(place, self._raw.address, size, keep, take)
+                continue
             student = self._raw.elements(dtype, size)
             if dtype is not lane.accumulate_dtype:
                 student = self._widened.elements(lane.accumulate_dtype, size).copy_(student)

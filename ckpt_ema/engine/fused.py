@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ckpt_ema.engine.arithmetic import Pair, has_torchs_bits
+
 BLOCK_ELEMENTS = 4096
 """Of one program of the kernel: 16 for each of its threads, so that each has several reads of 16 bytes under way."""
 
@@ -23,9 +25,6 @@ TRIED_ELEMENTS = 16 * BLOCK_ELEMENTS + 7
 """Enough that any other rounding shows in thousands of them, and an end that fills no block."""
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-Pair = tuple[torch.Tensor, torch.Tensor]
-"""A teacher's tensor and the student's of the same shape."""
 
 _reasons: dict[tuple[torch.device, torch.dtype, torch.dtype, bool], str] = {}
 
@@ -72,31 +71,13 @@ def _syncs_allowed() -> Iterator[None]:
 
 
 def _has_torchs_bits(device: torch.device, teacher: torch.dtype, student: torch.dtype, lerp: bool) -> bool:
-    # Whatever device is the default one.
-    generator = torch.Generator("cpu").manual_seed(0)
-    values = torch.randn(2, TRIED_ELEMENTS, generator=generator, device="cpu")
-    values *= torch.exp2(torch.randint(-40, 40, values.shape, generator=generator, device="cpu"))
-    special = (0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1e-42, 3e38)
-    values[:, : len(special)] = torch.tensor(special, device="cpu")
-    values[1, 1 : len(special) + 1] = torch.tensor(special, device="cpu")
-    old, new = values[0].to(device, teacher), values[1].to(device, student)
-    for take in (0.001, 0.1, 1 / 3):
-        expected, found = old.clone(), [old.clone() for _ in range(1 if lerp else 2)]
-        if lerp:
-            expected.lerp_(new.to(teacher), take)
-        else:
-            expected.mul_(1 - take).add_(new, alpha=take)
-            update_run_(found[1], new, 1 - take, take)
-        _Table.of([(found[0], new)]).launch(1 - take, take, lerp=lerp)
-        if not all(_are_the_same(expected, each) for each in found):
-            return False
-    return True
+    def update_many_(old: torch.Tensor, new: torch.Tensor, keep: float, take: float) -> None:
+        _Table.of([(old, new)]).launch(keep, take, lerp=lerp)
 
-
-def _are_the_same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Number by number, -0.0 not being 0.0; one NaN is as good as another."""
-    same = (one == other) & (one.signbit() == other.signbit())
-    return bool((same | (one.isnan() & other.isnan())).all())
+    return all(
+        has_torchs_bits(update_, device, teacher, student, lerp=lerp, count=TRIED_ELEMENTS)
+        for update_ in ((update_many_,) if lerp else (update_many_, update_run_))
+    )
 
 
 def update_run_(teacher: torch.Tensor, student: torch.Tensor, keep: float, take: float) -> None:
@@ -120,7 +101,7 @@ class FusedUpdates:
     """
 
     def __init__(self, *, lerp: bool) -> None:
-        """For `lerp_(student, take)`, take below 0.5, or else for `mul_(keep).add_(student, alpha=take)`."""
+        """For `lerp_(student, take)`, take up to LARGEST_LERP, or else for `mul_(keep).add_(student, alpha=take)`."""
         self._lerp = lerp
         self._key: object = None
         self._tables: list[_Table] = []

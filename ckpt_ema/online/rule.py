@@ -8,15 +8,19 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from ckpt_ema.engine.arithmetic import addr_has_the_hooks_bits, comparable, sign_of_finiteness, update_
+from ckpt_ema.engine.arithmetic import (
+    GRAIN,
+    LARGEST_LERP,
+    addr_has_the_hooks_bits,
+    comparable,
+    sign_of_finiteness,
+    update_,
+)
+from ckpt_ema.engine.compiled import update_all_
 from ckpt_ema.engine.fused import FusedUpdates
 
 BLOCK_ELEMENTS = 1 << 20
 """Of what is converted, exchanged or tried at once: small enough for the cache, large enough for all cores."""
-
-GRAIN = 32768
-"""Elements that torch gives a thread at least, a multiple of every vector: borders between threads fall on these."""
-
 
 NORMED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 """Dtypes whose norms torch takes of many tensors at once."""
@@ -43,9 +47,10 @@ class Rule:
     def average_all_(self, teachers: Sequence[torch.Tensor], students: Sequence[torch.Tensor], momentum: float) -> None:
         """Fold every student's tensor into the teacher's of the same place, with few calls where torch has them."""
         pairs = list(zip(teachers, students, strict=True))
-        # Where momentum is at least a half, torch's lerp counts from the other end.
-        if _any_on_gpu(teachers) and not (self._lerp and momentum >= 0.5):
-            pairs = self._fused.update_(pairs, 1 - momentum, momentum)
+        if not self._lerp or momentum <= LARGEST_LERP:
+            if _any_on_gpu(teachers):
+                pairs = self._fused.update_(pairs, 1 - momentum, momentum)
+            pairs = update_all_(pairs, 1 - momentum, momentum, lerp=self._lerp)
         alike: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
         for teacher, student in pairs:
             if teacher.dtype is student.dtype and (self._lerp or not _is_on_cpu(teacher)):

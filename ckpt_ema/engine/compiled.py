@@ -1,0 +1,258 @@
+"""The update on a CPU in one pass over memory, by a loop that LLVM compiles for the machine at hand.
+
+torch's own calls go over the teacher twice, or once where `addr` rounds as they do, and over a student of another dtype
+once more. llvmlite need not be installed: where it is missing, fails, or rounds otherwise than torch, nothing is
+compiled and torch's calls remain.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from array import array
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+
+from ckpt_ema.engine.arithmetic import GRAIN, Pair, has_torchs_bits
+
+RUN_ELEMENTS = 32 * GRAIN
+"""Of a tensor that a thread updates before it looks for more to do: a fraction of a millisecond."""
+
+
+class Kernel(NamedTuple):
+    """`teacher = keep * teacher + take * student`, compiled. Other threads of Python go on meanwhile."""
+
+    update: Callable[[int, int, int, float, float], None]
+    """Of one run: the addresses of its teacher and its student, the number of elements, keep and take. The elements of
+    both lie in the same order, without a gap."""
+
+    share: int
+    """The address of a function that takes a _Job's, and does what of it no other thread does."""
+
+
+_RUN_NUMBERS = 3
+
+
+class _Job(ctypes.Structure):
+    """Many runs for several threads: each of the numbered ones is its addresses and its number of elements."""
+
+    _fields_ = (
+        ("next", ctypes.c_int64),
+        ("count", ctypes.c_int64),
+        ("runs", ctypes.c_void_p),
+        ("keep", ctypes.c_float),
+        ("take", ctypes.c_float),
+    )
+
+
+_STUDENTS = {torch.float32: "float", torch.float16: "half", torch.bfloat16: "i16"}
+"""In memory, in LLVM's words."""
+
+# As mul_ and add_ round: the product, and then the rest, which is one multiply-add.
+_HOOK = """%kept = fmul float %old, %keep
+  %new = call float @llvm.fma.f32(float %student, float %take, float %kept)"""
+
+# As torch's lerp does while take is below a half.
+_LERP = """%distance = fsub float %student, %old
+  %new = call float @llvm.fma.f32(float %distance, float %take, float %old)"""
+
+_WIDEN = {
+    torch.float32: "%student = fadd float %stored, -0.0",  # which changes no number
+    torch.float16: "%student = fpext half %stored to float",
+    # A bfloat16 is a float without its lower half. LLVM's own conversion is slower than a shift.
+    torch.bfloat16: """%bits = zext i16 %stored to i32
+  %shifted = shl i32 %bits, 16
+  %student = bitcast i32 %shifted to float""",
+}
+
+_MODULE = """
+declare float @llvm.fma.f32(float, float, float)
+
+; Not inlined: it would be compiled twice.
+define void @update(ptr noalias %teachers, ptr noalias readonly %students, i64 %count, float %keep, float %take)
+    noinline {{
+entry:
+  %is_empty = icmp eq i64 %count, 0
+  br i1 %is_empty, label %end, label %loop
+loop:
+  %index = phi i64 [ 0, %entry ], [ %next, %loop ]
+  %teacher_at = getelementptr float, ptr %teachers, i64 %index
+  %student_at = getelementptr {stored}, ptr %students, i64 %index
+  %old = load float, ptr %teacher_at
+  %stored = load {stored}, ptr %student_at
+  {widen}
+  {arithmetic}
+  store float %new, ptr %teacher_at
+  %next = add nuw nsw i64 %index, 1
+  %goes_on = icmp ult i64 %next, %count
+  br i1 %goes_on, label %loop, label %end
+end:
+  ret void
+}}
+
+%Job = type {{ i64, i64, ptr, float, float }}
+%Run = type {{ ptr, ptr, i64 }}
+
+define void @share(ptr %job) {{
+entry:
+  %count_at = getelementptr %Job, ptr %job, i32 0, i32 1
+  %runs_at = getelementptr %Job, ptr %job, i32 0, i32 2
+  %keep_at = getelementptr %Job, ptr %job, i32 0, i32 3
+  %take_at = getelementptr %Job, ptr %job, i32 0, i32 4
+  %count = load i64, ptr %count_at
+  %runs = load ptr, ptr %runs_at
+  %keep = load float, ptr %keep_at
+  %take = load float, ptr %take_at
+  br label %look
+look:
+  %mine = atomicrmw add ptr %job, i64 1 monotonic
+  %is_there = icmp ult i64 %mine, %count
+  br i1 %is_there, label %do, label %end
+do:
+  %teachers_at = getelementptr %Run, ptr %runs, i64 %mine, i32 0
+  %students_at = getelementptr %Run, ptr %runs, i64 %mine, i32 1
+  %elements_at = getelementptr %Run, ptr %runs, i64 %mine, i32 2
+  %teachers = load ptr, ptr %teachers_at
+  %students = load ptr, ptr %students_at
+  %elements = load i64, ptr %elements_at
+  call void @update(ptr %teachers, ptr %students, i64 %elements, float %keep, float %take)
+  br label %look
+end:
+  ret void
+}}
+"""
+
+_Kind = tuple[torch.dtype, torch.dtype, bool]
+
+_kernels: dict[_Kind, Kernel | None] = {}
+_reasons: dict[_Kind, str] = {}
+
+
+def kernel_for(teacher: torch.dtype, student: torch.dtype, *, lerp: bool = False) -> Kernel | None:
+    """What does `mul_(keep).add_(student, alpha=take)`, or `lerp_(student, take)` up to LARGEST_LERP, in one pass.
+
+    With the bits that torch's calls give whole GRAINs. None where there is no such kernel; `why_not` tells. It is made
+    and tried once, which takes some 40 ms for the first and 15 for others.
+    """
+    kind = (teacher, student, lerp)
+    if kind not in _kernels:
+        _kernels[kind] = _tried_kernel(*kind)
+    return _kernels[kind]
+
+
+def why_not(teacher: torch.dtype, student: torch.dtype, *, lerp: bool = False) -> str:
+    """Why there is no kernel for a teacher and a student of these dtypes; empty where there is one."""
+    return "" if kernel_for(teacher, student, lerp=lerp) else _reasons[teacher, student, lerp]
+
+
+def _tried_kernel(teacher: torch.dtype, student: torch.dtype, lerp: bool) -> Kernel | None:
+    kind = (teacher, student, lerp)
+    if teacher is not torch.float32 or student not in _STUDENTS:
+        _reasons[kind] = f"it is not made for {teacher} and {student}"
+        return None
+    try:
+        kernel = _compiled(_module(student, lerp=lerp))
+    except Exception as error:  # no llvmlite, or one of another age, a processor it does not know: whatever it is
+        _reasons[kind] = f"{type(error).__name__}: {error}"
+        return None
+
+    def update_(old: torch.Tensor, new: torch.Tensor, keep: float, take: float) -> None:
+        kernel.update(old.data_ptr(), new.data_ptr(), old.numel(), keep, take)
+
+    if has_torchs_bits(update_, torch.device("cpu"), teacher, student, lerp=lerp):
+        return kernel
+    _reasons[kind] = "it rounds in another way than torch"
+    return None
+
+
+def _module(student: torch.dtype, *, lerp: bool) -> str:
+    arithmetic = _LERP if lerp else _HOOK
+    return _MODULE.format(stored=_STUDENTS[student], widen=_WIDEN[student], arithmetic=arithmetic)
+
+
+def _compiled(module: str) -> Kernel:
+    from llvmlite import binding  # noqa: PLC0415  (it is optional)
+
+    binding.initialize_native_target()
+    binding.initialize_native_asmprinter()
+    machine = binding.Target.from_default_triple().create_target_machine(
+        cpu=binding.get_host_cpu_name(), features=binding.get_host_cpu_features().flatten(), opt=3
+    )
+    parsed = binding.parse_assembly(module)
+    parsed.verify()
+    options = binding.create_pipeline_tuning_options(speed_level=3)
+    options.loop_vectorization = True
+    passes = binding.create_pass_builder(machine, options)
+    passes.getModulePassManager().run(parsed, passes)
+    engine = binding.create_mcjit_compiler(parsed, machine)
+    engine.finalize_object()
+    update, share = map(engine.get_function_address, ("update", "share"))
+    # Never unloaded: when a process ends, a thread may still be in there.
+    engine.detach()
+    arguments = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_float)
+    return Kernel(ctypes.CFUNCTYPE(None, *arguments)(update), share)
+
+
+def update_all_(pairs: Sequence[Pair], keep: float, take: float, *, lerp: bool) -> list[Pair]:
+    """Update what kernels serve of every pair, in torch's own threads; what is left to torch's calls comes back.
+
+    That is `mul_(keep).add_(student, alpha=take)`, or `lerp_(student, take)` up to LARGEST_LERP. Left are tensors on
+    other devices, or with something between their elements, and of each the elements behind the last whole GRAIN: how
+    torch rounds its last few depends on where they are.
+    """
+    in_threads = _in_torchs_threads()
+    if in_threads is None:
+        return list(pairs)
+    left: list[Pair] = []
+    changed: list[torch.Tensor] = []
+    runs: dict[int, array[int]] = {}
+    for teacher, student in pairs:
+        whole = teacher.numel() // GRAIN * GRAIN
+        kernel = _kernel_of(teacher, student, lerp=lerp) if whole else None
+        if kernel is None:
+            left.append((teacher, student))
+            continue
+        changed.append(teacher)
+        teacher_at, student_at = teacher.data_ptr(), student.data_ptr()
+        own = runs.setdefault(kernel.share, array("q"))
+        for begin in range(0, whole, RUN_ELEMENTS):
+            count = min(RUN_ELEMENTS, whole - begin)
+            own.extend((teacher_at + begin * teacher.itemsize, student_at + begin * student.itemsize, count))
+        if whole < teacher.numel():
+            left.append((teacher.view(-1)[whole:], student.view(-1)[whole:]))
+    for share, own in runs.items():
+        address, size = own.buffer_info()
+        job = _Job(0, size // _RUN_NUMBERS, address, keep, take)
+        in_threads(share, ctypes.addressof(job), torch.get_num_threads(), 0)
+    for teacher in changed:
+        if not teacher.is_inference():  # so that autograd, which a kernel goes around, tells whom it concerns
+            torch.autograd.graph.increment_version(teacher)
+    return left
+
+
+def _kernel_of(teacher: torch.Tensor, student: torch.Tensor, *, lerp: bool) -> Kernel | None:
+    if not all(tensor.device.type == "cpu" and tensor.is_contiguous() for tensor in (teacher, student)):
+        return None
+    # Of one dtype torch's lerp is one pass already.
+    if lerp and teacher.dtype is student.dtype:
+        return None
+    return kernel_for(teacher.dtype, student.dtype, lerp=lerp)
+
+
+@functools.cache
+def _in_torchs_threads() -> Callable[[int, int, int, int], None] | None:
+    """What calls a function of one argument, by their addresses, in so many threads of torch's; None without OpenMP.
+
+    Threads of our own would have to share the cores with those, which look for more to do for milliseconds behind each
+    call of torch's. On Linux every OpenMP has this entry, which is what GCC makes of `#pragma omp parallel`.
+    """
+    try:
+        # Found as torch's own code finds it: there may be several in a process, each with threads of its own.
+        function = ctypes.CDLL(torch._C.__file__).GOMP_parallel
+    except (OSError, AttributeError):
+        return None
+    function.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+    function.restype = None
+    return function
