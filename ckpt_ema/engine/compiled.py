@@ -17,6 +17,8 @@ import torch
 
 from ckpt_ema.engine.arithmetic import GRAIN, Pair, has_torchs_bits
 
+OLDEST_LLVM = (20,)
+
 RUN_ELEMENTS = 32 * GRAIN
 """Of a tensor that a thread updates before it looks for more to do: a fraction of a millisecond."""
 
@@ -173,8 +175,10 @@ def _module(student: torch.dtype, *, lerp: bool) -> str:
 
 
 def _compiled(module: str) -> Kernel:
-    from llvmlite import binding  # noqa: PLC0415  (it is optional)
+    from llvmlite import __version__, binding  # noqa: PLC0415  (it is optional)
 
+    if binding.llvm_version_info < OLDEST_LLVM:  # which would print what it does not understand
+        raise ImportError(f"llvmlite {__version__} is older than 0.45")
     binding.initialize_native_target()
     binding.initialize_native_asmprinter()
     machine = binding.Target.from_default_triple().create_target_machine(
