@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import threading
 from collections.abc import Iterator
@@ -15,16 +16,16 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ckpt_ema import MeanTeacher
+from ckpt_ema import MeanTeacher, Snapshots, reconstruct
 from ckpt_ema.engine import compiled, cpu
 from ckpt_ema.engine.arithmetic import GRAIN, LARGEST_LERP
-from ckpt_ema.engine.compiled import RUN_ELEMENTS, kernel_for, update_all_, why_not
+from ckpt_ema.engine.compiled import PIECE_ELEMENTS, RUN_ELEMENTS, kernel_for, update_all_, why_not
 from tests.conftest import assert_same_bits, quiet_fold, save_students
 from tests.test_arithmetic import values
 
 pytest.importorskip("llvmlite", reason="needs llvmlite")
 
-STUDENTS = (torch.float32, torch.bfloat16, torch.float16)
+STUDENTS = (torch.bfloat16, torch.float16)
 
 
 @pytest.fixture
@@ -54,7 +55,7 @@ def test_an_update_has_the_bits_of_the_hooks_two_calls(keep: float, take: float,
     assert kernel is not None, why_not(torch.float32, student)
     found, new = values(2, torch.float32), values(3, student)
     expected = found.clone().mul_(keep).add_(new.float(), alpha=take)
-    kernel.update(found.data_ptr(), new.data_ptr(), found.numel(), keep, take)
+    kernel.fold(found.data_ptr(), found.numel(), [new.data_ptr()], [(keep, take)])
     assert torch.equal(found.isnan(), expected.isnan())
     assert_same_bits({"teacher": found.nan_to_num()}, {"teacher": expected.nan_to_num()})
 
@@ -69,22 +70,31 @@ def test_below_a_half_it_has_the_bits_of_lerp(take: float, student: torch.dtype)
     assert kernel is not None, why_not(torch.float32, student, lerp=True)
     found, new = values(2, torch.float32), values(3, student)
     expected = found.clone().lerp_(new.float(), take)
-    kernel.update(found.data_ptr(), new.data_ptr(), found.numel(), 1 - take, take)
+    kernel.fold(found.data_ptr(), found.numel(), [new.data_ptr()], [(1 - take, take)])
     assert torch.equal(found.isnan(), expected.isnan())
     assert_same_bits({"teacher": found.nan_to_num()}, {"teacher": expected.nan_to_num()})
 
 
 @pytest.mark.parametrize("student", STUDENTS)
-@pytest.mark.parametrize("count", [0, 1, 3, 15, 16, 17, 63, 64, 100, 1023])
-def test_any_number_of_elements_is_updated_and_none_behind_them(count: int, student: torch.dtype) -> None:
-    """Whole vectors, what is left of one, or nothing."""
+@pytest.mark.parametrize(
+    "count", [0, 1, 15, 16, 17, 64, 1023, PIECE_ELEMENTS, PIECE_ELEMENTS + 1, 3 * PIECE_ELEMENTS - 1]
+)
+@pytest.mark.parametrize("num_students", [1, 2, 3, 7])
+def test_any_number_of_elements_is_folded_and_none_behind_them(
+    num_students: int, count: int, student: torch.dtype
+) -> None:
+    """Whole pieces and vectors, and what is left; every student in its turn."""
     kernel = kernel_for(torch.float32, student)
     assert kernel is not None
-    found, new = torch.randn(2048), torch.randn(2048).to(student)
+    found = torch.randn(3 * PIECE_ELEMENTS)
+    news = [torch.randn(3 * PIECE_ELEMENTS).to(student) for _ in range(num_students)]
+    updates = [(1 - 0.1 * number, 0.1 * number) for number in range(1, num_students + 1)]
     before = found.clone()
-    kernel.update(found.data_ptr(), new.data_ptr(), count, 0.75, 0.25)
-    exact = before[:count].double() * 0.75 + new[:count].double() * 0.25
-    assert torch.allclose(found[:count].double(), exact, rtol=2e-7, atol=2e-7)
+    kernel.fold(found.data_ptr(), count, [new.data_ptr() for new in news], updates)
+    exact = before[:count].double()
+    for new, (keep, take) in zip(news, updates, strict=True):
+        exact = exact * keep + new[:count].double() * take
+    assert torch.allclose(found[:count].double(), exact, rtol=1e-6, atol=1e-6)
     assert torch.equal(found[count:], before[count:])
 
 
@@ -111,13 +121,11 @@ def test_every_element_of_many_tensors_is_updated_once(num_threads: int, student
             old.mul_(0.999).add_(new.float(), alpha=0.001)
     for mine, torchs in zip(found, expected, strict=True):
         assert torch.equal(mine, torchs)
-    # Of one dtype torch's lerp is one pass already.
-    served = sum(sizes) + 4 * GRAIN - sum(old.numel() for old, _ in left)
-    assert served == (0 if lerp and student is torch.float32 else (1 + 2 + 37 + 96) * GRAIN)
+    assert sum(sizes) + 4 * GRAIN - sum(old.numel() for old, _ in left) == (1 + 2 + 21 + 48) * GRAIN
 
 
 def test_what_is_left_to_torch_comes_back_untouched() -> None:
-    """Other dtypes, other devices, and tensors with something between their elements."""
+    """Of one dtype, or of others; on other devices; and with something between the elements."""
     shape = (2, GRAIN)
     pairs = [
         (torch.zeros(shape, dtype=torch.float64), torch.ones(shape)),
@@ -125,9 +133,10 @@ def test_what_is_left_to_torch_comes_back_untouched() -> None:
         (torch.zeros(shape, dtype=torch.complex64), torch.ones(shape)),
         (torch.zeros(shape), torch.ones(shape, dtype=torch.int16)),
         (torch.zeros(shape), torch.ones(shape, dtype=torch.float8_e4m3fn)),
-        (torch.zeros(shape), torch.ones(4, GRAIN)[::2]),
-        (torch.zeros(4, GRAIN)[::2], torch.ones(shape)),
-        (torch.zeros(shape, device="meta"), torch.ones(shape, device="meta")),
+        (torch.zeros(shape), torch.ones(shape)),
+        (torch.zeros(shape), torch.ones(4, GRAIN, dtype=torch.bfloat16)[::2]),
+        (torch.zeros(4, GRAIN)[::2], torch.ones(shape, dtype=torch.bfloat16)),
+        (torch.zeros(shape, device="meta"), torch.ones(shape, dtype=torch.bfloat16, device="meta")),
     ]
     assert [(id(old), id(new)) for old, new in update_all_(pairs, 0.5, 0.5, lerp=False)] == [
         (id(old), id(new)) for old, new in pairs
@@ -139,12 +148,12 @@ def test_autograd_is_told_what_a_kernel_changed() -> None:
     """As of any change in place; a tensor of inference mode has nobody to tell."""
     weight, teacher = torch.ones(GRAIN, requires_grad=True), torch.zeros(GRAIN)
     product = (weight * teacher).sum()
-    assert not update_all_([(teacher, torch.ones(GRAIN))], 0.5, 0.5, lerp=False)
+    assert not update_all_([(teacher, torch.ones(GRAIN, dtype=torch.bfloat16))], 0.5, 0.5, lerp=False)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         product.backward()
     with torch.inference_mode():
         teacher = torch.zeros(GRAIN)
-        assert not update_all_([(teacher, torch.ones(GRAIN))], 0.5, 0.5, lerp=False)
+        assert not update_all_([(teacher, torch.ones(GRAIN, dtype=torch.bfloat16))], 0.5, 0.5, lerp=False)
         assert teacher.eq(0.5).all()
 
 
@@ -176,7 +185,7 @@ def test_a_kernel_that_widens_otherwise_is_not_used(monkeypatch: pytest.MonkeyPa
     assert why_not(torch.float32, torch.bfloat16) == "it rounds in another way than torch"
 
 
-@pytest.fixture(params=["no llvmlite", "one of another age", "no OpenMP"])
+@pytest.fixture(params=["no llvmlite", "an old one", "no OpenMP"])
 def without(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, untried: None) -> str:
     """What a kernel needs is missing."""
     if request.param == "no llvmlite":
@@ -217,27 +226,32 @@ def test_online_the_bits_are_the_same_without(
 def test_without_llvmlite_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     """The reason names what is missing, or what it is not made for."""
     monkeypatch.setitem(sys.modules, "llvmlite", None)
-    assert "llvmlite" in why_not(torch.float32, torch.float32)
-    assert why_not(torch.float64, torch.float32) == "it is not made for torch.float64 and torch.float32"
+    assert "llvmlite" in why_not(torch.float32, torch.bfloat16)
+    assert why_not(torch.float64, torch.bfloat16) == "it is not made for torch.float64 and torch.bfloat16"
 
 
 # --- in the fold ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, float]]:
-    """Everything is worth a kernel; (keep, take) of each call of one."""
-    made: list[tuple[float, float]] = []
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Everything is worth a kernel; how many students each call of one folds."""
+    made: list[int] = []
     original = kernel_for
 
     def counted(teacher: torch.dtype, student: torch.dtype) -> Any:
         kernel = original(teacher, student)
+        if kernel is None:
+            return None
+        kernel = copy.copy(kernel)
+        fold = kernel.fold
 
-        def update(*arguments: Any) -> None:
-            made.append(arguments[-2:])
-            kernel.update(*arguments)
+        def told(place: int, count: int, students: list[int], updates: Any) -> None:
+            made.append(len(students))
+            fold(place, count, students, updates)
 
-        return kernel and kernel._replace(update=update)
+        kernel.fold = told  # type: ignore[method-assign]
+        return kernel
 
     monkeypatch.setattr(cpu, "COMPILED_UPDATES", 1)
     monkeypatch.setattr(cpu, "kernel_for", counted)
@@ -255,26 +269,26 @@ def folded(folder: Path, **options: Any) -> list[dict[str, torch.Tensor]]:
 @pytest.mark.parametrize(
     "options", [{"momentum": 0.3}, {"momentum": [0.001, 0.5, 0.9]}, {"momentum": 0.3, "accumulate": "float64"}]
 )
-@pytest.mark.parametrize("dtype", [*STUDENTS, torch.float64])
+@pytest.mark.parametrize("dtype", [*STUDENTS, torch.float32, torch.float64])
 def test_a_fold_has_the_bytes_that_torchs_calls_make(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    calls: list[tuple[float, float]],
+    calls: list[int],
     dtype: torch.dtype,
     options: dict[str, Any],
 ) -> None:
     """By a kernel where there is one; several teachers, the last block not full."""
     run = tmp_path / "run"
     run.mkdir()
-    for number in range(4):
+    for number in range(7):
         torch.manual_seed(number)
         students = {"one": torch.randn(300, 301).to(dtype), "other": torch.randn(77).to(dtype)}
         save_file(students, run / f"step_{number}.safetensors")
     for student in STUDENTS:
         kernel_for(torch.float32, student)
     found = folded(tmp_path / "found", **options)
-    is_served = dtype in STUDENTS and "accumulate" not in options
-    assert bool(calls) == is_served
+    # Of six students behind the first, three at a time.
+    assert set(calls) == ({3} if dtype in STUDENTS and "accumulate" not in options else set())
     monkeypatch.setattr(cpu, "kernel_for", lambda *_: None)
     num_calls = len(calls)
     expected = folded(tmp_path / "expected", **options)
@@ -284,14 +298,14 @@ def test_a_fold_has_the_bytes_that_torchs_calls_make(
 
 
 def test_while_a_kernel_is_compiled_the_fold_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: list[tuple[float, float]]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: list[int]
 ) -> None:
     """With torch's calls; from then on with the kernel, and to the same bytes."""
     run = tmp_path / "run"
     run.mkdir()
     for number in range(3):
         torch.manual_seed(number)
-        save_file({"weight": torch.randn(300_000)}, run / f"step_{number}.safetensors")
+        save_file({"weight": torch.randn(600_000).bfloat16()}, run / f"step_{number}.safetensors")
     half_way, compiled_by_then = threading.Event(), threading.Event()
     counted = cpu.kernel_for
 
@@ -322,3 +336,29 @@ def test_a_short_fold_compiles_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     save_students(tmp_path / "run", 3)
     quiet_fold(tmp_path / "run", tmp_path / "teacher.safetensors")
     assert not compiled._kernels
+
+
+def test_averages_of_another_dtype_are_folded_in_their_turn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: list[int]
+) -> None:
+    """Snapshots in float32 between students in bfloat16: by torch's calls and by the kernel."""
+    torch.manual_seed(0)
+    student = nn.Sequential(*(nn.Linear(30 + index, 30 + index + 1, bias=False) for index in range(20))).bfloat16()
+    teacher = MeanTeacher(student, snapshots=Snapshots(tmp_path / "run", every=4))
+    for step in range(1, 25):
+        with torch.no_grad():
+            for parameter in student.parameters():
+                parameter.add_(torch.randn_like(parameter), alpha=0.01)
+        teacher.update()
+        if step % 3 == 0:
+            save_file(student.state_dict(), tmp_path / "run" / f"step_{step}.safetensors")
+    for dtype in STUDENTS:
+        kernel_for(torch.float32, dtype)
+    teachers = []
+    for kernels in (cpu.kernel_for, lambda *_: None):
+        monkeypatch.setattr(cpu, "kernel_for", kernels)
+        path = tmp_path / f"{len(teachers)}.safetensors"
+        reconstruct(tmp_path / "run", path, momentum=0.05, announce=lambda plan: None)
+        teachers.append(load_file(path))
+    assert len(calls) > 1
+    assert_same_bits(*teachers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 
 import torch
@@ -34,6 +35,17 @@ class Buffer:
             self.bytes = memoryview(memory)
         self.address = self.tensor.data_ptr()
         self._views: dict[tuple[DType, int], torch.Tensor] = {}
+
+    def halves(self) -> list[Buffer]:
+        """Two of half the size in the same memory."""
+        size = len(self.bytes) // 2
+        halves = []
+        for begin in (0, size):
+            half = copy.copy(self)
+            half.bytes, half.tensor = self.bytes[begin : begin + size], self.tensor[begin : begin + size]
+            half.address, half._views = self.address + begin, {}
+            halves.append(half)
+        return halves
 
     def elements(self, dtype: DType, count: int) -> torch.Tensor:
         """The first `count` elements of `dtype`, shape [count]."""

@@ -1,17 +1,16 @@
-"""The update on a CPU in one pass over memory, by a loop that LLVM compiles for the machine at hand.
+"""The update of a float32 teacher by a 16-bit student on a CPU, in one pass: a loop that LLVM compiles for the machine.
 
-torch's own calls go over the teacher twice, or once where `addr` rounds as they do, and over a student of another dtype
-once more. llvmlite need not be installed: where it is missing, fails, or rounds otherwise than torch, nothing is
-compiled and torch's calls remain.
+torch has calls of one pass where both have one dtype, and none that widens the student on the way. llvmlite need not be
+installed: where it is missing, fails, or rounds otherwise than torch, nothing is compiled and torch's calls remain.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 from array import array
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import torch
 
@@ -19,20 +18,32 @@ from ckpt_ema.engine.arithmetic import GRAIN, Pair, has_torchs_bits
 
 OLDEST_LLVM = (20,)
 
-RUN_ELEMENTS = 32 * GRAIN
-"""Of a tensor that a thread updates before it looks for more to do: a fraction of a millisecond."""
+RUN_ELEMENTS = 16 * GRAIN
+"""Of a tensor that a thread updates before it looks for more to do: some tens of microseconds."""
 
 
-class Kernel(NamedTuple):
+class Kernel:
     """`teacher = keep * teacher + take * student`, compiled. Other threads of Python go on meanwhile."""
 
-    update: Callable[[int, int, int, float, float], None]
-    """Of one run: the addresses of its teacher and its student, the number of elements, keep and take. The elements of
-    both lie in the same order, without a gap."""
+    def __init__(self, fold: int, share: int) -> None:
+        """By the addresses of the module's functions."""
+        arguments = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
+        self._fold = ctypes.CFUNCTYPE(None, *arguments)(fold)
+        self.share = share
+        """The address of what takes that of a _Job, and does of it what no other thread does."""
 
-    share: int
-    """The address of a function that takes a _Job's, and does what of it no other thread does."""
+    def fold(self, teacher: int, count: int, students: Sequence[int], updates: Sequence[tuple[float, float]]) -> None:
+        """Fold several students, at least one, into `count` elements of a teacher, by their addresses.
 
+        `updates` has a student's keep and take each. All elements lie in the same order, without a gap.
+        """
+        places = (ctypes.c_void_p * len(students))(*students)
+        shares = (ctypes.c_float * (2 * len(updates)))(*itertools.chain.from_iterable(updates))
+        self._fold(teacher, count, places, shares, len(students))
+
+
+PIECE_ELEMENTS = 4096
+"""Of a teacher that every student is folded into before the next."""
 
 _RUN_NUMBERS = 3
 
@@ -49,7 +60,7 @@ class _Job(ctypes.Structure):
     )
 
 
-_STUDENTS = {torch.float32: "float", torch.float16: "half", torch.bfloat16: "i16"}
+_STUDENTS = {torch.float16: "half", torch.bfloat16: "i16"}
 """In memory, in LLVM's words."""
 
 # As mul_ and add_ round: the product, and then the rest, which is one multiply-add.
@@ -61,7 +72,6 @@ _LERP = """%distance = fsub float %student, %old
   %new = call float @llvm.fma.f32(float %distance, float %take, float %old)"""
 
 _WIDEN = {
-    torch.float32: "%student = fadd float %stored, -0.0",  # which changes no number
     torch.float16: "%student = fpext half %stored to float",
     # A bfloat16 is a float without its lower half. LLVM's own conversion is slower than a shift.
     torch.bfloat16: """%bits = zext i16 %stored to i32
@@ -71,6 +81,7 @@ _WIDEN = {
 
 _MODULE = """
 declare float @llvm.fma.f32(float, float, float)
+declare i64 @llvm.umin.i64(i64, i64)
 
 ; Not inlined: it would be compiled twice.
 define void @update(ptr noalias %teachers, ptr noalias readonly %students, i64 %count, float %keep, float %take)
@@ -90,6 +101,40 @@ loop:
   %next = add nuw nsw i64 %index, 1
   %goes_on = icmp ult i64 %next, %count
   br i1 %goes_on, label %loop, label %end
+end:
+  ret void
+}}
+
+%Share = type {{ float, float }}
+
+; By pieces of the teacher that stay in the nearest cache while every student's go by.
+define void @fold(ptr %teachers, i64 %count, ptr %all_students, ptr %shares, i64 %num_students) {{
+entry:
+  %is_empty = icmp eq i64 %count, 0
+  br i1 %is_empty, label %end, label %piece
+piece:
+  %begin = phi i64 [ 0, %entry ], [ %stop, %end_of_piece ]
+  %left = sub i64 %count, %begin
+  %elements = call i64 @llvm.umin.i64(i64 %left, i64 {piece})
+  %teacher = getelementptr float, ptr %teachers, i64 %begin
+  br label %one
+one:
+  %number = phi i64 [ 0, %piece ], [ %next, %one ]
+  %students_at = getelementptr ptr, ptr %all_students, i64 %number
+  %keep_at = getelementptr %Share, ptr %shares, i64 %number, i32 0
+  %take_at = getelementptr %Share, ptr %shares, i64 %number, i32 1
+  %students = load ptr, ptr %students_at
+  %keep = load float, ptr %keep_at
+  %take = load float, ptr %take_at
+  %student = getelementptr {stored}, ptr %students, i64 %begin
+  call void @update(ptr %teacher, ptr %student, i64 %elements, float %keep, float %take)
+  %next = add nuw nsw i64 %number, 1
+  %goes_on = icmp ult i64 %next, %num_students
+  br i1 %goes_on, label %one, label %end_of_piece
+end_of_piece:
+  %stop = add nuw nsw i64 %begin, {piece}
+  %is_more = icmp ult i64 %stop, %count
+  br i1 %is_more, label %piece, label %end
 end:
   ret void
 }}
@@ -161,7 +206,7 @@ def _tried_kernel(teacher: torch.dtype, student: torch.dtype, lerp: bool) -> Ker
         return None
 
     def update_(old: torch.Tensor, new: torch.Tensor, keep: float, take: float) -> None:
-        kernel.update(old.data_ptr(), new.data_ptr(), old.numel(), keep, take)
+        kernel.fold(old.data_ptr(), old.numel(), [new.data_ptr()], [(keep, take)])
 
     if has_torchs_bits(update_, torch.device("cpu"), teacher, student, lerp=lerp):
         return kernel
@@ -171,7 +216,7 @@ def _tried_kernel(teacher: torch.dtype, student: torch.dtype, lerp: bool) -> Ker
 
 def _module(student: torch.dtype, *, lerp: bool) -> str:
     arithmetic = _LERP if lerp else _HOOK
-    return _MODULE.format(stored=_STUDENTS[student], widen=_WIDEN[student], arithmetic=arithmetic)
+    return _MODULE.format(stored=_STUDENTS[student], widen=_WIDEN[student], arithmetic=arithmetic, piece=PIECE_ELEMENTS)
 
 
 def _compiled(module: str) -> Kernel:
@@ -192,11 +237,10 @@ def _compiled(module: str) -> Kernel:
     passes.getModulePassManager().run(parsed, passes)
     engine = binding.create_mcjit_compiler(parsed, machine)
     engine.finalize_object()
-    update, share = map(engine.get_function_address, ("update", "share"))
+    fold, share = map(engine.get_function_address, ("fold", "share"))
     # Never unloaded: when a process ends, a thread may still be in there.
     engine.detach()
-    arguments = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_float)
-    return Kernel(ctypes.CFUNCTYPE(None, *arguments)(update), share)
+    return Kernel(fold, share)
 
 
 def update_all_(pairs: Sequence[Pair], keep: float, take: float, *, lerp: bool) -> list[Pair]:
@@ -210,7 +254,6 @@ def update_all_(pairs: Sequence[Pair], keep: float, take: float, *, lerp: bool) 
     if in_threads is None:
         return list(pairs)
     left: list[Pair] = []
-    changed: list[torch.Tensor] = []
     runs: dict[int, array[int]] = {}
     for teacher, student in pairs:
         whole = teacher.numel() // GRAIN * GRAIN
@@ -218,7 +261,8 @@ def update_all_(pairs: Sequence[Pair], keep: float, take: float, *, lerp: bool) 
         if kernel is None:
             left.append((teacher, student))
             continue
-        changed.append(teacher)
+        if not teacher.is_inference():  # so that autograd, which a kernel goes around, tells whom it concerns
+            torch.autograd.graph.increment_version(teacher)
         teacher_at, student_at = teacher.data_ptr(), student.data_ptr()
         own = runs.setdefault(kernel.share, array("q"))
         for begin in range(0, whole, RUN_ELEMENTS):
@@ -229,18 +273,12 @@ def update_all_(pairs: Sequence[Pair], keep: float, take: float, *, lerp: bool) 
     for share, own in runs.items():
         address, size = own.buffer_info()
         job = _Job(0, size // _RUN_NUMBERS, address, keep, take)
-        in_threads(share, ctypes.addressof(job), torch.get_num_threads(), 0)
-    for teacher in changed:
-        if not teacher.is_inference():  # so that autograd, which a kernel goes around, tells whom it concerns
-            torch.autograd.graph.increment_version(teacher)
+        in_threads(share, ctypes.addressof(job), min(torch.get_num_threads(), job.count), 0)
     return left
 
 
 def _kernel_of(teacher: torch.Tensor, student: torch.Tensor, *, lerp: bool) -> Kernel | None:
     if not all(tensor.device.type == "cpu" and tensor.is_contiguous() for tensor in (teacher, student)):
-        return None
-    # Of one dtype torch's lerp is one pass already.
-    if lerp and teacher.dtype is student.dtype:
         return None
     return kernel_for(teacher.dtype, student.dtype, lerp=lerp)
 

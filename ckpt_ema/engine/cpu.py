@@ -7,6 +7,7 @@ in the cache while every student's bytes stream past it, so that memory does not
 from __future__ import annotations
 
 import cmath
+import itertools
 import threading
 import time
 from collections import Counter
@@ -122,12 +123,13 @@ def refold(task: Task, block: Block) -> None:
 
 
 def _worth_compiling(plan: BlockPlan) -> list[tuple[DType, DType]]:
-    """The dtypes of an accumulator and an input that so much is folded of that a kernel pays."""
+    """The dtypes of accumulators and of inputs to be widened that so much is folded of that a kernel pays."""
     counts: Counter[tuple[DType, DType]] = Counter()
     for lane in plan.lanes:
         if lane.action == "average":
             for dtype in lane.input_dtypes[1:]:
-                counts[lane.accumulate_dtype, dtype] += (lane.span[1] - lane.span[0]) * plan.num_teachers
+                if dtype is not lane.accumulate_dtype:
+                    counts[lane.accumulate_dtype, dtype] += (lane.span[1] - lane.span[0]) * plan.num_teachers
     return [dtypes for dtypes, count in counts.items() if count >= COMPILED_UPDATES]
 
 
@@ -170,11 +172,13 @@ class _BlockFolder:
         self._teachers = teachers
         raw, accumulator, widened, span = plan.thread_buffers
         self._raw, self._widened, self._span = Buffer(raw), Buffer(widened), Buffer(span)
+        # Students that a kernel widens need no room for that, and several of them are folded in one pass.
+        self._stages = [self._raw, *self._widened.halves()]
         self._accumulators = [Buffer(accumulator) for _ in teachers]
         self._trash = task.files.new_trash()
         self._extents = extents
-        self._scatters: Scatters = {}
-        """Of the block at hand, for the raw buffer."""
+        self._scatters: dict[int, Scatters] = {}
+        """Of the block at hand, by the addresses of buffers."""
 
         self._reading = self._writing = 0.0
 
@@ -211,24 +215,16 @@ class _BlockFolder:
             accumulators[0].copy_(self._raw.elements(lane.input_dtypes[0], size))
         for accumulator in accumulators[1:]:
             accumulator.copy_(accumulators[0])
-        rows = [accumulator.view(1, -1) for accumulator in accumulators]
-        places = [buffer.address for buffer in self._accumulators]
+        inputs = range(1, len(self._layouts))
         kernels = {dtype: self._kernels.get((lane.accumulate_dtype, dtype)) for dtype in set(lane.input_dtypes)}
-        inputs = zip(self._layouts[1:], self._updates[1:], lane.input_dtypes[1:], strict=True)
-        for layout, updates, dtype in inputs:
-            self._read(layout, block, self._raw)
-            kernel = kernels[dtype]
-            if kernel is not None:
-                for place, (keep, take) in zip(places, updates, strict=True):
-                    kernel.update(place, self._raw.address, size, keep, take)
-                continue
-            student = self._raw.elements(dtype, size)
-            if dtype is not lane.accumulate_dtype:
-                student = self._widened.elements(lane.accumulate_dtype, size).copy_(student)
-            for row, (keep, take) in zip(rows, updates, strict=True):
-                update_(row, student, keep, take)
-            if self._untold_bytes >= TOLD_BYTES:
-                self.tell_progress()
+        for kernel, alike in itertools.groupby(inputs, lambda index: kernels[lane.input_dtypes[index]]):
+            while group := list(itertools.islice(alike, len(self._stages) if kernel else 1)):
+                if kernel:
+                    self._fold_by_kernel(kernel, group, block, size)
+                else:
+                    self._fold_by_torch(group[0], block, accumulators)
+                if self._untold_bytes >= TOLD_BYTES:
+                    self.tell_progress()
         for teacher, accumulator, buffer in zip(self._teachers, accumulators, self._accumulators, strict=True):
             target, finished = accumulator, buffer
             if lane.dtype is not lane.accumulate_dtype:
@@ -237,6 +233,26 @@ class _BlockFolder:
             if not _is_finite(target[:count]):
                 raise NonFiniteBlockError(self._find_origin(block, ~comparable(target[:count]).isfinite()))
             self._write(teacher, block, finished)
+
+    def _fold_by_torch(self, index: int, block: Block, accumulators: Sequence[torch.Tensor]) -> None:
+        """Read one input and fold it into every teacher."""
+        lane = block.lane
+        self._read(self._layouts[index], block, self._raw)
+        student = self._raw.elements(lane.input_dtypes[index], accumulators[0].numel())
+        if student.dtype is not accumulators[0].dtype:
+            student = self._widened.elements(lane.accumulate_dtype, student.numel()).copy_(student)
+        for accumulator, (keep, take) in zip(accumulators, self._updates[index], strict=True):
+            update_(accumulator.view(1, -1), student, keep, take)
+
+    def _fold_by_kernel(self, kernel: Kernel, indices: Sequence[int], block: Block, size: int) -> None:
+        """Read some inputs, no more than there are stages, and fold them into every teacher in one pass."""
+        stages = self._stages[: len(indices)]
+        for index, stage in zip(indices, stages, strict=True):
+            self._read(self._layouts[index], block, stage)
+        students = [stage.address for stage in stages]
+        updates = zip(*(self._updates[index] for index in indices), strict=True)
+        for accumulator, own in zip(self._accumulators, updates, strict=True):
+            kernel.fold(accumulator.address, size, students, own)
 
     def _copy(self, block: Block) -> None:
         lane = block.lane
@@ -265,7 +281,7 @@ class _BlockFolder:
             gather_block(self._files, layout, block, buffer, self._span, self._trash)
         else:
             extents = self._extents.of(layout, block.lane)
-            scatters = self._scatters if buffer is self._raw else {}
+            scatters = self._scatters.setdefault(buffer.address, {})
             extents.read(block.begin, block.end, buffer.bytes[:num_bytes], self._trash, scatters)
         self._reading += time.perf_counter() - started
         self._untold_bytes += num_bytes
