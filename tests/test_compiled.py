@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ckpt_ema import MeanTeacher, Snapshots, reconstruct
-from ckpt_ema.engine import compiled, cpu
+from ckpt_ema.engine import compiled, cpu, llvm_module
 from ckpt_ema.engine.arithmetic import GRAIN, LARGEST_LERP
-from ckpt_ema.engine.compiled import PIECE_ELEMENTS, RUN_ELEMENTS, kernel_for, update_all_, why_not
+from ckpt_ema.engine.compiled import RUN_ELEMENTS, kernel_for, update_all_, why_not
+from ckpt_ema.engine.llvm_module import PIECE_ELEMENTS
 from tests.conftest import assert_same_bits, quiet_fold, save_students
 from tests.test_arithmetic import values
 
@@ -173,7 +174,7 @@ def test_a_kernel_that_rounds_otherwise_is_not_used(
     monkeypatch: pytest.MonkeyPatch, arithmetic: str, student: torch.dtype
 ) -> None:
     """Compared with this torch on this machine, not assumed."""
-    monkeypatch.setattr(compiled, "_HOOK", arithmetic)
+    monkeypatch.setattr(llvm_module, "_HOOK", arithmetic)
     assert why_not(torch.float32, student) == "it rounds in another way than torch"
     assert kernel_for(torch.float32, student) is None
 
@@ -181,7 +182,7 @@ def test_a_kernel_that_rounds_otherwise_is_not_used(
 @pytest.mark.usefixtures("untried")
 def test_a_kernel_that_widens_otherwise_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """A bfloat16's bits in the wrong place."""
-    monkeypatch.setitem(compiled._WIDEN, torch.bfloat16, compiled._WIDEN[torch.bfloat16].replace("16\n", "15\n"))
+    monkeypatch.setitem(llvm_module._WIDEN, torch.bfloat16, llvm_module._WIDEN[torch.bfloat16].replace("16\n", "15\n"))
     assert why_not(torch.float32, torch.bfloat16) == "it rounds in another way than torch"
 
 

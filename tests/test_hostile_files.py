@@ -1015,6 +1015,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "engine.buffers",
         "engine.arithmetic",
         "engine.kernels",
+        "engine.llvm_module",
         "engine.device_plan",
         "engine.workers",
         "provenance",

@@ -1,4 +1,4 @@
-"""The update of a float32 teacher by a 16-bit student on a CPU, in one pass: a loop that LLVM compiles for the machine.
+"""The update of a float32 teacher by 16-bit students on a CPU, in one pass: a loop that LLVM compiles for the machine.
 
 torch has calls of one pass where both have one dtype, and none that widens the student on the way. llvmlite need not be
 installed: where it is missing, fails, or rounds otherwise than torch, nothing is compiled and torch's calls remain.
@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from ckpt_ema.engine import llvm_module
 from ckpt_ema.engine.arithmetic import GRAIN, Pair, has_torchs_bits
 
 OLDEST_LLVM = (20,)
@@ -42,9 +43,6 @@ class Kernel:
         self._fold(teacher, count, places, shares, len(students))
 
 
-PIECE_ELEMENTS = 4096
-"""Of a teacher that every student is folded into before the next."""
-
 _RUN_NUMBERS = 3
 
 
@@ -60,117 +58,6 @@ class _Job(ctypes.Structure):
     )
 
 
-_STUDENTS = {torch.float16: "half", torch.bfloat16: "i16"}
-"""In memory, in LLVM's words."""
-
-# As mul_ and add_ round: the product, and then the rest, which is one multiply-add.
-_HOOK = """%kept = fmul float %old, %keep
-  %new = call float @llvm.fma.f32(float %student, float %take, float %kept)"""
-
-# As torch's lerp does while take is below a half.
-_LERP = """%distance = fsub float %student, %old
-  %new = call float @llvm.fma.f32(float %distance, float %take, float %old)"""
-
-_WIDEN = {
-    torch.float16: "%student = fpext half %stored to float",
-    # A bfloat16 is a float without its lower half. LLVM's own conversion is slower than a shift.
-    torch.bfloat16: """%bits = zext i16 %stored to i32
-  %shifted = shl i32 %bits, 16
-  %student = bitcast i32 %shifted to float""",
-}
-
-_MODULE = """
-declare float @llvm.fma.f32(float, float, float)
-declare i64 @llvm.umin.i64(i64, i64)
-
-; Not inlined: it would be compiled twice.
-define void @update(ptr noalias %teachers, ptr noalias readonly %students, i64 %count, float %keep, float %take)
-    noinline {{
-entry:
-  %is_empty = icmp eq i64 %count, 0
-  br i1 %is_empty, label %end, label %loop
-loop:
-  %index = phi i64 [ 0, %entry ], [ %next, %loop ]
-  %teacher_at = getelementptr float, ptr %teachers, i64 %index
-  %student_at = getelementptr {stored}, ptr %students, i64 %index
-  %old = load float, ptr %teacher_at
-  %stored = load {stored}, ptr %student_at
-  {widen}
-  {arithmetic}
-  store float %new, ptr %teacher_at
-  %next = add nuw nsw i64 %index, 1
-  %goes_on = icmp ult i64 %next, %count
-  br i1 %goes_on, label %loop, label %end
-end:
-  ret void
-}}
-
-%Share = type {{ float, float }}
-
-; By pieces of the teacher that stay in the nearest cache while every student's go by.
-define void @fold(ptr %teachers, i64 %count, ptr %all_students, ptr %shares, i64 %num_students) {{
-entry:
-  %is_empty = icmp eq i64 %count, 0
-  br i1 %is_empty, label %end, label %piece
-piece:
-  %begin = phi i64 [ 0, %entry ], [ %stop, %end_of_piece ]
-  %left = sub i64 %count, %begin
-  %elements = call i64 @llvm.umin.i64(i64 %left, i64 {piece})
-  %teacher = getelementptr float, ptr %teachers, i64 %begin
-  br label %one
-one:
-  %number = phi i64 [ 0, %piece ], [ %next, %one ]
-  %students_at = getelementptr ptr, ptr %all_students, i64 %number
-  %keep_at = getelementptr %Share, ptr %shares, i64 %number, i32 0
-  %take_at = getelementptr %Share, ptr %shares, i64 %number, i32 1
-  %students = load ptr, ptr %students_at
-  %keep = load float, ptr %keep_at
-  %take = load float, ptr %take_at
-  %student = getelementptr {stored}, ptr %students, i64 %begin
-  call void @update(ptr %teacher, ptr %student, i64 %elements, float %keep, float %take)
-  %next = add nuw nsw i64 %number, 1
-  %goes_on = icmp ult i64 %next, %num_students
-  br i1 %goes_on, label %one, label %end_of_piece
-end_of_piece:
-  %stop = add nuw nsw i64 %begin, {piece}
-  %is_more = icmp ult i64 %stop, %count
-  br i1 %is_more, label %piece, label %end
-end:
-  ret void
-}}
-
-%Job = type {{ i64, i64, ptr, float, float }}
-%Run = type {{ ptr, ptr, i64 }}
-
-define void @share(ptr %job) {{
-entry:
-  %count_at = getelementptr %Job, ptr %job, i32 0, i32 1
-  %runs_at = getelementptr %Job, ptr %job, i32 0, i32 2
-  %keep_at = getelementptr %Job, ptr %job, i32 0, i32 3
-  %take_at = getelementptr %Job, ptr %job, i32 0, i32 4
-  %count = load i64, ptr %count_at
-  %runs = load ptr, ptr %runs_at
-  %keep = load float, ptr %keep_at
-  %take = load float, ptr %take_at
-  br label %look
-look:
-  %mine = atomicrmw add ptr %job, i64 1 monotonic
-  %is_there = icmp ult i64 %mine, %count
-  br i1 %is_there, label %do, label %end
-do:
-  %teachers_at = getelementptr %Run, ptr %runs, i64 %mine, i32 0
-  %students_at = getelementptr %Run, ptr %runs, i64 %mine, i32 1
-  %elements_at = getelementptr %Run, ptr %runs, i64 %mine, i32 2
-  %teachers = load ptr, ptr %teachers_at
-  %students = load ptr, ptr %students_at
-  %elements = load i64, ptr %elements_at
-  call void @update(ptr %teachers, ptr %students, i64 %elements, float %keep, float %take)
-  br label %look
-end:
-  ret void
-}}
-"""
-
 _Kind = tuple[torch.dtype, torch.dtype, bool]
 
 _kernels: dict[_Kind, Kernel | None] = {}
@@ -181,7 +68,7 @@ def kernel_for(teacher: torch.dtype, student: torch.dtype, *, lerp: bool = False
     """What does `mul_(keep).add_(student, alpha=take)`, or `lerp_(student, take)` up to LARGEST_LERP, in one pass.
 
     With the bits that torch's calls give whole GRAINs. None where there is no such kernel; `why_not` tells. It is made
-    and tried once, which takes some 40 ms for the first and 15 for others.
+    and tried once, which takes 40 ms of a processor for the first, less for others.
     """
     kind = (teacher, student, lerp)
     if kind not in _kernels:
@@ -196,11 +83,11 @@ def why_not(teacher: torch.dtype, student: torch.dtype, *, lerp: bool = False) -
 
 def _tried_kernel(teacher: torch.dtype, student: torch.dtype, lerp: bool) -> Kernel | None:
     kind = (teacher, student, lerp)
-    if teacher is not torch.float32 or student not in _STUDENTS:
+    if teacher is not torch.float32 or student not in llvm_module.STUDENTS:
         _reasons[kind] = f"it is not made for {teacher} and {student}"
         return None
     try:
-        kernel = _compiled(_module(student, lerp=lerp))
+        kernel = _compiled(llvm_module.text(student, lerp=lerp))
     except Exception as error:  # no llvmlite, or one of another age, a processor it does not know: whatever it is
         _reasons[kind] = f"{type(error).__name__}: {error}"
         return None
@@ -212,11 +99,6 @@ def _tried_kernel(teacher: torch.dtype, student: torch.dtype, lerp: bool) -> Ker
         return kernel
     _reasons[kind] = "it rounds in another way than torch"
     return None
-
-
-def _module(student: torch.dtype, *, lerp: bool) -> str:
-    arithmetic = _LERP if lerp else _HOOK
-    return _MODULE.format(stored=_STUDENTS[student], widen=_WIDEN[student], arithmetic=arithmetic, piece=PIECE_ELEMENTS)
 
 
 def _compiled(module: str) -> Kernel:
