@@ -533,6 +533,7 @@ def draw_growth(figures: dict[str, Any], path: Path) -> None:
 FOLD_BARS = {
     "floor": "read + write only",
     "fold": "ckpt-ema fold",
+    "fold without llvmlite": "without llvmlite",
     "loop": "load_file loop",
     "AveragedModel": "AveragedModel",
     "mergekit": "mergekit linear",
@@ -546,7 +547,7 @@ CUDA_BARS = {
     "AveragedModel on the GPU": "AveragedModel on the GPU",
     "mergekit on the GPU": "mergekit linear on the GPU",
 }
-OURS = ("fold", "fold on the GPU", "fold on the CPU")
+OURS = ("fold", "fold without llvmlite", "fold on the GPU", "fold on the CPU")
 FLOORS = ("floor", "pinned copy", "read and write")
 
 
