@@ -379,8 +379,8 @@ def _lane(
 def buffer_bytes_per_element(lane: Lane) -> tuple[int, int, int, int]:
     """What a thread's four buffers need per element of a block.
 
-    The raw bytes of a student, the accumulator, the student widened to the accumulator's dtype, and the span that
-    the elements of a scattered tensor are gathered from.
+    The raw bytes of a student, the accumulator, the student widened to the accumulator's dtype (where a kernel widens
+    it, two more students of half that size), and the span that a scattered tensor's elements are gathered from.
     """
     raw = max(lane.student_dtype.itemsize, lane.dtype.itemsize, lane.input_itemsize)
     span = raw if lane.is_scattered else 0

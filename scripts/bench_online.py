@@ -94,7 +94,7 @@ def _candidates(model: str, dtype: str, device: str) -> dict[str, Callable[[], o
         updates[label] = teacher.update
     if device == "cuda":
         updates |= _more_on_a_gpu(student)
-    else:
+    elif dtype == "bfloat16":  # it has a part in 16-bit students' alone
         updates |= _without_llvmlite(student)
     updates["the hook's mul_/add_ loop"] = literal
     if dtype == "float32":  # the others keep their average in the student's dtype

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import sys
 import threading
@@ -17,11 +18,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ckpt_ema import MeanTeacher, Snapshots, reconstruct
+from ckpt_ema.dtypes import BY_NAME
 from ckpt_ema.engine import compiled, cpu, llvm_module
-from ckpt_ema.engine.arithmetic import GRAIN, LARGEST_LERP
-from ckpt_ema.engine.compiled import RUN_ELEMENTS, kernel_for, update_all_, why_not
+from ckpt_ema.engine.arithmetic import GRAIN, LARGEST_LERP, Pair
+from ckpt_ema.engine.buffers import Buffer
+from ckpt_ema.engine.compiled import STRETCH_ELEMENTS, find_kernel, update_all_, why_not
 from ckpt_ema.engine.llvm_module import PIECE_ELEMENTS
-from tests.conftest import assert_same_bits, quiet_fold, save_students
+from ckpt_ema.online import rule
+from tests.conftest import assert_same_bits, quiet_fold
 from tests.test_arithmetic import values
 
 pytest.importorskip("llvmlite", reason="needs llvmlite")
@@ -32,8 +36,7 @@ STUDENTS = (torch.bfloat16, torch.float16)
 @pytest.fixture
 def untried(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a process that has compiled nothing yet."""
-    monkeypatch.setattr(compiled, "_reasons", {})
-    monkeypatch.setattr(compiled, "_kernels", {})
+    monkeypatch.setattr(compiled, "_found", {})
 
 
 @pytest.fixture(params=[1, 2, 3, 5])
@@ -52,7 +55,7 @@ def num_threads(request: pytest.FixtureRequest) -> Iterator[int]:
 @settings(max_examples=20, deadline=None)
 def test_an_update_has_the_bits_of_the_hooks_two_calls(keep: float, take: float, student: torch.dtype) -> None:
     """Of numbers of any size, infinities and NaN included."""
-    kernel = kernel_for(torch.float32, student)
+    kernel = find_kernel(torch.float32, student)
     assert kernel is not None, why_not(torch.float32, student)
     found, new = values(2, torch.float32), values(3, student)
     expected = found.clone().mul_(keep).add_(new.float(), alpha=take)
@@ -67,7 +70,7 @@ def test_an_update_has_the_bits_of_the_hooks_two_calls(keep: float, take: float,
 @settings(max_examples=20, deadline=None)
 def test_below_a_half_it_has_the_bits_of_lerp(take: float, student: torch.dtype) -> None:
     """As torch computes it there; above LARGEST_LERP it may count from the other end."""
-    kernel = kernel_for(torch.float32, student, lerp=True)
+    kernel = find_kernel(torch.float32, student, lerp=True)
     assert kernel is not None, why_not(torch.float32, student, lerp=True)
     found, new = values(2, torch.float32), values(3, student)
     expected = found.clone().lerp_(new.float(), take)
@@ -85,25 +88,25 @@ def test_any_number_of_elements_is_folded_and_none_behind_them(
     num_students: int, count: int, student: torch.dtype
 ) -> None:
     """Whole pieces and vectors, and what is left; every student in its turn."""
-    kernel = kernel_for(torch.float32, student)
+    kernel = find_kernel(torch.float32, student)
     assert kernel is not None
     found = torch.randn(3 * PIECE_ELEMENTS)
     news = [torch.randn(3 * PIECE_ELEMENTS).to(student) for _ in range(num_students)]
     updates = [(1 - 0.1 * number, 0.1 * number) for number in range(1, num_students + 1)]
-    before = found.clone()
-    kernel.fold(found.data_ptr(), count, [new.data_ptr() for new in news], updates)
-    exact = before[:count].double()
+    expected = found.clone()
+    whole = found.clone()
     for new, (keep, take) in zip(news, updates, strict=True):
-        exact = exact * keep + new[:count].double() * take
-    assert torch.allclose(found[:count].double(), exact, rtol=1e-6, atol=1e-6)
-    assert torch.equal(found[count:], before[count:])
+        whole.mul_(keep).add_(new.float(), alpha=take)
+    expected[:count] = whole[:count]
+    kernel.fold(found.data_ptr(), count, [new.data_ptr() for new in news], updates)
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("student", STUDENTS)
 @pytest.mark.parametrize("lerp", [False, True])
 def test_every_element_of_many_tensors_is_updated_once(num_threads: int, student: torch.dtype, lerp: bool) -> None:
     """By the kernel or, of what comes back, by torch; on any number of threads."""
-    sizes = (1, GRAIN - 1, GRAIN, 2 * GRAIN + 77, RUN_ELEMENTS + 5 * GRAIN, 0, 3 * RUN_ELEMENTS)
+    sizes = (1, GRAIN - 1, GRAIN, 2 * GRAIN + 77, STRETCH_ELEMENTS + 5 * GRAIN, 0, 3 * STRETCH_ELEMENTS)
     found = [torch.randn(size) for size in sizes]
     news = [torch.randn(size).to(student) for size in sizes]
     found.append(torch.randn(4, GRAIN).t())
@@ -125,24 +128,101 @@ def test_every_element_of_many_tensors_is_updated_once(num_threads: int, student
     assert sum(sizes) + 4 * GRAIN - sum(old.numel() for old, _ in left) == (1 + 2 + 21 + 48) * GRAIN
 
 
-def test_what_is_left_to_torch_comes_back_untouched() -> None:
-    """Of one dtype, or of others; on other devices; and with something between the elements."""
-    shape = (2, GRAIN)
-    pairs = [
-        (torch.zeros(shape, dtype=torch.float64), torch.ones(shape)),
-        (torch.zeros(shape, dtype=torch.bfloat16), torch.ones(shape)),
-        (torch.zeros(shape, dtype=torch.complex64), torch.ones(shape)),
-        (torch.zeros(shape), torch.ones(shape, dtype=torch.int16)),
-        (torch.zeros(shape), torch.ones(shape, dtype=torch.float8_e4m3fn)),
-        (torch.zeros(shape), torch.ones(shape)),
-        (torch.zeros(shape), torch.ones(4, GRAIN, dtype=torch.bfloat16)[::2]),
-        (torch.zeros(4, GRAIN)[::2], torch.ones(shape, dtype=torch.bfloat16)),
-        (torch.zeros(shape, device="meta"), torch.ones(shape, dtype=torch.bfloat16, device="meta")),
-    ]
-    assert [(id(old), id(new)) for old, new in update_all_(pairs, 0.5, 0.5, lerp=False)] == [
-        (id(old), id(new)) for old, new in pairs
-    ]
-    assert not any(old.double().any() for old, _ in pairs[:2] + pairs[3:-1])
+class Wrapped(torch.Tensor):
+    """As quantised weights are: a dtype and a shape, and the numbers elsewhere."""
+
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor) -> Wrapped:
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)  # type: ignore[attr-defined]
+
+    @classmethod
+    def __torch_dispatch__(cls, *_: Any, **__: Any) -> Any:
+        raise NotImplementedError
+
+
+def freed(tensor: torch.Tensor) -> torch.Tensor:
+    """Its memory given back, as some offload parameters."""
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+ONES = torch.ones(2, GRAIN, dtype=torch.bfloat16)
+LEFT = {
+    "float64 teacher": lambda: (torch.zeros(2, GRAIN, dtype=torch.float64), ONES),
+    "bfloat16 teacher": lambda: (torch.zeros(2, GRAIN, dtype=torch.bfloat16), ONES),
+    "complex teacher": lambda: (torch.zeros(2, GRAIN, dtype=torch.complex64), ONES),
+    "integers": lambda: (torch.zeros(2, GRAIN), ONES.to(torch.int16)),
+    "8 bits": lambda: (torch.zeros(2, GRAIN), ONES.to(torch.float8_e4m3fn)),
+    "one dtype": lambda: (torch.zeros(2, GRAIN), ONES.float()),
+    "too small": lambda: (torch.zeros(GRAIN - 1), ONES[0, 1:]),
+    "gaps in the student": lambda: (torch.zeros(2, GRAIN), ONES.repeat(2, 1)[::2]),
+    "gaps in the teacher": lambda: (torch.zeros(4, GRAIN)[::2], ONES),
+    "transposed": lambda: (torch.zeros(2, GRAIN), ONES.t().contiguous().t()),
+    "other shape": lambda: (torch.zeros(2, GRAIN), ONES[0]),
+    "another device": lambda: (torch.zeros(2, GRAIN, device="meta"), ONES.to("meta")),
+    "a class of its own": lambda: (torch.zeros(2, GRAIN), Wrapped(ONES)),
+    "no memory": lambda: (torch.zeros(2, GRAIN), freed(ONES.clone())),
+    "no memory for the teacher": lambda: (freed(torch.zeros(2, GRAIN)), ONES),
+    "negative": lambda: (torch.zeros(2, GRAIN), torch._neg_view(ONES)),
+    "sparse": lambda: (torch.zeros(2, GRAIN), ONES.to_sparse()),
+}
+
+
+@pytest.mark.parametrize("case", LEFT)
+def test_what_is_left_to_torch_comes_back_untouched(case: str) -> None:
+    """Whatever is not just numbers of the right dtypes in a row; torch computes or refuses it."""
+    pair = LEFT[case]()
+    served = torch.zeros(2, GRAIN), ONES
+    version = pair[0]._version
+    left = update_all_([pair, served], 0.5, 0.5, lerp=False)
+    assert len(left) == 1
+    assert left[0][0] is pair[0]
+    assert left[0][1] is pair[1]
+    assert pair[0]._version == version
+    assert served[0].eq(0.5).all()
+
+
+def test_teachers_that_overlap_are_updated_one_after_the_other() -> None:
+    """Two threads would be at the same elements, in any order."""
+    flat = torch.zeros(3 * GRAIN)
+    pairs = [(flat[: 2 * GRAIN], ONES.view(-1)), (flat[GRAIN:], ONES.view(-1))]
+    assert update_all_(pairs, 0.5, 0.5, lerp=False) == pairs
+    assert not flat.any()
+    assert not update_all_([(flat[:GRAIN], ONES[0]), (flat[GRAIN : 2 * GRAIN], ONES[0])], 0.5, 0.5, lerp=False)
+
+
+def test_channels_may_be_last() -> None:
+    """Of both; the elements behind the last GRAIN are those behind it in memory."""
+    shape = (7, 96, 9, 11)
+    assert torch.Size(shape).numel() % GRAIN
+    teacher = torch.randn(shape).to(memory_format=torch.channels_last)
+    student = torch.randn(shape).bfloat16().to(memory_format=torch.channels_last)
+    expected = teacher.clone().mul_(0.75).add_(student.float(), alpha=0.25)
+    ((old, new),) = update_all_([(teacher, student)], 0.75, 0.25, lerp=False)
+    assert old.numel() == torch.Size(shape).numel() % GRAIN
+    old.mul_(0.75).add_(new.float(), alpha=0.25)
+    assert torch.equal(teacher, expected)
+
+
+def test_threads_of_python_may_update_at_once() -> None:
+    """A teacher in host memory and one beside the student are, in threads of their own."""
+    teachers = [torch.zeros(9 * STRETCH_ELEMENTS) for _ in range(4)]
+    student = torch.randn(9 * STRETCH_ELEMENTS).bfloat16()
+
+    def work(teacher: torch.Tensor) -> None:
+        for _ in range(10):
+            assert not update_all_([(teacher, student)], 0.9, 0.1, lerp=False)
+
+    threads = [threading.Thread(target=work, args=(teacher,)) for teacher in teachers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    expected = torch.zeros_like(teachers[0])
+    for _ in range(10):
+        expected.mul_(0.9).add_(student.float(), alpha=0.1)
+    for teacher in teachers:
+        assert torch.equal(teacher, expected)
 
 
 def test_autograd_is_told_what_a_kernel_changed() -> None:
@@ -176,28 +256,62 @@ def test_a_kernel_that_rounds_otherwise_is_not_used(
     """Compared with this torch on this machine, not assumed."""
     monkeypatch.setattr(llvm_module, "_HOOK", arithmetic)
     assert why_not(torch.float32, student) == "it rounds in another way than torch"
-    assert kernel_for(torch.float32, student) is None
+    assert find_kernel(torch.float32, student) is None
 
 
 @pytest.mark.usefixtures("untried")
 def test_a_kernel_that_widens_otherwise_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """A bfloat16's bits in the wrong place."""
-    monkeypatch.setitem(llvm_module._WIDEN, torch.bfloat16, llvm_module._WIDEN[torch.bfloat16].replace("16\n", "15\n"))
+    stored, widen = llvm_module.STUDENTS[torch.bfloat16]
+    monkeypatch.setitem(llvm_module.STUDENTS, torch.bfloat16, (stored, widen.replace("16\n", "15\n")))
     assert why_not(torch.float32, torch.bfloat16) == "it rounds in another way than torch"
 
 
-@pytest.fixture(params=["no llvmlite", "an old one", "no OpenMP"])
+def raise_memory_error(*_: object, **__: object) -> bool:
+    raise RuntimeError("not enough memory")
+
+
+@pytest.fixture(params=["no llvmlite", "an old one", "no OpenMP", "no memory for its trial"])
 def without(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, untried: None) -> str:
     """What a kernel needs is missing."""
     if request.param == "no llvmlite":
         monkeypatch.setitem(sys.modules, "llvmlite", None)
     elif request.param == "no OpenMP":
-        monkeypatch.setattr(compiled, "_in_torchs_threads", lambda: None)
+        monkeypatch.setattr(compiled, "_find_torchs_parallel", lambda: None)
+    elif request.param == "no memory for its trial":
+        monkeypatch.setattr(compiled, "has_torchs_bits", raise_memory_error)
     else:
         from llvmlite import binding
 
         monkeypatch.setattr(binding, "llvm_version_info", (15, 0, 7))
     return str(request.param)
+
+
+def online_teacher(dtype: torch.dtype, **options: Any) -> dict[str, torch.Tensor]:
+    """Of a student with a large and a small tensor, after some updates."""
+    torch.manual_seed(0)
+    student = nn.Linear(1000, 333).to(dtype)
+    made = MeanTeacher(student, **options)
+    for _ in range(4):
+        with torch.no_grad():
+            for parameter in student.parameters():
+                parameter.normal_()
+        made.update()
+    return made.tensors()
+
+
+@pytest.fixture
+def num_served(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many elements each online update left to kernels."""
+    counts: list[int] = []
+
+    def count(pairs: list[Pair], keep: float, take: float, *, lerp: bool) -> list[Pair]:
+        left = update_all_(pairs, keep, take, lerp=lerp)
+        counts.append(sum(old.numel() for old, _ in pairs) - sum(old.numel() for old, _ in left))
+        return left
+
+    monkeypatch.setattr(rule, "update_all_", count)
+    return counts
 
 
 @pytest.mark.parametrize("arithmetic", ["hook", "lerp"])
@@ -206,21 +320,30 @@ def test_online_the_bits_are_the_same_without(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, arithmetic: Any, without: str
 ) -> None:
     """For every dtype of a student, whatever is missing."""
-    torch.manual_seed(0)
-    student = nn.Linear(1000, 333).to(dtype)
-    students = [{name: torch.randn_like(one) for name, one in student.state_dict().items()} for _ in range(4)]
-
-    def teacher() -> dict[str, torch.Tensor]:
-        made = MeanTeacher(student, momentum=0.01, arithmetic=arithmetic)
-        for state in students:
-            student.load_state_dict(state)
-            made.update()
-        return made.tensors()
-
-    poor = teacher()
-    assert not any(compiled._kernels.values())
+    poor = online_teacher(dtype, momentum=0.01, arithmetic=arithmetic)
+    assert not any(isinstance(found, compiled.Kernel) for found in compiled._found.values()), without
     monkeypatch.undo()
-    assert_same_bits(poor, teacher())
+    rich = online_teacher(dtype, momentum=0.01, arithmetic=arithmetic)
+    assert isinstance(compiled._found[torch.float32, dtype, arithmetic == "lerp"], compiled.Kernel)
+    assert_same_bits(poor, rich)
+
+
+@pytest.mark.parametrize("momentum", [0.1, 0.4999999999, 0.5, 0.9])
+def test_online_lerp_has_torchs_bits_on_both_sides_of_a_half(momentum: float, num_served: list[int]) -> None:
+    """From there on torch counts from the other end, and as a float32 what is very near to a half is one."""
+    torch.manual_seed(0)
+    student = nn.Linear(1000, 333).bfloat16()
+    with pytest.warns(UserWarning, match="momentum") if momentum > 0.5 else contextlib.nullcontext():
+        teacher = MeanTeacher(student, momentum=momentum, arithmetic="lerp")
+    teacher.update()
+    expected = {name: tensor.clone() for name, tensor in teacher.tensors().items()}
+    with torch.no_grad():
+        for name, parameter in student.named_parameters():
+            parameter.normal_()
+            expected[name].lerp_(parameter.float(), momentum)
+    teacher.update()
+    assert_same_bits(teacher.tensors(), expected)
+    assert num_served == ([10 * GRAIN] if momentum < 0.4 else [])
 
 
 @pytest.mark.usefixtures("untried")
@@ -238,7 +361,7 @@ def test_without_llvmlite_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Everything is worth a kernel; how many students each call of one folds."""
     made: list[int] = []
-    original = kernel_for
+    original = find_kernel
 
     def counted(teacher: torch.dtype, student: torch.dtype) -> Any:
         kernel = original(teacher, student)
@@ -254,8 +377,10 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         kernel.fold = told  # type: ignore[method-assign]
         return kernel
 
+    for dtype in STUDENTS:  # so that they are there from the first block on
+        original(torch.float32, dtype)
     monkeypatch.setattr(cpu, "COMPILED_UPDATES", 1)
-    monkeypatch.setattr(cpu, "kernel_for", counted)
+    monkeypatch.setattr(cpu, "find_kernel", counted)
     return made
 
 
@@ -285,12 +410,10 @@ def test_a_fold_has_the_bytes_that_torchs_calls_make(
         torch.manual_seed(number)
         students = {"one": torch.randn(300, 301).to(dtype), "other": torch.randn(77).to(dtype)}
         save_file(students, run / f"step_{number}.safetensors")
-    for student in STUDENTS:
-        kernel_for(torch.float32, student)
     found = folded(tmp_path / "found", **options)
     # Of six students behind the first, three at a time.
     assert set(calls) == ({3} if dtype in STUDENTS and "accumulate" not in options else set())
-    monkeypatch.setattr(cpu, "kernel_for", lambda *_: None)
+    monkeypatch.setattr(cpu, "find_kernel", lambda *_: None)
     num_calls = len(calls)
     expected = folded(tmp_path / "expected", **options)
     assert len(calls) == num_calls
@@ -307,8 +430,9 @@ def test_while_a_kernel_is_compiled_the_fold_goes_on(
     for number in range(3):
         torch.manual_seed(number)
         save_file({"weight": torch.randn(600_000).bfloat16()}, run / f"step_{number}.safetensors")
+    monkeypatch.setattr(compiled, "_found", {})
     half_way, compiled_by_then = threading.Event(), threading.Event()
-    counted = cpu.kernel_for
+    counted = cpu.find_kernel
 
     def slowly(*dtypes: torch.dtype) -> Any:
         half_way.wait(20)
@@ -323,20 +447,73 @@ def test_while_a_kernel_is_compiled_the_fold_goes_on(
             half_way.set()
             compiled_by_then.wait(20)
 
-    monkeypatch.setattr(cpu, "kernel_for", slowly)
+    monkeypatch.setattr(cpu, "find_kernel", slowly)
     quiet_fold(run, tmp_path / "found.safetensors", momentum=0.3, memory_budget_bytes=1 << 17, progress=progress)
     assert half_way.is_set()
     assert calls
-    monkeypatch.setattr(cpu, "kernel_for", lambda *_: None)
+    monkeypatch.setattr(cpu, "find_kernel", lambda *_: None)
     quiet_fold(run, tmp_path / "expected.safetensors", momentum=0.3)
     assert_same_bits(load_file(tmp_path / "found.safetensors"), load_file(tmp_path / "expected.safetensors"))
 
 
-def test_a_short_fold_compiles_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, untried: None) -> None:
-    """It would be done before; and what is copied needs no kernel."""
-    save_students(tmp_path / "run", 3)
-    quiet_fold(tmp_path / "run", tmp_path / "teacher.safetensors")
-    assert not compiled._kernels
+@pytest.mark.usefixtures("untried")
+def test_only_what_pays_is_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what is averaged; a short fold would be done before."""
+    run = tmp_path / "run"
+    run.mkdir()
+    for number in range(3):
+        model = {"weight": torch.randn(1000).bfloat16(), "running_mean": torch.randn(5000).half()}
+        save_file(model, run / f"step_{number}.safetensors")
+    quiet_fold(run, tmp_path / "teacher.safetensors")
+    for worth in (2001, 2000):
+        assert not compiled._found
+        monkeypatch.setattr(cpu, "COMPILED_UPDATES", worth)
+        quiet_fold(run, tmp_path / "teacher.safetensors", overwrite=True)
+    assert list(compiled._found) == [(torch.float32, torch.bfloat16, False)]
+
+
+def test_a_kernel_that_cannot_be_tried_fails_no_fold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without: str
+) -> None:
+    """Torch's calls do it, to the same bytes."""
+    run = tmp_path / "run"
+    run.mkdir()
+    for number in range(3):
+        torch.manual_seed(number)
+        save_file({"weight": torch.randn(5000).bfloat16()}, run / f"step_{number}.safetensors")
+    monkeypatch.setattr(cpu, "COMPILED_UPDATES", 1)
+    quiet_fold(run, tmp_path / "found.safetensors", momentum=0.3)
+    monkeypatch.undo()
+    quiet_fold(run, tmp_path / "expected.safetensors", momentum=0.3)
+    assert_same_bits(load_file(tmp_path / "found.safetensors"), load_file(tmp_path / "expected.safetensors"))
+
+
+def test_inputs_are_taken_together_where_one_kernel_serves_them() -> None:
+    """In their order, up to three; the first is the teacher, and what has no kernel comes alone."""
+    one, other = (find_kernel(torch.float32, student) for student in STUDENTS)
+    kernels = [one, one, one, one, one, None, None, one, other, other]
+    assert list(cpu.batches(kernels, 3)) == [
+        (one, [1, 2, 3]),
+        (one, [4]),
+        (None, [5]),
+        (None, [6]),
+        (one, [7]),
+        (other, [8, 9]),
+    ]
+    assert not list(cpu.batches([one], 3))
+
+
+def test_halves_of_a_buffer_share_its_memory_and_no_more() -> None:
+    """What is written into one is not in the other, by bytes or by elements."""
+    buffer = Buffer(4096)
+    bfloat16 = BY_NAME["bfloat16"]
+    buffer.elements(bfloat16, 2048).zero_()
+    left, right = buffer.split()
+    left.elements(bfloat16, 1024).fill_(1)
+    right.bytes[:2] = b"\x00\x40"
+    assert buffer.elements(bfloat16, 2048).tolist() == [1.0] * 1024 + [2.0] + [0.0] * 1023
+    assert [left.address, right.address] == [buffer.address, buffer.address + 2048]
+    assert len(left.bytes) == len(right.bytes) == 2048
 
 
 def test_averages_of_another_dtype_are_folded_in_their_turn(
@@ -353,11 +530,9 @@ def test_averages_of_another_dtype_are_folded_in_their_turn(
         teacher.update()
         if step % 3 == 0:
             save_file(student.state_dict(), tmp_path / "run" / f"step_{step}.safetensors")
-    for dtype in STUDENTS:
-        kernel_for(torch.float32, dtype)
     teachers = []
-    for kernels in (cpu.kernel_for, lambda *_: None):
-        monkeypatch.setattr(cpu, "kernel_for", kernels)
+    for kernels in (cpu.find_kernel, lambda *_: None):
+        monkeypatch.setattr(cpu, "find_kernel", kernels)
         path = tmp_path / f"{len(teachers)}.safetensors"
         reconstruct(tmp_path / "run", path, momentum=0.05, announce=lambda plan: None)
         teachers.append(load_file(path))

@@ -13,7 +13,8 @@ SMALLEST_KEEP = 1e-30
 CHECKED_ELEMENTS = 64 * ELEMENT_MULTIPLE
 
 GRAIN = 32768
-"""Elements that torch gives a thread at least, a multiple of every vector: whole ones of these it rounds alike."""
+"""Elements that torch gives a thread at least, a multiple of every vector: whole ones of these it rounds alike, since
+borders between its threads fall on them."""
 
 TRIED_ELEMENTS = 2 * GRAIN
 """Enough that any other rounding shows in thousands of them."""
@@ -118,3 +119,11 @@ def sign_of_finiteness(elements: torch.Tensor) -> torch.Tensor:
 def comparable(elements: torch.Tensor) -> torch.Tensor:
     """8-bit floats know no arithmetic; float32 holds all of them."""
     return elements.float() if elements.dtype.itemsize == 1 else elements
+
+
+def is_dense(tensor: torch.Tensor) -> bool:
+    """Whether its elements lie without a gap: row by row, or with the channels last."""
+    if tensor.is_contiguous():
+        return True
+    channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.dim())
+    return channels_last is not None and tensor.is_contiguous(memory_format=channels_last)

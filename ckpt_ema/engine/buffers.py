@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import ctypes
 
 import torch
@@ -33,19 +32,22 @@ class Buffer:
             memory = bytearray(size)
             self.tensor = torch.frombuffer(memory, dtype=torch.uint8)
             self.bytes = memoryview(memory)
-        self.address = self.tensor.data_ptr()
         self._views: dict[tuple[DType, int], torch.Tensor] = {}
 
-    def halves(self) -> list[Buffer]:
-        """Two of half the size in the same memory."""
+    def split(self) -> list[Buffer]:
+        """Its two halves, in the same memory."""
         size = len(self.bytes) // 2
-        halves = []
-        for begin in (0, size):
-            half = copy.copy(self)
-            half.bytes, half.tensor = self.bytes[begin : begin + size], self.tensor[begin : begin + size]
-            half.address, half._views = self.address + begin, {}
-            halves.append(half)
-        return halves
+        return [self._part(0, size), self._part(size, 2 * size)]
+
+    def _part(self, begin: int, end: int) -> Buffer:
+        part = Buffer.__new__(Buffer)
+        part.tensor, part.bytes, part._views = self.tensor[begin:end], self.bytes[begin:end], {}
+        return part
+
+    @property
+    def address(self) -> int:
+        """Of the first byte."""
+        return self.tensor.data_ptr()
 
     def elements(self, dtype: DType, count: int) -> torch.Tensor:
         """The first `count` elements of `dtype`, shape [count]."""

@@ -6,6 +6,7 @@ installed: where it is missing, fails, or rounds otherwise than torch, nothing i
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import itertools
@@ -15,93 +16,106 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ckpt_ema.engine import llvm_module
-from ckpt_ema.engine.arithmetic import GRAIN, Pair, has_torchs_bits
+from ckpt_ema.engine.arithmetic import GRAIN, Pair, has_torchs_bits, is_dense
 
 OLDEST_LLVM = (20,)
+"""Of llvmlite 0.45."""
 
-RUN_ELEMENTS = 16 * GRAIN
-"""Of a tensor that a thread updates before it looks for more to do: some tens of microseconds."""
+STRETCH_ELEMENTS = 16 * GRAIN
+"""Elements that a thread updates before it asks for more: some tens of microseconds."""
 
 
 class Kernel:
     """`teacher = keep * teacher + take * student`, compiled. Other threads of Python go on meanwhile."""
 
-    def __init__(self, fold: int, share: int) -> None:
+    def __init__(self, fold: int, update_many: int) -> None:
         """By the addresses of the module's functions."""
         arguments = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
         self._fold = ctypes.CFUNCTYPE(None, *arguments)(fold)
-        self.share = share
-        """The address of what takes that of a _Job, and does of it what no other thread does."""
+        self.update_many = update_many
+        """Address of a function that takes a _Job's and updates its stretches until none is left; for any number of
+        threads at once."""
 
     def fold(self, teacher: int, count: int, students: Sequence[int], updates: Sequence[tuple[float, float]]) -> None:
         """Fold several students, at least one, into `count` elements of a teacher, by their addresses.
 
         `updates` has a student's keep and take each. All elements lie in the same order, without a gap.
         """
-        places = (ctypes.c_void_p * len(students))(*students)
-        shares = (ctypes.c_float * (2 * len(updates)))(*itertools.chain.from_iterable(updates))
-        self._fold(teacher, count, places, shares, len(students))
-
-
-_RUN_NUMBERS = 3
+        addresses = (ctypes.c_void_p * len(students))(*students)
+        numbers = (ctypes.c_float * (2 * len(updates)))(*itertools.chain.from_iterable(updates))
+        self._fold(teacher, count, addresses, numbers, len(students))
 
 
 class _Job(ctypes.Structure):
-    """Many runs for several threads: each of the numbered ones is its addresses and its number of elements."""
+    """What every thread is given: stretches, and the number of the next one that none has taken."""
 
     _fields_ = (
-        ("next", ctypes.c_int64),
+        ("next", ctypes.c_int64),  # first: the module counts at the job's own address
         ("count", ctypes.c_int64),
-        ("runs", ctypes.c_void_p),
+        ("stretches", ctypes.c_void_p),
         ("keep", ctypes.c_float),
         ("take", ctypes.c_float),
     )
 
 
+_Stretch = tuple[int, int, int]
+"""The addresses of a teacher's elements and of a student's, and their number; three int64 to the module."""
+
 _Kind = tuple[torch.dtype, torch.dtype, bool]
+"""A teacher's dtype, a student's, and whether it is lerp's arithmetic."""
 
-_kernels: dict[_Kind, Kernel | None] = {}
-_reasons: dict[_Kind, str] = {}
+_found: dict[_Kind, Kernel | str] = {}
+"""Or the reason why there is none."""
 
 
-def kernel_for(teacher: torch.dtype, student: torch.dtype, *, lerp: bool = False) -> Kernel | None:
-    """What does `mul_(keep).add_(student, alpha=take)`, or `lerp_(student, take)` up to LARGEST_LERP, in one pass.
+def is_made_for(teacher: torch.dtype, student: torch.dtype) -> bool:
+    """Whether there may be a kernel."""
+    return teacher is torch.float32 and student in llvm_module.STUDENTS
 
-    With the bits that torch's calls give whole GRAINs. None where there is no such kernel; `why_not` tells. It is made
-    and tried once, which takes 40 ms of a processor for the first, less for others.
+
+def is_tried(teacher: torch.dtype, student: torch.dtype) -> bool:
+    """Whether `find_kernel` answers at once."""
+    return (teacher, student, False) in _found
+
+
+def find_kernel(teacher: torch.dtype, student: torch.dtype, *, lerp: bool = False) -> Kernel | None:
+    """The kernel for a teacher and a student of these dtypes; None where there is none, `why_not` tells why.
+
+    It does what `mul_(keep).add_(student, alpha=take)` does, or `lerp_(student, take)` up to LARGEST_LERP, with the
+    bits that torch gives whole GRAINs. It is made and tried once, which takes 40 ms of a processor for the first, less
+    for others.
     """
     kind = (teacher, student, lerp)
-    if kind not in _kernels:
-        _kernels[kind] = _tried_kernel(*kind)
-    return _kernels[kind]
+    if kind not in _found:
+        _found[kind] = _try_kernel(*kind)
+    found = _found[kind]
+    return found if isinstance(found, Kernel) else None
 
 
 def why_not(teacher: torch.dtype, student: torch.dtype, *, lerp: bool = False) -> str:
     """Why there is no kernel for a teacher and a student of these dtypes; empty where there is one."""
-    return "" if kernel_for(teacher, student, lerp=lerp) else _reasons[teacher, student, lerp]
+    find_kernel(teacher, student, lerp=lerp)
+    found = _found[teacher, student, lerp]
+    return found if isinstance(found, str) else ""
 
 
-def _tried_kernel(teacher: torch.dtype, student: torch.dtype, lerp: bool) -> Kernel | None:
-    kind = (teacher, student, lerp)
-    if teacher is not torch.float32 or student not in llvm_module.STUDENTS:
-        _reasons[kind] = f"it is not made for {teacher} and {student}"
-        return None
+def _try_kernel(teacher: torch.dtype, student: torch.dtype, lerp: bool) -> Kernel | str:
+    if not is_made_for(teacher, student):
+        return f"it is not made for {teacher} and {student}"
     try:
-        kernel = _compiled(llvm_module.text(student, lerp=lerp))
+        kernel = _compile(llvm_module.write_module(student, lerp=lerp))
+
+        def update_(old: torch.Tensor, new: torch.Tensor, keep: float, take: float) -> None:
+            kernel.fold(old.data_ptr(), old.numel(), [new.data_ptr()], [(keep, take)])
+
+        # Of one function: the other one has the same loop.
+        is_right = has_torchs_bits(update_, torch.device("cpu"), teacher, student, lerp=lerp)
     except Exception as error:  # no llvmlite, or one of another age, a processor it does not know: whatever it is
-        _reasons[kind] = f"{type(error).__name__}: {error}"
-        return None
-
-    def update_(old: torch.Tensor, new: torch.Tensor, keep: float, take: float) -> None:
-        kernel.fold(old.data_ptr(), old.numel(), [new.data_ptr()], [(keep, take)])
-
-    if has_torchs_bits(update_, torch.device("cpu"), teacher, student, lerp=lerp):
-        return kernel
-    _reasons[kind] = "it rounds in another way than torch"
-    return None
+        return f"{type(error).__name__}: {error}"
+    return kernel if is_right else "it rounds in another way than torch"
 
 
-def _compiled(module: str) -> Kernel:
+def _compile(module: str) -> Kernel:
     from llvmlite import __version__, binding  # noqa: PLC0415  (it is optional)
 
     if binding.llvm_version_info < OLDEST_LLVM:  # which would print what it does not understand
@@ -119,64 +133,88 @@ def _compiled(module: str) -> Kernel:
     passes.getModulePassManager().run(parsed, passes)
     engine = binding.create_mcjit_compiler(parsed, machine)
     engine.finalize_object()
-    fold, share = map(engine.get_function_address, ("fold", "share"))
+    fold, update_many = map(engine.get_function_address, ("fold", "update_many"))
     # Never unloaded: when a process ends, a thread may still be in there.
     engine.detach()
-    return Kernel(fold, share)
+    return Kernel(fold, update_many)
 
 
 def update_all_(pairs: Sequence[Pair], keep: float, take: float, *, lerp: bool) -> list[Pair]:
     """Update what kernels serve of every pair, in torch's own threads; what is left to torch's calls comes back.
 
-    That is `mul_(keep).add_(student, alpha=take)`, or `lerp_(student, take)` up to LARGEST_LERP. Left are tensors on
-    other devices, or with something between their elements, and of each the elements behind the last whole GRAIN: how
-    torch rounds its last few depends on where they are.
+    As find_kernel's do. Left are other dtypes and devices, tensors that are not just elements without a gap, and of
+    each the elements behind the last whole GRAIN: how torch rounds its last few depends on where they are.
     """
-    in_threads = _in_torchs_threads()
-    if in_threads is None:
+    in_parallel = _find_torchs_parallel()
+    served = [(pair, kernel) for pair in pairs if (kernel := _find_kernel_of(pair, lerp=lerp))] if in_parallel else []
+    spans = sorted((teacher.data_ptr(), teacher.data_ptr() + teacher.nbytes) for (teacher, _), _ in served)
+    # Two threads would be at the same elements, in any order.
+    overlap = any(end > begin for (_, end), (begin, _) in itertools.pairwise(spans))
+    if in_parallel is None or not served or overlap:
         return list(pairs)
-    left: list[Pair] = []
-    runs: dict[int, array[int]] = {}
-    for teacher, student in pairs:
-        whole = teacher.numel() // GRAIN * GRAIN
-        kernel = _kernel_of(teacher, student, lerp=lerp) if whole else None
-        if kernel is None:
-            left.append((teacher, student))
-            continue
+    stretches: dict[int, list[_Stretch]] = {}
+    ends: list[Pair] = []
+    for (teacher, student), kernel in served:
         if not teacher.is_inference():  # so that autograd, which a kernel goes around, tells whom it concerns
             torch.autograd.graph.increment_version(teacher)
-        teacher_at, student_at = teacher.data_ptr(), student.data_ptr()
-        own = runs.setdefault(kernel.share, array("q"))
-        for begin in range(0, whole, RUN_ELEMENTS):
-            count = min(RUN_ELEMENTS, whole - begin)
-            own.extend((teacher_at + begin * teacher.itemsize, student_at + begin * student.itemsize, count))
+        whole = teacher.numel() // GRAIN * GRAIN
+        own = stretches.setdefault(kernel.update_many, [])
+        for begin in range(0, whole, STRETCH_ELEMENTS):
+            at, student_at = (tensor.data_ptr() + begin * tensor.itemsize for tensor in (teacher, student))
+            own.append((at, student_at, min(STRETCH_ELEMENTS, whole - begin)))
         if whole < teacher.numel():
-            left.append((teacher.view(-1)[whole:], student.view(-1)[whole:]))
-    for share, own in runs.items():
-        address, size = own.buffer_info()
-        job = _Job(0, size // _RUN_NUMBERS, address, keep, take)
-        in_threads(share, ctypes.addressof(job), min(torch.get_num_threads(), job.count), 0)
-    return left
+            ends.append((_behind(teacher, whole), _behind(student, whole)))
+    for update_many, own in stretches.items():
+        numbers = array("q", itertools.chain.from_iterable(own))
+        job = _Job(0, len(own), numbers.buffer_info()[0], keep, take)
+        # All of them, or none beside this one: OpenMP ends threads that are not asked for, and torch starts them again.
+        num_threads = torch.get_num_threads() if len(own) > 1 else 1
+        in_parallel(update_many, ctypes.addressof(job), num_threads, 0)
+    done = {id(teacher) for (teacher, _), _ in served}
+    return [pair for pair in pairs if id(pair[0]) not in done] + ends
 
 
-def _kernel_of(teacher: torch.Tensor, student: torch.Tensor, *, lerp: bool) -> Kernel | None:
-    if not all(tensor.device.type == "cpu" and tensor.is_contiguous() for tensor in (teacher, student)):
+def _find_kernel_of(pair: Pair, *, lerp: bool) -> Kernel | None:
+    teacher, student = pair
+    if (
+        teacher.numel() < GRAIN
+        or not is_made_for(teacher.dtype, student.dtype)
+        or not (_is_plain(teacher) and _is_plain(student))
+        or (teacher.shape, teacher.stride()) != (student.shape, student.stride())
+    ):
         return None
-    return kernel_for(teacher.dtype, student.dtype, lerp=lerp)
+    return find_kernel(teacher.dtype, student.dtype, lerp=lerp)
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Whether there is nothing but numbers at its address: no class that keeps them elsewhere, no memory given back."""
+    return (
+        type(tensor) in (torch.Tensor, torch.nn.Parameter)
+        and tensor.device.type == "cpu"
+        and tensor.layout is torch.strided
+        and is_dense(tensor)
+        and not tensor.is_neg()
+        and (tensor.storage_offset() + tensor.numel()) * tensor.itemsize <= tensor.untyped_storage().nbytes()
+    )
+
+
+def _behind(tensor: torch.Tensor, count: int) -> torch.Tensor:
+    """Its elements behind the first `count` in memory."""
+    return tensor.as_strided((tensor.numel() - count,), (1,), tensor.storage_offset() + count)
 
 
 @functools.cache
-def _in_torchs_threads() -> Callable[[int, int, int, int], None] | None:
-    """What calls a function of one argument, by their addresses, in so many threads of torch's; None without OpenMP.
+def _find_torchs_parallel() -> Callable[[int, int, int, int], None] | None:
+    """What calls a function of one argument, by their addresses, in so many of torch's threads; None without OpenMP.
 
-    Threads of our own would have to share the cores with those, which look for more to do for milliseconds behind each
-    call of torch's. On Linux every OpenMP has this entry, which is what GCC makes of `#pragma omp parallel`.
+    It is what GCC makes of `#pragma omp parallel`, and every OpenMP on Linux has it. Threads of our own would have to
+    share the cores with torch's, which look for more to do for milliseconds behind each call of torch's.
     """
-    try:
-        # Found as torch's own code finds it: there may be several in a process, each with threads of its own.
-        function = ctypes.CDLL(torch._C.__file__).GOMP_parallel
-    except (OSError, AttributeError):
-        return None
-    function.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
-    function.restype = None
-    return function
+    # In the order in which the loader looked for torch: a preloaded OpenMP is torch's, too.
+    for name in (None, torch._C.__file__):
+        with contextlib.suppress(OSError, AttributeError):
+            function = ctypes.CDLL(name).GOMP_parallel
+            function.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+            function.restype = None
+            return function
+    return None

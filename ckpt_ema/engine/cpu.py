@@ -1,12 +1,13 @@
 """The fold on the CPU: each block's bytes from every checkpoint in order in, the finished block to the writer out.
 
-Python threads, one block each: preadv and torch's kernels release the interpreter's lock. A block's accumulator stays
-in the cache while every student's bytes stream past it, so that memory does not grow with the model or the run.
+Python threads, one block each: preadv and all arithmetic release the interpreter's lock. A block's accumulator stays in
+the cache while every student's bytes stream past it, so that memory does not grow with the model or the run.
 """
 
 from __future__ import annotations
 
 import cmath
+import functools
 import itertools
 import threading
 import time
@@ -19,7 +20,7 @@ from ckpt_ema.blocks import Block, BlockPlan, padded
 from ckpt_ema.dtypes import DType
 from ckpt_ema.engine.arithmetic import comparable, sign_of_finiteness, update_
 from ckpt_ema.engine.buffers import Buffer, torch_dtype
-from ckpt_ema.engine.compiled import Kernel, kernel_for
+from ckpt_ema.engine.compiled import Kernel, find_kernel, is_made_for, is_tried
 from ckpt_ema.engine.contract import NonFinite, NonFiniteBlockError, Nowhere, Task, Teacher, write_block
 from ckpt_ema.engine.gather import gather_block
 from ckpt_ema.engine.inputs import ExtentTable, Scatters, stored_dtype
@@ -31,7 +32,7 @@ from ckpt_ema.timings import Timings
 TOLD_BYTES = 32 << 20
 
 COMPILED_UPDATES = 1 << 30
-"""Updates of one element, from which on a compiled kernel saves more than it takes to compile."""
+"""Of elements, from which on a kernel saves more than compiling it takes."""
 
 Kernels = dict[tuple[DType, DType], Kernel]
 """By the dtypes of an accumulator and of an input."""
@@ -51,8 +52,13 @@ def fold_blocks(
     jobs = Jobs()
 
     def work(job: Callable[[], None], end: threading.Event) -> None:
+        def on_one_thread() -> None:
+            # torch's own threads on blocks of this size cost more than they bring.
+            torch.set_num_threads(1)
+            job()
+
         try:
-            jobs.run(job)
+            jobs.run(on_one_thread)
         except BaseException as error:
             blocks.stop()
             failures.append(error)
@@ -64,8 +70,6 @@ def fold_blocks(
             progress(num_bytes)
 
     def fold_all() -> None:
-        # One intra-op thread each: torch's own threads on blocks of this size cost more than they bring.
-        torch.set_num_threads(1)
         started = time.perf_counter()
         folder = _BlockFolder(task, teachers, extents, kernels, tell)
         while (block := blocks.take()) is not None:
@@ -75,18 +79,15 @@ def fold_blocks(
         with lock:
             folder.add_timings(timings, time.perf_counter() - started, plan.num_threads)
 
-    worth_compiling = _worth_compiling(plan)
-
-    def compile_all() -> None:
-        # Meanwhile the others fold with torch's calls, to the same bits.
-        torch.set_num_threads(1)
-        for one, other in worth_compiling:
-            kernel = kernel_for(torch_dtype(one), torch_dtype(other))
-            if kernel is not None:
-                kernels[one, other] = kernel
-
     threads_before = torch.get_num_threads()
-    todo = [compile_all] * bool(worth_compiling) + [fold_all] * plan.num_threads
+    todo: list[Callable[[], None]] = []
+    for dtypes in _worth_compiling(plan):
+        add = functools.partial(_add_kernel, kernels, *dtypes)
+        if is_tried(*map(torch_dtype, dtypes)):
+            add()
+        else:  # meanwhile the others fold with torch's calls, to the same bits
+            todo.append(add)
+    todo += [fold_all] * plan.num_threads
     ended = [threading.Event() for _ in todo]
     threads = [
         threading.Thread(target=work, args=(job, end), name="fold", daemon=True)
@@ -123,14 +124,33 @@ def refold(task: Task, block: Block) -> None:
 
 
 def _worth_compiling(plan: BlockPlan) -> list[tuple[DType, DType]]:
-    """The dtypes of accumulators and of inputs to be widened that so much is folded of that a kernel pays."""
+    """The dtypes of accumulators and inputs that a kernel is made for, and so much is folded of that it pays."""
     counts: Counter[tuple[DType, DType]] = Counter()
     for lane in plan.lanes:
         if lane.action == "average":
             for dtype in lane.input_dtypes[1:]:
-                if dtype is not lane.accumulate_dtype:
-                    counts[lane.accumulate_dtype, dtype] += (lane.span[1] - lane.span[0]) * plan.num_teachers
-    return [dtypes for dtypes, count in counts.items() if count >= COMPILED_UPDATES]
+                counts[lane.accumulate_dtype, dtype] += (lane.span[1] - lane.span[0]) * plan.num_teachers
+    return [
+        dtypes
+        for dtypes, count in counts.items()
+        if count >= COMPILED_UPDATES and is_made_for(*map(torch_dtype, dtypes))
+    ]
+
+
+def _add_kernel(kernels: Kernels, accumulator: DType, student: DType) -> None:
+    kernel = find_kernel(torch_dtype(accumulator), torch_dtype(student))
+    if kernel is not None:
+        kernels[accumulator, student] = kernel
+
+
+def batches(kernels: Sequence[Kernel | None], size: int) -> Iterator[tuple[Kernel | None, list[int]]]:
+    """The inputs behind the first in their order: up to `size` together where one kernel serves them, else each alone.
+
+    `kernels` are the inputs' own.
+    """
+    for kernel, alike in itertools.groupby(range(1, len(kernels)), kernels.__getitem__):
+        while batch := list(itertools.islice(alike, size if kernel else 1)):
+            yield kernel, batch
 
 
 class _Queue:
@@ -172,8 +192,8 @@ class _BlockFolder:
         self._teachers = teachers
         raw, accumulator, widened, span = plan.thread_buffers
         self._raw, self._widened, self._span = Buffer(raw), Buffer(widened), Buffer(span)
-        # Students that a kernel widens need no room for that, and several of them are folded in one pass.
-        self._stages = [self._raw, *self._widened.halves()]
+        # A kernel needs no room for widened students, and folds several in one pass: 16-bit ones fit into its halves.
+        self._stages = [self._raw, *self._widened.split()]
         self._accumulators = [Buffer(accumulator) for _ in teachers]
         self._trash = task.files.new_trash()
         self._extents = extents
@@ -215,16 +235,14 @@ class _BlockFolder:
             accumulators[0].copy_(self._raw.elements(lane.input_dtypes[0], size))
         for accumulator in accumulators[1:]:
             accumulator.copy_(accumulators[0])
-        inputs = range(1, len(self._layouts))
-        kernels = {dtype: self._kernels.get((lane.accumulate_dtype, dtype)) for dtype in set(lane.input_dtypes)}
-        for kernel, alike in itertools.groupby(inputs, lambda index: kernels[lane.input_dtypes[index]]):
-            while group := list(itertools.islice(alike, len(self._stages) if kernel else 1)):
-                if kernel:
-                    self._fold_by_kernel(kernel, group, block, size)
-                else:
-                    self._fold_by_torch(group[0], block, accumulators)
-                if self._untold_bytes >= TOLD_BYTES:
-                    self.tell_progress()
+        kernels = [self._kernels.get((lane.accumulate_dtype, dtype)) for dtype in lane.input_dtypes]
+        for kernel, inputs in batches(kernels, len(self._stages)):
+            if kernel is None:
+                self._fold_by_torch(inputs[0], block, accumulators)
+            else:
+                self._fold_by_kernel(kernel, inputs, block, size)
+            if self._untold_bytes >= TOLD_BYTES:
+                self.tell_progress()
         for teacher, accumulator, buffer in zip(self._teachers, accumulators, self._accumulators, strict=True):
             target, finished = accumulator, buffer
             if lane.dtype is not lane.accumulate_dtype:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ckpt_ema.engine.arithmetic import Pair, has_torchs_bits
+from ckpt_ema.engine.arithmetic import Pair, has_torchs_bits, is_dense
 
 BLOCK_ELEMENTS = 4096
 """Of one program of the kernel: 16 for each of its threads, so that each has several reads of 16 bytes under way."""
@@ -204,13 +204,6 @@ def _lie_alike(teacher: torch.Tensor, student: torch.Tensor) -> bool:
     return (
         student.device == teacher.device
         and student.stride() == teacher.stride()
-        and _is_dense(teacher)
+        and is_dense(teacher)
         and not any(tensor.data_ptr() % ALIGNMENT_BYTES for tensor in (teacher, student))
     )
-
-
-def _is_dense(tensor: torch.Tensor) -> bool:
-    if tensor.is_contiguous():
-        return True
-    channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.dim())
-    return channels_last is not None and tensor.is_contiguous(memory_format=channels_last)

@@ -5,10 +5,7 @@ from __future__ import annotations
 import torch
 
 PIECE_ELEMENTS = 4096
-"""Of a teacher that every student is folded into before the next."""
-
-STUDENTS = {torch.float16: "half", torch.bfloat16: "i16"}
-"""How they lie in memory."""
+"""Elements of the teacher that all students are folded into before the next ones: they stay in the nearest cache."""
 
 # As mul_ and add_ round: the product, and then the rest, which is one multiply-add.
 _HOOK = """%kept = fmul float %old, %keep
@@ -18,13 +15,17 @@ _HOOK = """%kept = fmul float %old, %keep
 _LERP = """%distance = fsub float %student, %old
   %new = call float @llvm.fma.f32(float %distance, float %take, float %old)"""
 
-_WIDEN = {
-    torch.float16: "%student = fpext half %stored to float",
+STUDENTS = {
+    torch.float16: ("half", "%student = fpext half %stored to float"),
     # A bfloat16 is a float without its lower half. LLVM's own conversion is slower than a shift.
-    torch.bfloat16: """%bits = zext i16 %stored to i32
+    torch.bfloat16: (
+        "i16",
+        """%bits = zext i16 %stored to i32
   %shifted = shl i32 %bits, 16
   %student = bitcast i32 %shifted to float""",
+    ),
 }
+"""LLVM's type of a stored student, and what makes a float of one."""
 
 _MODULE = """
 declare float @llvm.fma.f32(float, float, float)
@@ -52,10 +53,10 @@ end:
   ret void
 }}
 
-%Share = type {{ float, float }}
+%Update = type {{ float, float }}
 
-; Several students, by pieces of the teacher that stay in the nearest cache while every student's go by.
-define void @fold(ptr %teachers, i64 %count, ptr %all_students, ptr %shares, i64 %num_students) {{
+; Several students, piece by piece of the teacher.
+define void @fold(ptr %teachers, i64 %count, ptr %all_students, ptr %updates, i64 %num_students) {{
 entry:
   %is_empty = icmp eq i64 %count, 0
   br i1 %is_empty, label %end, label %piece
@@ -68,8 +69,8 @@ piece:
 one:
   %number = phi i64 [ 0, %piece ], [ %next, %one ]
   %students_at = getelementptr ptr, ptr %all_students, i64 %number
-  %keep_at = getelementptr %Share, ptr %shares, i64 %number, i32 0
-  %take_at = getelementptr %Share, ptr %shares, i64 %number, i32 1
+  %keep_at = getelementptr %Update, ptr %updates, i64 %number, i32 0
+  %take_at = getelementptr %Update, ptr %updates, i64 %number, i32 1
   %students = load ptr, ptr %students_at
   %keep = load float, ptr %keep_at
   %take = load float, ptr %take_at
@@ -87,17 +88,18 @@ end:
 }}
 
 %Job = type {{ i64, i64, ptr, float, float }}
-%Run = type {{ ptr, ptr, i64 }}
+%Stretch = type {{ ptr, ptr, i64 }}
 
-; One student for many tensors: every thread takes the next run that none has taken.
-define void @share(ptr %job) {{
+; One student for many tensors, in any number of threads: each takes the next stretch that none has taken, of which
+; the job's first number keeps count.
+define void @update_many(ptr %job) {{
 entry:
   %count_at = getelementptr %Job, ptr %job, i32 0, i32 1
-  %runs_at = getelementptr %Job, ptr %job, i32 0, i32 2
+  %stretches_at = getelementptr %Job, ptr %job, i32 0, i32 2
   %keep_at = getelementptr %Job, ptr %job, i32 0, i32 3
   %take_at = getelementptr %Job, ptr %job, i32 0, i32 4
   %count = load i64, ptr %count_at
-  %runs = load ptr, ptr %runs_at
+  %stretches = load ptr, ptr %stretches_at
   %keep = load float, ptr %keep_at
   %take = load float, ptr %take_at
   br label %look
@@ -106,9 +108,9 @@ look:
   %is_there = icmp ult i64 %mine, %count
   br i1 %is_there, label %do, label %end
 do:
-  %teachers_at = getelementptr %Run, ptr %runs, i64 %mine, i32 0
-  %students_at = getelementptr %Run, ptr %runs, i64 %mine, i32 1
-  %elements_at = getelementptr %Run, ptr %runs, i64 %mine, i32 2
+  %teachers_at = getelementptr %Stretch, ptr %stretches, i64 %mine, i32 0
+  %students_at = getelementptr %Stretch, ptr %stretches, i64 %mine, i32 1
+  %elements_at = getelementptr %Stretch, ptr %stretches, i64 %mine, i32 2
   %teachers = load ptr, ptr %teachers_at
   %students = load ptr, ptr %students_at
   %elements = load i64, ptr %elements_at
@@ -120,11 +122,7 @@ end:
 """
 
 
-def text(student: torch.dtype, *, lerp: bool) -> str:
-    """A module with `fold` and `share`, which compiled.Kernel calls, for `mul_` and `add_`, or for `lerp_`."""
-    return _MODULE.format(
-        stored=STUDENTS[student],
-        widen=_WIDEN[student],
-        arithmetic=_LERP if lerp else _HOOK,
-        piece=PIECE_ELEMENTS,
-    )
+def write_module(student: torch.dtype, *, lerp: bool) -> str:
+    """The module that compiled.Kernel calls, for `mul_` and `add_`, or for `lerp_`."""
+    stored, widen = STUDENTS[student]
+    return _MODULE.format(stored=stored, widen=widen, arithmetic=_LERP if lerp else _HOOK, piece=PIECE_ELEMENTS)
