@@ -16,6 +16,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ckpt_ema import MeanTeacher, Snapshots, reconstruct
 from ckpt_ema.dtypes import BY_NAME
@@ -202,6 +203,31 @@ def test_channels_may_be_last() -> None:
     assert old.numel() == torch.Size(shape).numel() % GRAIN
     old.mul_(0.75).add_(new.float(), alpha=0.25)
     assert torch.equal(teacher, expected)
+
+
+def test_a_compiler_that_traces_an_update_sees_torchs_calls() -> None:
+    """It would not come through llvmlite."""
+    torch.manual_seed(0)
+    student = nn.Linear(300, 701).bfloat16()
+    teachers = [MeanTeacher(student, momentum=0.1) for _ in range(2)]
+    compiled_step = torch.compile(teachers[0].update, backend="eager")
+    for _ in range(3):
+        with torch.no_grad():
+            student.weight.normal_()
+        compiled_step()
+        teachers[1].update()
+    assert_same_bits(*(teacher.tensors() for teacher in teachers))
+
+
+@pytest.mark.usefixtures("untried")
+def test_under_fake_tensors_it_is_tried_with_real_ones() -> None:
+    """Whose addresses are none; modes belong to a thread."""
+    with FakeTensorMode():
+        assert find_kernel(torch.float32, torch.bfloat16) is not None
+        pair = torch.zeros(GRAIN), torch.zeros(GRAIN, dtype=torch.bfloat16)
+        ((old, new),) = update_all_([pair], 0.5, 0.5, lerp=False)
+    assert old is pair[0]
+    assert new is pair[1]
 
 
 def test_threads_of_python_may_update_at_once() -> None:
@@ -465,10 +491,10 @@ def test_only_what_pays_is_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         model = {"weight": torch.randn(1000).bfloat16(), "running_mean": torch.randn(5000).half()}
         save_file(model, run / f"step_{number}.safetensors")
     quiet_fold(run, tmp_path / "teacher.safetensors")
-    for worth in (2001, 2000):
+    for number, worth in enumerate((6001, 6000)):  # three teachers, two students behind the first
         assert not compiled._found
         monkeypatch.setattr(cpu, "COMPILED_UPDATES", worth)
-        quiet_fold(run, tmp_path / "teacher.safetensors", overwrite=True)
+        quiet_fold(run, tmp_path / f"{number}-{{momentum}}.safetensors", momentum=[0.1, 0.2, 0.3])
     assert list(compiled._found) == [(torch.float32, torch.bfloat16, False)]
 
 
@@ -484,6 +510,33 @@ def test_a_kernel_that_cannot_be_tried_fails_no_fold(
     monkeypatch.setattr(cpu, "COMPILED_UPDATES", 1)
     quiet_fold(run, tmp_path / "found.safetensors", momentum=0.3)
     monkeypatch.undo()
+    quiet_fold(run, tmp_path / "expected.safetensors", momentum=0.3)
+    assert_same_bits(load_file(tmp_path / "found.safetensors"), load_file(tmp_path / "expected.safetensors"))
+
+
+def test_where_no_more_threads_start_torchs_calls_fold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, untried: None
+) -> None:
+    """One for the fold is there, none for compiling; and online there is none at all."""
+    run = tmp_path / "run"
+    run.mkdir()
+    for number in range(3):
+        torch.manual_seed(number)
+        save_file({"weight": torch.randn(5000).bfloat16()}, run / f"step_{number}.safetensors")
+    monkeypatch.setattr(cpu, "COMPILED_UPDATES", 1)
+    original, started = threading.Thread.start, []
+
+    def begin(self: threading.Thread) -> None:
+        if started:
+            raise RuntimeError("can't start new thread")
+        started.append(self)
+        original(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", begin)
+        quiet_fold(run, tmp_path / "found.safetensors", momentum=0.3, num_threads=1)
+        assert why_not(torch.float32, torch.bfloat16) == "no thread could be started for it"
+    assert find_kernel(torch.float32, torch.bfloat16) is not None
     quiet_fold(run, tmp_path / "expected.safetensors", momentum=0.3)
     assert_same_bits(load_file(tmp_path / "found.safetensors"), load_file(tmp_path / "expected.safetensors"))
 

@@ -16,8 +16,8 @@ GRAIN = 32768
 """Elements that torch gives a thread at least, a multiple of every vector: whole ones of these it rounds alike, since
 borders between its threads fall on them."""
 
-TRIED_ELEMENTS = 2 * GRAIN
-"""Enough that any other rounding shows in thousands of them."""
+TRIED_ELEMENTS = GRAIN
+"""Enough that any other rounding shows in thousands of them, and still for one thread of torch's."""
 
 LARGEST_LERP = 0.4999
 """From a half on torch's lerp counts from the other end; so near to it, a share may become one as a float32."""

@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import functools
 import itertools
+import threading
 from array import array
 from collections.abc import Callable, Sequence
 
@@ -87,16 +88,20 @@ def find_kernel(teacher: torch.dtype, student: torch.dtype, *, lerp: bool = Fals
     """
     kind = (teacher, student, lerp)
     if kind not in _found:
-        _found[kind] = _try_kernel(*kind)
-    found = _found[kind]
+        # In a thread of its own, which neither signals nor this one's modes reach, such as that of fake tensors.
+        thread = threading.Thread(target=lambda: _found.setdefault(kind, _try_kernel(*kind)), name="ckpt-ema-compile")
+        with contextlib.suppress(RuntimeError):  # there may be no thread left; then it is not for good
+            thread.start()
+            thread.join()
+    found = _found.get(kind)
     return found if isinstance(found, Kernel) else None
 
 
 def why_not(teacher: torch.dtype, student: torch.dtype, *, lerp: bool = False) -> str:
     """Why there is no kernel for a teacher and a student of these dtypes; empty where there is one."""
-    find_kernel(teacher, student, lerp=lerp)
-    found = _found[teacher, student, lerp]
-    return found if isinstance(found, str) else ""
+    if find_kernel(teacher, student, lerp=lerp) is not None:
+        return ""
+    return str(_found.get((teacher, student, lerp), "no thread could be started for it"))
 
 
 def _try_kernel(teacher: torch.dtype, student: torch.dtype, lerp: bool) -> Kernel | str:
@@ -145,6 +150,8 @@ def update_all_(pairs: Sequence[Pair], keep: float, take: float, *, lerp: bool) 
     As find_kernel's do. Left are other dtypes and devices, tensors that are not just elements without a gap, and of
     each the elements behind the last whole GRAIN: how torch rounds its last few depends on where they are.
     """
+    if torch.compiler.is_compiling():  # it would trace us down to llvmlite
+        return list(pairs)
     in_parallel = _find_torchs_parallel()
     served = [(pair, kernel) for pair in pairs if (kernel := _find_kernel_of(pair, lerp=lerp))] if in_parallel else []
     spans = sorted((teacher.data_ptr(), teacher.data_ptr() + teacher.nbytes) for (teacher, _), _ in served)

@@ -25,6 +25,7 @@ from ckpt_ema.engine.contract import NonFinite, NonFiniteBlockError, Nowhere, Ta
 from ckpt_ema.engine.gather import gather_block
 from ckpt_ema.engine.inputs import ExtentTable, Scatters, stored_dtype
 from ckpt_ema.engine.workers import Jobs, start, wait_whatever_comes
+from ckpt_ema.errors import CkptEmaError
 from ckpt_ema.layouts import Layout
 from ckpt_ema.timings import Timings
 
@@ -80,22 +81,26 @@ def fold_blocks(
             folder.add_timings(timings, time.perf_counter() - started, plan.num_threads)
 
     threads_before = torch.get_num_threads()
-    todo: list[Callable[[], None]] = []
+    todo: list[Callable[[], None]] = [fold_all] * plan.num_threads
     for dtypes in _worth_compiling(plan):
         add = functools.partial(_add_kernel, kernels, *dtypes)
         if is_tried(*map(torch_dtype, dtypes)):
             add()
         else:  # meanwhile the others fold with torch's calls, to the same bits
             todo.append(add)
-    todo += [fold_all] * plan.num_threads
     ended = [threading.Event() for _ in todo]
     threads = [
         threading.Thread(target=work, args=(job, end), name="fold", daemon=True)
         for job, end in zip(todo, ended, strict=True)
     ]
     try:
-        for thread in threads:
+        for thread in threads[: plan.num_threads]:
             start(thread)
+        for thread, end in zip(threads[plan.num_threads :], ended[plan.num_threads :], strict=True):
+            try:
+                start(thread)
+            except CkptEmaError:  # torch's calls do without it
+                end.set()
         for end in ended:
             end.wait()
     finally:
