@@ -448,6 +448,26 @@ def test_any_number_of_threads_has_the_hooks_bits(count: int, num_threads: int) 
     assert_same_bits(teacher.tensors(), {"weight": expected})
 
 
+@pytest.mark.parametrize("arithmetic", ["hook", "lerp"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_many_small_tensors_have_the_bits_of_torchs_calls(dtype: torch.dtype, arithmetic: Any) -> None:
+    """They are updated many at a time, those that are widened for it a buffer's worth at a time."""
+    student = nn.ParameterList(torch.randn(20_000 + 501 * index).to(dtype) for index in range(50))
+    assert sum(parameter.numel() for parameter in student) > rule.BLOCK_ELEMENTS
+    teacher = MeanTeacher(student, momentum=MOMENTUM, arithmetic=arithmetic)
+    teacher.update()
+    expected = {name: tensor.clone() for name, tensor in teacher.tensors().items()}
+    with torch.no_grad():
+        for name, parameter in student.named_parameters():
+            parameter.normal_()
+            if arithmetic == "lerp":
+                expected[name].lerp_(parameter.float(), MOMENTUM)
+            else:
+                expected[name].mul_(1 - MOMENTUM).add_(parameter, alpha=MOMENTUM)
+    teacher.update()
+    assert_same_bits(teacher.tensors(), expected)
+
+
 def test_attached_to_an_optimizer_it_updates_by_itself(student: Student) -> None:
     """After every step, until it is removed."""
     optimizer = torch.optim.SGD(student.parameters(), lr=0.01)

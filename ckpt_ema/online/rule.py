@@ -11,6 +11,7 @@ import torch
 from ckpt_ema.engine.arithmetic import (
     GRAIN,
     LARGEST_LERP,
+    Pair,
     addr_has_the_hooks_bits,
     comparable,
     sign_of_finiteness,
@@ -30,8 +31,8 @@ class Rule:
     """`teacher = (1 - momentum) * teacher + momentum * student`, in the teacher's dtype.
 
     With the bits of `mul_(1 - momentum).add_(student, alpha=momentum)`, or of `lerp_(student, momentum)`. A GPU does
-    all tensors of a pair of dtypes in one kernel where it can. What a CPU converts on the way goes through one buffer
-    of BLOCK_ELEMENTS: fresh memory costs as much as the update.
+    all tensors of a pair of dtypes in one kernel where it can, a CPU large 16-bit students. What a CPU converts beside
+    goes through one buffer of BLOCK_ELEMENTS: fresh memory costs as much as the update.
     """
 
     def __init__(self, *, lerp: bool) -> None:
@@ -51,28 +52,41 @@ class Rule:
             if _any_on_gpu(teachers):
                 pairs = self._fused.update_(pairs, 1 - momentum, momentum)
             pairs = update_all_(pairs, 1 - momentum, momentum, lerp=self._lerp)
-        alike: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+        many: list[Pair] = []
+        widened = 0
         for teacher, student in pairs:
             if self._is_for_foreach(teacher, student):
-                alike[0].append(teacher)
-                alike[1].append(student)
+                many.append((teacher, student))
+            elif self._is_to_be_widened(teacher, student):
+                many.append((teacher, student.to(teacher.dtype)))
+                widened += student.numel()
+                if widened >= BLOCK_ELEMENTS:
+                    self._average_many_(many, momentum)
+                    many, widened = [], 0
             else:
                 self.average_(teacher, student, momentum)
-        if not alike[0]:
-            return
-        if self._lerp:
-            torch._foreach_lerp_(*alike, weight=momentum)
-        else:
-            torch._foreach_mul_(alike[0], 1 - momentum)
-            torch._foreach_add_(*alike, alpha=momentum)
+        self._average_many_(many, momentum)
 
     def _is_for_foreach(self, teacher: torch.Tensor, student: torch.Tensor) -> bool:
         if self._lerp or not _is_on_cpu(teacher):
             return teacher.dtype is student.dtype
         # Two calls go over a large tensor twice; of a small one the calls themselves take longest. In 16 bits a CPU's
         # _foreach_mul_ rounds otherwise than its mul_.
-        is_wide = teacher.dtype in (torch.float32, torch.float64) and teacher.itemsize >= student.itemsize
-        return is_wide and teacher.numel() < GRAIN and student.dtype in NORMED
+        return _is_small_and_wide(teacher, student)
+
+    def _is_to_be_widened(self, teacher: torch.Tensor, student: torch.Tensor) -> bool:
+        # lerp_ takes one dtype alone, where add_ widens as it goes.
+        return self._lerp and _is_on_cpu(teacher) and _is_small_and_wide(teacher, student)
+
+    def _average_many_(self, pairs: Sequence[Pair], momentum: float) -> None:
+        if not pairs:
+            return
+        teachers, students = (list(side) for side in zip(*pairs, strict=True))
+        if self._lerp:
+            torch._foreach_lerp_(teachers, students, weight=momentum)
+        else:
+            torch._foreach_mul_(teachers, 1 - momentum)
+            torch._foreach_add_(teachers, students, alpha=momentum)
 
     def average_(self, teacher: torch.Tensor, student: torch.Tensor, momentum: float) -> None:
         """Fold `student` in; both have one shape and are on one device."""
@@ -204,6 +218,11 @@ def is_finite(tensors: Sequence[torch.Tensor]) -> bool:
     return all(math.isfinite(torch.stack(each).sum().item()) for each in signs.values()) or all(
         bool(comparable(tensor).isfinite().all()) for tensor in tensors
     )
+
+
+def _is_small_and_wide(teacher: torch.Tensor, student: torch.Tensor) -> bool:
+    is_wide = teacher.dtype in (torch.float32, torch.float64) and teacher.itemsize >= student.itemsize
+    return is_wide and teacher.numel() < GRAIN and student.dtype in NORMED
 
 
 def _is_on_cpu(tensor: torch.Tensor) -> bool:
