@@ -142,6 +142,7 @@ def _carry_out(
         remaining = without(part, finished)
         # Here, not above: a plan must not wait for torch.
         from ckpt_ema.engine.choice import choose_engine  # noqa: PLC0415
+        from ckpt_ema.engine.cpu import why_not_compiled  # noqa: PLC0415
 
         updates = [teacher.updates for teacher in planned.teachers]
         budget = planned.options.memory_budget_bytes
@@ -175,7 +176,9 @@ def _carry_out(
             ranks.arrive("folded")
         ranks.share("committed", "yes" if ranks.is_first else None)
     resumed = planned.bytes_to_read - without(planned.blocks, finished).bytes_to_read
-    return FoldReport(planned, choice.device, choice.reason, time.perf_counter() - started, timings, resumed)
+    seconds = time.perf_counter() - started
+    reason = "; ".join([choice.reason, *(why_not_compiled(remaining) if choice.device == "cpu" else ())])
+    return FoldReport(planned, choice.device, reason, seconds, timings, resumed)
 
 
 def _journal_of(

@@ -140,7 +140,7 @@ def _bar(share: float) -> str:
 def _device(report: FoldReport, verbose: bool) -> str:
     """The device, and why it wherever there was a choice."""
     name = "the CPU" if report.device == "cpu" else report.device
-    chosen = report.plan.options.device == "auto" and report.device_reason != "no GPU here"
+    chosen = report.plan.options.device == "auto" and not report.device_reason.startswith("no GPU here")
     return f"{name} ({report.device_reason})" if verbose or chosen else name
 
 

@@ -26,6 +26,7 @@ from ckpt_ema.engine.buffers import Buffer
 from ckpt_ema.engine.compiled import STRETCH_ELEMENTS, find_kernel, update_all_, why_not
 from ckpt_ema.engine.llvm_module import PIECE_ELEMENTS
 from ckpt_ema.online import rule
+from ckpt_ema.report import summary_text
 from tests.conftest import assert_same_bits, quiet_fold
 from tests.test_arithmetic import values
 
@@ -508,9 +509,15 @@ def test_a_kernel_that_cannot_be_tried_fails_no_fold(
         torch.manual_seed(number)
         save_file({"weight": torch.randn(5000).bfloat16()}, run / f"step_{number}.safetensors")
     monkeypatch.setattr(cpu, "COMPILED_UPDATES", 1)
-    quiet_fold(run, tmp_path / "found.safetensors", momentum=0.3)
+    report = quiet_fold(run, tmp_path / "found.safetensors", momentum=0.3)
     monkeypatch.undo()
     quiet_fold(run, tmp_path / "expected.safetensors", momentum=0.3)
+    # Who asks for more words is told; online alone needs threads of torch's.
+    lines = summary_text(report, verbose=True)
+    reason = {"no llvmlite": "llvmlite", "an old one": "is older than 0.45", "no OpenMP": None}.get(without, "memory")
+    assert ("bfloat16 by torch's calls: " in lines) == (reason is not None)
+    assert reason is None or reason in lines
+    assert "by torch's calls" not in summary_text(report)
     assert_same_bits(load_file(tmp_path / "found.safetensors"), load_file(tmp_path / "expected.safetensors"))
 
 

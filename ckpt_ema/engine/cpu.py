@@ -20,7 +20,7 @@ from ckpt_ema.blocks import Block, BlockPlan, padded
 from ckpt_ema.dtypes import DType
 from ckpt_ema.engine.arithmetic import comparable, sign_of_finiteness, update_
 from ckpt_ema.engine.buffers import Buffer, torch_dtype
-from ckpt_ema.engine.compiled import Kernel, find_kernel, is_made_for, is_tried
+from ckpt_ema.engine.compiled import Kernel, find_kernel, is_made_for, is_tried, why_not
 from ckpt_ema.engine.contract import NonFinite, NonFiniteBlockError, Nowhere, Task, Teacher, write_block
 from ckpt_ema.engine.gather import gather_block
 from ckpt_ema.engine.inputs import ExtentTable, Scatters, stored_dtype
@@ -140,6 +140,13 @@ def _worth_compiling(plan: BlockPlan) -> list[tuple[DType, DType]]:
         for dtypes, count in counts.items()
         if count >= COMPILED_UPDATES and is_made_for(*map(torch_dtype, dtypes))
     ]
+
+
+def why_not_compiled(plan: BlockPlan) -> Iterator[str]:
+    """Of each dtype that a kernel would have paid for, why there is none here."""
+    for accumulator, student in _worth_compiling(plan):
+        if reason := why_not(torch_dtype(accumulator), torch_dtype(student)):
+            yield f"{student} by torch's calls: {reason}"
 
 
 def _add_kernel(kernels: Kernels, accumulator: DType, student: DType) -> None:
