@@ -411,6 +411,16 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return made
 
 
+def saved_run(folder: Path, size: int) -> Path:
+    """Three students of one tensor in bfloat16."""
+    run = folder / "run"
+    run.mkdir()
+    for number in range(3):
+        torch.manual_seed(number)
+        save_file({"weight": torch.randn(size).bfloat16()}, run / f"step_{number}.safetensors")
+    return run
+
+
 def folded(folder: Path, **options: Any) -> list[dict[str, torch.Tensor]]:
     """The teachers of the run beside `folder`, folded in small blocks."""
     output = folder / ("{momentum}.safetensors" if isinstance(options["momentum"], list) else "teacher.safetensors")
@@ -452,11 +462,7 @@ def test_while_a_kernel_is_compiled_the_fold_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: list[int]
 ) -> None:
     """With torch's calls; from then on with the kernel, and to the same bytes."""
-    run = tmp_path / "run"
-    run.mkdir()
-    for number in range(3):
-        torch.manual_seed(number)
-        save_file({"weight": torch.randn(600_000).bfloat16()}, run / f"step_{number}.safetensors")
+    run = saved_run(tmp_path, 600_000)
     monkeypatch.setattr(compiled, "_found", {})
     half_way, compiled_by_then = threading.Event(), threading.Event()
     counted = cpu.find_kernel
@@ -503,11 +509,7 @@ def test_a_kernel_that_cannot_be_tried_fails_no_fold(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without: str
 ) -> None:
     """Torch's calls do it, to the same bytes."""
-    run = tmp_path / "run"
-    run.mkdir()
-    for number in range(3):
-        torch.manual_seed(number)
-        save_file({"weight": torch.randn(5000).bfloat16()}, run / f"step_{number}.safetensors")
+    run = saved_run(tmp_path, 5000)
     monkeypatch.setattr(cpu, "COMPILED_UPDATES", 1)
     report = quiet_fold(run, tmp_path / "found.safetensors", momentum=0.3)
     monkeypatch.undo()
@@ -525,11 +527,7 @@ def test_where_no_more_threads_start_torchs_calls_fold(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, untried: None
 ) -> None:
     """One for the fold is there, none for compiling; and online there is none at all."""
-    run = tmp_path / "run"
-    run.mkdir()
-    for number in range(3):
-        torch.manual_seed(number)
-        save_file({"weight": torch.randn(5000).bfloat16()}, run / f"step_{number}.safetensors")
+    run = saved_run(tmp_path, 5000)
     monkeypatch.setattr(cpu, "COMPILED_UPDATES", 1)
     original, started = threading.Thread.start, []
 
