@@ -177,8 +177,8 @@ def _carry_out(
         ranks.share("committed", "yes" if ranks.is_first else None)
     resumed = planned.bytes_to_read - without(planned.blocks, finished).bytes_to_read
     seconds = time.perf_counter() - started
-    reason = "; ".join([choice.reason, *(why_not_compiled(remaining) if choice.device == "cpu" else ())])
-    return FoldReport(planned, choice.device, reason, seconds, timings, resumed)
+    not_compiled = tuple(why_not_compiled(remaining)) if choice.device == "cpu" else ()
+    return FoldReport(planned, choice.device, choice.reason, seconds, timings, resumed, not_compiled)
 
 
 def _journal_of(

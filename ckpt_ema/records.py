@@ -526,6 +526,9 @@ class FoldReport:
     resumed_bytes: int = 0
     """Tensor bytes that an earlier process had read, with `resume`."""
 
+    not_compiled: tuple[str, ...] = ()
+    """What torch's calls did on a CPU though a compiled loop would have paid, and why."""
+
     @property
     def output(self) -> Path:
         """The only teacher, or the first of several: a file, or a folder for `from_pretrained`."""

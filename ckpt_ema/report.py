@@ -140,8 +140,9 @@ def _bar(share: float) -> str:
 def _device(report: FoldReport, verbose: bool) -> str:
     """The device, and why it wherever there was a choice."""
     name = "the CPU" if report.device == "cpu" else report.device
-    chosen = report.plan.options.device == "auto" and not report.device_reason.startswith("no GPU here")
-    return f"{name} ({report.device_reason})" if verbose or chosen else name
+    chosen = report.plan.options.device == "auto" and report.device_reason != "no GPU here"
+    reasons = [report.device_reason] * (verbose or chosen) + [*report.not_compiled] * verbose
+    return f"{name} ({'; '.join(reasons)})" if reasons else name
 
 
 def summary_text(report: FoldReport, *, verbose: bool = False) -> str:
@@ -221,6 +222,7 @@ def report_record(report: FoldReport) -> dict[str, Any]:
         **plan_record(report.plan),
         "device": report.device,
         "device_reason": report.device_reason,
+        "not_compiled": list(report.not_compiled),
         "resumed_bytes": report.resumed_bytes,
         "seconds": round(report.seconds, 6),
         "gigabytes_per_second": round(report.gigabytes_per_second, 3),

@@ -104,6 +104,15 @@ def test_any_number_of_elements_is_folded_and_none_behind_them(
     assert torch.equal(found, expected)
 
 
+def update_by_torch(pairs: list[Pair], *, lerp: bool) -> None:
+    """By its own calls, at momentum 0.001."""
+    for old, new in pairs:
+        if lerp:
+            old.lerp_(new.float(), 0.001)
+        else:
+            old.mul_(0.999).add_(new.float(), alpha=0.001)
+
+
 @pytest.mark.parametrize("student", STUDENTS)
 @pytest.mark.parametrize("lerp", [False, True])
 def test_every_element_of_many_tensors_is_updated_once(num_threads: int, student: torch.dtype, lerp: bool) -> None:
@@ -114,17 +123,9 @@ def test_every_element_of_many_tensors_is_updated_once(num_threads: int, student
     found.append(torch.randn(4, GRAIN).t())
     news.append(torch.randn(GRAIN, 4).to(student))
     expected = [old.clone() for old in found]
-    for old, new in zip(expected, news, strict=True):
-        if lerp:
-            old.lerp_(new.float(), 0.001)
-        else:
-            old.mul_(0.999).add_(new.float(), alpha=0.001)
+    update_by_torch(list(zip(expected, news, strict=True)), lerp=lerp)
     left = update_all_(list(zip(found, news, strict=True)), 0.999, 0.001, lerp=lerp)
-    for old, new in left:
-        if lerp:
-            old.lerp_(new.float(), 0.001)
-        else:
-            old.mul_(0.999).add_(new.float(), alpha=0.001)
+    update_by_torch(left, lerp=lerp)
     for mine, torchs in zip(found, expected, strict=True):
         assert torch.equal(mine, torchs)
     assert sum(sizes) + 4 * GRAIN - sum(old.numel() for old, _ in left) == (1 + 2 + 21 + 48) * GRAIN

@@ -115,7 +115,9 @@ def _try_kernel(teacher: torch.dtype, student: torch.dtype, lerp: bool) -> Kerne
 
         # Of one function: the other one has the same loop.
         is_right = has_torchs_bits(update_, torch.device("cpu"), teacher, student, lerp=lerp)
-    except Exception as error:  # no llvmlite, or one of another age, a processor it does not know: whatever it is
+    except ImportError as error:
+        return f"{error} (`pip install -U llvmlite`)"
+    except Exception as error:  # a processor it does not know, no memory: whatever it is
         return f"{type(error).__name__}: {error}"
     return kernel if is_right else "it rounds in another way than torch"
 
@@ -153,15 +155,17 @@ def update_all_(pairs: Sequence[Pair], keep: float, take: float, *, lerp: bool) 
     if torch.compiler.is_compiling():  # it would trace us down to llvmlite
         return list(pairs)
     in_parallel = _find_torchs_parallel()
-    served = [(pair, kernel) for pair in pairs if (kernel := _find_kernel_of(pair, lerp=lerp))] if in_parallel else []
-    spans = sorted((teacher.data_ptr(), teacher.data_ptr() + teacher.nbytes) for (teacher, _), _ in served)
-    # Two threads would be at the same elements, in any order.
-    overlap = any(end > begin for (_, end), (begin, _) in itertools.pairwise(spans))
-    if in_parallel is None or not served or overlap:
+    if in_parallel is None:
         return list(pairs)
+    kernels = [_find_kernel_of(pair, lerp=lerp) for pair in pairs]
+    if _overlap([teacher for (teacher, _), kernel in zip(pairs, kernels, strict=True) if kernel]):
+        return list(pairs)  # two threads would be at the same elements, in any order
+    left: list[Pair] = []
     stretches: dict[int, list[_Stretch]] = {}
-    ends: list[Pair] = []
-    for (teacher, student), kernel in served:
+    for (teacher, student), kernel in zip(pairs, kernels, strict=True):
+        if kernel is None:
+            left.append((teacher, student))
+            continue
         if not teacher.is_inference():  # so that autograd, which a kernel goes around, tells whom it concerns
             torch.autograd.graph.increment_version(teacher)
         whole = teacher.numel() // GRAIN * GRAIN
@@ -170,15 +174,20 @@ def update_all_(pairs: Sequence[Pair], keep: float, take: float, *, lerp: bool) 
             at, student_at = (tensor.data_ptr() + begin * tensor.itemsize for tensor in (teacher, student))
             own.append((at, student_at, min(STRETCH_ELEMENTS, whole - begin)))
         if whole < teacher.numel():
-            ends.append((_behind(teacher, whole), _behind(student, whole)))
+            left.append((_behind(teacher, whole), _behind(student, whole)))
     for update_many, own in stretches.items():
         numbers = array("q", itertools.chain.from_iterable(own))
         job = _Job(0, len(own), numbers.buffer_info()[0], keep, take)
         # All of them, or none beside this one: OpenMP ends threads that are not asked for, and torch starts them again.
         num_threads = torch.get_num_threads() if len(own) > 1 else 1
         in_parallel(update_many, ctypes.addressof(job), num_threads, 0)
-    done = {id(teacher) for (teacher, _), _ in served}
-    return [pair for pair in pairs if id(pair[0]) not in done] + ends
+    return left
+
+
+def _overlap(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether two of them have memory in common; each lies without a gap."""
+    spans = sorted((tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes) for tensor in tensors)
+    return any(end > begin for (_, end), (begin, _) in itertools.pairwise(spans))
 
 
 def _find_kernel_of(pair: Pair, *, lerp: bool) -> Kernel | None:

@@ -133,8 +133,8 @@ def _worth_compiling(plan: BlockPlan) -> list[tuple[DType, DType]]:
     counts: Counter[tuple[DType, DType]] = Counter()
     for lane in plan.lanes:
         if lane.action == "average":
-            for dtype in lane.input_dtypes[1:]:
-                counts[lane.accumulate_dtype, dtype] += (lane.span[1] - lane.span[0]) * plan.num_teachers
+            for dtype, number in Counter(lane.input_dtypes[1:]).items():
+                counts[lane.accumulate_dtype, dtype] += number * (lane.span[1] - lane.span[0]) * plan.num_teachers
     return [
         dtypes
         for dtypes, count in counts.items()
@@ -247,10 +247,11 @@ class _BlockFolder:
             accumulators[0].copy_(self._raw.elements(lane.input_dtypes[0], size))
         for accumulator in accumulators[1:]:
             accumulator.copy_(accumulators[0])
+        rows = [accumulator.view(1, -1) for accumulator in accumulators]
         kernels = [self._kernels.get((lane.accumulate_dtype, dtype)) for dtype in lane.input_dtypes]
         for kernel, inputs in batches(kernels, len(self._stages)):
             if kernel is None:
-                self._fold_by_torch(inputs[0], block, accumulators)
+                self._fold_by_torch(inputs[0], block, rows)
             else:
                 self._fold_by_kernel(kernel, inputs, block, size)
             if self._untold_bytes >= TOLD_BYTES:
@@ -264,15 +265,15 @@ class _BlockFolder:
                 raise NonFiniteBlockError(self._find_origin(block, ~comparable(target[:count]).isfinite()))
             self._write(teacher, block, finished)
 
-    def _fold_by_torch(self, index: int, block: Block, accumulators: Sequence[torch.Tensor]) -> None:
-        """Read one input and fold it into every teacher."""
+    def _fold_by_torch(self, index: int, block: Block, rows: Sequence[torch.Tensor]) -> None:
+        """Read one input and fold it into every teacher, each of shape [1, n]."""
         lane = block.lane
         self._read(self._layouts[index], block, self._raw)
-        student = self._raw.elements(lane.input_dtypes[index], accumulators[0].numel())
-        if student.dtype is not accumulators[0].dtype:
+        student = self._raw.elements(lane.input_dtypes[index], rows[0].numel())
+        if student.dtype is not rows[0].dtype:
             student = self._widened.elements(lane.accumulate_dtype, student.numel()).copy_(student)
-        for accumulator, (keep, take) in zip(accumulators, self._updates[index], strict=True):
-            update_(accumulator.view(1, -1), student, keep, take)
+        for row, (keep, take) in zip(rows, self._updates[index], strict=True):
+            update_(row, student, keep, take)
 
     def _fold_by_kernel(self, kernel: Kernel, indices: Sequence[int], block: Block, size: int) -> None:
         """Read some inputs, no more than there are stages, and fold them into every teacher in one pass."""
