@@ -25,6 +25,7 @@ from ckpt_ema.engine.arithmetic import GRAIN, LARGEST_LERP, Pair
 from ckpt_ema.engine.buffers import Buffer
 from ckpt_ema.engine.compiled import STRETCH_ELEMENTS, find_kernel, update_all_, why_not
 from ckpt_ema.engine.llvm_module import PIECE_ELEMENTS
+from ckpt_ema.errors import CkptEmaError
 from ckpt_ema.online import rule
 from ckpt_ema.report import summary_text
 from tests.conftest import assert_same_bits, quiet_fold
@@ -102,6 +103,36 @@ def test_any_number_of_elements_is_folded_and_none_behind_them(
     expected[:count] = whole[:count]
     kernel.fold(found.data_ptr(), count, [new.data_ptr() for new in news], updates)
     assert torch.equal(found, expected)
+
+
+LOWER_HALVES = (0, 1, 0xFFF, 0x1000, 0x1001, 0x3000, 0x7FFF, 0x8000, 0x8001, 0xFFFF)
+"""Of a float, at the borders of what is rounded one way and the other, and beside them."""
+
+
+@pytest.mark.parametrize("student", STUDENTS)
+def test_a_teacher_is_narrowed_as_torch_does(student: torch.dtype) -> None:
+    """Numbers of every size and sign; what is infinite then, or is no number, is told."""
+    kernel = find_kernel(torch.float32, student)
+    assert kernel is not None
+    upper = torch.arange(-(2**15), 2**15, dtype=torch.int32) << 16
+    teacher = torch.stack([upper + lower for lower in LOWER_HALVES]).view(torch.float32).flatten()
+    expected = teacher.to(student)
+    is_finite = expected.isfinite()
+    finite, expected = teacher[is_finite], expected[is_finite]
+    found = torch.full((len(finite) + 1,), 7, dtype=student)
+    assert kernel.narrow(finite.data_ptr(), len(finite), found.data_ptr())
+    assert torch.equal(found[:-1].view(torch.int16), expected.view(torch.int16))
+    assert found[-1] == 7
+    others = teacher[~is_finite]
+    assert others.isfinite().any()
+    assert others.isnan().any()
+    for other in others[:: len(others) // 1000]:
+        assert not kernel.narrow(other.data_ptr(), 1, found.data_ptr()), other
+    for place in (0, 1, len(finite) // 2, len(finite) - 1):  # among finite ones, in a vector or behind the last
+        spoilt = finite.clone()
+        spoilt[place] = torch.inf
+        assert not kernel.narrow(spoilt.data_ptr(), len(spoilt), found.data_ptr())
+    assert kernel.narrow(0, 0, 0)
 
 
 def update_by_torch(pairs: list[Pair], *, lerp: bool) -> None:
@@ -290,9 +321,34 @@ def test_a_kernel_that_rounds_otherwise_is_not_used(
 @pytest.mark.usefixtures("untried")
 def test_a_kernel_that_widens_otherwise_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """A bfloat16's bits in the wrong place."""
-    stored, widen = llvm_module.STUDENTS[torch.bfloat16]
-    monkeypatch.setitem(llvm_module.STUDENTS, torch.bfloat16, (stored, widen.replace("16\n", "15\n")))
+    own = llvm_module.STUDENTS[torch.bfloat16]
+    other = own._replace(widen=own.widen.replace("16\n", "15\n"))
+    monkeypatch.setitem(llvm_module.STUDENTS, torch.bfloat16, other)
     assert why_not(torch.float32, torch.bfloat16) == "it rounds in another way than torch"
+
+
+@pytest.mark.usefixtures("untried")
+@pytest.mark.parametrize(
+    ("student", "changed"),
+    [
+        (torch.bfloat16, {"narrow": ("add i32 %odd, 32767", "add i32 0, 32767")}),
+        (torch.bfloat16, {"narrow": ("add i32 %odd, 32767", "add i32 1, 32767")}),
+        (torch.bfloat16, {"narrow": ("add i32 %bits, %almost_half", "add i32 %bits, 0")}),
+        (torch.bfloat16, {"overflow": 0x7F800001}),
+        (torch.float16, {"overflow": 0x7F800000}),
+        (torch.float16, {"overflow": 0x47000000}),
+    ],
+)
+def test_a_kernel_that_narrows_otherwise_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, student: torch.dtype, changed: dict[str, Any]
+) -> None:
+    """Halves rounded down, up or cut; infinities that pass, or finite numbers that do not."""
+    own = llvm_module.STUDENTS[student]
+    if "narrow" in changed:
+        assert changed["narrow"][0] in own.narrow
+        changed = {"narrow": own.narrow.replace(*changed["narrow"])}
+    monkeypatch.setitem(llvm_module.STUDENTS, student, own._replace(**changed))
+    assert why_not(torch.float32, student) == "it rounds in another way than torch"
 
 
 def raise_memory_error(*_: object, **__: object) -> bool:
@@ -457,6 +513,26 @@ def test_a_fold_has_the_bytes_that_torchs_calls_make(
     assert len(calls) == num_calls
     for one, other in zip(found, expected, strict=True):
         assert_same_bits(one, other)
+
+
+@pytest.mark.usefixtures("calls")
+@pytest.mark.parametrize("dtype", STUDENTS)
+@pytest.mark.parametrize("momentum", [0.3, [0.3, 0.9]])
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+def test_what_is_not_finite_is_found_behind_a_kernel(
+    tmp_path: Path, dtype: torch.dtype, momentum: Any, value: float
+) -> None:
+    """The tensor and the checkpoint are named as torch's calls let them be; none is written."""
+    run = tmp_path / "run"
+    run.mkdir()
+    for number in range(4):
+        students = {f"layer_{index}": torch.full((50_001,), 0.5, dtype=dtype) for index in range(3)}
+        if number == 2:
+            students["layer_1"][37_777] = value
+        save_file(students, run / f"step_{number}.safetensors")
+    with pytest.raises(CkptEmaError, match=r"layer_1.*step_2|step_2.*layer_1"):
+        folded(tmp_path / "found", momentum=momentum)
+    assert not list((tmp_path / "found").iterdir())
 
 
 def test_while_a_kernel_is_compiled_the_fold_goes_on(

@@ -29,10 +29,12 @@ STRETCH_ELEMENTS = 16 * GRAIN
 class Kernel:
     """`teacher = keep * teacher + take * student`, compiled. Other threads of Python go on meanwhile."""
 
-    def __init__(self, fold: int, update_many: int) -> None:
+    def __init__(self, fold: int, narrow: int, update_many: int) -> None:
         """By the addresses of the module's functions."""
         arguments = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
         self._fold = ctypes.CFUNCTYPE(None, *arguments)(fold)
+        arguments = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
+        self._narrow = ctypes.CFUNCTYPE(ctypes.c_int32, *arguments)(narrow)
         self.update_many = update_many
         """Address of a function that takes a _Job's and updates its stretches until none is left; for any number of
         threads at once."""
@@ -45,6 +47,13 @@ class Kernel:
         addresses = (ctypes.c_void_p * len(students))(*students)
         numbers = (ctypes.c_float * (2 * len(updates)))(*itertools.chain.from_iterable(updates))
         self._fold(teacher, count, addresses, numbers, len(students))
+
+    def narrow(self, teacher: int, count: int, narrowed: int) -> bool:
+        """Write `count` elements of a teacher in the student's dtype, by their addresses; whether all are finite there.
+
+        Rounded to the nearest, as torch does. Where not all are finite, what was written is nothing to go by.
+        """
+        return bool(self._narrow(teacher, narrowed, count))
 
 
 class _Job(ctypes.Structure):
@@ -115,11 +124,29 @@ def _try_kernel(teacher: torch.dtype, student: torch.dtype, lerp: bool) -> Kerne
 
         # Of one function: the other one has the same loop.
         is_right = has_torchs_bits(update_, torch.device("cpu"), teacher, student, lerp=lerp)
+        is_right &= _narrows_as_torch(kernel, student)
     except ImportError as error:
         return f"{error} (`pip install -U llvmlite`)"
     except Exception as error:  # a processor it does not know, no memory: whatever it is
         return f"{type(error).__name__}: {error}"
     return kernel if is_right else "it rounds in another way than torch"
+
+
+def _narrows_as_torch(kernel: Kernel, student: torch.dtype) -> bool:
+    """Whether floats of any bits become a student's dtype as `to` makes them, and none that is infinite then passes."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    bits = torch.randint(-(2**31), 2**31, (2, GRAIN), generator=generator, dtype=torch.int32, device="cpu")
+    bits[1] &= -(2**12)  # so that thousands lie half way between two
+    teacher = bits.view(torch.float32)
+    is_finite = teacher.to(student).isfinite()
+    finite = teacher.where(is_finite, 0)
+    found, expected = finite.to(student).zero_(), finite.to(student)
+    if not kernel.narrow(finite.data_ptr(), finite.numel(), found.data_ptr()):
+        return False
+    others = teacher[~is_finite][: GRAIN // 64]
+    return torch.equal(found.view(torch.int16), expected.view(torch.int16)) and not any(
+        kernel.narrow(others[index:].data_ptr(), 1, found.data_ptr()) for index in range(len(others))
+    )
 
 
 def _compile(module: str) -> Kernel:
@@ -140,10 +167,10 @@ def _compile(module: str) -> Kernel:
     passes.getModulePassManager().run(parsed, passes)
     engine = binding.create_mcjit_compiler(parsed, machine)
     engine.finalize_object()
-    fold, update_many = map(engine.get_function_address, ("fold", "update_many"))
+    functions = [engine.get_function_address(name) for name in ("fold", "narrow", "update_many")]
     # Never unloaded: when a process ends, a thread may still be in there.
     engine.detach()
-    return Kernel(fold, update_many)
+    return Kernel(*functions)
 
 
 def update_all_(pairs: Sequence[Pair], keep: float, take: float, *, lerp: bool) -> list[Pair]:

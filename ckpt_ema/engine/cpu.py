@@ -257,13 +257,23 @@ class _BlockFolder:
             if self._untold_bytes >= TOLD_BYTES:
                 self.tell_progress()
         for teacher, accumulator, buffer in zip(self._teachers, accumulators, self._accumulators, strict=True):
-            target, finished = accumulator, buffer
-            if lane.dtype is not lane.accumulate_dtype:
-                target, finished = self._raw.elements(lane.dtype, size), self._raw
-                target.copy_(accumulator)
-            if not _is_finite(target[:count]):
-                raise NonFiniteBlockError(self._find_origin(block, ~comparable(target[:count]).isfinite()))
-            self._write(teacher, block, finished)
+            self._write(teacher, block, self._finish(block, accumulator, buffer))
+
+    def _finish(self, block: Block, accumulator: torch.Tensor, buffer: Buffer) -> Buffer:
+        """Where a teacher lies in its own dtype, looked through for what is not finite."""
+        lane = block.lane
+        count = block.end - block.begin
+        target, finished = accumulator, buffer
+        if lane.dtype is not lane.accumulate_dtype:
+            finished = self._raw
+            kernel = self._kernels.get((lane.accumulate_dtype, lane.dtype))
+            if kernel is not None and kernel.narrow(buffer.address, count, finished.address):
+                return finished
+            target = finished.elements(lane.dtype, accumulator.numel())
+            target.copy_(accumulator)
+        if not _is_finite(target[:count]):
+            raise NonFiniteBlockError(self._find_origin(block, ~comparable(target[:count]).isfinite()))
+        return finished
 
     def _fold_by_torch(self, index: int, block: Block, rows: Sequence[torch.Tensor]) -> None:
         """Read one input and fold it into every teacher, each of shape [1, n]."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 PIECE_ELEMENTS = 4096
@@ -15,20 +17,48 @@ _HOOK = """%kept = fmul float %old, %keep
 _LERP = """%distance = fsub float %student, %old
   %new = call float @llvm.fma.f32(float %distance, float %take, float %old)"""
 
+
+class _Student(NamedTuple):
+    stored: str
+    """LLVM's type of an element."""
+
+    widen: str
+    """What makes the float %student of %stored."""
+
+    narrow: str
+    """What makes %narrowed of the float %teacher, or of its %bits, to the nearest, of two to the even one."""
+
+    overflow: int
+    """Bits of the least float that is infinite then."""
+
+
 STUDENTS = {
-    torch.float16: ("half", "%student = fpext half %stored to float"),
-    # A bfloat16 is a float without its lower half. LLVM's own conversion is slower than a shift.
-    torch.bfloat16: (
-        "i16",
-        """%bits = zext i16 %stored to i32
+    torch.float16: _Student(
+        stored="half",
+        widen="%student = fpext half %stored to float",
+        narrow="%narrowed = fptrunc float %teacher to half",
+        overflow=0x477FF000,  # 65520
+    ),
+    # A bfloat16 is a float without its lower half. LLVM's own conversions are slower than shifts.
+    torch.bfloat16: _Student(
+        stored="i16",
+        widen="""%bits = zext i16 %stored to i32
   %shifted = shl i32 %bits, 16
   %student = bitcast i32 %shifted to float""",
+        narrow="""%upper = lshr i32 %bits, 16
+  %odd = and i32 %upper, 1
+  %almost_half = add i32 %odd, 32767
+  %rounded = add i32 %bits, %almost_half
+  %narrowed_bits = lshr i32 %rounded, 16
+  %narrowed = trunc i32 %narrowed_bits to i16""",
+        overflow=0x7F7F8000,
     ),
 }
-"""LLVM's type of a stored student, and what makes a float of one."""
+"""What kernels are made for."""
 
 _MODULE = """
 declare float @llvm.fma.f32(float, float, float)
+declare i32 @llvm.umax.i32(i32, i32)
 declare i64 @llvm.umin.i64(i64, i64)
 
 ; teacher = keep * teacher + take * student. Not inlined: it would be compiled twice.
@@ -87,6 +117,32 @@ end:
   ret void
 }}
 
+; The teacher in the student's dtype, and whether all of it is finite then; where not, only that is to be relied on.
+define i32 @narrow(ptr noalias readonly %teachers, ptr noalias %all_narrowed, i64 %count) {{
+entry:
+  %is_empty = icmp eq i64 %count, 0
+  br i1 %is_empty, label %end, label %loop
+loop:
+  %index = phi i64 [ 0, %entry ], [ %next, %loop ]
+  %largest = phi i32 [ 0, %entry ], [ %larger, %loop ]
+  %teacher_at = getelementptr float, ptr %teachers, i64 %index
+  %narrowed_at = getelementptr {stored}, ptr %all_narrowed, i64 %index
+  %teacher = load float, ptr %teacher_at
+  %bits = bitcast float %teacher to i32
+  %magnitude = and i32 %bits, 2147483647
+  %larger = call i32 @llvm.umax.i32(i32 %largest, i32 %magnitude)
+  {narrow}
+  store {stored} %narrowed, ptr %narrowed_at
+  %next = add nuw nsw i64 %index, 1
+  %goes_on = icmp ult i64 %next, %count
+  br i1 %goes_on, label %loop, label %end
+end:
+  %most = phi i32 [ 0, %entry ], [ %larger, %loop ]
+  %is_finite = icmp ult i32 %most, {overflow}
+  %answer = zext i1 %is_finite to i32
+  ret i32 %answer
+}}
+
 %Job = type {{ i64, i64, ptr, float, float }}
 %Stretch = type {{ ptr, ptr, i64 }}
 
@@ -124,5 +180,4 @@ end:
 
 def write_module(student: torch.dtype, *, lerp: bool) -> str:
     """The module that compiled.Kernel calls, for `mul_` and `add_`, or for `lerp_`."""
-    stored, widen = STUDENTS[student]
-    return _MODULE.format(stored=stored, widen=widen, arithmetic=_LERP if lerp else _HOOK, piece=PIECE_ELEMENTS)
+    return _MODULE.format(arithmetic=_LERP if lerp else _HOOK, piece=PIECE_ELEMENTS, **STUDENTS[student]._asdict())
