@@ -31,10 +31,9 @@ class Kernel:
 
     def __init__(self, fold: int, narrow: int, update_many: int) -> None:
         """By the addresses of the module's functions."""
-        arguments = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
-        self._fold = ctypes.CFUNCTYPE(None, *arguments)(fold)
-        arguments = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
-        self._narrow = ctypes.CFUNCTYPE(ctypes.c_int32, *arguments)(narrow)
+        address, number = ctypes.c_void_p, ctypes.c_int64
+        self._fold = ctypes.CFUNCTYPE(None, address, number, address, address, number)(fold)
+        self._narrow = ctypes.CFUNCTYPE(ctypes.c_int32, address, address, number)(narrow)
         self.update_many = update_many
         """Address of a function that takes a _Job's and updates its stretches until none is left; for any number of
         threads at once."""
