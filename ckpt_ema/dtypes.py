@@ -68,3 +68,11 @@ DTYPES = (
 BY_NAME = {dtype.name: dtype for dtype in DTYPES}
 BY_CODE = {dtype.code: dtype for dtype in DTYPES if dtype.code}
 BY_STORAGE = {dtype.storage: dtype for dtype in DTYPES if dtype.storage}
+
+
+def is_rounded(computed: DType, written: DType) -> bool:
+    """Whether a number computed in one floating-point dtype may lose digits where it is written in another.
+
+    Of two dtypes of one size, float16 and bfloat16, each has numbers that the other one has not.
+    """
+    return written is not computed and written.itemsize <= computed.itemsize

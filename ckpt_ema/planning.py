@@ -16,7 +16,7 @@ from ckpt_ema.byte_ranges import TensorRange
 from ckpt_ema.catalogue import TeacherTensor, Treatment, build_catalogue
 from ckpt_ema.coefficients import Weighed, weigh
 from ckpt_ema.continuing import Beginning, read_beginning
-from ckpt_ema.dtypes import DType
+from ckpt_ema.dtypes import DType, is_rounded
 from ckpt_ema.errors import CkptEmaError, MisuseError, NoCheckpointError, NoUpdateError, quoted
 from ckpt_ema.formats import read_contents
 from ckpt_ema.layouts import Layout, SchemaPool, compact_layout
@@ -369,7 +369,7 @@ def _narrow(
         for tensor in tensors
         if tensor.action == "average"
     ]
-    return [(stored, folded) for stored, folded in dtypes if stored.itemsize < folded.itemsize]
+    return [(stored, folded) for stored, folded in dtypes if is_rounded(folded, stored)]
 
 
 def _rounded(weighed: Weighed, narrow: Sequence[tuple[DType, DType]]) -> Iterator[str]:

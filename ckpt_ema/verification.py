@@ -17,10 +17,10 @@ from ckpt_ema.blocks import BlockPlan
 from ckpt_ema.byte_ranges import InputFile, SourceFile, TensorRange, count_elements, open_input, read_exactly
 from ckpt_ema.coefficients import MAX_COEFFICIENT
 from ckpt_ema.continuing import parts_of, past_of, rounded_to
-from ckpt_ema.dtypes import BY_NAME, DType
+from ckpt_ema.dtypes import BY_NAME, DType, is_rounded
 from ckpt_ema.engine import cpu
 from ckpt_ema.engine.contract import NonFiniteBlockError, Task
-from ckpt_ema.engine.distance import distance_of, epsilon_of, first_not_finite, length_of, shown_element
+from ckpt_ema.engine.distance import distance_of, epsilon_of, first_not_finite, length_of, shown_element, smallest_of
 from ckpt_ema.engine.inputs import InputFiles
 from ckpt_ema.engine.streams import Streams
 from ckpt_ema.errors import CkptEmaError, MisuseError
@@ -229,16 +229,24 @@ class _Tolerance:
     why: str
     """What rounds, for people."""
 
-    epsilon: float = 0.0
-    """The last place of what was computed in, where that is more than the teacher's."""
+    computed_in: frozenset[DType] = frozenset()
+    """Beside the teacher's own dtype."""
 
-    on_the_way: float = 0.0
-    """What earlier teachers have lost by being written in fewer bits, as far as it is still in this one."""
+    on_the_way: tuple[tuple[float, DType], ...] = ()
+    """How much is still in this teacher of what earlier ones have lost by being written in each of these."""
 
-    def allows(self, distance: float, norm: float, dtype: DType) -> bool:
-        """Whether elements of `dtype` may be so far from others of length `norm`."""
-        each = max(epsilon_of(dtype), self.epsilon)
-        return distance <= (math.sqrt(self.num_roundings) * each + self.on_the_way) * norm
+    left_out: float = 0.0
+    """Of shares too small to be recorded, what they may have in all."""
+
+    def allows(self, distance: float, norm: float, num_elements: int, dtype: DType) -> bool:
+        """Whether so many elements of `dtype` may be so far from others of length `norm`."""
+        own = math.sqrt(self.num_roundings)
+        relative = own * max(map(epsilon_of, (dtype, *self.computed_in))) + self.left_out
+        absolute = own * max(map(smallest_of, (dtype, *self.computed_in)))
+        for share, lost_to in self.on_the_way:
+            relative += share * epsilon_of(lost_to)
+            absolute += share * smallest_of(lost_to)
+        return distance <= relative * norm + absolute * math.sqrt(num_elements)
 
 
 def _tolerance_of(record: Mapping[str, Any], planned: FoldPlan) -> _Tolerance | None:
@@ -249,18 +257,18 @@ def _tolerance_of(record: Mapping[str, Any], planned: FoldPlan) -> _Tolerance | 
     num_roundings, why = parts, f"its {parts} parts"
     if has_earlier_rules(record):
         num_roundings = len(past)
-    lost = [share * epsilon_of(BY_NAME[name]) for name, share in rounded_to(record).items() if name in BY_NAME]
+    left_out = 0.0
     if not is_exact(planned, record, [item.coefficient for item in (*averages, *past)]):
         num_roundings, why = len(past), "its recorded coefficients" if parts == 1 else why
-        lost.append(SMALLEST_COEFFICIENT)  # of what a part still had, and one at once leaves out
+        left_out = SMALLEST_COEFFICIENT  # of what a part still had, and one at once leaves out
     if num_roundings == 1:
         return None
-    epsilon = 0.0
+    computed_in: frozenset[DType] = frozenset()
     if planned.options.accumulate == "student":
-        averaged = [tensor for tensor in planned.tensors if tensor.action == "average"]
-        epsilon = max((epsilon_of(tensor.student_dtype) for tensor in averaged), default=0.0)
+        computed_in = frozenset(tensor.student_dtype for tensor in planned.tensors if tensor.action == "average")
         num_roundings = len(past)
-    return _Tolerance(num_roundings, why, epsilon, sum(lost))
+    lost = tuple((share, BY_NAME[name]) for name, share in rounded_to(record).items() if name in BY_NAME)
+    return _Tolerance(num_roundings, why, computed_in, lost, left_out)
 
 
 def _check_told(record: Mapping[str, Any], planned: FoldPlan) -> None:
@@ -303,7 +311,8 @@ def _recompute(
         assert tolerance is not None
         # Of a few numbers the roundings may all go one way.
         num_elements = count_elements(found.tensors[name].shape)
-        if not tolerance.allows(distance, norm * max(1.0, math.sqrt(len(planned.inputs) / num_elements)), dtype):
+        length = norm * max(1.0, math.sqrt(len(planned.inputs) / num_elements))
+        if not tolerance.allows(distance, length, num_elements, dtype):
             return Check("recomputed", False, text, _hint_of_rounding(planned))
         judge.largest = max(judge.largest, distance / norm)
     part = sum(block.end_position - block.position for block in chosen) / max(1, planned.blocks.data_bytes)
@@ -330,8 +339,7 @@ def _norm_of_inputs(planned: FoldPlan, name: str) -> float:
 def _hint_of_rounding(planned: FoldPlan) -> str | None:
     """What to do where a teacher may be right and yet differ: the record of one in parts is that of one at once."""
     if not any(
-        lane.action == "average" and lane.dtype.itemsize < lane.accumulate_dtype.itemsize
-        for lane in planned.blocks.lanes
+        lane.action == "average" and is_rounded(lane.accumulate_dtype, lane.dtype) for lane in planned.blocks.lanes
     ):
         return None
     return (
@@ -395,7 +403,8 @@ class _Judge:
             if self._tolerance is None or name in self._copied:
                 raise _DifferentError(text)
             apart = distance_of(held, made, stored.dtype)
-            if self._tolerance.allows(apart.distance, apart.norm, stored.dtype):
+            num_elements = len(made) // stored.dtype.itemsize
+            if self._tolerance.allows(apart.distance, apart.norm, num_elements, stored.dtype):
                 self.largest = max(self.largest, apart.relative)
             elif len(made) == end - begin <= SMALL_BYTES:
                 self.doubtful[name] = (text, apart.distance, stored.dtype)

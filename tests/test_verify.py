@@ -504,13 +504,15 @@ def test_what_a_record_holds_is_printed_as_json(tmp_path: Path, cli: Cli) -> Non
     assert shown["provenance"]["averages"] == [{"coefficient": "Infinity"}, "-Infinity"]
 
 
-def save_numbers(run: Path, steps: list[int], dtype: torch.dtype, *, shape: tuple[int, ...] = (3000,)) -> None:
+def save_numbers(
+    run: Path, steps: list[int], dtype: torch.dtype, *, shape: tuple[int, ...] = (3000,), size: float = 1.0
+) -> None:
     """Unrelated numbers of either sign, a scalar among them: straight lines make small differences of large ones."""
     run.mkdir(exist_ok=True)
     for step in steps:
         generator = torch.Generator().manual_seed(step)
         student = {"a.weight": torch.randn(shape, generator=generator), "scale": torch.randn((), generator=generator)}
-        torch.save({name: tensor.to(dtype) for name, tensor in student.items()}, run / f"step_{step}.pt")
+        torch.save({name: (tensor * size).to(dtype) for name, tensor in student.items()}, run / f"step_{step}.pt")
 
 
 @pytest.mark.parametrize(
@@ -582,6 +584,41 @@ def test_a_teacher_that_was_rounded_on_the_way_is_held_to_that(
     with safe_open(teacher, "pt") as file:
         metadata = file.metadata()
     save_file({**tensors, "a.weight": tensors["a.weight"] * 1.1}, teacher, metadata)
+    assert failed(ckpt_ema.verify(teacher, run, share=1))
+
+
+@pytest.mark.parametrize(("dtype", "stored"), [(torch.float16, "bfloat16"), (torch.bfloat16, "float16")])
+def test_another_dtype_of_as_many_bits_rounds_as_a_smaller_one(tmp_path: Path, dtype: torch.dtype, stored: str) -> None:
+    """Each of the two 16-bit dtypes has numbers that the other has not: going on from it says so, and verify knows."""
+    run = tmp_path / "run"
+    save_numbers(run, [10, 43, 101, 103, 121, 127, 132], dtype)
+    options: dict[str, Any] = {"momentum": 0.3, "accumulate": "student", "dtype": stored}
+    teacher = quiet_fold(run, tmp_path / "0.safetensors", until_step=103, **options).output
+    report = quiet_fold(run, tmp_path / "1.safetensors", init=teacher, **options)
+    assert any(f"rounded to {stored}" in warning for warning in report.plan.warnings), report.plan.warnings
+    found = ckpt_ema.verify(report.output, run, share=1)
+    assert found.is_ok, failed(found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_numbers_below_the_smallest_normal_one_are_held_to_their_own_last_place(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    """Which is no small part of them; the weights that decay has let go are such."""
+    run = tmp_path / "run"
+    save_numbers(run, [10, 43, 101, 103, 121, 127, 132], dtype, size=1e-40)
+    options: dict[str, Any] = {"momentum": 0.01, "per": "step", "dtype": "float32"}
+    teacher = quiet_fold(run, tmp_path / "0.safetensors", until_step=43, **options).output
+    for until in (101, 103, 121, 127, 132):
+        name = tmp_path / f"{until}.safetensors"
+        teacher = quiet_fold(run, name, init=teacher, until_step=until, dtype="float32").output
+    found = ckpt_ema.verify(teacher, run, share=1)
+    assert found.is_ok, failed(found)
+    assert "up to the rounding" in found.checks[-1].text
+    tensors = load_file(teacher)
+    with safe_open(teacher, "pt") as file:
+        metadata = file.metadata()
+    save_file({**tensors, "a.weight": tensors["a.weight"] * 1.01}, teacher, metadata)
     assert failed(ckpt_ema.verify(teacher, run, share=1))
 
 

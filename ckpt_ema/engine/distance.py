@@ -106,6 +106,14 @@ def epsilon_of(dtype: DType) -> float:
     return torch.finfo(wide).eps if wide.is_floating_point or wide.is_complex else 0.0
 
 
+def smallest_of(dtype: DType) -> float:
+    """The distance from 0 to the next number of a floating-point dtype; 0 of others."""
+    wide = torch_dtype(dtype)
+    if not (wide.is_floating_point or wide.is_complex):
+        return 0.0
+    return torch.finfo(wide).smallest_normal * torch.finfo(wide).eps
+
+
 def shown_element(content: bytes, dtype: DType) -> str:
     """The value of one element's bytes, for people."""
     return str(comparable(_elements(content, dtype)).tolist()[0])
