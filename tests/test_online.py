@@ -532,6 +532,26 @@ def test_while_swapped_it_can_be_neither_changed_nor_saved(student: Student, tmp
     teacher.update()
 
 
+def test_an_update_beside_an_attached_optimizer_is_told_once(student: Student) -> None:
+    """A step would count twice; not where the optimizer was let go, nor of a copy, which is attached to none."""
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    teacher = MeanTeacher(student)
+    handle = teacher.attach(optimizer)
+    optimizer.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        copy.deepcopy(teacher).update()
+    with pytest.warns(UserWarning, match="counted twice"):
+        teacher.update()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        teacher.update()
+        handle.remove()
+        teacher.attach(optimizer).remove()
+        teacher.update()
+    assert teacher.num_steps == 4
+
+
 def test_attached_twice_it_would_count_twice(student: Student) -> None:
     """An error, until the first one is removed; others of its own are no error, foreign ones told."""
     teacher = MeanTeacher(student, momentum=MOMENTUM)

@@ -110,6 +110,8 @@ class MeanTeacher:
         # Whether a graph may change the teacher, how often nobody tells: no formula describes it from then on.
         self._is_captured = False
         self._is_swapped = False
+        self._handles: list[RemovableHandle] = []
+        """Of the optimizers that it is attached to, until somebody was told what an `update` beside them does."""
         self._owns_tensors = teacher is None
         if teacher is not None and device is not None:
             raise MisuseError(
@@ -163,7 +165,6 @@ class MeanTeacher:
         """The student's tensors that are not averaged, and why."""
         return dict(self._tracking.reasons)
 
-    @torch.no_grad()
     def update(self) -> bool:
         """Count one training step; at every `interval`-th one fold the student in. True when the teacher changed.
 
@@ -177,6 +178,17 @@ class MeanTeacher:
         (the first), snapshots, `on_nonfinite` and `device="cpu"` cannot be captured, and raise CkptEmaError. Behind
         `load_state_dict` update once before: the graph would get torch's own calls, which take longer.
         """
+        if any(handle.id in (handle.hooks_dict_ref() or ()) for handle in self._handles):
+            self._handles.clear()
+            warnings.warn(
+                "the teacher is attached to an optimizer, which calls `update` after each of its steps: with this call"
+                " beside them a step is counted twice; leave one of the two away",
+                stacklevel=2,
+            )
+        return self._update()
+
+    @torch.no_grad()
+    def _update(self) -> bool:
         self._refuse_swapped("update the teacher")
         if _is_capturing():
             self._capture()
@@ -252,10 +264,11 @@ class MeanTeacher:
     def __getstate__(self) -> dict[str, Any]:
         """What copying and pickling take, when no thread changes it any more."""
         self._begin("copy the teacher")
-        if not self._is_captured:
-            return self.__dict__
-        # No graph changes the copy; what one did to the numbers is in them.
-        return {**self.__dict__, "_copied": None, "_is_captured": False}
+        state = {**self.__dict__, "_handles": []}  # no optimizer updates the copy
+        if self._is_captured:
+            # No graph changes the copy; what one did to the numbers is in them.
+            state |= {"_copied": None, "_is_captured": False}
+        return state
 
     @torch.no_grad()
     def copy_student(self) -> None:
@@ -273,6 +286,7 @@ class MeanTeacher:
     def attach(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
         """Update after every `optimizer.step()` from now on; `remove()` of what is returned ends that.
 
+        An `update` of your own beside it counts one step more, and is warned of once.
         A step that GradScaler skips is none, but for a fused optimizer, which is called and changes nothing: the
         teacher moves towards the same student once more then. Warns where the optimizer has none of the student's
         parameters. Raises MisuseError for what is no optimizer of torch's, nor accelerate's wrapper around one, and
@@ -302,6 +316,7 @@ class MeanTeacher:
                 stacklevel=2,
             )
         handle: RemovableHandle = inner.register_step_post_hook(_AfterStep(self))
+        self._handles.append(handle)
         return handle
 
     @contextlib.contextmanager
@@ -619,7 +634,7 @@ class _AfterStep:
         self.teacher = teacher
 
     def __call__(self, *_: object) -> None:
-        self.teacher.update()
+        self.teacher._update()
 
 
 def _is_capturing() -> bool:
