@@ -13,7 +13,7 @@ import click
 import ckpt_ema
 from ckpt_ema._version import __version__
 from ckpt_ema.cli.exits import errors_become_exits, first_signal_sets
-from ckpt_ema.cli.options import MEMORY, GivenPath, follow_options, or_none, reconstruct_options, run_options
+from ckpt_ema.cli.options import AS_JSON, MEMORY, GivenPath, follow_options, or_none, reconstruct_options, run_options
 from ckpt_ema.cli.terminal import ProgressBar, hand_over, print_json, print_text, tell
 from ckpt_ema.sizes import counted
 
@@ -141,7 +141,7 @@ def follow(run: str, output: str | None, quiet: bool, **options: Any) -> None:
 @click.argument("path", type=GivenPath())
 @click.option("--state", metavar="KEY", help="State dict to list instead of the one a fold takes.")
 @click.option("--prefix", help="Sub-model to list, stripped from the names.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@AS_JSON
 @click.option("-v", "--verbose", is_flag=True, help="List every tensor.")
 @errors_become_exits
 def inspect(path: str, state: str | None, prefix: str | None, as_json: bool, verbose: bool) -> None:
@@ -167,7 +167,7 @@ def inspect(path: str, state: str | None, prefix: str | None, as_json: bool, ver
 @click.option("--state", metavar="KEY", help="State dict of both, as `inspect` lists them; a teacher has one.")
 @click.option("--prefix", help="Sub-model of both, stripped from the names, as it is from a teacher's.")
 @MEMORY
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@AS_JSON
 @click.option("-v", "--verbose", is_flag=True, help="List every tensor that differs.")
 @errors_become_exits
 def compare(a: str, b: str, as_json: bool, verbose: bool, **options: Any) -> None:
@@ -200,7 +200,7 @@ def compare(a: str, b: str, as_json: bool, verbose: bool, **options: Any) -> Non
 )
 @click.option("--seed", type=int, metavar="N", help="Choose the same blocks again.")
 @MEMORY
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@AS_JSON
 @click.option("-q", "--quiet", is_flag=True, help="Print what failed only.")
 @errors_become_exits
 def verify(teacher: str, run: str | None, as_json: bool, quiet: bool, **options: Any) -> None:

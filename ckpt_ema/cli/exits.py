@@ -13,10 +13,12 @@ from functools import wraps
 from types import FrameType
 from typing import Any, NoReturn
 
-from ckpt_ema.cli.terminal import prepare_streams, tell
+from ckpt_ema.cli.terminal import prepare_streams, silence_stdout, tell
 from ckpt_ema.errors import CkptEmaError, MisuseError
 
 Command = Callable[..., Any]
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def errors_become_exits(command: Command) -> Command:
@@ -52,7 +54,7 @@ def _run(command: Command, arguments: tuple[Any, ...], options: dict[str, Any]) 
         tell("Stopped; no unfinished teacher was written" if "output" in options else "Stopped")
         sys.exit(stop.exit_code)
     except BrokenPipeError:  # `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        silence_stdout()
         sys.exit(1)
     except OSError as error:
         tell(f"Error: {error.strerror or error}: {error.filename or ''}".rstrip(": "))
@@ -73,7 +75,7 @@ def _signals_raise() -> Iterator[None]:
     """SIGINT, SIGTERM and SIGHUP raise, so that a half-written file is removed on the way out."""
     before = {}
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in _SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
                 before[number] = signal.signal(number, _stop)
     try:
@@ -87,7 +89,7 @@ def _signals_raise() -> Iterator[None]:
 
 def _stop(number: int, _frame: FrameType | None) -> NoReturn:
     # A second signal must not interrupt the cleaning up.
-    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for each in _SIGNALS:
         signal.signal(each, signal.SIG_IGN)
     raise _StoppedError(number)
 
@@ -123,7 +125,7 @@ def first_signal_sets() -> Iterator[threading.Event]:
         asked.put(True)
 
     before = {}
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in _SIGNALS:
         if signal.getsignal(number) is _stop:
             before[number] = signal.signal(number, set_it)
     try:

@@ -51,6 +51,18 @@ MEMORY = click.option(
     help="For all buffers together, beside torch itself.",
 )
 
+AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+_WRITTEN_DTYPE = click.Choice(["student", "float32", "bfloat16", "float16"])
+
+
+def _interval(text: str) -> Command:
+    return click.option("--interval", type=int, default=1, show_default=True, metavar="N", help=text)
+
+
+def _half_life(text: str, *, multiple: bool) -> Command:
+    return click.option("--half-life", type=float, multiple=multiple, metavar="STEPS", help=text)
+
 
 def run_options(command: Command) -> Command:
     """The options that `fold` and `plan` share."""
@@ -65,21 +77,10 @@ def reconstruct_options(command: Command) -> Command:
         "coefficients": None,
         "init": None,
         "at": click.option("--at", type=int, metavar="STEP", help="Step of the wanted teacher.  [default: the newest]"),
-        "half-life": click.option(
-            "--half-life",
-            type=float,
-            multiple=True,
-            metavar="STEPS",
-            help="The momentum in other words: steps after which a share has halved; repeatable.",
+        "half-life": _half_life(
+            "The momentum in other words: steps after which a share has halved; repeatable.", multiple=True
         ),
-        "interval": click.option(
-            "--interval",
-            type=int,
-            default=1,
-            show_default=True,
-            metavar="N",
-            help="The hook's: the wanted teacher was updated every N steps.",
-        ),
+        "interval": _interval("The hook's: the wanted teacher was updated every N steps."),
         "profile": click.option(
             "--profile",
             type=click.Choice(["ema", "uniform", "power"]),
@@ -118,20 +119,11 @@ def follow_options(command: Command) -> Command:
             metavar="M",
             help="Share that the student brings at each update, 0 < M < 1.  [default: the teacher's own, else 0.001]",
         ),
-        "half-life": click.option(
-            "--half-life",
-            type=float,
-            metavar="STEPS",
-            help="The momentum in other words: training steps after which a share has halved; implies --per step.",
+        "half-life": _half_life(
+            "The momentum in other words: training steps after which a share has halved; implies --per step.",
+            multiple=False,
         ),
-        "interval": click.option(
-            "--interval",
-            type=int,
-            default=1,
-            show_default=True,
-            metavar="N",
-            help="Per step, update every N steps, as MeanTeacherHook does.",
-        ),
+        "interval": _interval("Per step, update every N steps, as MeanTeacherHook does."),
         "until": click.option(
             "--until", "until_step", type=int, metavar="STEP", help="Last step to fold; end when it is there."
         ),
@@ -144,7 +136,7 @@ def follow_options(command: Command) -> Command:
         ),
         "dtype": click.option(
             "--dtype",
-            type=click.Choice(["student", "float32", "bfloat16", "float16"]),
+            type=_WRITTEN_DTYPE,
             default="student",
             help="Dtype of the teacher.  [default: the student's, float32 where that has 16 bits]",
         ),
@@ -172,13 +164,10 @@ def _with_options(command: Command, changed: dict[str, Command | None]) -> Comma
             help="Share that the student brings at each update, 0 < M < 1; given several times, as many teachers from"
             " one pass.  [default: 0.001]",
         ),
-        "half-life": click.option(
-            "--half-life",
-            type=float,
-            multiple=True,
-            metavar="STEPS",
-            help="The momentum in other words: training steps after which a share has halved; implies --per step;"
+        "half-life": _half_life(
+            "The momentum in other words: training steps after which a share has halved; implies --per step;"
             " repeatable.",
+            multiple=True,
         ),
         "per": click.option(
             "--per",
@@ -186,13 +175,8 @@ def _with_options(command: Command, changed: dict[str, Command | None]) -> Comma
             help="What momentum works on once: each checkpoint, or each training step, as the hook's does.  [default:"
             " checkpoint]",
         ),
-        "interval": click.option(
-            "--interval",
-            type=int,
-            default=1,
-            show_default=True,
-            metavar="N",
-            help="Fold every N-th checkpoint after the first; per step, update every N steps, as MeanTeacherHook does.",
+        "interval": _interval(
+            "Fold every N-th checkpoint after the first; per step, update every N steps, as MeanTeacherHook does."
         ),
         "between": click.option(
             "--between",
@@ -277,7 +261,7 @@ def _with_options(command: Command, changed: dict[str, Command | None]) -> Comma
         ),
         "dtype": click.option(
             "--dtype",
-            type=click.Choice(["student", "float32", "bfloat16", "float16"]),
+            type=_WRITTEN_DTYPE,
             default="student",
             show_default=True,
             help="Dtype of the written teacher.",
@@ -302,14 +286,7 @@ def _with_options(command: Command, changed: dict[str, Command | None]) -> Comma
             show_default=True,
             help="auto, which measures before a long fold, cpu or cuda[:i].",
         ),
-        "memory": click.option(
-            "--memory",
-            "memory_budget_bytes",
-            type=_Size(),
-            default=format_size(DEFAULT_MEMORY_BUDGET_BYTES),
-            show_default=True,
-            help="For all buffers together, beside torch itself.",
-        ),
+        "memory": MEMORY,
         "overwrite": click.option("--overwrite", is_flag=True, help="Replace an existing teacher."),
         "resume": click.option(
             "--resume",

@@ -69,12 +69,16 @@ def hand_over(text: str, written: Sequence[str] = ()) -> None:
     except BrokenPipeError:
         raise
     except OSError as error:
-        # Python would write what is left on the way out again, and end with another message and another code.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        silence_stdout()
         raise CkptEmaError(
             f"cannot write to stdout: {error.strerror}",
             details=[f"`{name}` is written all the same" for name in written],
         ) from error
+
+
+def silence_stdout() -> None:
+    """Send to nowhere what could not be written: on the way out Python would try again, and end with another code."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _printable(text: str) -> str:
