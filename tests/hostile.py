@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
-from ckpt_ema import cli
+from ckpt_ema.cli import terminal
 from ckpt_ema.errors import CkptEmaError
 from ckpt_ema.formats import forget_tables, pickle_trial, read_contents, torch_save
 from ckpt_ema.formats.pickle_scan import MalformedPickleError
@@ -157,7 +157,7 @@ def read_input(path: Path, *, keep_tables: bool = False) -> bool:
                 inspect(path)
         return True
     except CkptEmaError as error:
-        str(error).encode("utf-8", cli._NAMES)  # as it is printed
+        str(error).encode("utf-8", terminal._NAMES)  # as it is printed
         return False
     except _TooSlow:
         raise Finding(f"took more than {MAX_SECONDS} s") from None

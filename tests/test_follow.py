@@ -575,8 +575,8 @@ def test_a_signal_in_the_middle_of_a_wait_is_heard() -> None:
     """The handler may interrupt the waiting itself, which holds the event's lock then."""
     code = """
 import os, signal
-from ckpt_ema import cli
-with cli._signals_raise(), cli._first_signal_sets() as stop:
+from ckpt_ema.cli import exits
+with exits._signals_raise(), exits.first_signal_sets() as stop:
     with stop._cond:
         os.kill(os.getpid(), signal.SIGTERM)
     assert stop.wait(20)

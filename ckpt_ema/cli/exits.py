@@ -1,0 +1,138 @@
+"""Ends of a command: errors and signals in, messages and exit codes out."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from functools import wraps
+from types import FrameType
+from typing import Any, NoReturn
+
+from ckpt_ema.cli.terminal import prepare_streams, silence_stdout, tell
+from ckpt_ema.errors import CkptEmaError, MisuseError
+
+Command = Callable[..., Any]
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def errors_become_exits(command: Command) -> Command:
+    """Print a CkptEmaError with its hint instead of a traceback: exit 1 failed, 2 misused."""
+
+    @wraps(command)
+    def wrapped(*arguments: Any, **options: Any) -> None:
+        prepare_streams()
+        with _signals_raise():
+            try:
+                _run(command, arguments, options)
+            except SystemExit as end:
+                _leave_if_among_ranks(end.code)
+                raise
+
+    return wrapped
+
+
+def _run(command: Command, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+    try:
+        command(*arguments, **options)
+    except CkptEmaError as error:
+        shown = len(error.details) if options.get("verbose") else 10
+        tell(f"Error: {error.message}")
+        for line in error.details[:shown]:
+            tell(f"  {line}")
+        if len(error.details) > shown:
+            tell(f"  ... and {len(error.details) - shown} more (`-v` shows all)")
+        if error.hint:
+            tell(f"\nhint: {error.hint}")
+        sys.exit(2 if isinstance(error, MisuseError) else 1)
+    except _StoppedError as stop:
+        tell("Stopped; no unfinished teacher was written" if "output" in options else "Stopped")
+        sys.exit(stop.exit_code)
+    except BrokenPipeError:  # `| head`
+        silence_stdout()
+        sys.exit(1)
+    except OSError as error:
+        tell(f"Error: {error.strerror or error}: {error.filename or ''}".rstrip(": "))
+        sys.exit(1)
+
+
+def _leave_if_among_ranks(code: Any) -> None:
+    """End a rank at once that failed: all is said, and torch's store may abort a process that ends in order."""
+    ranks = sys.modules.get("ckpt_ema.ranks")
+    if ranks is not None and ranks.has_met_others():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else 1)
+
+
+@contextlib.contextmanager
+def _signals_raise() -> Iterator[None]:
+    """SIGINT, SIGTERM and SIGHUP raise, so that a half-written file is removed on the way out."""
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in _SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+                before[number] = signal.signal(number, _stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            # Once stopped, deaf until the end: a signal during the interpreter's own exit would print a traceback.
+            if signal.getsignal(number) is _stop:
+                signal.signal(number, handler)
+
+
+def _stop(number: int, _frame: FrameType | None) -> NoReturn:
+    # A second signal must not interrupt the cleaning up.
+    for each in _SIGNALS:
+        signal.signal(each, signal.SIG_IGN)
+    raise _StoppedError(number)
+
+
+class _StoppedError(BaseException):
+    """A signal asked the command to stop."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.exit_code = 128 + number
+
+
+@contextlib.contextmanager
+def first_signal_sets() -> Iterator[threading.Event]:
+    """An event that the first signal sets; the second one stops at once, as elsewhere."""
+    stop = threading.Event()
+    # Not by the handler itself: where it interrupts a wait for the event it would wait for the lock of that, for ever.
+    asked: queue.SimpleQueue[bool] = queue.SimpleQueue()
+    was_asked = False
+
+    def set_when_asked() -> None:
+        if asked.get():
+            stop.set()
+
+    setter = threading.Thread(target=set_when_asked, name="signals", daemon=True)
+    setter.start()
+
+    def set_it(number: int, frame: FrameType | None) -> None:
+        nonlocal was_asked
+        if was_asked:
+            _stop(number, frame)
+        was_asked = True
+        asked.put(True)
+
+    before = {}
+    for number in _SIGNALS:
+        if signal.getsignal(number) is _stop:
+            before[number] = signal.signal(number, set_it)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            if signal.getsignal(number) is set_it:
+                signal.signal(number, handler)
+        asked.put(False)
+        setter.join()
