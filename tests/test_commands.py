@@ -469,3 +469,14 @@ def test_the_mending_command_is_the_one_that_was_called(tmp_path: Path) -> None:
     shown = CliRunner().invoke(main, ["plan", str(tmp_path / "run")])
     assert shown.exit_code == 0
     assert f"hint: ckpt-ema plan --per step {tmp_path / 'run'}\n" in shown.output
+
+
+def test_without_numpy_there_is_no_word_of_it(tmp_path: Path, run: Path, cli: Cli) -> None:
+    """torch does without, and so does an installation of what this package names; it warns at every start."""
+    numpy = tmp_path / "without" / "numpy"
+    numpy.mkdir(parents=True)
+    (numpy / "__init__.py").write_text("raise ModuleNotFoundError(\"No module named 'numpy'\")\n")
+    path = os.pathsep.join([str(numpy.parent), os.environ.get("PYTHONPATH", "")])
+    for words in (["fold", run, "--momentum", 0.3, "-o", "t.safetensors", "-q"], ["verify", "t.safetensors", run]):
+        done = cli(*words, PYTHONPATH=path)
+        assert (done.code, done.stderr) == (0, "")

@@ -14,7 +14,7 @@ import pytest
 import torch
 from ema_pytorch import PostHocEMA
 from ema_pytorch.post_hoc_ema import KarrasEMA
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -34,7 +34,7 @@ from ckpt_ema.responses import (
     gamma_of,
     tail_at,
 )
-from ckpt_ema.solver import EVEN, Item, Variance, interpolated, solve
+from ckpt_ema.solver import EVEN, IDLE, Item, Variance, interpolated, solve
 from tests.conftest import Outcome
 
 Cli = Callable[..., Outcome]
@@ -175,6 +175,7 @@ def test_an_average_updated_now_and_then_ends_with_its_last_update() -> None:
     gaps=st.lists(st.integers(1, 5000), min_size=1, max_size=8),
     momentum=st.sampled_from([1e-4, 0.003, 0.1]),
 )
+@example(gaps=[1, 1, 146, 161, 3523], momentum=0.003)  # four of them together have twice as much
 def test_students_alone_are_joined_by_straight_lines(gaps: list[int], momentum: float) -> None:
     """Without snapshots the solution is the fold per step."""
     steps = [0]
@@ -182,8 +183,11 @@ def test_students_alone_are_joined_by_straight_lines(gaps: list[int], momentum: 
         steps.append(steps[-1] + gap)
     target = Ema(momentum, 0, steps[-1])
     [solution] = solve([Item(Impulse(step)) for step in steps], [target])
-    # Shares that no float32 teacher shows are left out.
-    assert solution.coefficients == pytest.approx(step_coefficients(target, steps, "linear"), abs=2e-5)
+    expected = step_coefficients(target, steps, "linear")
+    # Shares that no teacher shows are left out, and go to the others.
+    left_out = [share for share, found in zip(expected, solution.coefficients, strict=True) if not found]
+    assert max(left_out, default=0.0) <= 1.001 * IDLE[0]
+    assert solution.coefficients == pytest.approx(expected, abs=sum(left_out) + 1e-8)
 
 
 def test_what_is_stored_is_found() -> None:
