@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+from ckpt_ema.checkpoints import Checkpoint, Run
 from ckpt_ema.errors import CkptEmaError, MisuseError, quoted
 from ckpt_ema.formats import read_contents
 from ckpt_ema.formats.folder import WEIGHTS_SUFFIX
@@ -15,7 +16,6 @@ from ckpt_ema.old_teacher import check_folder_replaceable
 from ckpt_ema.profiles import Profile
 from ckpt_ema.provenance import is_snapshot
 from ckpt_ema.records import FoldOptions, FoldPlan, PathLike
-from ckpt_ema.runs import Checkpoint, Run
 from ckpt_ema.teacher_folder import is_model_folder
 from ckpt_ema.writer import Draft
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from ckpt_ema.blocks import accumulate_dtype, plan_blocks
 from ckpt_ema.byte_ranges import TensorRange
 from ckpt_ema.catalogue import TeacherTensor, Treatment, build_catalogue
+from ckpt_ema.checkpoints import BEYOND, NOT_SELECTED, Checkpoint, Run
 from ckpt_ema.coefficients import Weighed, weigh
 from ckpt_ema.continuing import Beginning, read_beginning
 from ckpt_ema.dtypes import DType, is_rounded
@@ -27,7 +28,8 @@ from ckpt_ema.profiles import Profile, coefficients_of, momentum_for_first_share
 from ckpt_ema.provenance import aliases_in, printable, read_provenance
 from ckpt_ema.records import FoldedCheckpoint, FoldOptions, FoldPlan, PathLike, PlannedTeacher, ReconstructOptions
 from ckpt_ema.responses import half_life_of
-from ckpt_ema.runs import BEYOND, NOT_SELECTED, Checkpoint, Run, Selection, find_checkpoints
+from ckpt_ema.runs import find_checkpoints
+from ckpt_ema.selection import Selection
 from ckpt_ema.sizes import counted
 from ckpt_ema.steps import is_copy_name, numbers_in_name
 from ckpt_ema.students import NUMPY_ARRAY, choose_student, is_flat

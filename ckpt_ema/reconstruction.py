@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ckpt_ema.checkpoints import OUT_OF_ORDER, OWN_TEACHER, Checkpoint, Run
 from ckpt_ema.coefficients import Average, Weighed, training_steps
 from ckpt_ema.dtypes import DType
 from ckpt_ema.errors import CkptEmaError, MisuseError, quoted
@@ -21,7 +22,6 @@ from ckpt_ema.provenance import aliases_in, read_provenance
 from ckpt_ema.records import FoldPlan, PathLike, Prediction, ReconstructOptions
 from ckpt_ema.response_records import MAX_STEP, read_response
 from ckpt_ema.responses import Ema, Impulse, Power, Response, SteppedPower, declared_response, tail_at
-from ckpt_ema.runs import OUT_OF_ORDER, OWN_TEACHER, Checkpoint, Run
 from ckpt_ema.solver import EVEN, Item, Solution, Variance, interpolated, solve
 from ckpt_ema.steps import EDM2_NAME, stem_of
 

@@ -1,0 +1,144 @@
+"""Checkpoints and the numbers they give in, the same in the order of their steps out, or why that cannot be told."""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from ckpt_ema.checkpoints import OUT_OF_ORDER, STEPLESS_COPY, Checkpoint, Listing, Numbered
+from ckpt_ema.collisions import collision_of
+from ckpt_ema.errors import CkptEmaError, NoCheckpointError
+from ckpt_ema.selection import Selection
+from ckpt_ema.steps import ORIGINS, Origin, Unit, is_copy_name, steps_in_name
+
+
+def keep_order(listing: Listing) -> None:
+    """Checkpoints that were listed get their steps and keep their order; a warning where that is not by step."""
+    origin = _common_origin(listing.checkpoints)
+    unit: Unit = origin[1] if origin else "step"
+    listing.checkpoints = [
+        (replace(checkpoint, step=numbers[origin] if origin else None, unit=unit), numbers)
+        for checkpoint, numbers in listing.checkpoints
+    ]
+    known = [checkpoint.step for checkpoint, _ in listing.checkpoints if checkpoint.step is not None]
+    if known != sorted(known):
+        older, newer = next((a, b) for a, b in itertools.pairwise(known) if a > b)
+        listing.warnings.append(
+            f"{OUT_OF_ORDER}: {unit} {newer} comes after {unit} {older}, and is folded so; pass the run directory to"
+            " fold in step order"
+        )
+
+
+def sort_by_step(listing: Listing, directory: Path, selection: Selection) -> None:
+    """Checkpoints of a run directory get their steps and their order; copies are left out.
+
+    So is a newest one that cannot be read, aloud. Raises CkptEmaError where the order cannot be told, where several
+    claim one step, and where one of the others cannot be read; of a run that is live these are told by whoever asked.
+    """
+    is_live = selection.is_live
+    _leave_out_stepless_copies(listing, has_steps=selection.has_steps)
+    if is_live and not listing.checkpoints:
+        return
+    if not listing.checkpoints:
+        _forgive_newest(listing, None)
+        raise NoCheckpointError(
+            f"no checkpoint of `{directory}` is left to fold",
+            details=[f"{name}: {reason}" for name, reason in listing.left_out],
+            hint="snapshots need a student beside them: what is not averaged comes from it"
+            if listing.teachers
+            else None,
+        )
+    origin = _common_origin(listing.checkpoints)
+    if origin is None:
+        if len(listing.checkpoints) > 1:
+            common = max(ORIGINS, key=lambda o: sum(o in numbers for _, numbers in listing.checkpoints))
+            unknown = [item.label for item, numbers in listing.checkpoints if common not in numbers]
+            raise CkptEmaError(
+                f"the order of the checkpoints in `{directory}` cannot be told: neither their contents nor their names"
+                " give all of them a step",
+                details=[f"{name}: no {common[1]}" for name in unknown],
+                hint="list the checkpoints in the order they are to be folded, oldest first",
+            )
+        if not is_live:
+            _forgive_newest(listing, None)
+        return
+    if not is_live:
+        _forgive_newest(listing, origin)
+    _check_epochs_ascend(listing, origin, directory)
+    _leave_out_copies(listing, origin, directory, selection.include)
+
+
+def _common_origin(checkpoints: Sequence[Numbered]) -> Origin | None:
+    """The most trusted kind of number that all of them give."""
+    return next((origin for origin in ORIGINS if all(origin in numbers for _, numbers in checkpoints)), None)
+
+
+def _check_epochs_ascend(listing: Listing, origin: Origin, directory: Path) -> None:
+    """Steps that begin anew with every epoch are no order; epochs beside them tell."""
+    epoch: Origin = (origin[0], "epoch")
+    pairs = sorted((n[origin], n[epoch], c.label) for c, n in listing.checkpoints if epoch in n)
+    for (step, older, label), (next_step, newer, next_label) in itertools.pairwise(pairs):
+        if newer < older or (newer != older and step == next_step):
+            raise CkptEmaError(
+                f"the order of the checkpoints in `{directory}` cannot be told: their steps begin anew with each epoch",
+                details=[f"{label}: epoch {older}, step {step}", f"{next_label}: epoch {newer}, step {next_step}"],
+                hint="list the checkpoints in the order they are to be folded, oldest first",
+            )
+
+
+def _leave_out_stepless_copies(listing: Listing, *, has_steps: bool) -> None:
+    """`final.pt` without a step beside checkpoints with one is the last of them again."""
+    stepless = [item for item in listing.checkpoints if not item[1] and (has_steps or is_copy_name(item[0].label))]
+    if stepless and (has_steps or len(stepless) < len(listing.checkpoints)):
+        dropped = {id(item) for item in stepless}
+        listing.checkpoints = [item for item in listing.checkpoints if id(item) not in dropped]
+        listing.left_out += [(item[0].label, STEPLESS_COPY) for item in stepless]
+
+
+def _leave_out_copies(listing: Listing, origin: Origin, directory: Path, include: Sequence[str]) -> None:
+    """One checkpoint of each step stays, with that step, by steps; raises CkptEmaError for two that are no copies."""
+    by_step: dict[int, list[Checkpoint]] = defaultdict(list)
+    for checkpoint, numbers in listing.checkpoints:
+        by_step[numbers[origin]].append(replace(checkpoint, step=numbers[origin], unit=origin[1]))
+    ordered = []
+    for step, same in sorted(by_step.items()):
+        originals = [checkpoint for checkpoint in same if not is_copy_name(checkpoint.label)]
+        if len(originals) > 1:
+            claims = {
+                each: [item.label for item in found if not is_copy_name(item.label)]
+                for each, found in sorted(by_step.items())
+            }
+            raise collision_of(claims, origin, directory, include)
+        kept = (originals or same)[0]
+        ordered.append((kept, {origin: step}))
+        listing.left_out += [(copy.label, f"a copy of {origin[1]} {step}") for copy in same if copy is not kept]
+    listing.checkpoints = ordered
+
+
+def _forgive_newest(listing: Listing, origin: Origin | None) -> None:
+    """Leave an unreadable newest checkpoint out aloud; raise for any other."""
+    readable: dict[Unit, int] = defaultdict(lambda: -1)
+    for checkpoint, numbers in listing.checkpoints:
+        for (_, unit), number in {**steps_in_name(checkpoint.label), **numbers}.items():
+            readable[unit] = max(readable[unit], number)
+    numbered = []
+    for path, error in listing.unreadable:
+        names = steps_in_name(path.name)
+        units: list[Unit] = [unit for _, unit in names]
+        if is_copy_name(path.name) and not names:
+            if "best" in path.name.lower() or not listing.checkpoints:
+                raise error
+            numbered.append((float("inf"), path, error))
+        elif units and all(names["name", unit] > readable[unit] for unit in units) and listing.checkpoints:
+            numbered.append((float(names["name", units[0]]), path, error))
+        else:
+            raise error
+    steps = [item for item in numbered if item[0] != float("inf")]
+    if len(steps) > 1:
+        raise min(steps, key=lambda item: item[0])[2]
+    for _, path, error in numbered:
+        listing.left_out.append((path.name, f"unfinished: {error.message}"))
+        listing.warnings.append(f"`{path.name}` is left out, it looks unfinished: {error.message}")
