@@ -19,6 +19,8 @@ MAX_SEARCH_DEPTH = 3
 SERIES_STEMS = ("checkpoint", "step", "epoch", "global_step", "iter")
 """How the names of checkpoints that are folders begin, before their number."""
 
+LINK_TO_NOWHERE = "a link to nowhere"
+
 SNAPSHOT_NAME = re.compile(r"^teacher(_.+)?_step_\d+\.safetensors$")
 """How `MeanTeacher` names its files; what they hold is asked of themselves."""
 
@@ -60,7 +62,7 @@ def find_run_folder(run: Path) -> tuple[Path, list[Path], list[tuple[str, str]]]
     """The one folder at or below `run` that holds checkpoints (`checkpoints/`, `lightning_logs/version_0/...`).
 
     With what may be checkpoints in it, and with what is left out, and why: a lone model above the folder, and the final
-    one in it. Raises NoCheckpointError where there is none, CkptEmaError where there are several.
+    one and links to nowhere in it. Raises NoCheckpointError where there is none, CkptEmaError where there are several.
     """
     directory, candidates, left_out = _descend(run)
     taken = set(candidates)
@@ -68,6 +70,11 @@ def find_run_folder(run: Path) -> tuple[Path, list[Path], list[tuple[str, str]]]
         (path.name, "the final model, without a step of its own")
         for path in visible_children(directory)
         if path not in taken and _is_candidate(path)
+    ]
+    left_out += [
+        (path.name, LINK_TO_NOWHERE)
+        for path in visible_children(directory)
+        if not path.exists() and (is_weights_file_name(path.name) or _has_series_name(path))
     ]
     return directory, candidates, left_out
 

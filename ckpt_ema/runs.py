@@ -11,6 +11,7 @@ from pathlib import Path
 from ckpt_ema.byte_ranges import expect_tables
 from ckpt_ema.checkpoint_reading import CheckpointReader
 from ckpt_ema.checkpoint_search import (
+    LINK_TO_NOWHERE,
     SNAPSHOT_NAME,
     find_files_beside,
     find_run_folder,
@@ -87,7 +88,7 @@ def _read_candidate(listing: Listing, path: Path, selection: Selection, reader: 
         if listing.is_another_name(path):
             return
     except OSError:
-        listing.left_out.append((path.name, "a link to nowhere"))
+        listing.left_out.append((path.name, LINK_TO_NOWHERE))
         return
     is_declared = selection.is_declared(path)
     is_average = not is_declared and selection.is_average_by_name(path)
@@ -95,7 +96,8 @@ def _read_candidate(listing: Listing, path: Path, selection: Selection, reader: 
         contents = read_contents(path)
         if contents.is_own_teacher:
             listing.set_aside(path, contents.metadata)
-        elif is_declared:
+            return
+        if is_declared:
             listing.declared.append(reader.read_average(contents))
         elif not is_average:
             listing.checkpoints.append(reader.read(contents))
@@ -107,7 +109,7 @@ def _read_candidate(listing: Listing, path: Path, selection: Selection, reader: 
             error.hint = error.hint or f"leave it out: `--exclude {quoted(glob.escape(path.name))}`"
             listing.unreadable.append((path, error))
             return
-    if is_average and not any(name == path.name for name, _ in listing.left_out):
+    if is_average:
         listing.averages.append(path.name)
         listing.left_out.append((path.name, "an average, by its name"))
 
@@ -137,14 +139,14 @@ def _read_list(paths: Sequence[Path], selection: Selection) -> tuple[Path, Listi
                 f"`{path}` is a run directory among {len(paths)} arguments",
                 hint="pass one run directory, or checkpoints in the order they are to be folded",
             )
+        if not selection.is_wanted(path):
+            listing.left_out.append((path.name, NOT_SELECTED))
+            continue
         try:
             if listing.is_another_name(path):
                 continue
         except OSError as error:  # a trainer has removed it since it was seen
             raise UnreadableCheckpointError(f"cannot read `{path}`: {error.strerror}") from error
-        if not selection.is_wanted(path):
-            listing.left_out.append((path.name, NOT_SELECTED))
-            continue
         contents = read_contents(path)
         if contents.is_own_teacher:
             if not selection.takes_teachers:

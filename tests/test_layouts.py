@@ -1047,8 +1047,38 @@ def test_links_to_folders_count_once_and_dangling_links_are_left_out(tmp_path: P
         save_file(student, run / f"checkpoint-{step}" / "model.safetensors")
     (run / "checkpoint-best").symlink_to("checkpoint-20")
     (run / "checkpoint-50.pt").symlink_to("deleted.pt")
+    (run / "notes.txt").symlink_to("deleted.txt")
     planned = assert_folds_to(run, tmp_path, STUDENTS)
     assert steps_of(planned) == [10, 20, 30, 40]
+    assert set(planned.left_out) == {
+        ("checkpoint-best", "another name of `checkpoint-20`"),
+        ("checkpoint-50.pt", "a link to nowhere"),
+    }
+
+
+def test_another_name_of_what_is_excluded_is_folded(tmp_path: Path) -> None:
+    """In a list as in a run directory: only what is folded hides its other names."""
+    run = tmp_path / "run"
+    save_students(run, 4, suffix=".pt")
+    (run / "last.pt").symlink_to("step_400.pt")
+    excluded = {"exclude": ["step_400*"]}
+    for paths in (run, [*(run / f"step_{step}.pt" for step in (100, 200, 300, 400)), run / "last.pt"]):
+        planned = plan(paths, **excluded)
+        assert names_of(planned) == ["step_100.pt", "step_200.pt", "step_300.pt", "last.pt"]
+        assert planned.left_out == (("step_400.pt", "not selected by name"),)
+
+
+def test_an_average_is_told_whatever_lies_above_under_its_name(tmp_path: Path) -> None:
+    """Both are left out, each for its own reason."""
+    run = tmp_path / "run"
+    save_students(run / "checkpoints", 4, suffix=".pt")
+    for folder in (run, run / "checkpoints"):
+        torch.save({"model": make_average(1)}, folder / "ema.pt")
+    planned = assert_folds_to(run, tmp_path, STUDENTS)
+    assert [reason for name, reason in planned.left_out if name == "ema.pt"] == [
+        "not among the numbered checkpoints",
+        "an average, by its name",
+    ]
 
 
 # Unfinished and unreadable -------------------------------------------------------------------------------------------
