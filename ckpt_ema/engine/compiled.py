@@ -18,6 +18,7 @@ import torch
 
 from ckpt_ema.engine import llvm_module
 from ckpt_ema.engine.arithmetic import GRAIN, Pair, has_torchs_bits, is_dense
+from ckpt_ema.engine.llvm_module import WIDTH
 
 OLDEST_LLVM = (20,)
 """Of llvmlite 0.45."""
@@ -41,7 +42,8 @@ class Kernel:
     def fold(self, teacher: int, count: int, students: Sequence[int], updates: Sequence[tuple[float, float]]) -> None:
         """Fold several students, at least one, into `count` elements of a teacher, by their addresses.
 
-        `updates` has a student's keep and take each. All elements lie in the same order, without a gap.
+        `updates` has a student's keep and take each. All elements lie in the same order, without a gap; `count` is a
+        multiple of WIDTH, here and below.
         """
         addresses = (ctypes.c_void_p * len(students))(*students)
         numbers = (ctypes.c_float * (2 * len(updates)))(*itertools.chain.from_iterable(updates))
@@ -142,10 +144,11 @@ def _narrows_as_torch(kernel: Kernel, student: torch.dtype) -> bool:
     found, expected = finite.to(student).zero_(), finite.to(student)
     if not kernel.narrow(finite.data_ptr(), finite.numel(), found.data_ptr()):
         return False
-    others = teacher[~is_finite][: GRAIN // 64]
-    return torch.equal(found.view(torch.int16), expected.view(torch.int16)) and not any(
-        kernel.narrow(others[index:].data_ptr(), 1, found.data_ptr()) for index in range(len(others))
-    )
+    if not torch.equal(found.view(torch.int16), expected.view(torch.int16)):
+        return False
+    special = torch.tensor((torch.inf, -torch.inf, torch.nan, torch.finfo(torch.float32).max), device="cpu")
+    others = torch.diag(torch.cat((special, teacher[~is_finite]))[:WIDTH])
+    return not any(kernel.narrow(row.data_ptr(), WIDTH, found.data_ptr()) for row in others)
 
 
 def _compile(module: str) -> Kernel:
@@ -156,14 +159,10 @@ def _compile(module: str) -> Kernel:
     binding.initialize_native_target()
     binding.initialize_native_asmprinter()
     machine = binding.Target.from_default_triple().create_target_machine(
-        cpu=binding.get_host_cpu_name(), features=binding.get_host_cpu_features().flatten(), opt=3
+        cpu=binding.get_host_cpu_name(), features=binding.get_host_cpu_features().flatten(), opt=2
     )
     parsed = binding.parse_assembly(module)
     parsed.verify()
-    options = binding.create_pipeline_tuning_options(speed_level=3)
-    options.loop_vectorization = True
-    passes = binding.create_pass_builder(machine, options)
-    passes.getModulePassManager().run(parsed, passes)
     engine = binding.create_mcjit_compiler(parsed, machine)
     engine.finalize_object()
     functions = [engine.get_function_address(name) for name in ("fold", "narrow", "update_many")]

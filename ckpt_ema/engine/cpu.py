@@ -267,7 +267,8 @@ class _BlockFolder:
         if lane.dtype is not lane.accumulate_dtype:
             finished = self._raw
             kernel = self._kernels.get((lane.accumulate_dtype, lane.dtype))
-            if kernel is not None and kernel.narrow(buffer.address, count, finished.address):
+            # What is behind the last element may be anything; then torch looks at the others alone.
+            if kernel is not None and kernel.narrow(buffer.address, accumulator.numel(), finished.address):
                 return finished
             target = finished.elements(lane.dtype, accumulator.numel())
             target.copy_(accumulator)
