@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import platform
 import sys
 import threading
 from collections.abc import Iterator
@@ -31,7 +32,7 @@ from ckpt_ema.report import summary_text
 from tests.conftest import assert_same_bits, quiet_fold
 from tests.test_arithmetic import values
 
-pytest.importorskip("llvmlite", reason="needs llvmlite")
+binding = pytest.importorskip("llvmlite.binding", reason="needs llvmlite")
 
 STUDENTS = (torch.bfloat16, torch.float16)
 
@@ -351,6 +352,21 @@ def test_a_kernel_that_narrows_otherwise_is_not_used(
     assert why_not(torch.float32, student) == "it rounds in another way than torch"
 
 
+@pytest.mark.usefixtures("untried")
+@pytest.mark.parametrize("student", STUDENTS)
+@pytest.mark.parametrize(("kind", "lacks"), [("x86_64", ["fma"]), ("x86_64", ["f16c"]), ("riscv64", [])])
+def test_a_processor_without_its_instructions_is_not_asked(
+    monkeypatch: pytest.MonkeyPatch, student: torch.dtype, kind: str, lacks: list[str]
+) -> None:
+    """As virtual machines hide them: LLVM would end the process where a conversion of float16 is a function of none."""
+    features = binding.get_host_cpu_features()
+    features.update(dict.fromkeys(lacks, False))
+    monkeypatch.setattr(binding, "get_host_cpu_features", lambda: features)
+    monkeypatch.setattr(platform, "machine", lambda: kind)
+    assert why_not(torch.float32, student) == f"this processor ({kind}) lacks instructions for it"
+    assert find_kernel(torch.float32, student) is None
+
+
 def raise_memory_error(*_: object, **__: object) -> bool:
     raise RuntimeError("not enough memory")
 
@@ -365,8 +381,6 @@ def without(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, unt
     elif request.param == "no memory for its trial":
         monkeypatch.setattr(compiled, "has_torchs_bits", raise_memory_error)
     else:
-        from llvmlite import binding
-
         monkeypatch.setattr(binding, "llvm_version_info", (15, 0, 7))
     return str(request.param)
 

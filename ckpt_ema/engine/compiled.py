@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import functools
 import itertools
+import platform
 import threading
 from array import array
 from collections.abc import Callable, Sequence
@@ -22,6 +23,10 @@ from ckpt_ema.engine.llvm_module import WIDTH
 
 OLDEST_LLVM = (20,)
 """Of llvmlite 0.45."""
+
+NEEDED_FEATURES = {"x86_64": ("fma", "f16c"), "aarch64": ()}
+"""Of a processor, by what it is: without them LLVM would call functions for each element, or end the process where it
+finds none."""
 
 STRETCH_ELEMENTS = 16 * GRAIN
 """Elements that a thread updates before it asks for more: some tens of microseconds."""
@@ -128,6 +133,8 @@ def _try_kernel(teacher: torch.dtype, student: torch.dtype, lerp: bool) -> Kerne
         is_right &= _narrows_as_torch(kernel, student)
     except ImportError as error:
         return f"{error} (`pip install -U llvmlite`)"
+    except NotImplementedError as error:
+        return str(error)
     except Exception as error:  # a processor it does not know, no memory: whatever it is
         return f"{type(error).__name__}: {error}"
     return kernel if is_right else "it rounds in another way than torch"
@@ -156,10 +163,14 @@ def _compile(module: str) -> Kernel:
 
     if binding.llvm_version_info < OLDEST_LLVM:  # which would print what it does not understand
         raise ImportError(f"llvmlite {__version__} is older than 0.45")
+    features = binding.get_host_cpu_features()
+    kind = platform.machine()
+    if kind not in NEEDED_FEATURES or not all(map(features.get, NEEDED_FEATURES[kind])):
+        raise NotImplementedError(f"this processor ({kind}) lacks instructions for it")
     binding.initialize_native_target()
     binding.initialize_native_asmprinter()
     machine = binding.Target.from_default_triple().create_target_machine(
-        cpu=binding.get_host_cpu_name(), features=binding.get_host_cpu_features().flatten(), opt=2
+        cpu=binding.get_host_cpu_name(), features=features.flatten(), opt=2
     )
     parsed = binding.parse_assembly(module)
     parsed.verify()

@@ -32,7 +32,7 @@ from ckpt_ema.timings import Timings
 # A block of 500 students is a gigabyte: whoever looks at the progress would wait for long.
 TOLD_BYTES = 32 << 20
 
-COMPILED_UPDATES = 1 << 30
+COMPILED_UPDATES = 1 << 29
 """Of elements, from which on a kernel saves more than compiling it takes."""
 
 Kernels = dict[tuple[DType, DType], Kernel]
