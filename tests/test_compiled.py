@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import platform
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -365,6 +366,31 @@ def test_a_processor_without_its_instructions_is_not_asked(
     monkeypatch.setattr(platform, "machine", lambda: kind)
     assert why_not(torch.float32, student) == f"this processor ({kind}) lacks instructions for it"
     assert find_kernel(torch.float32, student) is None
+
+
+REFUSED = """
+import ctypes, sys
+if ctypes.CDLL(None).prctl(65, 1, 0, 0, 0):  # PR_SET_MDWE: what was written is not executed
+    sys.exit("no such call")
+import torch
+from ckpt_ema import MeanTeacher
+from ckpt_ema.engine.compiled import why_not
+print(why_not(torch.float32, torch.bfloat16))
+student = torch.nn.Linear(300, 300).bfloat16()
+teacher = MeanTeacher(student, momentum=0.5)
+teacher.update()
+teacher.update()
+assert torch.equal(teacher.tensors()["weight"], student.weight.float())
+"""
+
+
+def test_where_no_memory_becomes_executable_torchs_calls_remain() -> None:
+    """As services are hardened (`MemoryDenyWriteExecute`): LLVM goes on, and what it made is a crash."""
+    done = subprocess.run([sys.executable, "-c", REFUSED], capture_output=True, text=True, check=False)
+    if done.stderr == "no such call\n":
+        pytest.skip("this Linux cannot be asked to refuse it")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "this system lets no memory that was written be executed\n"
 
 
 def raise_memory_error(*_: object, **__: object) -> bool:

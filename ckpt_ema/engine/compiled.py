@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import functools
 import itertools
+import os
 import platform
 import threading
 from array import array
@@ -27,6 +28,9 @@ OLDEST_LLVM = (20,)
 NEEDED_FEATURES = {"x86_64": ("fma", "f16c"), "aarch64": ()}
 """Of a processor, by what it is: without them LLVM would call functions for each element, or end the process where it
 finds none."""
+
+READ, WRITE, EXECUTE = 1, 2, 4
+"""What Linux may let be done with memory."""
 
 STRETCH_ELEMENTS = 16 * GRAIN
 """Elements that a thread updates before it asks for more: some tens of microseconds."""
@@ -167,6 +171,8 @@ def _compile(module: str) -> Kernel:
     kind = platform.machine()
     if kind not in NEEDED_FEATURES or not all(map(features.get, NEEDED_FEATURES[kind])):
         raise NotImplementedError(f"this processor ({kind}) lacks instructions for it")
+    if not _may_become_executable():
+        raise NotImplementedError("this system lets no memory that was written be executed")
     binding.initialize_native_target()
     binding.initialize_native_asmprinter()
     machine = binding.Target.from_default_triple().create_target_machine(
@@ -180,6 +186,18 @@ def _compile(module: str) -> Kernel:
     # Never unloaded: when a process ends, a thread may still be in there.
     engine.detach()
     return Kernel(*functions)
+
+
+def _may_become_executable() -> bool:
+    """Whether memory that was written may; hardened systems refuse it, which LLVM does not notice before the crash."""
+    libc = ctypes.CDLL(None)
+    libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    page = os.sysconf("SC_PAGE_SIZE")
+    memory = ctypes.create_string_buffer(1 << 20)  # too large for a heap, for which systems have other rules
+    address = -(-ctypes.addressof(memory) // page) * page
+    answer: int = libc.mprotect(address, page, READ | EXECUTE)
+    libc.mprotect(address, page, READ | WRITE)
+    return answer == 0
 
 
 def update_all_(pairs: Sequence[Pair], keep: float, take: float, *, lerp: bool) -> list[Pair]:
