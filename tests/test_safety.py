@@ -688,3 +688,53 @@ def test_a_closed_stdout_is_no_traceback(run: Path) -> None:
     )
     os.close(write)
     assert "Traceback" not in process.communicate(timeout=30)[1]
+
+
+ENDS = """
+import os, signal, sys, time, weakref
+from ckpt_ema.cli.exits import errors_become_exits
+
+class Kept:
+    pass
+
+kept = Kept()
+
+@errors_become_exits
+def command():
+    {body}
+
+command()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_does_not_break_an_import_off(tmp_path: Path, number: signal.Signals) -> None:
+    """Of half a numpy, torch made a traceback; the signal comes again when the module is there."""
+    (tmp_path / "slow.py").write_text(
+        f"import os, time\nos.kill(os.getpid(), {number:d})\ntime.sleep(0.2)\nprint('whole')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", ENDS.format(body="import slow; time.sleep(20); print('not stopped')")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])},
+        cwd=Path(ckpt_ema.__file__).parent.parent,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (128 + number, "whole\n", "Stopped\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_behind_the_last_word_changes_nothing(number: signal.Signals) -> None:
+    """What torch tears down at the very end would print a traceback, of a command that has done all it should."""
+    body = f"weakref.finalize(kept, os.kill, os.getpid(), {number:d}); print('done')"
+    done = subprocess.run(
+        [sys.executable, "-c", ENDS.format(body=body)],
+        capture_output=True,
+        text=True,
+        cwd=Path(ckpt_ema.__file__).parent.parent,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import queue
@@ -11,12 +12,15 @@ import threading
 from collections.abc import Callable, Iterator
 from functools import wraps
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 from ckpt_ema.cli.terminal import prepare_streams, silence_stdout, tell
 from ckpt_ema.errors import CkptEmaError, MisuseError
 
 Command = Callable[..., Any]
+
+RETRY_SECONDS = 0.05
+"""After which a signal comes again that came while a module was imported."""
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -85,13 +89,33 @@ def _signals_raise() -> Iterator[None]:
             # Once stopped, deaf until the end: a signal during the interpreter's own exit would print a traceback.
             if signal.getsignal(number) is _stop:
                 signal.signal(number, handler)
+        # All is done and said: what torch does at the very end would print a traceback. Registered last it runs first.
+        atexit.unregister(_be_deaf)
+        atexit.register(_be_deaf)
 
 
-def _stop(number: int, _frame: FrameType | None) -> NoReturn:
-    # A second signal must not interrupt the cleaning up.
-    for each in _SIGNALS:
-        signal.signal(each, signal.SIG_IGN)
+def _be_deaf() -> None:
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    if _is_importing(frame):
+        # Half a module is in nobody's plan: numpy would be imported twice and say so, torch may end the process.
+        again = threading.Timer(RETRY_SECONDS, os.kill, (os.getpid(), number))
+        again.daemon = True
+        again.start()
+        return
+    _be_deaf()  # a second signal must not interrupt the cleaning up
     raise _StoppedError(number)
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 class _StoppedError(BaseException):
