@@ -40,6 +40,8 @@ MIN_BLOCKS = 16
 SMALL_BYTES = 1 << 16
 """Of a tensor whose inputs are looked at before it is called another one."""
 
+FLOAT32 = BY_NAME["float32"]
+
 SUM_TOLERANCE = 1e-6
 """By which coefficients may miss 1."""
 
@@ -86,8 +88,10 @@ def verify(
 
     With `run`, the folder of the checkpoints it was folded from, a random `share` of its blocks (0 < share <= 1, at
     least 16 of them, chosen by `seed`) is folded again and compared bit for bit; of a teacher whose record says that it
-    was made in n parts, which cost last digits, up to sqrt(n) times the dtype's epsilon (relative, per block); a last
-    bit that flipped is not seen there. Of a teacher whose beginning no run can tell, that check is neither passed
+    was made in parts, which cost last digits, up to what these can have cost at most: twice the epsilon of what it was
+    computed in for each later update of what a checkpoint brings, relative and per block, and the epsilon of each
+    dtype that it was written in on the way; a last bit that flipped is not seen there. Of a teacher whose beginning no
+    run can tell, that check is neither passed
     nor failed. Buffers take up to `memory_budget_bytes`. Raises MisuseError for what is not there and for options that
     make no sense; all else is found, not raised.
     """
@@ -223,52 +227,47 @@ def _check_against(
 class _Tolerance:
     """How far a right teacher may be from the one that is made again."""
 
-    num_roundings: int
-    """Each of them half of a last place, in any direction; 1 where the two are equal."""
-
     why: str
     """What rounds, for people."""
 
-    computed_in: frozenset[DType] = frozenset()
-    """Beside the teacher's own dtype."""
+    updates: float
+    """How often what is in the teacher was rounded, in the mean, in the fold and in its parts together."""
 
-    on_the_way: tuple[tuple[float, DType], ...] = ()
-    """How much is still in this teacher of what earlier ones have lost by being written in each of these."""
+    others: tuple[tuple[float, DType], ...]
+    """Last places of other dtypes that it may be off besides, and how many of each."""
 
-    left_out: float = 0.0
+    left_out: float
     """Of shares too small to be recorded, what they may have in all."""
 
-    def allows(self, distance: float, norm: float, num_elements: int, dtype: DType) -> bool:
-        """Whether so many elements of `dtype` may be so far from others of length `norm`."""
-        own = math.sqrt(self.num_roundings)
-        relative = own * max(map(epsilon_of, (dtype, *self.computed_in))) + self.left_out
-        absolute = own * max(map(smallest_of, (dtype, *self.computed_in)))
-        for share, lost_to in self.on_the_way:
-            relative += share * epsilon_of(lost_to)
-            absolute += share * smallest_of(lost_to)
-        return distance <= relative * norm + absolute * math.sqrt(num_elements)
+    def of(self, norm: float, num_elements: int, dtype: DType) -> tuple[float, float]:
+        """How far elements of `dtype` may be from others of length `norm`: in proportion to that, and whatever it is.
+
+        A last place is a part of a number, by the dtype's epsilon, and below the smallest normal one always the same.
+        Where all roundings go one way, as they do for equal numbers at equal gaps, they add up.
+        """
+        computed_in = dtype if dtype.itemsize >= FLOAT32.itemsize else FLOAT32
+        places = ((1.0, dtype), (self.updates, computed_in), *self.others)
+        relative = sum(count * epsilon_of(each) for count, each in places) + self.left_out
+        return relative * norm, sum(count * smallest_of(each) for count, each in places) * math.sqrt(num_elements)
 
 
 def _tolerance_of(record: Mapping[str, Any], planned: FoldPlan) -> _Tolerance | None:
     """None for bit for bit."""
     averages, past = averages_of(record), past_of(record)
     parts = min(parts_of(record), len(past))
-    # Other operations in another order: each checkpoint rounds for itself.
-    num_roundings, why = parts, f"its {parts} parts"
-    if has_earlier_rules(record):
-        num_roundings = len(past)
-    left_out = 0.0
-    if not is_exact(planned, record, [item.coefficient for item in (*averages, *past)]):
-        num_roundings, why = len(past), "its recorded coefficients" if parts == 1 else why
-        left_out = SMALLEST_COEFFICIENT  # of what a part still had, and one at once leaves out
-    if num_roundings == 1:
+    is_same = is_exact(planned, record, [item.coefficient for item in (*averages, *past)])
+    if is_same and parts == 1:
         return None
-    computed_in: frozenset[DType] = frozenset()
+    why = f"its {parts} parts" if parts > 1 else "its recorded coefficients"
+    left_out = 0.0 if is_same else SMALLEST_COEFFICIENT  # what a part still had, and one at once leaves out
+    # Every later update rounds what an input brings: the product, the sum and the share that it is multiplied with.
+    latest_first = reversed(planned.inputs)
+    updates = 2 * sum(abs(item.coefficients[0]) * later for later, item in enumerate(latest_first, start=1))
+    others = [(share, BY_NAME[name]) for name, share in rounded_to(record).items() if name in BY_NAME]
     if planned.options.accumulate == "student":
-        computed_in = frozenset(tensor.student_dtype for tensor in planned.tensors if tensor.action == "average")
-        num_roundings = len(past)
-    lost = tuple((share, BY_NAME[name]) for name, share in rounded_to(record).items() if name in BY_NAME)
-    return _Tolerance(num_roundings, why, computed_in, lost, left_out)
+        averaged = {tensor.student_dtype for tensor in planned.tensors if tensor.action == "average"}
+        others += [(math.sqrt(len(past)), dtype) for dtype in averaged]
+    return _Tolerance(why, updates, tuple(others), left_out)
 
 
 def _check_told(record: Mapping[str, Any], planned: FoldPlan) -> None:
@@ -308,20 +307,20 @@ def _recompute(
         files.check_unchanged()
     for name, (text, distance, dtype) in judge.doubtful.items():
         norm = _norm_of_inputs(planned, name)
-        assert tolerance is not None
         # Of a few numbers the roundings may all go one way.
         num_elements = count_elements(found.tensors[name].shape)
         length = norm * max(1.0, math.sqrt(len(planned.inputs) / num_elements))
-        if not tolerance.allows(distance, length, num_elements, dtype):
+        if not judge.is_near(distance, length, num_elements, dtype):
             return Check("recomputed", False, text, _hint_of_rounding(planned))
-        judge.largest = max(judge.largest, distance / norm)
     part = sum(block.end_position - block.position for block in chosen) / max(1, planned.blocks.data_bytes)
     what = f"{len(chosen)} of {len(blocks)} blocks ({part:.1%}, `--seed {seed}`)"
     if len(chosen) == len(blocks):
         what = "all of it"
     how = "bit for bit"
-    if judge.largest and tolerance is not None:
-        how = f"up to the rounding of {tolerance.why} (relative distance {judge.largest:.1e} at most)"
+    if judge.differs and tolerance is not None:
+        how = f"up to the rounding of {tolerance.why}"
+        if judge.largest:
+            how += f" (relative distance {judge.largest:.1e} at most)"
     return Check("recomputed", True, f"{what} from {counted(len(planned.inputs), 'file')}, {how}")
 
 
@@ -360,8 +359,10 @@ class _Judge:
     ) -> None:
         self._copied = copied
         self._tolerance = tolerance
+        self.differs = False
+        """Whether any block is not equal, where rounding is allowed for."""
         self.largest = 0.0
-        """The largest relative distance of a block, where rounding is allowed for."""
+        """The largest relative distance of these, but of the smallest numbers, whose last place is no part of them."""
         self.doubtful: dict[str, tuple[str, float, DType]] = {}
         """Small tensors that are further apart than that, for their own length: what was found, how far, the dtype.
         They may be the small difference of large numbers."""
@@ -404,12 +405,24 @@ class _Judge:
                 raise _DifferentError(text)
             apart = distance_of(held, made, stored.dtype)
             num_elements = len(made) // stored.dtype.itemsize
-            if self._tolerance.allows(apart.distance, apart.norm, num_elements, stored.dtype):
-                self.largest = max(self.largest, apart.relative)
-            elif len(made) == end - begin <= SMALL_BYTES:
+            if self.is_near(apart.distance, apart.norm, num_elements, stored.dtype):
+                continue
+            if len(made) == end - begin <= SMALL_BYTES:
                 self.doubtful[name] = (text, apart.distance, stored.dtype)
             else:
                 raise _DifferentError(text)
+
+    def is_near(self, distance: float, norm: float, num_elements: int, dtype: DType) -> bool:
+        """Whether rounding may have made so many elements of `dtype` differ from others of length `norm`."""
+        if self._tolerance is None:
+            return False
+        relative, absolute = self._tolerance.of(norm, num_elements, dtype)
+        if not distance <= relative + absolute:
+            return False
+        self.differs = True
+        if relative > absolute:
+            self.largest = max(self.largest, distance / norm)
+        return True
 
 
 def _first_difference(name: str, dtype: DType, offset: int, held: bytes, made: bytes) -> str:

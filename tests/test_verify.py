@@ -600,25 +600,59 @@ def test_another_dtype_of_as_many_bits_rounds_as_a_smaller_one(tmp_path: Path, d
     assert found.is_ok, failed(found)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "first", "always"),
+    [
+        (torch.float32, {}, {}),
+        (torch.bfloat16, {}, {}),
+        (torch.bfloat16, {}, {"accumulate": "student"}),
+        (torch.float32, {"dtype": "bfloat16"}, {}),
+    ],
+)
 def test_numbers_below_the_smallest_normal_one_are_held_to_their_own_last_place(
-    tmp_path: Path, dtype: torch.dtype
+    tmp_path: Path, dtype: torch.dtype, first: dict[str, Any], always: dict[str, Any]
 ) -> None:
-    """Which is no small part of them; the weights that decay has let go are such."""
+    """Which is no small part of them, of each dtype on the way; the weights that decay has let go are such."""
     run = tmp_path / "run"
-    save_numbers(run, [10, 43, 101, 103, 121, 127, 132], dtype, size=1e-40)
-    options: dict[str, Any] = {"momentum": 0.01, "per": "step", "dtype": "float32"}
-    teacher = quiet_fold(run, tmp_path / "0.safetensors", until_step=43, **options).output
-    for until in (101, 103, 121, 127, 132):
+    save_numbers(run, [10, 43, 101, 103, 121, 127, 132], dtype, size=1e-39)
+    options: dict[str, Any] = {"momentum": 0.01, "per": "step", "dtype": "float32", **first, **always}
+    teacher = quiet_fold(run, tmp_path / "0.safetensors", until_step=103, **options).output
+    for until in (121, 127, 132):
         name = tmp_path / f"{until}.safetensors"
-        teacher = quiet_fold(run, name, init=teacher, until_step=until, dtype="float32").output
+        teacher = quiet_fold(run, name, init=teacher, until_step=until, dtype="float32", **always).output
     found = ckpt_ema.verify(teacher, run, share=1)
     assert found.is_ok, failed(found)
-    assert "up to the rounding" in found.checks[-1].text
+    assert re.search(r", up to the rounding of its \d parts$", found.checks[-1].text), found.checks[-1].text
     tensors = load_file(teacher)
     with safe_open(teacher, "pt") as file:
         metadata = file.metadata()
-    save_file({**tensors, "a.weight": tensors["a.weight"] * 1.01}, teacher, metadata)
+    save_file({**tensors, "a.weight": tensors["a.weight"] * 2}, teacher, metadata)
+    assert failed(ckpt_ema.verify(teacher, run, share=1))
+
+
+@pytest.mark.parametrize(("size", "spread"), [(0.02, 1.0), (1.0, 0.0), (1e-41, 0.0)])
+@pytest.mark.parametrize(("momentum", "gap"), [(2e-5, 500), (0.003, 7)])
+def test_roundings_of_many_equal_parts_add_up(
+    tmp_path: Path, size: float, spread: float, momentum: float, gap: int
+) -> None:
+    """The share of each part is rounded alike, and so is a number that stays what it is; a changed one is found."""
+    run = tmp_path / "run"
+    run.mkdir()
+    steps = range(gap, 80 * gap + 1, gap)
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        students = {"a": size * (1 + spread * torch.randn(3000, generator=generator)), "norm": torch.ones(20_000)}
+        save_file(students, run / f"step_{step}.safetensors")
+    teacher = quiet_fold(run, tmp_path / "0.safetensors", momentum=momentum, per="step", until_step=2 * gap).output
+    for step in steps[2:]:
+        output = tmp_path / f"{step}.safetensors"
+        teacher = quiet_fold(run, output, init=teacher, momentum=momentum, per="step", until_step=step).output
+    found = ckpt_ema.verify(teacher, run, share=1)
+    assert found.is_ok, failed(found)
+    tensors = load_file(teacher)
+    with safe_open(teacher, "pt") as file:
+        metadata = file.metadata()
+    save_file({**tensors, "norm": tensors["norm"] * (1 + 3e-5)}, teacher, metadata)
     assert failed(ckpt_ema.verify(teacher, run, share=1))
 
 
