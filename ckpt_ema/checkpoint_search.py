@@ -19,8 +19,6 @@ MAX_SEARCH_DEPTH = 3
 SERIES_STEMS = ("checkpoint", "step", "epoch", "global_step", "iter")
 """How the names of checkpoints that are folders begin, before their number."""
 
-LINK_TO_NOWHERE = "a link to nowhere"
-
 SNAPSHOT_NAME = re.compile(r"^teacher(_.+)?_step_\d+\.safetensors$")
 """How `MeanTeacher` names its files; what they hold is asked of themselves."""
 
@@ -72,9 +70,9 @@ def find_run_folder(run: Path) -> tuple[Path, list[Path], list[tuple[str, str]]]
         if path not in taken and _is_candidate(path)
     ]
     left_out += [
-        (path.name, LINK_TO_NOWHERE)
+        (path.name, "a link to nowhere")
         for path in visible_children(directory)
-        if not path.exists() and (is_weights_file_name(path.name) or _has_series_name(path))
+        if (is_weights_file_name(path.name) or _has_series_name(path)) and path.is_symlink() and not path.exists()
     ]
     return directory, candidates, left_out
 

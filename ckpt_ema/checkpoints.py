@@ -107,19 +107,19 @@ class Listing:
     unreadable: list[tuple[Path, UnreadableCheckpointError]] = field(default_factory=list)
     """What cannot be read: the newest may be half written."""
 
-    averages: list[str] = field(default_factory=list)
-    """Names of what is an average by its name, and left out."""
-
-    declared: list[Checkpoint] = field(default_factory=list)
+    averages: list[Checkpoint] = field(default_factory=list)
     """What was said to be an average."""
+
+    averages_by_name: list[str] = field(default_factory=list)
+    """Names of what is an average by its name alone, and left out."""
 
     teachers: list[OwnTeacher] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     seen: dict[Hashable, Path] = field(default_factory=dict)
     """The first name of every file."""
 
-    def is_another_name(self, path: Path) -> bool:
-        """Whether it names what another path named before, and is left out; raises OSError where there is nothing."""
+    def leaves_out_another_name(self, path: Path) -> bool:
+        """Leave out what another path named before; whether it was. Raises OSError where there is nothing."""
         original = self.seen.setdefault(identity_of(path), path)
         if original is path:
             return False
@@ -131,7 +131,7 @@ class Listing:
         self.left_out.append((path.name, OWN_TEACHER))
         self.teachers.append(OwnTeacher(path, path.name, metadata))
 
-    def set_unreadable(self, label: str, error: UnreadableCheckpointError) -> None:
-        """Leave an average out aloud: a reconstruction goes without it."""
+    def leave_out_average(self, label: str, error: UnreadableCheckpointError) -> None:
+        """Leave an average that cannot be read out aloud: a reconstruction goes without it."""
         self.left_out.append((label, f"it cannot be read: {error.message}"))
         self.warnings.append(f"`{label}` takes no part: {error.message}")

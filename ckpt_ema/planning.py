@@ -190,7 +190,7 @@ def plan_weighed(
             wanted.profiles, targets, weighed.updates, coefficients, strict=True
         )
     )
-    narrow = _narrow(weighed, layouts, tensors, wanted)
+    rounding = _rounding_dtypes(weighed, layouts, tensors, wanted)
     by_input = list(zip(*coefficients, strict=True))
     num_averages = len(weighed.averages)
     return FoldPlan(
@@ -208,8 +208,8 @@ def plan_weighed(
         ),
         past=weighed.past,
         rules_of_past=weighed.rules,
-        parts=weighed.parts + (weighed.is_cut or bool(narrow)),
-        rounded_to={**weighed.rounded_to, **dict.fromkeys((stored.name for stored, _ in narrow), 1.0)},
+        parts=weighed.parts + (weighed.is_cut or bool(rounding)),
+        rounded_to={**weighed.rounded_to, **dict.fromkeys((stored.name for stored, _ in rounding), 1.0)},
         origin=weighed.origin,
         predictions=weighed.predictions,
         span=weighed.span,
@@ -220,7 +220,7 @@ def plan_weighed(
         warnings=(
             *found.warnings,
             *weighed.warnings,
-            *_rounded(weighed, narrow),
+            *_rounded(weighed, rounding),
             *_treated_otherwise(weighed, tensors),
             *_warnings(checkpoints, teachers, wanted, tensors, goes_on=weighed.goes_on),
         ),
@@ -360,7 +360,7 @@ def _treated_otherwise(weighed: Weighed, tensors: Sequence[TeacherTensor]) -> It
             yield f"`{names[0]}`{more}: {before} in `{weighed.averages[0].label}`, {now} from now on"
 
 
-def _narrow(
+def _rounding_dtypes(
     weighed: Weighed, layouts: Sequence[Layout], tensors: Sequence[TeacherTensor], options: FoldOptions
 ) -> list[tuple[DType, DType]]:
     """Of each tensor that was rounded in the teacher that is gone on with its dtype there, and that of the fold."""
@@ -374,13 +374,13 @@ def _narrow(
     return [(stored, folded) for stored, folded in dtypes if is_rounded(folded, stored)]
 
 
-def _rounded(weighed: Weighed, narrow: Sequence[tuple[DType, DType]]) -> Iterator[str]:
+def _rounded(weighed: Weighed, rounding: Sequence[tuple[DType, DType]]) -> Iterator[str]:
     """What a teacher that is gone on with has lost since it was folded."""
-    if narrow:
-        dtypes = " and ".join(sorted({stored.name for stored, _ in narrow}))
-        hint = "; `--dtype float32` keeps all digits" if all(folded.itemsize <= 4 for _, folded in narrow) else ""
+    if rounding:
+        dtypes = " and ".join(sorted({stored.name for stored, _ in rounding}))
+        hint = "; `--dtype float32` keeps all digits" if all(folded.itemsize <= 4 for _, folded in rounding) else ""
         yield (
-            f"`{weighed.averages[0].label}` {ROUNDED} {dtypes} when it was written ({len(narrow)} tensors), and"
+            f"`{weighed.averages[0].label}` {ROUNDED} {dtypes} when it was written ({len(rounding)} tensors), and"
             f" what goes on from it is near the fold of all at once, not equal{hint}"
         )
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from ckpt_ema.byte_ranges import expect_tables
 from ckpt_ema.checkpoint_reading import CheckpointReader
 from ckpt_ema.checkpoint_search import (
-    LINK_TO_NOWHERE,
     SNAPSHOT_NAME,
     find_files_beside,
     find_run_folder,
@@ -23,7 +22,7 @@ from ckpt_ema.errors import CkptEmaError, MisuseError, UnreadableCheckpointError
 from ckpt_ema.formats import Contents, read_contents
 from ckpt_ema.locations import common_folder, name_within
 from ckpt_ema.selection import Selection, select_checkpoints
-from ckpt_ema.step_order import keep_order, sort_by_step
+from ckpt_ema.step_order import give_steps, sort_by_step
 from ckpt_ema.steps import is_copy_name
 from ckpt_ema.students import find_state_dicts
 
@@ -43,7 +42,7 @@ def find_checkpoints(paths: Sequence[Path], selection: Selection) -> Run:
     else:
         directory, listing = _read_list(paths, selection)
         root = directory if len({path.absolute().parent for path in paths}) == 1 else None
-    selects = bool(listing.checkpoints) or not (listing.declared or selection.is_live)
+    selects = bool(listing.checkpoints) or not (listing.averages or selection.is_live)
     kept = select_checkpoints(directory, listing, selection) if selects else []
     return Run(
         directory,
@@ -52,7 +51,7 @@ def find_checkpoints(paths: Sequence[Path], selection: Selection) -> Run:
         tuple(listing.left_out),
         tuple(listing.warnings),
         tuple(listing.teachers),
-        tuple(sorted(listing.declared, key=lambda average: (average.step or 0, average.label))),
+        tuple(sorted(listing.averages, key=lambda average: (average.step or 0, average.label))),
         tuple((path, error.message) for path, error in listing.unreadable) if selection.is_live else (),
     )
 
@@ -67,28 +66,28 @@ def _read_run_directory(run: Path, selection: Selection) -> tuple[Path, Listing]
     expect_tables([path for path in candidates if selection.is_wanted(path)])
     for path in candidates:
         _read_candidate(listing, path, selection, reader)
-    if listing.averages and not listing.checkpoints and not listing.unreadable and not selection.is_live:
+    if listing.averages_by_name and not listing.checkpoints and not listing.unreadable and not selection.is_live:
         raise CkptEmaError(
-            f"`{directory}` holds averages, and no raw student: {', '.join(listing.averages[:5])}",
-            hint=_hint_to_fold_average(read_contents(directory / listing.averages[0])),
+            f"`{directory}` holds averages, and no raw student: {', '.join(listing.averages_by_name[:5])}",
+            hint=_hint_to_fold_average(read_contents(directory / listing.averages_by_name[0])),
         )
     if selection.takes_teachers:
         _find_snapshots(listing, run, directory, selection)
-    if listing.checkpoints or listing.unreadable or not listing.declared:
+    if listing.checkpoints or listing.unreadable or not listing.averages:
         sort_by_step(listing, directory, selection)
     return directory, listing
 
 
 def _read_candidate(listing: Listing, path: Path, selection: Selection, reader: CheckpointReader) -> None:
-    """Add what lies in a run directory to what is known of it; an error waits until the order is known."""
+    """Add what lies in a run directory to what is known of it; what cannot be read waits until the order is known."""
     if not selection.is_wanted(path):
         listing.left_out.append((path.name, NOT_SELECTED))
         return
     try:
-        if listing.is_another_name(path):
+        if listing.leaves_out_another_name(path):
             return
     except OSError:
-        listing.left_out.append((path.name, LINK_TO_NOWHERE))
+        listing.left_out.append((path.name, "it is gone since it was listed"))
         return
     is_declared = selection.is_declared(path)
     is_average = not is_declared and selection.is_average_by_name(path)
@@ -98,19 +97,19 @@ def _read_candidate(listing: Listing, path: Path, selection: Selection, reader: 
             listing.set_aside(path, contents.metadata)
             return
         if is_declared:
-            listing.declared.append(reader.read_average(contents))
+            listing.averages.append(reader.read_average(contents))
         elif not is_average:
             listing.checkpoints.append(reader.read(contents))
     except UnreadableCheckpointError as error:
         if is_declared or (is_average and selection.takes_teachers):
-            listing.set_unreadable(path.name, error)
+            listing.leave_out_average(path.name, error)
             return
         if not is_average:
             error.hint = error.hint or f"leave it out: `--exclude {quoted(glob.escape(path.name))}`"
             listing.unreadable.append((path, error))
             return
     if is_average:
-        listing.averages.append(path.name)
+        listing.averages_by_name.append(path.name)
         listing.left_out.append((path.name, "an average, by its name"))
 
 
@@ -122,7 +121,7 @@ def _find_snapshots(listing: Listing, run: Path, directory: Path, selection: Sel
             contents = read_contents(path)
         except UnreadableCheckpointError as error:
             if SNAPSHOT_NAME.match(path.name):
-                listing.set_unreadable(label, error)
+                listing.leave_out_average(label, error)
             continue
         if contents.is_own_teacher:
             listing.teachers.append(OwnTeacher(path, label, contents.metadata))
@@ -132,7 +131,7 @@ def _read_list(paths: Sequence[Path], selection: Selection) -> tuple[Path, Listi
     """Checkpoints as they were listed, and the deepest folder that all of them lie in."""
     listing = Listing()
     reader = CheckpointReader(selection)
-    expect_tables(paths)
+    expect_tables([path for path in paths if selection.is_wanted(path)])
     for path in paths:
         if path.is_dir() and not is_one_checkpoint(path) and not is_checkpoint_folder(path):
             raise MisuseError(
@@ -143,7 +142,7 @@ def _read_list(paths: Sequence[Path], selection: Selection) -> tuple[Path, Listi
             listing.left_out.append((path.name, NOT_SELECTED))
             continue
         try:
-            if listing.is_another_name(path):
+            if listing.leaves_out_another_name(path):
                 continue
         except OSError as error:  # a trainer has removed it since it was seen
             raise UnreadableCheckpointError(f"cannot read `{path}`: {error.strerror}") from error
@@ -155,12 +154,12 @@ def _read_list(paths: Sequence[Path], selection: Selection) -> tuple[Path, Listi
                 )
             listing.set_aside(path, contents.metadata)
         elif selection.is_declared(path):
-            listing.declared.append(reader.read_average(contents))
+            listing.averages.append(reader.read_average(contents))
         elif selection.is_average_by_name(path):
             raise CkptEmaError(f"`{path}` is an average, by its name", hint=_hint_to_fold_average(contents))
         else:
             listing.checkpoints.append(reader.read(contents))
-    keep_order(listing)
+    give_steps(listing)
     # Two checkpoints of the same name in different folders are told apart by their folder.
     labels = [checkpoint.label for checkpoint, _ in listing.checkpoints]
     parent = common_folder(paths)

@@ -1,4 +1,4 @@
-"""Which checkpoints of a run are folded: those that were read in, those that names, steps and a count leave out."""
+"""The checkpoints of a run in; those of the wanted names and steps, and of these the newest, out."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from ckpt_ema.selection import Selection
 from ckpt_ema.steps import ORIGINS, Origin, Unit, is_copy_name, steps_in_name
 
 
-def keep_order(listing: Listing) -> None:
+def give_steps(listing: Listing) -> None:
     """Checkpoints that were listed get their steps and keep their order; a warning where that is not by step."""
     origin = _common_origin(listing.checkpoints)
     unit: Unit = origin[1] if origin else "step"
@@ -68,7 +68,7 @@ def sort_by_step(listing: Listing, directory: Path, selection: Selection) -> Non
     if not is_live:
         _forgive_newest(listing, origin)
     _check_epochs_ascend(listing, origin, directory)
-    _leave_out_copies(listing, origin, directory, selection.include)
+    _order_without_copies(listing, origin, directory, selection.include)
 
 
 def _common_origin(checkpoints: Sequence[Numbered]) -> Origin | None:
@@ -98,8 +98,8 @@ def _leave_out_stepless_copies(listing: Listing, *, has_steps: bool) -> None:
         listing.left_out += [(item[0].label, STEPLESS_COPY) for item in stepless]
 
 
-def _leave_out_copies(listing: Listing, origin: Origin, directory: Path, include: Sequence[str]) -> None:
-    """One checkpoint of each step stays, with that step, by steps; raises CkptEmaError for two that are no copies."""
+def _order_without_copies(listing: Listing, origin: Origin, directory: Path, include: Sequence[str]) -> None:
+    """Put one checkpoint of each step in their order; raises CkptEmaError for two that are no copies."""
     by_step: dict[int, list[Checkpoint]] = defaultdict(list)
     for checkpoint, numbers in listing.checkpoints:
         by_step[numbers[origin]].append(replace(checkpoint, step=numbers[origin], unit=origin[1]))

@@ -472,11 +472,11 @@ def test_the_mending_command_is_the_one_that_was_called(tmp_path: Path) -> None:
 
 
 def test_without_numpy_there_is_no_word_of_it(tmp_path: Path, run: Path, cli: Cli) -> None:
-    """torch does without, and so does an installation of what this package names; it warns at every start."""
+    """Nothing here needs it, and torch warns at every start where it is missing."""
     numpy = tmp_path / "without" / "numpy"
     numpy.mkdir(parents=True)
     (numpy / "__init__.py").write_text("raise ModuleNotFoundError(\"No module named 'numpy'\")\n")
-    path = os.pathsep.join([str(numpy.parent), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(numpy.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     for words in (["fold", run, "--momentum", 0.3, "-o", "t.safetensors", "-q"], ["verify", "t.safetensors", run]):
         done = cli(*words, PYTHONPATH=path)
         assert (done.code, done.stderr) == (0, "")

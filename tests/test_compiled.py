@@ -21,6 +21,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ckpt_ema import MeanTeacher, Snapshots, reconstruct
+from ckpt_ema.blocks import ELEMENT_MULTIPLE
 from ckpt_ema.dtypes import BY_NAME
 from ckpt_ema.engine import compiled, cpu, llvm_module
 from ckpt_ema.engine.arithmetic import GRAIN, LARGEST_LERP, Pair
@@ -89,9 +90,7 @@ def test_below_a_half_it_has_the_bits_of_lerp(take: float, student: torch.dtype)
     "count", [0, WIDTH, 2 * WIDTH, 31 * WIDTH, PIECE_ELEMENTS, PIECE_ELEMENTS + WIDTH, 3 * PIECE_ELEMENTS - WIDTH]
 )
 @pytest.mark.parametrize("num_students", [1, 2, 3, 7])
-def test_any_number_of_elements_is_folded_and_none_behind_them(
-    num_students: int, count: int, student: torch.dtype
-) -> None:
+def test_whole_vectors_are_folded_and_none_behind_them(num_students: int, count: int, student: torch.dtype) -> None:
     """Whole pieces, and what is left; every student in its turn."""
     kernel = find_kernel(torch.float32, student)
     assert kernel is not None
@@ -107,7 +106,7 @@ def test_any_number_of_elements_is_folded_and_none_behind_them(
     assert torch.equal(found, expected)
 
 
-LOWER_HALVES = (0, 1, 0xFFF, 0x1000, 0x1001, 0x3000, 0x7FFF, 0x8000, 0x8001, 0xFFFF)
+LOWER_HALVES = (0, 1, 0xFFF, 0x1000, 0x1001, 0x3000, 0x7FFF, 0x8000, 0x8001, 0xEFFF, 0xF000, 0xFFFF)
 """Of a float, at the borders of what is rounded one way and the other, and beside them."""
 
 
@@ -127,12 +126,24 @@ def test_a_teacher_is_narrowed_as_torch_does(student: torch.dtype) -> None:
     others = teacher[~is_finite]
     assert others.isfinite().any()
     assert others.isnan().any()
-    for index, other in enumerate(others[:: len(others) // 1000]):
-        place = 37 * index % len(finite)
-        spoilt = finite[place // WIDTH * WIDTH :][: 5 * WIDTH].clone()
-        spoilt[place % WIDTH] = other
+    least = others[others.isfinite()].abs().min()
+    for index, other in enumerate((least, -least, *others[:: len(others) // 1000])):
+        spoilt = finite[: 5 * WIDTH].clone()
+        spoilt[37 * index % len(spoilt)] = other
         assert not kernel.narrow(spoilt.data_ptr(), len(spoilt), found.data_ptr()), other
     assert kernel.narrow(0, 0, 0)
+
+
+def test_what_is_no_whole_vector_is_refused() -> None:
+    """It would be written behind somebody's elements; whoever calls has whole ones."""
+    kernel = find_kernel(torch.float32, torch.bfloat16)
+    assert kernel is not None
+    memory = torch.zeros(WIDTH)
+    with pytest.raises(ValueError, match="no multiple of"):
+        kernel.fold(memory.data_ptr(), WIDTH - 1, [memory.data_ptr()], [(1.0, 0.0)])
+    with pytest.raises(ValueError, match="no multiple of"):
+        kernel.narrow(memory.data_ptr(), 1, memory.data_ptr())
+    assert not any(number % WIDTH for number in (ELEMENT_MULTIPLE, GRAIN, PIECE_ELEMENTS))
 
 
 def update_by_torch(pairs: list[Pair], *, lerp: bool) -> None:
@@ -355,16 +366,23 @@ def test_a_kernel_that_narrows_otherwise_is_not_used(
 
 @pytest.mark.usefixtures("untried")
 @pytest.mark.parametrize("student", STUDENTS)
-@pytest.mark.parametrize(("kind", "lacks"), [("x86_64", ["fma"]), ("x86_64", ["f16c"]), ("riscv64", [])])
+@pytest.mark.parametrize(
+    ("kind", "lacks", "reason"),
+    [
+        ("x86_64", ["fma"], "this processor has no fma"),
+        ("x86_64", ["f16c", "fma"], "this processor has no fma and no f16c"),
+        ("riscv64", [], "it is not made for processors of riscv64"),
+    ],
+)
 def test_a_processor_without_its_instructions_is_not_asked(
-    monkeypatch: pytest.MonkeyPatch, student: torch.dtype, kind: str, lacks: list[str]
+    monkeypatch: pytest.MonkeyPatch, student: torch.dtype, kind: str, lacks: list[str], reason: str
 ) -> None:
     """As virtual machines hide them: LLVM would end the process where a conversion of float16 is a function of none."""
     features = binding.get_host_cpu_features()
     features.update(dict.fromkeys(lacks, False))
     monkeypatch.setattr(binding, "get_host_cpu_features", lambda: features)
     monkeypatch.setattr(platform, "machine", lambda: kind)
-    assert why_not(torch.float32, student) == f"this processor ({kind}) lacks instructions for it"
+    assert why_not(torch.float32, student) == reason
     assert find_kernel(torch.float32, student) is None
 
 

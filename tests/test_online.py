@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import pickle
 import random
 import signal
@@ -552,6 +553,44 @@ def test_an_update_beside_an_attached_optimizer_is_told_once(student: Student) -
     assert teacher.num_steps == 4
 
 
+def test_an_update_beside_an_optimizer_that_is_gone_is_right(student: Student) -> None:
+    """Nor is one that is refused warned of, nor are optimizers kept that were let go."""
+    teacher = MeanTeacher(student)
+    for _ in range(3):
+        optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+        teacher.attach(optimizer)
+        del optimizer
+        gc.collect()
+    assert len(teacher._handles) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        teacher.update()
+        optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+        teacher.attach(optimizer)
+        with teacher.swapped_into(student), pytest.raises(CkptEmaError, match="swapped"):
+            teacher.update()
+    with pytest.warns(UserWarning, match="counted twice"):
+        teacher.update()
+
+
+def test_an_attached_optimizer_calls_the_update_of_a_subclass(student: Student) -> None:
+    """Who counts or logs in it is called behind each step, and is not warned."""
+    calls = []
+
+    class Logging(MeanTeacher):
+        def update(self) -> bool:
+            calls.append(self.num_steps)
+            return super().update()
+
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    Logging(student).attach(optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            optimizer.step()
+    assert calls == [0, 1]
+
+
 def test_attached_twice_it_would_count_twice(student: Student) -> None:
     """An error, until the first one is removed; others of its own are no error, foreign ones told."""
     teacher = MeanTeacher(student, momentum=MOMENTUM)
@@ -891,6 +930,13 @@ def test_saving_replaces_teachers_alone_and_never_writes_infinities(student: Stu
     teacher.copy_student()
     halves = load_file(teacher.save(tmp_path / "half.safetensors", dtype="float16"))
     assert_same_bits({"frozen": halves["frozen"]}, {"frozen": student.frozen.detach().half()})
+    # As many bits, and other numbers.
+    with torch.no_grad():
+        student.frozen[3] = 1e6
+    teacher = MeanTeacher(student.bfloat16(), dtype="student")
+    teacher.update()
+    with pytest.raises(CkptEmaError, match="`frozen` overflows float16"):
+        teacher.save(tmp_path / "other.safetensors", dtype="float16")
 
 
 def test_a_saved_teacher_loads_into_the_model(student: Student, tmp_path: Path) -> None:

@@ -713,11 +713,15 @@ def test_a_signal_does_not_break_an_import_off(tmp_path: Path, number: signal.Si
     (tmp_path / "slow.py").write_text(
         f"import os, time\nos.kill(os.getpid(), {number:d})\ntime.sleep(0.2)\nprint('whole')\n"
     )
+    paths = [str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]
     done = subprocess.run(
         [sys.executable, "-c", ENDS.format(body="import slow; time.sleep(20); print('not stopped')")],
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])},
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(paths),
+        },
         cwd=Path(ckpt_ema.__file__).parent.parent,
         timeout=60,
         check=False,

@@ -14,7 +14,7 @@ from functools import wraps
 from types import FrameType
 from typing import Any
 
-from ckpt_ema.cli.terminal import prepare_streams, silence_stdout, tell
+from ckpt_ema.cli.terminal import prepare_streams, silence_numpy_warning, silence_stdout, tell
 from ckpt_ema.errors import CkptEmaError, MisuseError
 
 Command = Callable[..., Any]
@@ -31,6 +31,7 @@ def errors_become_exits(command: Command) -> Command:
     @wraps(command)
     def wrapped(*arguments: Any, **options: Any) -> None:
         prepare_streams()
+        silence_numpy_warning()
         with _signals_raise():
             try:
                 _run(command, arguments, options)

@@ -11,6 +11,7 @@ from ckpt_ema.errors import MisuseError
 from ckpt_ema.sizes import DEFAULT_MEMORY_BUDGET_BYTES, SizeError, format_size, parse_duration, parse_size
 
 Command = Callable[..., Any]
+Option = Callable[[Command], Command]
 
 
 class _Size(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic since click 8.2
@@ -56,11 +57,11 @@ AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 _WRITTEN_DTYPE = click.Choice(["student", "float32", "bfloat16", "float16"])
 
 
-def _interval(text: str) -> Command:
+def _interval(text: str) -> Option:
     return click.option("--interval", type=int, default=1, show_default=True, metavar="N", help=text)
 
 
-def _half_life(text: str, *, multiple: bool) -> Command:
+def _half_life(text: str, *, multiple: bool) -> Option:
     return click.option("--half-life", type=float, multiple=multiple, metavar="STEPS", help=text)
 
 
@@ -104,7 +105,7 @@ def reconstruct_options(command: Command) -> Command:
 def follow_options(command: Command) -> Command:
     """Those of `follow`, which takes what comes, and goes on from its own teacher."""
     without = ("profile", "sigma-rel", "coefficients", "init", "last", "output-format", "shard-size")
-    changed: dict[str, Command | None] = dict.fromkeys((*without, "interval", "overwrite", "resume", "json", "verbose"))
+    changed: dict[str, Option | None] = dict.fromkeys((*without, "interval", "overwrite", "resume", "json", "verbose"))
     changed |= {
         "run": click.argument("run", type=GivenPath()),
         "output": click.option(
@@ -144,9 +145,9 @@ def follow_options(command: Command) -> Command:
     return _with_options(command, changed)
 
 
-def _with_options(command: Command, changed: dict[str, Command | None]) -> Command:
+def _with_options(command: Command, changed: dict[str, Option | None]) -> Command:
     """Add a fold's options by name; `changed` ones in their place, or left away, or behind them."""
-    options: dict[str, Command | None] = {
+    options: dict[str, Option | None] = {
         "run": click.argument("run", nargs=-1, required=True, type=GivenPath()),
         "output": click.option(
             "-o",

@@ -34,12 +34,15 @@ codecs.register_error(_NAMES, _encode_surrogate)
 
 
 def prepare_streams() -> None:
-    """Let stdout and stderr take every text, whatever their encoding, and none that concerns nobody."""
+    """Let stdout and stderr take every text, whatever their encoding."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # File names may be bytes that are no text, and terminals may know no bars.
             stream.reconfigure(errors=_NAMES if _is_utf8(stream) else "backslashreplace")
-    # Of torch, at every start where numpy is not installed, which nothing here needs.
+
+
+def silence_numpy_warning() -> None:
+    """Of torch, at every start where numpy is not installed, which nothing here needs."""
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
 
 

@@ -1,6 +1,7 @@
 """The update of a float32 teacher by 16-bit students on a CPU, in one pass: a loop that LLVM compiles for the machine.
 
-torch has calls of one pass where both have one dtype, and none that widens the student on the way. llvmlite need not be
+torch has calls of one pass where both have one dtype, and none that widens the student on the way, or that narrows a
+teacher and looks at it. llvmlite need not be
 installed: where it is missing, fails, or rounds otherwise than torch, nothing is compiled and torch's calls remain.
 """
 
@@ -37,7 +38,10 @@ STRETCH_ELEMENTS = 16 * GRAIN
 
 
 class Kernel:
-    """`teacher = keep * teacher + take * student`, compiled. Other threads of Python go on meanwhile."""
+    """`teacher = keep * teacher + take * student`, and a teacher narrowed to the student's dtype, compiled.
+
+    Other threads of Python go on meanwhile.
+    """
 
     def __init__(self, fold: int, narrow: int, update_many: int) -> None:
         """By the addresses of the module's functions."""
@@ -52,18 +56,27 @@ class Kernel:
         """Fold several students, at least one, into `count` elements of a teacher, by their addresses.
 
         `updates` has a student's keep and take each. All elements lie in the same order, without a gap; `count` is a
-        multiple of WIDTH, here and below.
+        multiple of WIDTH.
         """
         addresses = (ctypes.c_void_p * len(students))(*students)
         numbers = (ctypes.c_float * (2 * len(updates)))(*itertools.chain.from_iterable(updates))
+        _check_whole(count)
         self._fold(teacher, count, addresses, numbers, len(students))
 
     def narrow(self, teacher: int, count: int, narrowed: int) -> bool:
         """Write `count` elements of a teacher in the student's dtype, by their addresses; whether all are finite there.
 
-        Rounded to the nearest, as torch does. Where not all are finite, what was written is nothing to go by.
+        `count` is a multiple of WIDTH. Rounded to the nearest, as torch does. Where not all are finite, what was
+        written is nothing to go by.
         """
+        _check_whole(count)
         return bool(self._narrow(teacher, narrowed, count))
+
+
+def _check_whole(count: int) -> None:
+    # Whatever is no whole vector would be written all the same, into somebody's memory.
+    if count % WIDTH:
+        raise ValueError(f"{count} elements are no multiple of {WIDTH}")
 
 
 class _Job(ctypes.Structure):
@@ -79,13 +92,17 @@ class _Job(ctypes.Structure):
 
 
 _Stretch = tuple[int, int, int]
-"""The addresses of a teacher's elements and of a student's, and their number; three int64 to the module."""
+"""The addresses of a teacher's elements and of a student's, and how many, whole GRAINs; three int64 to the module."""
 
 _Kind = tuple[torch.dtype, torch.dtype, bool]
 """A teacher's dtype, a student's, and whether it is lerp's arithmetic."""
 
 _found: dict[_Kind, Kernel | str] = {}
 """Or the reason why there is none."""
+
+
+class _UnfitError(Exception):
+    """This machine is none for a kernel; it says why."""
 
 
 def is_made_for(teacher: torch.dtype, student: torch.dtype) -> bool:
@@ -132,12 +149,13 @@ def _try_kernel(teacher: torch.dtype, student: torch.dtype, lerp: bool) -> Kerne
         def update_(old: torch.Tensor, new: torch.Tensor, keep: float, take: float) -> None:
             kernel.fold(old.data_ptr(), old.numel(), [new.data_ptr()], [(keep, take)])
 
-        # Of one function: the other one has the same loop.
-        is_right = has_torchs_bits(update_, torch.device("cpu"), teacher, student, lerp=lerp)
-        is_right &= _narrows_as_torch(kernel, student)
+        # update_many calls the same loop as fold; no teacher of lerp is narrowed.
+        is_right = has_torchs_bits(update_, torch.device("cpu"), teacher, student, lerp=lerp) and (
+            lerp or _narrows_as_torch(kernel, student)
+        )
     except ImportError as error:
         return f"{error} (`pip install -U llvmlite`)"
-    except NotImplementedError as error:
+    except _UnfitError as error:
         return str(error)
     except Exception as error:  # a processor it does not know, no memory: whatever it is
         return f"{type(error).__name__}: {error}"
@@ -147,9 +165,10 @@ def _try_kernel(teacher: torch.dtype, student: torch.dtype, lerp: bool) -> Kerne
 def _narrows_as_torch(kernel: Kernel, student: torch.dtype) -> bool:
     """Whether floats of any bits become a student's dtype as `to` makes them, and none that is infinite then passes."""
     generator = torch.Generator("cpu").manual_seed(0)
-    bits = torch.randint(-(2**31), 2**31, (2, GRAIN), generator=generator, dtype=torch.int32, device="cpu")
+    # Few enough for one thread of torch's.
+    bits = torch.randint(-(2**31), 2**31, (2, GRAIN // 2), generator=generator, dtype=torch.int32, device="cpu")
     bits[1] &= -(2**12)  # so that thousands lie half way between two
-    teacher = bits.view(torch.float32)
+    teacher = bits.view(torch.float32).flatten()
     is_finite = teacher.to(student).isfinite()
     finite = teacher.where(is_finite, 0)
     found, expected = finite.to(student).zero_(), finite.to(student)
@@ -158,8 +177,12 @@ def _narrows_as_torch(kernel: Kernel, student: torch.dtype) -> bool:
     if not torch.equal(found.view(torch.int16), expected.view(torch.int16)):
         return False
     special = torch.tensor((torch.inf, -torch.inf, torch.nan, torch.finfo(torch.float32).max), device="cpu")
-    others = torch.diag(torch.cat((special, teacher[~is_finite]))[:WIDTH])
-    return not any(kernel.narrow(row.data_ptr(), WIDTH, found.data_ptr()) for row in others)
+    for place, other in enumerate((*special, *teacher[~is_finite][:WIDTH])):
+        spoilt = finite[: 2 * WIDTH].clone()
+        spoilt[2 * place % len(spoilt)] = other
+        if kernel.narrow(spoilt.data_ptr(), len(spoilt), found.data_ptr()):
+            return False
+    return True
 
 
 def _compile(module: str) -> Kernel:
@@ -169,10 +192,12 @@ def _compile(module: str) -> Kernel:
         raise ImportError(f"llvmlite {__version__} is older than 0.45")
     features = binding.get_host_cpu_features()
     kind = platform.machine()
-    if kind not in NEEDED_FEATURES or not all(map(features.get, NEEDED_FEATURES[kind])):
-        raise NotImplementedError(f"this processor ({kind}) lacks instructions for it")
+    if kind not in NEEDED_FEATURES:
+        raise _UnfitError(f"it is not made for processors of {kind}")
+    if lacking := [name for name in NEEDED_FEATURES[kind] if not features.get(name)]:
+        raise _UnfitError(f"this processor has no {' and no '.join(lacking)}")
     if not _may_become_executable():
-        raise NotImplementedError("this system lets no memory that was written be executed")
+        raise _UnfitError("this system lets no memory that was written be executed")
     binding.initialize_native_target()
     binding.initialize_native_asmprinter()
     machine = binding.Target.from_default_triple().create_target_machine(

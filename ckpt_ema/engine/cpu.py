@@ -260,7 +260,7 @@ class _BlockFolder:
             self._write(teacher, block, self._finish(block, accumulator, buffer))
 
     def _finish(self, block: Block, accumulator: torch.Tensor, buffer: Buffer) -> Buffer:
-        """Where a teacher lies in its own dtype, looked through for what is not finite."""
+        """Round a teacher to its own dtype; the buffer that holds it then. Raises NonFiniteBlockError."""
         lane = block.lane
         count = block.end - block.begin
         target, finished = accumulator, buffer

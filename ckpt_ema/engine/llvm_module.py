@@ -1,6 +1,6 @@
 """What LLVM compiles for a CPU: the update of a float32 teacher by 16-bit students, in its own language.
 
-In vectors already, so that nothing has to be optimised: whoever waits for it waits a third as long.
+In vectors already: there is nothing left for LLVM to optimise, which would take longer than the rest.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 WIDTH = 32
-"""Elements in a vector, which LLVM makes of as many of the machine's as it takes. Counts are multiples of it."""
+"""Elements of a vector, which LLVM makes of several of the machine's. Counts are multiples of it."""
 
 PIECE_ELEMENTS = 4096
 """Elements of the teacher that all students are folded into before the next ones: they stay in the nearest cache."""

@@ -112,6 +112,8 @@ class MeanTeacher:
         self._is_swapped = False
         self._handles: list[RemovableHandle] = []
         """Of the optimizers that it is attached to, until somebody was told what an `update` beside them does."""
+        self._is_behind_step = False
+        """Whether one of them calls it."""
         self._owns_tensors = teacher is None
         if teacher is not None and device is not None:
             raise MisuseError(
@@ -178,18 +180,18 @@ class MeanTeacher:
         (the first), snapshots, `on_nonfinite` and `device="cpu"` cannot be captured, and raise CkptEmaError. Behind
         `load_state_dict` update once before: the graph would get torch's own calls, which take longer.
         """
-        if any(handle.id in (handle.hooks_dict_ref() or ()) for handle in self._handles):
+        self._refuse_swapped("update the teacher")
+        if not self._is_behind_step and any(map(_is_registered, self._handles)):
             self._handles.clear()
             warnings.warn(
                 "the teacher is attached to an optimizer, which calls `update` after each of its steps: with this call"
                 " beside them a step is counted twice; leave one of the two away",
                 stacklevel=2,
             )
-        return self._update()
+        with torch.no_grad():
+            return self._update()
 
-    @torch.no_grad()
     def _update(self) -> bool:
-        self._refuse_swapped("update the teacher")
         if _is_capturing():
             self._capture()
             return True
@@ -316,7 +318,7 @@ class MeanTeacher:
                 stacklevel=2,
             )
         handle: RemovableHandle = inner.register_step_post_hook(_AfterStep(self))
-        self._handles.append(handle)
+        self._handles = [*filter(_is_registered, self._handles), handle]
         return handle
 
     @contextlib.contextmanager
@@ -634,7 +636,15 @@ class _AfterStep:
         self.teacher = teacher
 
     def __call__(self, *_: object) -> None:
-        self.teacher._update()
+        self.teacher._is_behind_step = True
+        try:
+            self.teacher.update()
+        finally:
+            self.teacher._is_behind_step = False
+
+
+def _is_registered(handle: RemovableHandle) -> bool:
+    return handle.id in (handle.hooks_dict_ref() or ())
 
 
 def _is_capturing() -> bool:

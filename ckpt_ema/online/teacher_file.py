@@ -131,7 +131,7 @@ def _write(file: TeacherFile, name: str, tensor: torch.Tensor, dtype: DType, beg
         part = flat[first : first + count]
         written = buffer.elements(dtype, part.numel())
         written.copy_(part)
-        if dtype.itemsize < tensor.itemsize and not is_finite([written]) and is_finite([part]):
+        if written.dtype is not part.dtype and not is_finite([written]) and is_finite([part]):
             raise CkptEmaError(f"`{name}` overflows {dtype}", hint='pass dtype="float32"')
         file.write(buffer.bytes[: part.numel() * dtype.itemsize], begin + first * dtype.itemsize)
 
