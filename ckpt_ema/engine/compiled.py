@@ -1,8 +1,8 @@
 """The update of a float32 teacher by 16-bit students on a CPU, in one pass: a loop that LLVM compiles for the machine.
 
 torch has calls of one pass where both have one dtype, and none that widens the student on the way, or that narrows a
-teacher and looks at it. llvmlite need not be
-installed: where it is missing, fails, or rounds otherwise than torch, nothing is compiled and torch's calls remain.
+teacher and looks at it. llvmlite need not be installed: where it is missing, fails, or rounds otherwise than torch,
+nothing is compiled and torch's calls remain.
 """
 
 from __future__ import annotations
