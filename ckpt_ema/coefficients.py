@@ -76,7 +76,7 @@ class Weighed:
     parts: int = 1
     """In how many folds that teacher was made (see FoldPlan)."""
 
-    rounded_to: Mapping[str, float] = field(default_factory=dict)
+    rounded_to: Mapping[tuple[str, str], float] = field(default_factory=dict)
     """Dtypes that it was rounded to on the way (see FoldPlan)."""
 
     is_cut: bool = False

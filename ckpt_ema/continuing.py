@@ -347,11 +347,15 @@ def parts_of(record: Mapping[str, Any]) -> int:
     return parts if type(parts) is int and 1 < parts < MAX_COUNT else 1
 
 
-def rounded_to(record: Mapping[str, Any]) -> dict[str, float]:
-    """The dtypes that teachers on the way to this one were rounded to, each with the share of what was, from 0 to 1."""
-    shares = record.get("rounded_to")
-    items = shares.items() if isinstance(shares, dict) else ()
-    return {name: share for name, share in items if isinstance(share, float) and 0 <= share <= 1}
+def rounded_to(record: Mapping[str, Any]) -> dict[tuple[str, str], float]:
+    """The dtypes of students and those that teachers on the way to this one were rounded to, with the share, 0 to 1."""
+    by_student = record.get("rounded_to")
+    return {
+        (student, written): share
+        for student, shares in (by_student.items() if isinstance(by_student, dict) else ())
+        for written, share in (shares.items() if isinstance(shares, dict) else ())
+        if isinstance(share, float) and 0 <= share <= 1
+    }
 
 
 def past_of(record: Mapping[str, Any]) -> tuple[PastCheckpoint, ...]:

@@ -209,7 +209,7 @@ def plan_weighed(
         past=weighed.past,
         rules_of_past=weighed.rules,
         parts=weighed.parts + (weighed.is_cut or bool(rounding)),
-        rounded_to={**weighed.rounded_to, **dict.fromkeys((stored.name for stored, _ in rounding), 1.0)},
+        rounded_to={**weighed.rounded_to, **{(student.name, stored.name): 1.0 for student, stored, _ in rounding}},
         origin=weighed.origin,
         predictions=weighed.predictions,
         span=weighed.span,
@@ -362,23 +362,27 @@ def _treated_otherwise(weighed: Weighed, tensors: Sequence[TeacherTensor]) -> It
 
 def _rounding_dtypes(
     weighed: Weighed, layouts: Sequence[Layout], tensors: Sequence[TeacherTensor], options: FoldOptions
-) -> list[tuple[DType, DType]]:
-    """Of each tensor that was rounded in the teacher that is gone on with its dtype there, and that of the fold."""
+) -> list[tuple[DType, DType, DType]]:
+    """Of each tensor that was rounded in the teacher that is gone on with the student's dtype, that one, the fold's."""
     if not weighed.past:
         return []
     dtypes = [
-        (layouts[0].schema.dtypes[tensor.index], accumulate_dtype(tensor.student_dtype, options.accumulate))
+        (
+            tensor.student_dtype,
+            layouts[0].schema.dtypes[tensor.index],
+            accumulate_dtype(tensor.student_dtype, options.accumulate),
+        )
         for tensor in tensors
         if tensor.action == "average"
     ]
-    return [(stored, folded) for stored, folded in dtypes if is_rounded(folded, stored)]
+    return [(student, stored, folded) for student, stored, folded in dtypes if is_rounded(folded, stored)]
 
 
-def _rounded(weighed: Weighed, rounding: Sequence[tuple[DType, DType]]) -> Iterator[str]:
+def _rounded(weighed: Weighed, rounding: Sequence[tuple[DType, DType, DType]]) -> Iterator[str]:
     """What a teacher that is gone on with has lost since it was folded."""
     if rounding:
-        dtypes = " and ".join(sorted({stored.name for stored, _ in rounding}))
-        hint = "; `--dtype float32` keeps all digits" if all(folded.itemsize <= 4 for _, folded in rounding) else ""
+        dtypes = " and ".join(sorted({stored.name for _, stored, _ in rounding}))
+        hint = "; `--dtype float32` keeps all digits" if all(folded.itemsize <= 4 for _, _, folded in rounding) else ""
         yield (
             f"`{weighed.averages[0].label}` {ROUNDED} {dtypes} when it was written ({len(rounding)} tensors), and"
             f" what goes on from it is near the fold of all at once, not equal{hint}"

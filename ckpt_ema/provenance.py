@@ -78,9 +78,10 @@ def _rounded_record(plan: FoldPlan, number: int) -> dict[str, Any]:
     if not plan.past:
         return {}
     kept = plan.averages[0].coefficients[number]
-    shares = {
-        name: share * kept for name, share in sorted(plan.rounded_to.items()) if share * kept >= SMALLEST_COEFFICIENT
-    }
+    shares: dict[str, dict[str, float]] = {}
+    for (student, written), share in sorted(plan.rounded_to.items()):
+        if share * kept >= SMALLEST_COEFFICIENT:
+            shares.setdefault(student, {})[written] = share * kept
     return {"rounded_to": shares} if shares else {}
 
 

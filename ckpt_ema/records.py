@@ -400,9 +400,9 @@ class FoldPlan:
     rules_of_past: tuple[Mapping[str, Any], ...]
     """How these entered it, as its record says, oldest first."""
 
-    rounded_to: Mapping[str, float]
-    """Dtypes with fewer bits than the fold's own that the teacher gone on from was rounded to, or those before it; with
-    the share in it of what was rounded so."""
+    rounded_to: Mapping[tuple[str, str], float]
+    """Of students' dtypes, those that the teacher gone on from was rounded to, or those before it; with the share in it
+    of what was rounded so."""
 
     parts: int
     """In how many folds the teachers are made, those counted that cost last digits: the one gone on from was rounded,

@@ -8,12 +8,11 @@ import itertools
 import math
 import operator
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ckpt_ema.blocks import BlockPlan
 from ckpt_ema.byte_ranges import InputFile, SourceFile, TensorRange, count_elements, open_input, read_exactly
 from ckpt_ema.coefficients import MAX_COEFFICIENT
 from ckpt_ema.continuing import parts_of, past_of, rounded_to
@@ -233,20 +232,20 @@ class _Tolerance:
     updates: float
     """How often what is in the teacher was rounded, in the mean, in the fold and in its parts together."""
 
-    others: tuple[tuple[float, DType], ...]
-    """Last places of other dtypes that it may be off besides, and how many of each."""
+    others: Mapping[str, Sequence[tuple[float, DType]]]
+    """By the students' dtypes, the last places of other ones that it may be off besides, and how many of each."""
 
     left_out: float
     """Of shares too small to be recorded, what they may have in all."""
 
-    def of(self, norm: float, num_elements: int, dtype: DType) -> tuple[float, float]:
+    def of(self, norm: float, num_elements: int, dtype: DType, student: DType) -> tuple[float, float]:
         """How far elements of `dtype` may be from others of length `norm`: in proportion to that, and whatever it is.
 
         A last place is a part of a number, by the dtype's epsilon, and below the smallest normal one always the same.
         Where all roundings go one way, as they do for equal numbers at equal gaps, they add up.
         """
         computed_in = dtype if dtype.itemsize >= FLOAT32.itemsize else FLOAT32
-        places = ((1.0, dtype), (self.updates, computed_in), *self.others)
+        places = ((1.0, dtype), (self.updates, computed_in), *self.others.get(student.name, ()))
         relative = sum(count * epsilon_of(each) for count, each in places) + self.left_out
         return relative * norm, sum(count * smallest_of(each) for count, each in places) * math.sqrt(num_elements)
 
@@ -263,11 +262,14 @@ def _tolerance_of(record: Mapping[str, Any], planned: FoldPlan) -> _Tolerance | 
     # Every later update rounds what an input brings: the product, the sum and the share that it is multiplied with.
     latest_first = reversed(planned.inputs)
     updates = 2 * sum(abs(item.coefficients[0]) * later for later, item in enumerate(latest_first, start=1))
-    others = [(share, BY_NAME[name]) for name, share in rounded_to(record).items() if name in BY_NAME]
+    others: dict[str, list[tuple[float, DType]]] = {}
+    for (student, written), share in rounded_to(record).items():
+        if written in BY_NAME:
+            others.setdefault(student, []).append((share, BY_NAME[written]))
     if planned.options.accumulate == "student":
-        averaged = {tensor.student_dtype for tensor in planned.tensors if tensor.action == "average"}
-        others += [(math.sqrt(len(past)), dtype) for dtype in averaged]
-    return _Tolerance(why, updates, tuple(others), left_out)
+        for dtype in {tensor.student_dtype for tensor in planned.tensors if tensor.action == "average"}:
+            others.setdefault(dtype.name, []).append((math.sqrt(len(past)), dtype))
+    return _Tolerance(why, updates, others, left_out)
 
 
 def _check_told(record: Mapping[str, Any], planned: FoldPlan) -> None:
@@ -295,7 +297,7 @@ def _recompute(
     seed = random.randrange(1 << 32) if seed is None else seed
     chosen = random.Random(seed).sample(blocks, min(len(blocks), max(MIN_BLOCKS, math.ceil(share * len(blocks)))))
     chosen.sort(key=lambda block: block.position)
-    with InputFiles(planned.layouts) as files, _Judge(found, planned.blocks, copied, tolerance) as judge:
+    with InputFiles(planned.layouts) as files, _Judge(found, planned, copied, tolerance) as judge:
         task = Task(planned.blocks, planned.layouts, [planned.teachers[0].updates], files)
         try:
             cpu.fold_blocks(task, [judge], lambda num_bytes: None, chosen)
@@ -305,12 +307,12 @@ def _recompute(
             name = next(tensor.name for tensor in planned.tensors if tensor.index == error.origin.tensor)
             return Check("recomputed", False, f"`{name}` of the run is not finite")
         files.check_unchanged()
-    for name, (text, distance, dtype) in judge.doubtful.items():
+    for name, (text, distance) in judge.doubtful.items():
         norm = _norm_of_inputs(planned, name)
         # Of a few numbers the roundings may all go one way.
         num_elements = count_elements(found.tensors[name].shape)
         length = norm * max(1.0, math.sqrt(len(planned.inputs) / num_elements))
-        if not judge.is_near(distance, length, num_elements, dtype):
+        if not judge.is_near(name, distance, length, num_elements):
             return Check("recomputed", False, text, _hint_of_rounding(planned))
     part = sum(block.end_position - block.position for block in chosen) / max(1, planned.blocks.data_bytes)
     what = f"{len(chosen)} of {len(blocks)} blocks ({part:.1%}, `--seed {seed}`)"
@@ -355,19 +357,23 @@ class _Judge:
     """A Teacher that compares what it is given with what the file holds."""
 
     def __init__(
-        self, found: Inspection, plan: BlockPlan, copied: frozenset[str], tolerance: _Tolerance | None
+        self, found: Inspection, planned: FoldPlan, copied: frozenset[str], tolerance: _Tolerance | None
     ) -> None:
         self._copied = copied
         self._tolerance = tolerance
+        # The teacher's own, and the student's.
+        self._dtypes = {
+            tensor.name: (found.tensors[tensor.name].dtype, tensor.student_dtype) for tensor in planned.tensors
+        }
         self.differs = False
         """Whether any block is not equal, where rounding is allowed for."""
         self.largest = 0.0
         """The largest relative distance of these, but of the smallest numbers, whose last place is no part of them."""
-        self.doubtful: dict[str, tuple[str, float, DType]] = {}
-        """Small tensors that are further apart than that, for their own length: what was found, how far, the dtype.
+        self.doubtful: dict[str, tuple[str, float]] = {}
+        """Small tensors that are further apart than that, for their own length: what was found, and how far.
         They may be the small difference of large numbers."""
         self._ranges: list[tuple[int, int, str, TensorRange]] = []
-        for name, (begin, end) in plan.offsets.items():
+        for name, (begin, end) in planned.blocks.offsets.items():
             stored = found.tensors[name]
             if not isinstance(stored, TensorRange) or stored.strides is not None:
                 raise CkptEmaError(f"`{name}` is stored in pieces, which no teacher of ckpt-ema is")
@@ -405,18 +411,18 @@ class _Judge:
                 raise _DifferentError(text)
             apart = distance_of(held, made, stored.dtype)
             num_elements = len(made) // stored.dtype.itemsize
-            if self.is_near(apart.distance, apart.norm, num_elements, stored.dtype):
+            if self.is_near(name, apart.distance, apart.norm, num_elements):
                 continue
             if len(made) == end - begin <= SMALL_BYTES:
-                self.doubtful[name] = (text, apart.distance, stored.dtype)
+                self.doubtful[name] = (text, apart.distance)
             else:
                 raise _DifferentError(text)
 
-    def is_near(self, distance: float, norm: float, num_elements: int, dtype: DType) -> bool:
-        """Whether rounding may have made so many elements of `dtype` differ from others of length `norm`."""
+    def is_near(self, name: str, distance: float, norm: float, num_elements: int) -> bool:
+        """Whether rounding may have made so many elements of a tensor differ from others of length `norm`."""
         if self._tolerance is None:
             return False
-        relative, absolute = self._tolerance.of(norm, num_elements, dtype)
+        relative, absolute = self._tolerance.of(norm, num_elements, *self._dtypes[name])
         if not distance <= relative + absolute:
             return False
         self.differs = True

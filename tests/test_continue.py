@@ -268,6 +268,7 @@ def test_another_rule_is_said(tmp_path: Path) -> None:
         {"checkpoints": [{"name": 3}]},
         {"per": 9},
         {"selection": {"prefix": 3}, "stripped": [{}], "state": [[]], "rounded_to": {"float32": "x"}},
+        {"rounded_to": {"float32": {"bfloat16": "x", "x": 1.0, "float16": 7.0}}, "parts": 2},
     ],
 )
 def test_a_record_that_lies_is_no_traceback(tmp_path: Path, changed: dict[str, Any]) -> None:

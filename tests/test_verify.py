@@ -630,6 +630,36 @@ def test_numbers_below_the_smallest_normal_one_are_held_to_their_own_last_place(
     assert failed(ckpt_ema.verify(teacher, run, share=1))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"momentum": 0.002, "per": "step", "accumulate": "student"}, {"momentum": 0.05, "dtype": "student"}],
+)
+@pytest.mark.parametrize("other", [torch.float16, torch.bfloat16])
+def test_what_a_tensor_was_rounded_to_excuses_no_other_one(
+    tmp_path: Path, other: torch.dtype, options: dict[str, Any]
+) -> None:
+    """A float32 one beside those of 16 bits keeps its digits in every part, however small it is (LayerScale is)."""
+    run = tmp_path / "run"
+    run.mkdir()
+    for step in range(100, 900, 100):
+        generator = torch.Generator().manual_seed(step)
+        student = {name: 1e-6 * (1 + 0.1 * torch.randn(64, generator=generator)) for name in ("a.gamma", "b.gamma")}
+        student["weight"] = torch.randn(64, 64, generator=generator).to(other)
+        save_file(student, run / f"step_{step}.safetensors")
+    begun = quiet_fold(run, tmp_path / "begun.safetensors", until_step=600, **options).output
+    kept = {name: value for name, value in options.items() if name != "momentum"}
+    teacher = quiet_fold(run, tmp_path / "on.safetensors", init=begun, **kept).output
+    found = ckpt_ema.verify(teacher, run, share=1)
+    assert found.is_ok, failed(found)
+    assert "up to the rounding of its 2 parts" in found.checks[-1].text
+    tensors = load_file(teacher)
+    with safe_open(teacher, "pt") as file:
+        metadata = file.metadata()
+    for wrong in (tensors["a.gamma"] * 1.0001, tensors["b.gamma"].clone(), tensors["a.gamma"].flip(0).contiguous()):
+        save_file({**tensors, "a.gamma": wrong}, teacher, metadata)
+        assert failed(ckpt_ema.verify(teacher, run, share=1))
+
+
 @pytest.mark.parametrize(("size", "spread"), [(0.02, 1.0), (1.0, 0.0), (1e-41, 0.0)])
 @pytest.mark.parametrize(("momentum", "gap"), [(2e-5, 500), (0.003, 7)])
 def test_roundings_of_many_equal_parts_add_up(
