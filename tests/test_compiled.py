@@ -573,6 +573,38 @@ def test_a_fold_has_the_bytes_that_torchs_calls_make(
         assert_same_bits(one, other)
 
 
+@pytest.mark.parametrize("dtype", ["student", "bfloat16", "float16", "float32"])
+def test_each_dtype_has_its_own_kernel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: list[int], dtype: str
+) -> None:
+    """Of a model of several, for widening and for narrowing; written in the student's dtype or in another one."""
+    run = tmp_path / "run"
+    run.mkdir()
+    for number in range(4):
+        torch.manual_seed(number)
+        tensors = {f"{student}": torch.randn(4097).to(student) for student in (*STUDENTS, torch.float32)}
+        save_file(tensors, run / f"step_{number}.safetensors")
+    found = folded(tmp_path / "found", momentum=0.3, dtype=dtype)
+    assert calls
+    monkeypatch.setattr(cpu, "find_kernel", lambda *_: None)
+    expected = folded(tmp_path / "expected", momentum=0.3, dtype=dtype)
+    assert_same_bits(found[0], expected[0])
+
+
+@pytest.mark.usefixtures("calls")
+@pytest.mark.parametrize("dtype", STUDENTS)
+def test_what_lies_behind_the_last_element_is_not_looked_at(tmp_path: Path, dtype: torch.dtype) -> None:
+    """A buffer keeps what was in it before, such as integers that are NaN as numbers of another dtype."""
+    run = tmp_path / "run"
+    run.mkdir()
+    for number in range(3):
+        tensors = {"counter": torch.full((4096,), -1), "weight": torch.full((33,), float(number)).to(dtype)}
+        save_file(tensors, run / f"step_{number}.safetensors")
+    output = tmp_path / "teacher.safetensors"
+    quiet_fold(run, output, momentum=0.5, num_threads=1)
+    assert load_file(output)["weight"].eq(1.25).all()
+
+
 @pytest.mark.usefixtures("calls")
 @pytest.mark.parametrize("dtype", STUDENTS)
 @pytest.mark.parametrize("momentum", [0.3, [0.3, 0.9]])

@@ -1047,12 +1047,14 @@ def test_links_to_folders_count_once_and_dangling_links_are_left_out(tmp_path: P
         save_file(student, run / f"checkpoint-{step}" / "model.safetensors")
     (run / "checkpoint-best").symlink_to("checkpoint-20")
     (run / "checkpoint-50.pt").symlink_to("deleted.pt")
+    (run / "checkpoint-60").symlink_to("deleted")
+    (run / "weights.pt").symlink_to("deleted.pt")
     (run / "notes.txt").symlink_to("deleted.txt")
     planned = assert_folds_to(run, tmp_path, STUDENTS)
     assert steps_of(planned) == [10, 20, 30, 40]
     assert set(planned.left_out) == {
         ("checkpoint-best", "another name of `checkpoint-20`"),
-        ("checkpoint-50.pt", "a link to nowhere"),
+        *((name, "a link to nowhere") for name in ("checkpoint-50.pt", "checkpoint-60", "weights.pt")),
     }
 
 
@@ -1117,6 +1119,45 @@ def test_an_unfinished_newest_checkpoint_is_left_out_aloud(
     assert outcome.code == 1
     assert f"step_200{suffix}" in outcome.stderr
     assert "Traceback" not in outcome.stderr
+
+
+def test_only_one_newest_checkpoint_is_forgiven(tmp_path: Path) -> None:
+    """Two that cannot be read are no trainer at work: the older one is named."""
+    run = tmp_path / "run"
+    save_students(run, 4, suffix=".pt")
+    for step in (300, 400):
+        half_of(run / f"step_{step}.pt")
+    error = refusal_of(run)
+    assert "step_300.pt" in error.message
+    assert error.hint == "leave it out: `--exclude 'step_300.pt'`"
+
+
+def test_what_cannot_be_read_is_newest_only_behind_all_others(tmp_path: Path) -> None:
+    """Another file of the newest step is not half of a later one."""
+    run = tmp_path / "run"
+    save_students(run, 4, suffix=".pt")
+    shutil.copy(run / "step_400.pt", run / "step-400.ckpt")
+    half_of(run / "step-400.ckpt")
+    assert "step-400.ckpt" in refusal_of(run).message
+
+
+def test_an_unreadable_checkpoint_beside_one_without_a_step_is_no_secret(tmp_path: Path) -> None:
+    """Whether it is the newest nobody can tell."""
+    run = tmp_path / "run"
+    run.mkdir()
+    torch.save(STUDENTS[0], run / "model.pt")
+    torch.save(STUDENTS[1], run / "other.pt")
+    half_of(run / "other.pt")
+    assert "other.pt" in refusal_of(run).message
+
+
+def test_one_step_of_two_epochs_is_no_order(tmp_path: Path) -> None:
+    """Steps that begin anew with every epoch may be few, and meet at one."""
+    run = tmp_path / "run"
+    run.mkdir()
+    for epoch, student in enumerate(STUDENTS[:2]):
+        torch.save({"state_dict": student, "global_step": 100, "epoch": epoch}, run / f"epoch_{epoch}.pt")
+    assert "their steps begin anew with each epoch" in refusal_of(run).message
 
 
 def make_folder_run(run: Path, count: int) -> None:

@@ -573,6 +573,20 @@ def test_an_update_beside_an_optimizer_that_is_gone_is_right(student: Student) -
         teacher.update()
 
 
+def test_any_of_the_optimizers_makes_an_update_count_twice(student: Student) -> None:
+    """Also the first one, when the second was let go; and what they hold is not the teacher's to copy."""
+    optimizers = [torch.optim.SGD(part.parameters(), lr=0.01) for part in (student.encoder, student.norm)]
+    for optimizer in optimizers:
+        optimizer.register_step_post_hook(lambda *_: None)
+    teacher = MeanTeacher(student)
+    _, second = (teacher.attach(optimizer) for optimizer in optimizers)
+    second.remove()
+    pickle.dumps(teacher)
+    with pytest.warns(UserWarning, match="counted twice") as caught:
+        teacher.update()
+    assert [Path(str(warning.filename)).name for warning in caught] == [Path(__file__).name]
+
+
 def test_an_attached_optimizer_calls_the_update_of_a_subclass(student: Student) -> None:
     """Who counts or logs in it is called behind each step, and is not warned."""
     calls = []
