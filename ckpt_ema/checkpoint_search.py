@@ -64,14 +64,15 @@ def find_run_folder(run: Path) -> tuple[Path, list[Path], list[tuple[str, str]]]
     """
     directory, candidates, left_out = _descend(run)
     taken = set(candidates)
+    children = visible_children(directory)
     left_out += [
         (path.name, "the final model, without a step of its own")
-        for path in visible_children(directory)
+        for path in children
         if path not in taken and _is_candidate(path)
     ]
     left_out += [
         (path.name, "a link to nowhere")
-        for path in visible_children(directory)
+        for path in children
         if (is_weights_file_name(path.name) or _has_series_name(path)) and path.is_symlink() and not path.exists()
     ]
     return directory, candidates, left_out

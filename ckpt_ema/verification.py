@@ -19,7 +19,7 @@ from ckpt_ema.continuing import parts_of, past_of, rounded_to
 from ckpt_ema.dtypes import BY_NAME, DType, is_rounded
 from ckpt_ema.engine import cpu
 from ckpt_ema.engine.contract import NonFiniteBlockError, Task
-from ckpt_ema.engine.distance import distance_of, epsilon_of, first_not_finite, length_of, shown_element, smallest_of
+from ckpt_ema.engine.distance import distance_of, first_not_finite, last_place_of, length_of, shown_element
 from ckpt_ema.engine.inputs import InputFiles
 from ckpt_ema.engine.streams import Streams
 from ckpt_ema.errors import CkptEmaError, MisuseError
@@ -246,8 +246,12 @@ class _Tolerance:
         """
         computed_in = dtype if dtype.itemsize >= FLOAT32.itemsize else FLOAT32
         places = ((1.0, dtype), (self.updates, computed_in), *self.others.get(student.name, ()))
-        relative = sum(count * epsilon_of(each) for count, each in places) + self.left_out
-        return relative * norm, sum(count * smallest_of(each) for count, each in places) * math.sqrt(num_elements)
+        relative, absolute = self.left_out, 0.0
+        for count, each in places:
+            epsilon, smallest = last_place_of(each)
+            relative += count * epsilon
+            absolute += count * smallest
+        return relative * norm, absolute * math.sqrt(num_elements)
 
 
 def _tolerance_of(record: Mapping[str, Any], planned: FoldPlan) -> _Tolerance | None:

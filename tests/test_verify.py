@@ -28,6 +28,13 @@ def failed(found: ckpt_ema.Verification) -> list[str]:
     return [f"{check.name}: {check.text}" for check in found.checks if check.is_ok is False]
 
 
+def replace_tensors(teacher: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Other numbers under the same record."""
+    with safe_open(teacher, "pt") as file:
+        metadata = file.metadata()
+    save_file(tensors, teacher, metadata)
+
+
 def many_blocks(run: Path, dtype: torch.dtype = torch.float32) -> None:
     """Three checkpoints of a model that takes some fifty blocks of a small budget."""
     run.mkdir()
@@ -421,8 +428,7 @@ def test_a_teacher_in_parts_is_held_to_its_rounding(tmp_path: Path, options: dic
     assert says in found.checks[-1].text
     changed = {name: tensor.clone() for name, tensor in load_file(teacher).items()}
     changed["fc.weight"] *= 1.05
-    with safe_open(teacher, "pt") as file:
-        save_file(changed, teacher, metadata=file.metadata())
+    replace_tensors(teacher, changed)
     assert "and the fold makes" in failed(ckpt_ema.verify(teacher, tmp_path / "run", share=1))[0]
 
 
@@ -440,8 +446,7 @@ def test_a_teacher_that_went_on_by_another_rule_says_so_and_is_recomputed(tmp_pa
     assert failed(found) == []
     changed = {name: tensor.clone() for name, tensor in load_file(teacher).items()}
     changed["fc.weight"] *= 1.00001
-    with safe_open(teacher, "pt") as file:
-        save_file(changed, teacher, metadata=file.metadata())
+    replace_tensors(teacher, changed)
     assert "and the fold makes" in failed(ckpt_ema.verify(teacher, tmp_path / "run", share=1))[0]
 
 
@@ -548,11 +553,9 @@ def test_last_digits_that_no_record_holds_are_no_failure(
 
 def change_last_digits(teacher: Path) -> None:
     """A few of the last digits of one element, more than any rounding."""
-    with safe_open(teacher, "pt") as file:
-        metadata = file.metadata()
     tensors = load_file(teacher)
     tensors["a.weight"][7] *= 1 + 64 * torch.finfo(tensors["a.weight"].dtype).eps * len(tensors["a.weight"]) ** 0.5
-    save_file(tensors, teacher, metadata)
+    replace_tensors(teacher, tensors)
 
 
 @pytest.mark.parametrize(
@@ -581,9 +584,7 @@ def test_a_teacher_that_was_rounded_on_the_way_is_held_to_that(
         assert found.is_ok, failed(found)
         assert re.search(r"up to the rounding of its [23] parts", found.checks[-1].text)
     tensors = load_file(teacher)
-    with safe_open(teacher, "pt") as file:
-        metadata = file.metadata()
-    save_file({**tensors, "a.weight": tensors["a.weight"] * 1.1}, teacher, metadata)
+    replace_tensors(teacher, {**tensors, "a.weight": tensors["a.weight"] * 1.1})
     assert failed(ckpt_ema.verify(teacher, run, share=1))
 
 
@@ -624,9 +625,7 @@ def test_numbers_below_the_smallest_normal_one_are_held_to_their_own_last_place(
     assert found.is_ok, failed(found)
     assert re.search(r", up to the rounding of its \d parts$", found.checks[-1].text), found.checks[-1].text
     tensors = load_file(teacher)
-    with safe_open(teacher, "pt") as file:
-        metadata = file.metadata()
-    save_file({**tensors, "a.weight": tensors["a.weight"] * 2}, teacher, metadata)
+    replace_tensors(teacher, {**tensors, "a.weight": tensors["a.weight"] * 2})
     assert failed(ckpt_ema.verify(teacher, run, share=1))
 
 
@@ -653,10 +652,8 @@ def test_what_a_tensor_was_rounded_to_excuses_no_other_one(
     assert found.is_ok, failed(found)
     assert "up to the rounding of its 2 parts" in found.checks[-1].text
     tensors = load_file(teacher)
-    with safe_open(teacher, "pt") as file:
-        metadata = file.metadata()
     for wrong in (tensors["a.gamma"] * 1.0001, tensors["b.gamma"].clone(), tensors["a.gamma"].flip(0).contiguous()):
-        save_file({**tensors, "a.gamma": wrong}, teacher, metadata)
+        replace_tensors(teacher, {**tensors, "a.gamma": wrong})
         assert failed(ckpt_ema.verify(teacher, run, share=1))
 
 
@@ -680,9 +677,7 @@ def test_roundings_of_many_equal_parts_add_up(
     found = ckpt_ema.verify(teacher, run, share=1)
     assert found.is_ok, failed(found)
     tensors = load_file(teacher)
-    with safe_open(teacher, "pt") as file:
-        metadata = file.metadata()
-    save_file({**tensors, "norm": tensors["norm"] * (1 + 3e-5)}, teacher, metadata)
+    replace_tensors(teacher, {**tensors, "norm": tensors["norm"] * (1 + 3e-5)})
     assert failed(ckpt_ema.verify(teacher, run, share=1))
 
 
@@ -703,9 +698,7 @@ def test_a_small_difference_of_large_numbers_is_held_to_these(tmp_path: Path) ->
         found = ckpt_ema.verify(teacher, run, share=1)
         assert found.is_ok, failed(found)
     tensors = load_file(teacher)
-    with safe_open(teacher, "pt") as file:
-        metadata = file.metadata()
-    save_file({**tensors, "s7": tensors["s7"] + 1e-5}, teacher, metadata)
+    replace_tensors(teacher, {**tensors, "s7": tensors["s7"] + 1e-5})
     assert failed(ckpt_ema.verify(teacher, run, share=1))
 
 
@@ -722,11 +715,9 @@ def test_what_was_rounded_long_ago_excuses_little(tmp_path: Path) -> None:
     teacher = quiet_fold(run, tmp_path / "on.safetensors", init=begun, dtype="float32").output
     assert ckpt_ema.verify(teacher, run, share=1).is_ok
     tensors = load_file(teacher)
-    with safe_open(teacher, "pt") as file:
-        metadata = file.metadata()
     changed = tensors["w"].clone()
     changed[3] *= 1.0001
     nudged = tensors["running_mean"] * (1 + 1e-7)
     for name, other in (("w", changed), ("running_mean", nudged)):
-        save_file({**tensors, name: other}, teacher, metadata)
+        replace_tensors(teacher, {**tensors, name: other})
         assert failed(ckpt_ema.verify(teacher, run, share=1)), name

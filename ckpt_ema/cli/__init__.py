@@ -51,7 +51,7 @@ def main() -> None:
 @main.command()
 @run_options
 @errors_become_exits
-def fold(run: tuple[str, ...], output: str | None, as_json: bool, quiet: bool, verbose: bool, **options: Any) -> None:
+def fold(**options: Any) -> None:
     """Fold checkpoints into a teacher.
 
     RUN is a run directory, or checkpoints in the order they are to be folded. The teacher's path goes to stdout,
@@ -64,35 +64,26 @@ def fold(run: tuple[str, ...], output: str | None, as_json: bool, quiet: bool, v
     ckpt-ema fold a.pt b.pt c.pt --momentum 0.3 -o teacher.safetensors
     ckpt-ema fold runs/ --prefix student. --dtype float32
     """
-
-    _carry_out(ckpt_ema.fold, run, output, as_json=as_json, quiet=quiet, verbose=verbose, **options)
+    _carry_out(ckpt_ema.fold, **options)
 
 
 @main.command()
 @run_options
 @errors_become_exits
-def plan(run: tuple[str, ...], output: str | None, as_json: bool, quiet: bool, verbose: bool, **options: Any) -> None:
+def plan(**options: Any) -> None:
     """Show what `fold` would do with the same words; reads no tensor.
 
     \b
     ckpt-ema plan runs/ --momentum 0.1
     ckpt-ema plan runs/ --last 10 -v
     """
-    _show(ckpt_ema.plan, run, output, as_json=as_json, quiet=quiet, verbose=verbose, **options)
+    _show(ckpt_ema.plan, **options)
 
 
 @main.command()
 @reconstruct_options
 @errors_become_exits
-def reconstruct(
-    run: tuple[str, ...],
-    output: str | None,
-    only_plans: bool,
-    as_json: bool,
-    quiet: bool,
-    verbose: bool,
-    **options: Any,
-) -> None:
+def reconstruct(only_plans: bool, **options: Any) -> None:
     """Make the teacher that would have followed the whole of training, from all that a run has stored.
 
     Students and the snapshots of `MeanTeacher(..., snapshots=...)` are combined so that the result is as near to the
@@ -105,9 +96,9 @@ def reconstruct(
     ckpt-ema reconstruct runs/ --profile power --sigma-rel 0.1 --at 30000
     """
     if only_plans:
-        _show(ckpt_ema.plan_reconstruction, run, output, as_json=as_json, quiet=quiet, verbose=verbose, **options)
+        _show(ckpt_ema.plan_reconstruction, **options)
     else:
-        _carry_out(ckpt_ema.reconstruct, run, output, as_json=as_json, quiet=quiet, verbose=verbose, **options)
+        _carry_out(ckpt_ema.reconstruct, **options)
 
 
 @main.command()
@@ -226,9 +217,9 @@ def verify(teacher: str, run: str | None, as_json: bool, quiet: bool, **options:
 
 def _carry_out(
     work: Callable[..., FoldReport],
+    *,
     run: tuple[str, ...],
     output: str | None,
-    *,
     as_json: bool,
     quiet: bool,
     verbose: bool,
@@ -283,9 +274,9 @@ def _carry_out(
 
 def _show(
     make_plan: Callable[..., FoldPlan],
+    *,
     run: tuple[str, ...],
     output: str | None,
-    *,
     as_json: bool,
     quiet: bool,
     verbose: bool,

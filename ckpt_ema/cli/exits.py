@@ -18,6 +18,7 @@ from ckpt_ema.cli.terminal import prepare_streams, silence_numpy_warning, silenc
 from ckpt_ema.errors import CkptEmaError, MisuseError
 
 Command = Callable[..., Any]
+Handler = Callable[[int, FrameType | None], None]
 
 RETRY_SECONDS = 0.05
 """After which a signal comes again that came while a module was imported."""
@@ -78,21 +79,27 @@ def _leave_if_among_ranks(code: Any) -> None:
 @contextlib.contextmanager
 def _signals_raise() -> Iterator[None]:
     """SIGINT, SIGTERM and SIGHUP raise, so that a half-written file is removed on the way out."""
-    before = {}
-    if threading.current_thread() is threading.main_thread():
-        for number in _SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
-                before[number] = signal.signal(number, _stop)
+    is_main = threading.current_thread() is threading.main_thread()
     try:
-        yield
+        with _handled(_stop, lambda handler: is_main and handler is not signal.SIG_IGN):  # nohup
+            yield
     finally:
-        for number, handler in before.items():
-            # Once stopped, deaf until the end: a signal during the interpreter's own exit would print a traceback.
-            if signal.getsignal(number) is _stop:
-                signal.signal(number, handler)
         # All is done and said: what torch does at the very end would print a traceback. Registered last it runs first.
         atexit.unregister(_be_deaf)
         atexit.register(_be_deaf)
+
+
+@contextlib.contextmanager
+def _handled(handler: Handler, replaces: Callable[[Any], bool]) -> Iterator[None]:
+    """Signals call `handler` where it replaces the one that they have."""
+    before = {number: signal.signal(number, handler) for number in _SIGNALS if replaces(signal.getsignal(number))}
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            # Once stopped, deaf until the end: a signal during the interpreter's own exit would print a traceback.
+            if signal.getsignal(number) is handler:
+                signal.signal(number, previous)
 
 
 def _be_deaf() -> None:
@@ -149,15 +156,9 @@ def first_signal_sets() -> Iterator[threading.Event]:
         was_asked = True
         asked.put(True)
 
-    before = {}
-    for number in _SIGNALS:
-        if signal.getsignal(number) is _stop:
-            before[number] = signal.signal(number, set_it)
     try:
-        yield stop
+        with _handled(set_it, lambda handler: handler is _stop):
+            yield stop
     finally:
-        for number, handler in before.items():
-            if signal.getsignal(number) is set_it:
-                signal.signal(number, handler)
         asked.put(False)
         setter.join()

@@ -14,24 +14,22 @@ Command = Callable[..., Any]
 Option = Callable[[Command], Command]
 
 
-class _Size(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic since click 8.2
-    name = "SIZE"
+class _Quantity(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic since click 8.2
+    """A number with a unit, as one of `sizes` reads it."""
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        try:
-            return parse_size(str(value))
-        except SizeError as error:
-            self.fail(str(error), param, ctx)
-
-
-class _Duration(click.ParamType):  # type: ignore[type-arg,unused-ignore]
-    name = "TIME"
+    def __init__(self, name: str, parse: Callable[[str], float]) -> None:
+        self.name = name
+        self._parse = parse
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         try:
-            return parse_duration(str(value))
+            return self._parse(str(value))
         except SizeError as error:
             self.fail(str(error), param, ctx)
+
+
+_SIZE = _Quantity("SIZE", parse_size)
+_DURATION = _Quantity("TIME", parse_duration)
 
 
 class GivenPath(click.Path):  # type: ignore[type-arg,unused-ignore]
@@ -46,7 +44,7 @@ class GivenPath(click.Path):  # type: ignore[type-arg,unused-ignore]
 MEMORY = click.option(
     "--memory",
     "memory_budget_bytes",
-    type=_Size(),
+    type=_SIZE,
     default=format_size(DEFAULT_MEMORY_BUDGET_BYTES),
     show_default=True,
     help="For all buffers together, beside torch itself.",
@@ -131,7 +129,7 @@ def follow_options(command: Command) -> Command:
         "idle": click.option(
             "--idle",
             "idle_seconds",
-            type=_Duration(),
+            type=_DURATION,
             metavar="TIME",
             help="End when nothing new was written for so long (90s, 10m, 2h).  [default: never]",
         ),
@@ -277,7 +275,7 @@ def _with_options(command: Command, changed: dict[str, Option | None]) -> Comman
         "shard-size": click.option(
             "--shard-size",
             "shard_size_bytes",
-            type=_Size(),
+            type=_SIZE,
             metavar="SIZE",
             help="Write a folder of files of this size with an index, as Hugging Face does (5GB).",
         ),

@@ -100,18 +100,13 @@ def length_of(elements: torch.Tensor) -> float:
     return _length(comparable(elements).to(wide).abs())
 
 
-def epsilon_of(dtype: DType) -> float:
-    """The distance from 1 to the next number of a floating-point dtype; 0 of others."""
-    wide = torch_dtype(dtype)
-    return torch.finfo(wide).eps if wide.is_floating_point or wide.is_complex else 0.0
-
-
-def smallest_of(dtype: DType) -> float:
-    """The distance from 0 to the next number of a floating-point dtype; 0 of others."""
+def last_place_of(dtype: DType) -> tuple[float, float]:
+    """Of a floating-point dtype, the distance from 1 to the next number, and that from 0; 0 of others."""
     wide = torch_dtype(dtype)
     if not (wide.is_floating_point or wide.is_complex):
-        return 0.0
-    return torch.finfo(wide).smallest_normal * torch.finfo(wide).eps
+        return 0.0, 0.0
+    limits = torch.finfo(wide)
+    return limits.eps, limits.smallest_normal * limits.eps
 
 
 def shown_element(content: bytes, dtype: DType) -> str:
