@@ -11,13 +11,15 @@ from ckpt_ema.errors import CkptEmaError, NoCheckpointError
 from ckpt_ema.formats import is_weights_file_name
 from ckpt_ema.formats.deepspeed import folder_of_latest
 from ckpt_ema.formats.folder import NEVER_STUDENTS, has_weights, is_sharded, nameless_models
-from ckpt_ema.locations import children_of
+from ckpt_ema.locations import children_of, is_dead_link
 from ckpt_ema.steps import is_copy_name, stem_of, steps_in_name
 from ckpt_ema.students import is_average_name
 
 MAX_SEARCH_DEPTH = 3
 SERIES_STEMS = ("checkpoint", "step", "epoch", "global_step", "iter")
 """How the names of checkpoints that are folders begin, before their number."""
+
+DEAD_LINK = "a link that cannot be followed"
 
 SNAPSHOT_NAME = re.compile(r"^teacher(_.+)?_step_\d+\.safetensors$")
 """How `MeanTeacher` names its files; what they hold is asked of themselves."""
@@ -70,11 +72,7 @@ def find_run_folder(run: Path) -> tuple[Path, list[Path], list[tuple[str, str]]]
         for path in children
         if path not in taken and _is_candidate(path)
     ]
-    left_out += [
-        (path.name, "a link to nowhere")
-        for path in children
-        if (is_weights_file_name(path.name) or _has_series_name(path)) and path.is_symlink() and not path.exists()
-    ]
+    left_out += [(path.name, DEAD_LINK) for path in _find_dead_links(directory)]
     return directory, candidates, left_out
 
 
@@ -103,8 +101,14 @@ def find_checkpoint_below(folder: Path) -> Path | None:
 
 
 def visible_children(folder: Path) -> list[Path]:
-    """What lies in a folder, but for hidden files."""
-    return [path for path in children_of(folder) if not path.name.startswith(".")]
+    """What lies in a folder, but for hidden files and links that cannot be followed."""
+    return [path for path in children_of(folder) if not path.name.startswith(".") and not is_dead_link(path)]
+
+
+def _find_dead_links(folder: Path) -> list[Path]:
+    """Links by the names of checkpoints that cannot be followed."""
+    named = [path for path in children_of(folder) if is_weights_file_name(path.name) or _has_series_name(path)]
+    return [path for path in named if is_dead_link(path)]
 
 
 def _descend(run: Path) -> tuple[Path, list[Path], list[tuple[str, str]]]:
@@ -140,6 +144,7 @@ def _descend(run: Path) -> tuple[Path, list[Path], list[tuple[str, str]]]:
         return *snapshots[0], passed_over
     raise NoCheckpointError(
         f"`{run}` holds no checkpoints",
+        details=[f"{path.name}: {DEAD_LINK}" for path in _find_dead_links(run)],
         hint="pass the folder they lie in, or the checkpoints themselves in the order they are to be folded",
     )
 

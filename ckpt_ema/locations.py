@@ -100,6 +100,17 @@ def children_of(folder: Path) -> list[Path]:
         raise UnreadableCheckpointError(f"cannot list `{folder}`: {error.strerror}") from error
 
 
+def is_dead_link(path: Path) -> bool:
+    """Whether it is a link to what is gone, may not be seen, or is the link itself."""
+    if not path.is_symlink():
+        return False
+    try:
+        path.stat()
+    except OSError:  # some of which pathlib's own questions raise
+        return True
+    return False
+
+
 def identity_of(path: Path) -> Hashable:
     """Equal for two names of one file; raises OSError where there is none."""
     if isinstance(path, RemotePath):

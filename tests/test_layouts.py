@@ -1039,8 +1039,11 @@ def test_a_last_checkpoint_that_is_newer_is_folded(tmp_path: Path) -> None:
     assert steps_of(assert_folds_to(run, tmp_path, STUDENTS)) == [100, 200, 300, 350]
 
 
+DEAD_LINKS = ("checkpoint-50.pt", "checkpoint-60", "weights.pt", "step_70.pt", "step_80.pt")
+
+
 def test_links_to_folders_count_once_and_dangling_links_are_left_out(tmp_path: Path) -> None:
-    """`checkpoint-best -> checkpoint-20` is no further checkpoint; a link to nowhere is none at all."""
+    """`checkpoint-best -> checkpoint-20` is no further checkpoint; a link that leads nowhere is none at all."""
     run = tmp_path / "run"
     for step, student in zip((10, 20, 30, 40), STUDENTS, strict=True):
         (run / f"checkpoint-{step}").mkdir(parents=True)
@@ -1049,13 +1052,26 @@ def test_links_to_folders_count_once_and_dangling_links_are_left_out(tmp_path: P
     (run / "checkpoint-50.pt").symlink_to("deleted.pt")
     (run / "checkpoint-60").symlink_to("deleted")
     (run / "weights.pt").symlink_to("deleted.pt")
+    (run / "step_70.pt").symlink_to("step_70.pt")
+    (run / "step_80.pt").symlink_to("long" * 100)
     (run / "notes.txt").symlink_to("deleted.txt")
     planned = assert_folds_to(run, tmp_path, STUDENTS)
     assert steps_of(planned) == [10, 20, 30, 40]
     assert set(planned.left_out) == {
         ("checkpoint-best", "another name of `checkpoint-20`"),
-        *((name, "a link to nowhere") for name in ("checkpoint-50.pt", "checkpoint-60", "weights.pt")),
+        *((name, "a link that cannot be followed") for name in DEAD_LINKS),
     }
+
+
+def test_a_run_of_dead_links_names_them(tmp_path: Path) -> None:
+    """Where checkpoints were moved away and their links stayed, the error says so."""
+    run = tmp_path / "run"
+    run.mkdir()
+    for step in (10, 20):
+        (run / f"step_{step}.pt").symlink_to(tmp_path / "moved" / f"step_{step}.pt")
+    with pytest.raises(ckpt_ema.CkptEmaError, match="holds no checkpoints") as caught:
+        ckpt_ema.plan(run)
+    assert caught.value.details == tuple(f"step_{step}.pt: a link that cannot be followed" for step in (10, 20))
 
 
 def test_another_name_of_what_is_excluded_is_folded(tmp_path: Path) -> None:

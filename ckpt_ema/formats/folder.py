@@ -18,7 +18,7 @@ from ckpt_ema.formats.deepspeed import folder_of_latest, is_deepspeed_folder, re
 from ckpt_ema.formats.json_tables import parse_json
 from ckpt_ema.formats.pickles import PickledTensor
 from ckpt_ema.formats.rank_files import is_rank_folder, read_rank_files
-from ckpt_ema.locations import children_of
+from ckpt_ema.locations import children_of, is_dead_link
 
 WEIGHTS_SUFFIX = re.compile(r"\.(safetensors|ckpt|bin|pt|pth|pyth|th|pth\.tar|tar)$", re.IGNORECASE)
 SHARD_NAME = re.compile(r"^(?P<stem>.+)-(?P<index>\d+)-of-(?P<count>\d+)\.(safetensors|bin|pt)$")
@@ -144,7 +144,7 @@ def _models_side_by_side(stems: Collection[str]) -> set[str]:
 
 def _find_models(folder: Path, *, check: bool = True) -> dict[str, list[Path]]:
     """Weight files by model: one file each, or the index or the shards of one."""
-    names = [path.name for path in children_of(folder) if path.is_file()]
+    names = [path.name for path in children_of(folder) if not is_dead_link(path) and path.is_file()]
     models: dict[str, list[Path]] = {}
     # The order of preference is that of Transformers: one safetensors file, its shards, then the older pickles.
     for suffix in (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json"):
