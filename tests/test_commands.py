@@ -270,6 +270,17 @@ def test_help_names_every_option_in_words(cli: Cli, command: str) -> None:
     assert cli(command, "-h").stdout == outcome.stdout
 
 
+def test_help_of_the_whole_has_a_sentence_for_every_command(cli: Cli) -> None:
+    """Each command is in its example and has a line of its own that is not cut off, in 80 columns."""
+    text = cli("--help").stdout
+    examples, _, table = text.partition("Options:")
+    for command in COMMANDS:
+        assert f"ckpt-ema {command} " in examples
+        assert re.search(rf"^  {command} +[A-Z].*\.$", table, re.MULTILINE)
+    assert "..." not in table
+    assert max(map(len, text.splitlines())) <= 80
+
+
 def test_every_option_of_the_issue_is_there_and_readme_knows_no_other(cli: Cli) -> None:
     """The README's options exist, and an option that exists is not spelled differently there."""
     known = set(re.findall(r"--[a-z][a-z-]+", "".join(cli(c, "--help").stdout for c in COMMANDS)))

@@ -39,11 +39,12 @@ def main() -> None:
     teacher = (1 - momentum) * teacher + momentum * student
 
     \b
-    ckpt-ema plan runs/                      what would be folded, and with which share
-    ckpt-ema fold runs/ --momentum 0.1       write runs/teacher.safetensors
-    ckpt-ema follow runs/ --momentum 0.1     the same while training goes on, checkpoint by checkpoint
-    ckpt-ema inspect runs/epoch_12.pth       what a checkpoint holds
-    ckpt-ema verify teacher.safetensors runs/  whether a teacher is what it says
+    ckpt-ema plan runs/                           coefficients; reads no tensor
+    ckpt-ema fold runs/ --momentum 0.1            write runs/teacher.safetensors
+    ckpt-ema follow runs/ --momentum 0.1          the same while training goes on
+    ckpt-ema reconstruct runs/ --half-life 500    any teacher after the fact
+    ckpt-ema inspect runs/epoch_12.pth            what a checkpoint holds
+    ckpt-ema verify teacher.safetensors runs/     whether a teacher is right
     ckpt-ema compare a.safetensors b.safetensors  how far two are apart
     """
 
@@ -71,7 +72,9 @@ def fold(**options: Any) -> None:
 @run_options
 @errors_become_exits
 def plan(**options: Any) -> None:
-    """Show what `fold` would do with the same words; reads no tensor.
+    """Show what `fold` would do; reads no tensor.
+
+    Takes the options of `fold`.
 
     \b
     ckpt-ema plan runs/ --momentum 0.1
@@ -84,11 +87,11 @@ def plan(**options: Any) -> None:
 @reconstruct_options
 @errors_become_exits
 def reconstruct(only_plans: bool, **options: Any) -> None:
-    """Make the teacher that would have followed the whole of training, from all that a run has stored.
+    """Make any teacher after the fact, from all that a run holds.
 
-    Students and the snapshots of `MeanTeacher(..., snapshots=...)` are combined so that the result is as near to the
-    wanted teacher as can be expected; how near is said before a tensor is read. `--include`, `--exclude`, `--from` and
-    `--until` choose among snapshots as well.
+    It is the one that would have followed the whole training. Students and the snapshots of `MeanTeacher(...,
+    snapshots=...)` are combined so that the result is as near to the wanted teacher as can be expected; how near is
+    said before a tensor is read. `--include`, `--exclude`, `--from` and `--until` choose among snapshots as well.
 
     \b
     ckpt-ema reconstruct runs/ --momentum 0.001 --plan
@@ -105,10 +108,10 @@ def reconstruct(only_plans: bool, **options: Any) -> None:
 @follow_options
 @errors_become_exits
 def follow(run: str, output: str | None, quiet: bool, **options: Any) -> None:
-    """Fold each checkpoint of a run that is still training, as soon as it is finished.
+    """Fold each checkpoint of a run that is still training.
 
-    The trainer may delete it afterwards. The teacher is whole at every moment; a restart goes on where this one ended.
-    Ctrl-C or SIGTERM ends it after a last look, a second one at once.
+    It is folded as soon as it is finished, and the trainer may delete it then. The teacher is whole at every moment; a
+    restart goes on where this one ended. Ctrl-C or SIGTERM ends it after a last look, a second one at once.
 
     \b
     ckpt-ema follow runs/ --momentum 0.1
@@ -162,9 +165,9 @@ def inspect(path: str, state: str | None, prefix: str | None, as_json: bool, ver
 @click.option("-v", "--verbose", is_flag=True, help="List every tensor that differs.")
 @errors_become_exits
 def compare(a: str, b: str, as_json: bool, verbose: bool, **options: Any) -> None:
-    """Show how far the tensors of two checkpoints or teachers are apart, largest first.
+    """Show how far two checkpoints or teachers are apart.
 
-    Relative distance: ||a - b|| / ||b||. Any formats and dtypes.
+    Tensor by tensor, largest first. Relative distance: ||a - b|| / ||b||. Any formats and dtypes.
 
     \b
     ckpt-ema compare teacher.safetensors runs/epoch_12.pth
@@ -195,7 +198,7 @@ def compare(a: str, b: str, as_json: bool, verbose: bool, **options: Any) -> Non
 @click.option("-q", "--quiet", is_flag=True, help="Print what failed only.")
 @errors_become_exits
 def verify(teacher: str, run: str | None, as_json: bool, quiet: bool, **options: Any) -> None:
-    """Check a teacher: its structure, its numbers, what it says of itself.
+    """Check a teacher: its files, its numbers, how it was made.
 
     With RUN, the folder of its checkpoints, a random part is folded again and compared bit for bit. Exit 1 where a
     check failed.
