@@ -37,9 +37,12 @@ RAW_KEYS = (
 _AVERAGE_WORDS = ("ema", "swa", "avg", "average", "averaged", "teacher", "shadow", "polyak", "litema")
 AVERAGE_WORD = re.compile(rf"(^|[._\-])({'|'.join(_AVERAGE_WORDS)})(\d*)([._\-]|$)", re.IGNORECASE)
 _CASE_CHANGE = re.compile(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
-NEVER_A_MODEL = re.compile(
-    r"^(optim|optimi[sz]er|(lr_)?sched|scaler|grad_scaler|amp([_.]|$)|rng|random_|loss(es)?$|callbacks|loops|criterion|metrics?$"
-    r"|ema_updater|averaging_state|dataloader|train_state|hyper_parameters|message_hub|meta|args|cfg|config)",
+# A key that says: this is the trainer's. Whole words, since a model may have a `metanet` or a `random_proj`.
+_TRAINERS_WORD = re.compile(
+    r"^((optim(i[sz]er)?s?|(lr_)?sched(uler)?s?|((grad|amp)_)?scaler|amp|rngs?|loss(es)?|callbacks?|criterion|metrics?"
+    r"|data_?loaders?)([._\d].*)?"
+    r"|random_(rng_)?states?(_\d+)?|loops|ema_updater|averaging_state|train_state|hyper_parameters|message_hub"
+    r"|meta(data)?|args|cfg|configs?)$",
     re.IGNORECASE,
 )
 # What trainers count, beside the tensors of a flat state dict.
@@ -120,7 +123,8 @@ def choose_student(contents: Contents, *, state: str | None = None, prefix: str 
     begin with it and strips it. Raises CkptEmaError where only an average is there, where several state dicts
     could be meant, and where a tensor cannot be read without running code.
     """
-    candidates = list(_candidates(contents.tree))
+    passed_over: dict[str, Any] = {}
+    candidates = list(_candidates(contents.tree, passed_over))
     if state is not None:
         student = _student_of(contents, state, _state_at(contents, state))
     else:
@@ -131,6 +135,9 @@ def choose_student(contents: Contents, *, state: str | None = None, prefix: str 
         for found in _as_state_dicts(candidates)
         if found.key and found.key != student.key and not found.key.startswith(f"{student.key}.")
     }
+    for name, value in passed_over.items():
+        if name.startswith(f"{student.key}.") and any(_candidates(value)):
+            others[name] = "the trainer's, by its name"
     student = replace(student, left_out={**(student.left_out or {}), **others})
     student = _strip_wrappers(student)
     if prefix:
@@ -167,7 +174,7 @@ def _own_tensors(table: Mapping[Any, Any]) -> Iterator[str]:
         if (
             isinstance(name, str)
             and _is_tensor(value)
-            and ("." in name or (len(value.shape) > 0 and not NEVER_A_MODEL.match(name)))
+            and ("." in name or (len(value.shape) > 0 and not is_trainers_name(name)))
         ):
             yield name
 
@@ -182,16 +189,26 @@ def is_average_name(name: str) -> bool:
     return bool(AVERAGE_WORD.search(_CASE_CHANGE.sub("_", name)))
 
 
+@functools.lru_cache(maxsize=4096)
+def is_trainers_name(name: str) -> bool:
+    """Whether a key says that it holds what a trainer keeps beside the model: `optimizerG`, `rng_state`."""
+    return bool(_TRAINERS_WORD.match(_CASE_CHANGE.sub("_", name)))
+
+
 def _rank(key: str) -> int:
     leaf = key.rpartition(".")[2]
     return RAW_KEYS.index(leaf) if leaf in RAW_KEYS else len(RAW_KEYS)
 
 
-def _candidates(tree: Any) -> Iterator[Candidate]:
-    """Every table that holds tensors, with its dotted path and what its place says about it."""
+def _candidates(tree: Any, passed_over: dict[str, Any] | None = None) -> Iterator[Candidate]:
+    """Every table that holds tensors, with its dotted path and what its place says about it.
+
+    What is the trainer's by its name is put into `passed_over`, by its path.
+    """
     root = _as_mapping(tree)
     pending: deque[tuple[str, Any, int]] = deque([("", root, 0)])  # of a list, taking the first moves all others
     seen: set[int] = set()
+    named: set[int] = set()
     while pending:
         key, value, depth = pending.popleft()
         # One table under many names is one table; hostile files have 3000 names for it, on every level.
@@ -202,8 +219,14 @@ def _candidates(tree: Any) -> Iterator[Candidate]:
             yield Candidate(key, _kind_at(root or {}, key, table), table, value if depth else tree)
         if depth < MAX_DEPTH:
             for name, child in table.items():
-                if not isinstance(child, TENSOR_LEAVES) and isinstance(name, str) and not NEVER_A_MODEL.match(name):
-                    pending.append((f"{key}.{name}" if key else name, child, depth + 1))
+                if isinstance(child, TENSOR_LEAVES) or not isinstance(name, str):
+                    continue
+                path = f"{key}.{name}" if key else name
+                if not is_trainers_name(name):
+                    pending.append((path, child, depth + 1))
+                elif passed_over is not None and id(child) not in named:
+                    named.add(id(child))
+                    passed_over[path] = child
 
 
 def _kind_at(root: Mapping[Any, Any], key: str, table: Mapping[Any, Any]) -> Kind:
@@ -377,7 +400,7 @@ def _was_a_tensor(leaf: Inert) -> bool:
 def _is_trainers_own(name: str, leaf: Any) -> bool:
     """Whether an entry counts steps or never is a model's; what has a place in a model has a dot."""
     counts = isinstance(leaf, (int, float)) and _COUNTER.search(name) is not None
-    return "." not in name and (counts or NEVER_A_MODEL.match(name) is not None)
+    return "." not in name and (counts or is_trainers_name(name))
 
 
 def _is_numpy_array(leaf: Any) -> bool:

@@ -503,6 +503,35 @@ def test_sub_models_under_one_key_are_one_student(tmp_path: Path) -> None:
     assert_folds_to(run, tmp_path, STUDENTS, state="model.encoder")
 
 
+@pytest.mark.parametrize(
+    "part", ["metanet", "random_proj", "argsorter", "config_head", "optimal_head", "schedule_embed"]
+)
+def test_sub_models_called_nearly_as_a_trainers_own_are_folded(tmp_path: Path, part: str) -> None:
+    """A name that only begins as `meta`, `random_state` or `args` do is a part of the model."""
+    run = tmp_path / "run"
+    run.mkdir()
+    flat = []
+    for step, student in enumerate(STUDENTS):
+        other = make_average(step)
+        torch.save({"model": {part: other, "head": student}, "optimizer": optimizer_state()}, run / f"step_{step}.pt")
+        flat.append({**with_prefix(f"{part}.", other), **with_prefix("head.", student)})
+    assert_folds_to(run, tmp_path, flat)
+
+
+def test_what_a_trainer_keeps_among_sub_models_is_told(tmp_path: Path) -> None:
+    """Tensors that are left out of the model for their table's name are named; the optimizer's place is known."""
+    run = tmp_path / "run"
+    run.mkdir()
+    flat = []
+    for step, student in enumerate(STUDENTS):
+        other = make_average(step)
+        model = {"encoder": student, "decoder": other, "criterion": student, "rng_state": {"seed": 1}}
+        torch.save({"model": model, "optimizer": {"exp_avg": student}}, run / f"step_{step}.pt")
+        flat.append({**with_prefix("encoder.", student), **with_prefix("decoder.", other)})
+    planned = assert_folds_to(run, tmp_path, flat)
+    assert planned.left_out_tensors == (("model.criterion", "the trainer's, by its name"),)
+
+
 class WithBuffers(torch.nn.Module):
     """A model whose buffers no list of names knows."""
 
