@@ -35,6 +35,8 @@ from ckpt_ema.steps import is_copy_name, numbers_in_name
 from ckpt_ema.students import NUMPY_ARRAY, choose_student, is_flat
 
 ROUNDED = "was rounded to"
+LARGEST_NEWEST_SHARE = 0.9
+"""Of a teacher by steps; what is nearly its newest checkpoint is no average."""
 """In the warning of what a teacher that is gone on with has lost."""
 
 
@@ -310,6 +312,8 @@ def _warnings(
     inverted = what_is_inverted(min(momenta), "`--momentum {:g}`") if momenta else None
     if inverted:
         yield inverted
+    if options.per_step and not isinstance(options, ReconstructOptions) and len(checkpoints) > 1:
+        yield from _too_fast(checkpoints, teachers, options)
     dominated = _dominated(teachers, options)
     if not dominated:
         return
@@ -413,17 +417,36 @@ def _too_slow(checkpoints: Sequence[Checkpoint], teacher: PlannedTeacher, option
     )
 
 
+def _too_fast(
+    checkpoints: Sequence[Checkpoint], teachers: Sequence[PlannedTeacher], options: FoldOptions
+) -> Iterator[str]:
+    for teacher in teachers:
+        _, share = teacher.updates[-1]
+        if teacher.profile.kind != "ema" or share <= LARGEST_NEWEST_SHARE:
+            continue
+        half_life = teacher.profile.half_life or half_life_of(teacher.profile.momentum_over(1), options.interval)
+        gap = ((checkpoints[-1].step or 0) - (checkpoints[-2].step or 0)) * (options.steps_per_epoch or 1)
+        steps = f"{half_life:,.3g} step{'' if half_life == 1 else 's'}"
+        yield (
+            f"`{checkpoints[-1].label}` alone is {share:.1%} of the teacher ({teacher.profile.title}): a share halves in"
+            f" {steps}, and the newest two checkpoints are {gap:,} steps apart"
+        )
+
+
 def _mended_options(
     checkpoints: Sequence[Checkpoint], teachers: Sequence[PlannedTeacher], options: FoldOptions
 ) -> tuple[str, ...]:
     """What to add to the command where the first checkpoint dominates because momentum works per checkpoint."""
     steps = [item.step for item in checkpoints if item.step is not None and item.unit == "step"]
     dominated = _dominated(teachers, options)
-    if not dominated or options.per_step or options.init is not None or len(steps) < max(2, len(checkpoints)):
+    if not dominated or options.per is not None or options.per_step or options.init is not None:
+        return ()
+    if len(steps) < max(2, len(checkpoints)):
         return ()
     if steps != sorted(set(steps)):
         return ()
     for teacher in dominated:
-        if coefficients_of(step_updates(teacher.profile, steps, interval=options.interval))[0] > 0.5:
+        shares = coefficients_of(step_updates(teacher.profile, steps, interval=options.interval))
+        if shares[0] > 0.5 or shares[-1] > LARGEST_NEWEST_SHARE:
             return ()
     return ("--per", "step")

@@ -409,6 +409,28 @@ def test_a_full_stdout_is_told_from_a_full_disk(run: Path, tmp_path: Path, words
         assert set(load_file(tmp_path / name)) == set(make_student(1))
 
 
+def test_a_teacher_that_is_nearly_the_newest_checkpoint_is_warned_of(run: Path, cli: Cli) -> None:
+    """A momentum that forgets everything between two checkpoints makes no average, and `--per step` is no mend then."""
+    outcome = cli("plan", run, "--momentum", 0.5, "--per", "step")
+    assert "Warning: `step_500.safetensors` alone is " in outcome.stderr
+    assert "a share halves in 1 step, and the newest two checkpoints are 100 steps apart" in outcome.stderr
+    [share] = re.findall(r"alone is ([\d.]+)%", outcome.stderr)
+    assert float(share) == pytest.approx(99, abs=0.5)  # of a straight line over 100 steps, all but the last one or two
+    outcome = cli("plan", run, "--last", 2, "--momentum", 0.2)
+    assert "keeps 80.0% of the teacher" in outcome.stderr
+    assert "--per step" not in outcome.stderr
+    assert cli("plan", run, "--momentum", 0.02, "--per", "step").stderr == ""
+
+
+def test_per_step_is_not_offered_to_who_asked_for_per_checkpoint(tmp_path: Path, cli: Cli) -> None:
+    """The last one of two options would win: the hint would change nothing."""
+    save_students(tmp_path / "run", 30)
+    assert "--per step" in cli("plan", tmp_path / "run").stderr
+    outcome = cli("plan", tmp_path / "run", "--per", "checkpoint")
+    assert "keeps " in outcome.stderr
+    assert "--per step" not in outcome.stderr
+
+
 def test_terminals_without_unicode_get_plain_bars(run: Path, cli: Cli) -> None:
     """A latin-1 stdout gets `#` for a bar, and no traceback."""
     outcome = cli("plan", run, "--momentum", 0.5, PYTHONIOENCODING="latin1")
@@ -463,7 +485,7 @@ def test_steps_with_letters_behind_them_are_unknown(tmp_path: Path, names: tuple
 
 def test_the_mending_command_works_behind_two_dashes(run: Path, cli: Callable[..., Outcome]) -> None:
     """What is added is an option, wherever the paths stand."""
-    warned = cli("plan", "--momentum", 0.05, "--", run)
+    warned = cli("plan", "--momentum", 0.02, "--", run)
     [hint] = [line for line in warned.stderr.splitlines() if line.startswith("hint: ckpt-ema ")]
     mended = cli(*shlex.split(hint)[2:])
     assert mended.code == 0
