@@ -428,8 +428,8 @@ def _too_fast(
         gap = ((checkpoints[-1].step or 0) - (checkpoints[-2].step or 0)) * (options.steps_per_epoch or 1)
         steps = f"{half_life:,.3g} step{'' if half_life == 1 else 's'}"
         yield (
-            f"`{checkpoints[-1].label}` alone is {share:.1%} of the teacher ({teacher.profile.title}): a share halves in"
-            f" {steps}, and the newest two checkpoints are {gap:,} steps apart"
+            f"`{checkpoints[-1].label}` alone is {share:.1%} of the teacher ({teacher.profile.title}):"
+            f" a share halves in {steps}, and the newest two checkpoints are {gap:,} steps apart"
         )
 
 

@@ -17,9 +17,19 @@ activate_environment() {
     # A half-made environment (interrupted, or moved with the folder) is made again from nothing.
     if [ -e "$root/.venv" ] && ! { grep -q "$root/.venv" "$root/.venv/bin/activate" \
         && "$root/.venv/bin/python" -c 'import pip'; } 2>/dev/null; then
+        if ! compgen -G "$root/.venv/installed-*" > /dev/null && [ ! -e "$root/.venv/made-by-scripts" ]; then
+            echo "Error: .venv holds no environment with pip, and was not made by these scripts" >&2
+            echo >&2
+            echo "hint: move it away: mv .venv .venv-mine" >&2
+            return 1
+        fi
         rm -rf "$root/.venv"
     fi
-    [ -e "$root/.venv" ] || "$python" -m venv "$root/.venv"
+    if [ ! -e "$root/.venv" ]; then
+        mkdir "$root/.venv"
+        touch "$root/.venv/made-by-scripts"
+        "$python" -m venv "$root/.venv" || return 1
+    fi
     # shellcheck disable=SC1091
     . "$root/.venv/bin/activate"
     if [ ! -e "$stamp" ] || [ "$root/pyproject.toml" -nt "$stamp" ] || [ "$root/scripts/constraints.txt" -nt "$stamp" ]; then
