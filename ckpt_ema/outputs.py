@@ -166,7 +166,7 @@ def check_no_checkpoint(planned: FoldPlan) -> None:
     """Refuse to replace what appeared while the teachers were being folded, unless it is a teacher as well."""
     for teacher in planned.teachers:
         if planned.options.overwrite and not planned.is_folder and teacher.output.is_file():
-            _check_no_student(planned, teacher.output)
+            _check_is_teacher(planned, teacher.output)
 
 
 def _check_output(planned: FoldPlan, target: Path, written: Collection[str], draft: Draft) -> None:
@@ -185,7 +185,7 @@ def _check_output(planned: FoldPlan, target: Path, written: Collection[str], dra
     elif target.is_dir():
         raise CkptEmaError(f"`{target}` is a folder, the teacher a file", hint="pass another `--output`")
     elif target.exists():
-        _check_no_student(planned, target)
+        _check_is_teacher(planned, target)
 
 
 def _check_no_input_inside(planned: FoldPlan, target: Path) -> None:
@@ -199,8 +199,8 @@ def _check_no_input_inside(planned: FoldPlan, target: Path) -> None:
             )
 
 
-def _check_no_student(planned: FoldPlan, target: Path) -> None:
-    """Refuse to replace a checkpoint: `--overwrite` is for teachers, and for files that hold nothing."""
+def _check_is_teacher(planned: FoldPlan, target: Path) -> None:
+    """Refuse to replace tensors of others: `--overwrite` is for ckpt-ema's teachers, and for what cannot be read."""
     inputs = {file.identity for file in planned.input_files}
     identity = identity_of(target)
     if planned.options.init is not None and identity_of(as_path(planned.options.init)) == identity:
@@ -211,13 +211,13 @@ def _check_no_student(planned: FoldPlan, target: Path) -> None:
         contents = read_contents(target)
     except CkptEmaError:
         return
+    if not contents.is_own_teacher:
+        raise CkptEmaError(
+            f"`{target}` holds tensors that ckpt-ema did not write; it is never replaced",
+            hint="pass another `--output`, or move it away",
+        )
     if is_snapshot(contents.metadata):
         raise CkptEmaError(
             f"`{target}` is a snapshot that an online teacher wrote, which nobody can make again; it is never replaced",
             hint="pass another `--output`",
-        )
-    if not contents.is_own_teacher and target.stem != "teacher":
-        raise CkptEmaError(
-            f"`{target}` is a checkpoint, and no teacher that ckpt-ema wrote; it is never replaced",
-            hint="pass another `--output`, or remove it yourself",
         )

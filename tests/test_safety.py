@@ -328,6 +328,15 @@ def test_a_damaged_teacher_is_replaced_with_overwrite(run: Path, content: bytes)
     assert set(load_file(target)) == set(make_student(1))
 
 
+def test_a_teacher_of_somebody_else_is_not_replaced(run: Path) -> None:
+    """A training loop's own `teacher.safetensors` stays, whatever is asked for: nobody could make it again."""
+    target = run / "teacher.safetensors"
+    save_file(make_student(7), target)
+    with pytest.raises(CkptEmaError, match="holds tensors that ckpt-ema did not write"):
+        ckpt_ema.fold(run, announce=lambda plan: None, overwrite=True)
+    assert_same_bits(load_file(target), make_student(7))
+
+
 def test_an_output_that_appears_meanwhile_is_kept(run: Path) -> None:
     """Without `--overwrite`, a teacher that somebody else wrote during the fold is not replaced."""
     target = run / "teacher.safetensors"
