@@ -22,7 +22,7 @@ KNOWN_BUFFERS = frozenset(
     word
     for words in (
         "running_mean running_var num_batches_tracked",  # BatchNorm, InstanceNorm
-        "weight_u weight_v weight_orig_u weight_orig_v _u _v",  # spectral norm, old and parametrised
+        "weight_u weight_orig_u weight_orig_v _u _v",  # spectral norm, old and parametrised
         "min_val max_val min_vals max_vals zero_point fake_quant_enabled observer_enabled",  # quantisation observers
         "ema_cluster_size cluster_size embed_avg ema_w code_count",  # vector quantisers
         "queue queue_ptr",  # MoCo
@@ -31,6 +31,15 @@ KNOWN_BUFFERS = frozenset(
     )
     for word in words.split()
 )
+# Names that are buffers only beside one of these, in the same module.
+BUFFERS_BESIDE = {
+    "weight_v": ("weight_u", "weight_orig"),  # spectral norm's; weight norm's lies beside `weight_g` and is trained
+    "embed": ("embed_avg", "cluster_size"),  # vector quantisers
+    "count": ("running_mean",),  # of observations that were normalised
+    "_mean": ("_var",),
+    "_var": ("_mean",),
+    "_std": ("_var",),
+}
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -88,11 +97,12 @@ def build_catalogue(
             hint="patterns match whole names: `--buffer '*.running_mean'`",
         )
     buffers = treatment.model_buffers if treatment.model_buffers is not None else known_buffers
+    names = frozenset(schema.names)
     tensors = []
     for index, name in enumerate(schema.names):
         _check_name(name)
         student_dtype = schema.dtypes[index]
-        reason = _reason_to_copy(name, student_dtype, treatment, buffers)
+        reason = _reason_to_copy(name, student_dtype, treatment, buffers, names)
         dtype = _teacher_dtype(name, student_dtype, treatment.dtype)
         action: Literal["average", "copy"] = "copy" if reason else "average"
         tensors.append(TeacherTensor(name, schema.shapes[index], student_dtype, dtype, action, reason, index))
@@ -107,7 +117,9 @@ def _check_name(name: str) -> None:
         )
 
 
-def _reason_to_copy(name: str, dtype: DType, treatment: Treatment, buffers: Collection[str] | None) -> str:
+def _reason_to_copy(
+    name: str, dtype: DType, treatment: Treatment, buffers: Collection[str] | None, names: Collection[str]
+) -> str:
     if dtype.kind == "integer":
         return dtype.name
     if treatment.buffer_globs and any(fnmatch.fnmatchcase(name, glob) for glob in treatment.buffer_globs):
@@ -117,7 +129,10 @@ def _reason_to_copy(name: str, dtype: DType, treatment: Treatment, buffers: Coll
         return "" if dtype.is_floating_point else dtype.name
     if buffers is not None:
         return "buffer" if name in buffers else ""
-    return "buffer (known name)" if name.rpartition(".")[2] in KNOWN_BUFFERS else ""
+    module, dot, leaf = name.rpartition(".")
+    beside = (f"{module}{dot}{other}" for other in BUFFERS_BESIDE.get(leaf, ()))
+    is_known = leaf in KNOWN_BUFFERS or any(other in names for other in beside)
+    return "buffer (known name)" if is_known else ""
 
 
 def _teacher_dtype(name: str, student_dtype: DType, wanted: str) -> DType:

@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 import shutil
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from datetime import datetime
@@ -530,6 +531,55 @@ def test_what_a_trainer_keeps_among_sub_models_is_told(tmp_path: Path) -> None:
         flat.append({**with_prefix("encoder.", student), **with_prefix("decoder.", other)})
     planned = assert_folds_to(run, tmp_path, flat)
     assert planned.left_out_tensors == (("model.criterion", "the trainer's, by its name"),)
+
+
+class Normalizer(torch.nn.Module):
+    """The running statistics of observations, as reinforcement learning keeps them."""
+
+    def __init__(self, names: str) -> None:
+        super().__init__()
+        self.gain = torch.nn.Parameter(torch.ones(3))
+        for name in names.split():
+            self.register_buffer(name, torch.rand(3, dtype=torch.float64))
+
+
+def _old_norm(name: str) -> torch.nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return getattr(torch.nn.utils, name)(torch.nn.Conv1d(2, 3, 4))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: _old_norm("weight_norm"),
+        lambda: torch.nn.utils.spectral_norm(torch.nn.Conv1d(2, 3, 4)),
+        lambda: torch.nn.utils.parametrizations.weight_norm(torch.nn.Conv1d(2, 3, 4)),
+        lambda: torch.nn.utils.parametrizations.spectral_norm(torch.nn.Conv1d(2, 3, 4)),
+        lambda: torch.nn.BatchNorm2d(3),
+        lambda: Normalizer("running_mean running_var count"),
+        lambda: Normalizer("_mean _var _std"),
+        lambda: Normalizer("embed embed_avg cluster_size"),
+    ],
+    ids=["old-weight-norm", "old-spectral-norm", "weight-norm", "spectral-norm", "batch-norm", "rl", "rsl", "vq"],
+)
+def test_buffers_known_by_name_are_the_modules_own(tmp_path: Path, make: Callable[[], torch.nn.Module]) -> None:
+    """What a bare state dict does not say is guessed as torch has it: buffers copied, parameters averaged."""
+    model = torch.nn.Sequential(make(), torch.nn.Linear(3, 3))
+    for step in (1, 2):
+        torch.save(model.state_dict(), tmp_path / f"step_{step}.pt")
+    tensors = plan(tmp_path).tensors
+    assert {tensor.name for tensor in tensors if tensor.action == "copy"} == {name for name, _ in model.named_buffers()}
+    assert {tensor.name for tensor in tensors} == set(model.state_dict())
+
+
+def test_a_parameter_called_as_a_buffer_elsewhere_is_averaged(tmp_path: Path) -> None:
+    """`embed`, `count` and `_mean` are buffers only beside what makes them one."""
+    for step in (1, 2):
+        torch.save(
+            {f"head.{name}": torch.rand(3) for name in ("embed", "count", "_mean")}, tmp_path / f"step_{step}.pt"
+        )
+    assert {tensor.action for tensor in plan(tmp_path).tensors} == {"average"}
 
 
 class WithBuffers(torch.nn.Module):
