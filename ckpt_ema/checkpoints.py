@@ -6,7 +6,7 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ckpt_ema.errors import UnreadableCheckpointError
+from ckpt_ema.errors import AverageAloneError, UnreadableCheckpointError
 from ckpt_ema.formats import ModelFolder
 from ckpt_ema.layouts import Layout
 from ckpt_ema.locations import identity_of
@@ -112,6 +112,9 @@ class Listing:
 
     averages_by_name: list[str] = field(default_factory=list)
     """Names of what is an average by its name alone, and left out."""
+
+    averages_inside: list[tuple[str, AverageAloneError]] = field(default_factory=list)
+    """Names of what holds nothing but an average, with what is to be said where there is nothing else."""
 
     teachers: list[OwnTeacher] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)

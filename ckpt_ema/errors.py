@@ -33,6 +33,10 @@ class UnreadableCheckpointError(CkptEmaError):
     """A checkpoint is truncated, lies about itself, or is in no format this tool reads."""
 
 
+class AverageAloneError(CkptEmaError):
+    """A checkpoint holds an average of students, and none of them."""
+
+
 class NoCheckpointError(CkptEmaError):
     """A run holds nothing to fold: not yet, or not by what was selected."""
 

@@ -18,12 +18,12 @@ from ckpt_ema.checkpoint_search import (
     is_one_checkpoint,
 )
 from ckpt_ema.checkpoints import NOT_SELECTED, Listing, OwnTeacher, Run
-from ckpt_ema.errors import CkptEmaError, MisuseError, UnreadableCheckpointError, quoted
+from ckpt_ema.errors import AverageAloneError, CkptEmaError, MisuseError, UnreadableCheckpointError, quoted
 from ckpt_ema.formats import Contents, read_contents
 from ckpt_ema.locations import common_folder, name_within
 from ckpt_ema.selection import Selection, select_checkpoints
 from ckpt_ema.step_order import give_steps, sort_by_step
-from ckpt_ema.steps import is_copy_name
+from ckpt_ema.steps import is_copy_name, steps_in_name
 from ckpt_ema.students import find_state_dicts
 
 
@@ -66,6 +66,9 @@ def _read_run_directory(run: Path, selection: Selection) -> tuple[Path, Listing]
     expect_tables([path for path in candidates if selection.is_wanted(path)])
     for path in candidates:
         _read_candidate(listing, path, selection, reader)
+    if listing.averages_inside and not listing.checkpoints:
+        raise listing.averages_inside[0][1]
+    listing.left_out += [(name, "an average, and no raw student") for name, _ in listing.averages_inside]
     if listing.averages_by_name and not listing.checkpoints and not listing.unreadable and not selection.is_live:
         raise CkptEmaError(
             f"`{directory}` holds averages, and no raw student: {', '.join(listing.averages_by_name[:5])}",
@@ -100,6 +103,12 @@ def _read_candidate(listing: Listing, path: Path, selection: Selection, reader: 
             listing.averages.append(reader.read_average(contents))
         elif not is_average:
             listing.checkpoints.append(reader.read(contents))
+    except AverageAloneError as error:
+        # What has a number is one of the run's own; `best.pt` beside it may be a model for users.
+        if steps_in_name(path.name):
+            raise
+        listing.averages_inside.append((path.name, error))
+        return
     except UnreadableCheckpointError as error:
         if is_declared or (is_average and selection.takes_teachers):
             listing.leave_out_average(path.name, error)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 from ckpt_ema.assembly import StoredTensor
-from ckpt_ema.errors import CkptEmaError, MisuseError, UnreadableCheckpointError
+from ckpt_ema.errors import AverageAloneError, CkptEmaError, MisuseError, UnreadableCheckpointError
 from ckpt_ema.formats import TENSOR_LEAVES, Contents
 from ckpt_ema.formats.pickle_scan import MalformedPickleError
 from ckpt_ema.formats.pickles import Inert, PickledTensor, module_state
@@ -36,6 +36,9 @@ RAW_KEYS = (
 # A word of a key or of the first part of a tensor name that says: these are averages.
 _AVERAGE_WORDS = ("ema", "swa", "avg", "average", "averaged", "teacher", "shadow", "polyak", "litema")
 AVERAGE_WORD = re.compile(rf"(^|[._\-])({'|'.join(_AVERAGE_WORDS)})(\d*)([._\-]|$)", re.IGNORECASE)
+# The same before the names of tensors alone: a file called `momentum_0.9.pt` is no average.
+_TWIN_WORDS = ("momentum", "encoder_k", "target")
+_TWIN_WORD = re.compile(rf"(^|[_\-])({'|'.join(_TWIN_WORDS)})([_\-]|$)", re.IGNORECASE)
 _CASE_CHANGE = re.compile(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 # A key that says: this is the trainer's. Whole words, since a model may have a `metanet` or a `random_proj`.
 _TRAINERS_WORD = re.compile(
@@ -49,6 +52,9 @@ _TRAINERS_WORD = re.compile(
 _COUNTER = re.compile(r"(^|_)(steps?|epochs?|iter(ation)?s?|updates|n_averaged)(_|$)", re.IGNORECASE)
 COMPILED = "_orig_mod."
 """torch.compile's mark, wherever in a name a compiled module stands."""
+
+MMCV_EMA = "ema_"
+"""Before the names of the second model that MMCV 1.x's EMAHook keeps, whose dots it makes `_`."""
 
 MAX_DEPTH = 4
 
@@ -140,7 +146,9 @@ def choose_student(contents: Contents, *, state: str | None = None, prefix: str 
             others[name] = "the trainer's, by its name"
     student = replace(student, left_out={**(student.left_out or {}), **others})
     student = _strip_wrappers(student)
-    if prefix:
+    if twins := _mmcv_twins(contents, student):
+        student = _take_mmcv_half(contents, student, twins, takes_twins=prefix == MMCV_EMA, is_chosen=state is not None)
+    elif prefix:
         student = _take_prefix(contents, student, prefix)
     else:
         student = _take_student_half(contents, student, averages_allowed=state is not None)
@@ -241,6 +249,12 @@ def _kind_at(root: Mapping[Any, Any], key: str, table: Mapping[Any, Any]) -> Kin
     # Composer's EMA algorithm swaps as well; what it keeps of the raw model is no state dict of its own.
     if key == "state.model" and _has_composer_ema(root):
         return "average"
+    # YOLOX saves whichever model it evaluates, by default the average, and says nothing of it.
+    if key == "model" and {"start_epoch", "best_ap", "curr_ap"} <= root.keys():
+        return "average"
+    # Ultralytics' end of training puts the average in the model's place.
+    if key == "model" and root.get("epoch") == -1 and root.get("ema", root) is None and "updates" in root:
+        return "average"
     # torch's AveragedModel, saved as it is.
     if "n_averaged" in table and key not in ("ema_state_dict",):
         return "average"
@@ -268,7 +282,7 @@ def _find_raw(contents: Contents, candidates: list[Candidate]) -> tuple[str, Any
     averages = [candidate.key for candidate in candidates if candidate.kind == "average"]
     if not raw:
         if averages:
-            raise CkptEmaError(
+            raise AverageAloneError(
                 f"`{contents.path}` holds an average, and no raw student: {_list_keys(averages)}",
                 hint=f"pass `--state {averages[0] or chr(39) * 2}` if you mean to fold averages",
             )
@@ -371,12 +385,13 @@ def _student_of(contents: Contents, key: str, value: Any) -> Student:
             value, buffers = module[0], frozenset(module[1])
     table = _as_mapping(value) or {}
     leaves: dict[str, Any] = {}
+    optimizers: dict[str, Any] = {}
     left_out: dict[str, str] = {}
     for name, leaf in table.items():
         if isinstance(leaf, TENSOR_LEAVES):
             if not isinstance(name, str):
                 raise UnreadableCheckpointError(f"`{contents.path}`: a tensor of `{key}` has no text for a name")
-            leaves[name] = leaf
+            (optimizers if name.startswith("optimizer.") else leaves)[name] = leaf
         elif isinstance(leaf, Inert) and _was_a_tensor(leaf):
             raise CkptEmaError(
                 f"`{contents.path}`: `{name}` is a tensor of a kind that is not stored as plain numbers"
@@ -387,6 +402,10 @@ def _student_of(contents: Contents, key: str, value: Any) -> Student:
             left_out["(an entry without a name)"] = NOT_A_TENSOR
         elif not _is_trainers_own(name, leaf):
             left_out[name] = NUMPY_ARRAY if _is_numpy_array(leaf) else NOT_A_TENSOR
+    if leaves:  # Megatron's names of both lie in one table
+        left_out |= dict.fromkeys(optimizers, "the optimizer's")
+    else:
+        leaves = optimizers
     return Student(key, leaves, left_out=left_out, known_buffers=buffers)
 
 
@@ -483,14 +502,16 @@ def _take_student_half(contents: Contents, student: Student, *, averages_allowed
         return student
     # All names at once first: they are many, and hardly ever is one of them an average's.
     text = "\n".join(student.tensors).lower()
-    if not any(word in text for word in _AVERAGE_WORDS):
+    if not any(word in text for word in (*_AVERAGE_WORDS, *_TWIN_WORDS)):
         return student
     under = {name: prefix for name in student.tensors if (prefix := _average_prefix(name))}
     if not under:
         return student
     if len(under) == len(student.tensors):
         prefixes = sorted(set(under.values()))
-        raise CkptEmaError(
+        if not any(map(is_average_name, "".join(prefixes).split("."))):
+            return student
+        raise AverageAloneError(
             f"`{contents.path}` holds an average, and no raw student: every name begins with {_list_keys(prefixes)}",
             hint=f"pass `--prefix {prefixes[0]}` if you mean to fold averages",
         )
@@ -499,6 +520,41 @@ def _take_student_half(contents: Contents, student: Student, *, averages_allowed
     rest = {name: f"an average (`{prefix}`)" for name, prefix in under.items() if prefix in mirrored}
     tensors = {name: tensor for name, tensor in student.tensors.items() if name not in rest}
     return replace(student, tensors=tensors, left_out={**(student.left_out or {}), **rest})
+
+
+def _mmcv_twins(contents: Contents, student: Student) -> dict[str, str]:
+    """By the name of a parameter that of its twin, where MMCV 1.x's EMAHook put a second model among the buffers."""
+    meta = contents.tree.get("meta") if isinstance(contents.tree, dict) else None
+    if not isinstance(meta, dict) or "mmcv_version" not in meta:
+        return {}
+    twins = {name: MMCV_EMA + name.replace(".", "_") for name in student.tensors}
+    return {name: twin for name, twin in twins.items() if twin in student.tensors}
+
+
+def _take_mmcv_half(
+    contents: Contents, student: Student, twins: Mapping[str, str], *, takes_twins: bool, is_chosen: bool
+) -> Student:
+    """One of two models: the hook swaps them at the end of an epoch, before or after the checkpoint is saved."""
+    if not (takes_twins or is_chosen):
+        raise CkptEmaError(
+            f"`{contents.path}` holds two models of MMCV's EMAHook, of which one is the average, and which depends on"
+            " when the hook ran",
+            details=[
+                f"{len(twins)} tensors such as `{next(iter(twins))}`: the student, where EMAHook runs after"
+                " CheckpointHook",
+                f"{len(twins)} such as `{next(iter(twins.values()))}`: the student, where EMAHook runs first, as with"
+                " mmdet's `priority=49`",
+            ],
+            hint=f"pass `--prefix {MMCV_EMA}` to fold the latter (under the names of the former), or"
+            f" `--state {student.key}` to fold the former",
+        )
+    tensors = {name: tensor for name, tensor in student.tensors.items() if name not in twins.values()}
+    if takes_twins:
+        tensors |= {name: student.tensors[twin] for name, twin in twins.items()}
+    reason = "folded under their own names" if takes_twins else "of the other model (MMCV's EMAHook)"
+    return replace(
+        student, tensors=tensors, left_out={**(student.left_out or {}), **dict.fromkeys(twins.values(), reason)}
+    )
 
 
 def _student_prefix(names: Iterable[str]) -> str | None:
@@ -522,7 +578,7 @@ def _average_prefix(name: str) -> str | None:
     """The start of a tensor's name up to the part that says `ema`, `teacher`, ..., with its dot."""
     parts = name.split(".")
     for i, part in enumerate(parts[:-1]):
-        if is_average_name(part):
+        if is_average_name(part) or _TWIN_WORD.search(part):
             return ".".join(parts[: i + 1]) + "."
     return None
 

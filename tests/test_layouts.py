@@ -533,6 +533,90 @@ def test_what_a_trainer_keeps_among_sub_models_is_told(tmp_path: Path) -> None:
     assert planned.left_out_tensors == (("model.criterion", "the trainer's, by its name"),)
 
 
+PAIRS = {
+    "moco v2": ("encoder_q.", "encoder_k."),
+    "moco v3": ("base_encoder.", "momentum_encoder."),
+    "byol": ("online_encoder.", "target_encoder."),
+    "solo-learn": ("backbone.", "momentum_backbone."),
+    "lightly": ("backbone.", "backbone_momentum."),
+    "double q learning": ("q_net.", "q_net_target."),
+}
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_a_momentum_encoder_is_no_part_of_the_student(tmp_path: Path, pair: str) -> None:
+    """What follows the student inside a self-supervised model is left out by its name, where it mirrors the student."""
+    run = tmp_path / "run"
+    run.mkdir()
+    online, target = PAIRS[pair]
+    students = []
+    for step, student in enumerate(STUDENTS):
+        head = {"predictor.weight": torch.full((2, 2), float(step))}
+        students.append({**with_prefix(online, student), **head})
+        torch.save({"state_dict": {**students[-1], **with_prefix(target, make_average(step))}}, run / f"step_{step}.pt")
+    planned = assert_folds_to(run, tmp_path, students)
+    assert dict(planned.left_out_tensors) == {f"{target}{name}": f"an average (`{target}`)" for name in STUDENTS[0]}
+
+
+def test_a_layer_called_target_is_the_students(tmp_path: Path) -> None:
+    """A name alone makes no average: it has to repeat the student."""
+    run = tmp_path / "run"
+    run.mkdir()
+    states = [{**student, "target_head.scale": torch.full((3,), float(k))} for k, student in enumerate(STUDENTS)]
+    for names in (states, [with_prefix("momentum_net.", student) for student in STUDENTS]):
+        for step, state in enumerate(names):
+            torch.save(state, run / f"step_{step}.pt")
+        assert_folds_to(run, tmp_path, names)
+
+
+def test_an_optimizer_among_the_tensors_is_left_out(tmp_path: Path) -> None:
+    """Megatron's distributed checkpoints name the model and its optimizer in one table."""
+    run = tmp_path / "run"
+    run.mkdir()
+    for step, student in enumerate(STUDENTS):
+        beside = {**with_prefix("optimizer.state.fp32_param.", student), **with_prefix("optimizer.state.mu.", student)}
+        torch.save({**student, **beside}, run / f"step_{step}.pt")
+    planned = assert_folds_to(run, tmp_path, STUDENTS)
+    assert {reason for _, reason in planned.left_out_tensors} == {"the optimizer's"}
+    assert len(planned.left_out_tensors) == 2 * len(STUDENTS[0])
+
+
+def test_which_half_of_mmcvs_ema_hook_is_the_student_is_asked(tmp_path: Path) -> None:
+    """MMCV 1.x swaps the average in before or after saving, by its priority: both choices are offered, and work."""
+    run = tmp_path / "run"
+    run.mkdir()
+    averages = [make_average(k) for k in range(4)]
+    parameters = [name for name in STUDENTS[0] if not name.startswith("bn.running") and "batches" not in name]
+    for step, (student, average) in enumerate(zip(STUDENTS, averages, strict=True), 1):
+        twins = {f"ema_{name.replace('.', '_')}": average[name] for name in parameters}
+        meta = {"mmcv_version": "1.7.1", "epoch": step, "iter": 10 * step}
+        torch.save({"meta": meta, "state_dict": {**student, **twins}}, run / f"epoch_{step}.pth")
+    error = refusal_of(run)
+    assert "holds two models of MMCV's EMAHook" in error.message
+    assert error.hint is not None
+    assert "`--prefix ema_`" in error.hint
+    assert "`--state state_dict`" in error.hint
+    assert steps_of(assert_folds_to(run, tmp_path, STUDENTS, state="state_dict")) == [10, 20, 30, 40]
+    pairs = zip(STUDENTS, averages, strict=True)
+    swapped = [{**student, **{name: average[name] for name in parameters}} for student, average in pairs]
+    planned = assert_folds_to(run, tmp_path, swapped, prefix="ema_")
+    assert {reason for _, reason in planned.left_out_tensors} == {"folded under their own names"}
+
+
+def test_a_copy_that_holds_an_average_alone_is_left_out_of_a_run(tmp_path: Path) -> None:
+    """The `best.pt` that a trainer leaves for users stops no fold of the students beside it."""
+    run = tmp_path / "run"
+    run.mkdir()
+    for step, student in enumerate(STUDENTS, 1):
+        torch.save({"epoch": step, "model": student, "ema": make_average(step)}, run / f"epoch{step}.pt")
+    torch.save({"ema": make_average(9)}, run / "pretrained.pt")
+    torch.save({"epoch": -1, "model": make_average(4), "ema": None, "updates": None}, run / "best.pt")
+    planned = assert_folds_to(run, tmp_path, STUDENTS)
+    assert dict(planned.left_out) == dict.fromkeys(("best.pt", "pretrained.pt"), "an average, and no raw student")
+    torch.save({"ema": make_average(9)}, run / "epoch9.pt")
+    assert "`epoch9.pt` holds an average" in refusal_of(run).message.replace(f"{run}/", "")
+
+
 class Normalizer(torch.nn.Module):
     """The running statistics of observations, as reinforcement learning keeps them."""
 
@@ -637,6 +721,14 @@ AVERAGED_ONLY: dict[str, tuple[Callable[[int], dict[str, Any]], str]] = {
             "best_fitness": 0,
         },
         "ema",
+    ),
+    "YOLOX": (
+        lambda k: {"start_epoch": k, "model": make_average(k), "optimizer": {}, "best_ap": 0.1, "curr_ap": 0.1},
+        "model",
+    ),
+    "Ultralytics after strip_optimizer": (
+        lambda k: {"epoch": -1, "model": make_average(k), "ema": None, "updates": None, "optimizer": None},
+        "model",
     ),
     "DINO teacher": (lambda k: {"teacher": with_prefix("backbone.", make_average(k))}, "teacher"),
     "state_dict_ema": (lambda k: {"state_dict_ema": make_average(k), "epoch": k}, "state_dict_ema"),
