@@ -14,6 +14,9 @@ from ckpt_ema.errors import CkptEmaError, NoCheckpointError
 from ckpt_ema.selection import Selection
 from ckpt_ema.steps import ORIGINS, Origin, Unit, is_copy_name, steps_in_name
 
+DATE: Origin = ("beside", "date")
+NUMBER: Origin = ("name", "number")
+
 
 def give_steps(listing: Listing) -> None:
     """Checkpoints that were listed get their steps and keep their order; a warning where that is not by step."""
@@ -73,7 +76,21 @@ def sort_by_step(listing: Listing, directory: Path, selection: Selection) -> Non
 
 def _common_origin(checkpoints: Sequence[Numbered]) -> Origin | None:
     """The most trusted kind of number that all of them give."""
-    return next((origin for origin in ORIGINS if all(origin in numbers for _, numbers in checkpoints)), None)
+    common = next((origin for origin in ORIGINS if all(origin in numbers for _, numbers in checkpoints)), None)
+    if common == NUMBER and all(DATE in numbers for _, numbers in checkpoints) and not _count_on(checkpoints):
+        return DATE
+    return common
+
+
+def _count_on(checkpoints: Sequence[Numbered]) -> bool:
+    """Whether bare numbers beside dates tell the steps: each another one, and in the order of the dates.
+
+    Where all dates are one, it is the run's.
+    """
+    pairs = sorted((numbers[DATE], numbers[NUMBER]) for _, numbers in checkpoints)
+    if pairs[0][0] == pairs[-1][0]:
+        return True
+    return all(number < next_number for (_, number), (_, next_number) in itertools.pairwise(pairs))
 
 
 def _check_epochs_ascend(listing: Listing, origin: Origin, directory: Path) -> None:
@@ -91,7 +108,11 @@ def _check_epochs_ascend(listing: Listing, origin: Origin, directory: Path) -> N
 
 def _leave_out_stepless_copies(listing: Listing, *, has_steps: bool) -> None:
     """`final.pt` without a step beside checkpoints with one is the last of them again."""
-    stepless = [item for item in listing.checkpoints if not item[1] and (has_steps or is_copy_name(item[0].label))]
+    stepless = [
+        item
+        for item in listing.checkpoints
+        if (not item[1] and has_steps) or (item[1].keys() <= {NUMBER} and is_copy_name(item[0].label))
+    ]
     if stepless and (has_steps or len(stepless) < len(listing.checkpoints)):
         dropped = {id(item) for item in stepless}
         listing.checkpoints = [item for item in listing.checkpoints if id(item) not in dropped]

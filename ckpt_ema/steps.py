@@ -10,7 +10,8 @@ from ckpt_ema.formats import Contents
 from ckpt_ema.formats.folder import WEIGHTS_SUFFIX
 
 Unit = Literal["step", "epoch", "date", "number"]
-Origin = tuple[Literal["inside", "name"], Unit]
+Origin = tuple[Literal["inside", "name", "beside"], Unit]
+"""Where a number was found, and what it counts; `beside` is a date beside a bare number in the name."""
 
 # In order of trust. A date says what comes first, and nothing of the steps between two. A bare number in a name is the
 # last resort: accelerate counts saves with it, timm epochs.
@@ -40,12 +41,16 @@ INSIDE_PATHS: tuple[tuple[Unit, tuple[str, ...]], ...] = (
             "current_step",
             "train_step",
             "steps",
+            "update",
+            "ss_steps",  # Kohya's scripts
+            "batch_idx_train",  # icefall
         )
     ),
     ("epoch", ("meta", "epoch")),
-    ("epoch", ("epoch",)),
-    ("epoch", ("epochs_run",)),
+    *(("epoch", (key,)) for key in ("epoch", "epochs_run", "last_epoch", "ss_epoch")),
 )
+
+VITS_KEYS = {"model", "iteration", "optimizer", "learning_rate"}
 
 # Whole and plain: the 1 of `step_1M`, `step_1e3` or `loss_0.1` counts nothing.
 _NUMBER = r"(?P<number>\d+)(?![\d.]*\d)(?![A-Za-z])"
@@ -58,16 +63,19 @@ NAME_PATTERNS: tuple[tuple[Unit, re.Pattern[str]], ...] = (
             re.IGNORECASE,
         ),
     ),
+    ("step", re.compile(r"-save-" + _NUMBER + r"-\d+-\d+$")),  # OneTrainer: step, epoch, step of the epoch
     ("epoch", re.compile(r"(?:^|[^a-z\d])(?:epochs?|ep|e)[-_=.]?" + _NUMBER, re.IGNORECASE)),
+    ("epoch", re.compile(r"^(?P<number>\d+)[-_]?(?:epochs?|ep)(?:$|[-_.])", re.IGNORECASE)),  # ESPnet
     (
         "number",
         re.compile(r"^(?:checkpoint|ckpt|model|student|weights|net)[-_.]?" + _NUMBER + r"(?:$|[-_])", re.IGNORECASE),
     ),
     ("number", re.compile(r"(?<![\d.])(?<!\d[A-Za-z])" + _NUMBER + r"$")),
+    ("number", re.compile(r"^(?P<number>\d+)_(?:net_)?[A-Z](?:_[A-Z])?$")),  # the networks of a GAN: `5_net_G_A`
 )
 # Four digits behind a date may as well be a step.
 _TIME = (
-    r"[T_ .-](?P<hour>[01]\d|2[0-3])(?P<colon>[-_.:]?)(?P<minute>[0-5]\d)"
+    r"[T_ .+-](?P<hour>[01]\d|2[0-3])(?P<colon>[-_.:]?)(?P<minute>[0-5]\d)"
     r"(?:(?P=colon)(?P<second>[0-5]\d)|(?<=[-_.:]\d\d))(?!\d)"
 )
 _MONTH_AND_DAY = r"(?P<month>0[1-9]|1[0-2]){0}(?P<day>0[1-9]|[12]\d|3[01])(?!\d)"
@@ -115,7 +123,10 @@ def steps_in_name(name: str) -> dict[Origin, int]:
     parts = (int(date[part] or 0) for part in ("month", "day", "hour", "minute", "second"))
     moment = int(date["year"] + "".join(f"{part:02}" for part in parts))
     # Where there are numbers beside the date, these count; and a step behind a date may look like its time.
-    return _numbers_in(stem[: date.start()] + stem[date.end() :]) or {("name", "date"): moment, **_numbers_in(stem)}
+    beside = _numbers_in(stem[: date.start()] + stem[date.end() :])
+    if ("name", "number") in beside:
+        return {("beside", "date"): moment, **beside}
+    return beside or {("name", "date"): moment, **_numbers_in(stem)}
 
 
 def _numbers_in(stem: str) -> dict[Origin, int]:
@@ -149,6 +160,12 @@ def steps_inside(contents: Contents) -> dict[Origin, int]:
 
 
 def _recorded_numbers(contents: Contents) -> Iterator[tuple[Unit, int]]:
+    if isinstance(contents.tree, dict) and contents.tree.keys() == VITS_KEYS:
+        # Its `iteration` is the epoch; the step is in the name alone.
+        step = steps_in_name(contents.path.name).get(("name", "number"))
+        if step is not None:
+            yield "step", step
+        return
     number = _as_step(contents.trainer_state.get("global_step"))
     if number is not None:
         yield "step", number

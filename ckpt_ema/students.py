@@ -34,7 +34,7 @@ RAW_KEYS = (
     "state",
 )
 # A word of a key or of the first part of a tensor name that says: these are averages.
-_AVERAGE_WORDS = ("ema", "swa", "avg", "average", "averaged", "teacher", "shadow", "polyak", "litema")
+_AVERAGE_WORDS = ("ema", "swa", "avg", "ave", "average", "averaged", "teacher", "shadow", "polyak", "litema")
 AVERAGE_WORD = re.compile(rf"(^|[._\-])({'|'.join(_AVERAGE_WORDS)})(\d*)([._\-]|$)", re.IGNORECASE)
 # The same before the names of tensors alone: a file called `momentum_0.9.pt` is no average.
 _TWIN_WORDS = ("momentum", "encoder_k", "target")

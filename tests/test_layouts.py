@@ -442,7 +442,9 @@ def test_plain_scripts_put_the_student_under_any_key(tmp_path: Path, key: str, l
     assert steps_of(assert_folds_to(run, tmp_path, STUDENTS)) == [8, 9, 10, 11]
 
 
-@pytest.mark.parametrize("key", ["step", "global_step", "iteration", "iter", "epoch"])
+@pytest.mark.parametrize(
+    "key", ["step", "global_step", "iteration", "iter", "update", "batch_idx_train", "epoch", "last_epoch"]
+)
 def test_plain_scripts_record_their_step_under_any_key(tmp_path: Path, key: str) -> None:
     """A step recorded inside orders files whose names say nothing."""
     run = tmp_path / "run"
@@ -452,7 +454,7 @@ def test_plain_scripts_record_their_step_under_any_key(tmp_path: Path, key: str)
         torch.save({"model": student, key: step}, run / f"{name}.pt")
     planned = assert_folds_to(run, tmp_path, STUDENTS)
     assert steps_of(planned) == steps
-    assert {item.unit for item in planned.checkpoints} == {"epoch" if key == "epoch" else "step"}
+    assert {item.unit for item in planned.checkpoints} == {"epoch" if "epoch" in key else "step"}
 
 
 @pytest.mark.parametrize("stray", ["rng_state", "fixed_noise", "class_weights", "loss"])
@@ -816,7 +818,9 @@ def test_averages_inside_the_students_state_dict_are_left_out(tmp_path: Path, av
     assert f"{average}fc.weight" in dict(planned.left_out_tensors)
 
 
-@pytest.mark.parametrize("name", ["ema_step_{}.pt", "step_{}_ema.pt", "step-{}-EMA.ckpt", "teacher_{}.pt"])
+@pytest.mark.parametrize(
+    "name", ["ema_step_{}.pt", "step_{}_ema.pt", "step-{}-EMA.ckpt", "teacher_{}.pt", "valid.acc.ave_{}best.pth"]
+)
 def test_files_called_averages_are_left_out_beside_students(tmp_path: Path, name: str) -> None:
     """The name of a file may be all that says it is an average."""
     run = tmp_path / "run"
@@ -943,6 +947,9 @@ NUMBERED = (
     "run3_iteration_{}.pt",
     "student_{}.safetensors",
     "ep2-ba{}-rank0.pt",
+    "{}epoch.pth",
+    "{}_net_G_A.pth",
+    "{}_G.pth",
     "checkpoint_7_{}.pt",
 )
 
@@ -1003,6 +1010,66 @@ def test_a_date_is_not_taken_for_a_step(tmp_path: Path) -> None:
     error = refusal_of(run, per="step")
     assert error.message == "the checkpoints know dates only (20240128000000 to 20240131000000)"
     assert refusal_of(run, per="step", steps_per_epoch=10).message == error.message
+
+
+@pytest.mark.parametrize(
+    "pattern", ["CKPT+2024-01-{}+12-00-00+00.ckpt", "2024-01-{}_12-00-00-250.pt", "m_2024-01-{}-v{}_0.pt"]
+)
+def test_dates_win_over_bare_numbers_that_do_not_count_on(tmp_path: Path, pattern: str) -> None:
+    """SpeechBrain's names end with `+00`, others with a step within the epoch: the dates are the order then."""
+    run = tmp_path / "run"
+    run.mkdir()
+    for day, student in enumerate(STUDENTS, start=9):
+        torch.save(student, run / pattern.format(f"{day:02}", 20 - day))
+    planned = assert_folds_to(run, tmp_path, STUDENTS)
+    assert {item.unit for item in planned.checkpoints} == {"date"}
+
+
+def test_the_step_of_onetrainers_names_is_found(tmp_path: Path) -> None:
+    """Behind a date and `save`: the step, the epoch, and the step within the epoch, which is none."""
+    run = tmp_path / "run"
+    run.mkdir()
+    for index, student in enumerate(STUDENTS, start=1):
+        epoch, rest = divmod(300 * index, 250)
+        name = f"lora_2025-01-{10 + index}_12-00-00-save-{300 * index}-{epoch}-{rest}.safetensors"
+        save_file(student, run / name)
+    assert steps_of(assert_folds_to(run, tmp_path, STUDENTS)) == [300, 600, 900, 1200]
+
+
+def test_vits_calls_its_epoch_an_iteration(tmp_path: Path) -> None:
+    """The step is in the names of VITS and its descendants, also where several are saved in one epoch."""
+    run = tmp_path / "run"
+    run.mkdir()
+    for step, student in zip((0, 1000, 2000, 10000), STUDENTS, strict=True):
+        for net, state in (("G", student), ("D", make_average(step))):
+            content = {"model": state, "iteration": step // 2500 + 1, "optimizer": {}, "learning_rate": 2e-4}
+            torch.save(content, run / f"{net}_{step}.pth")
+    error = refusal_of(run)
+    assert error.hint is not None
+    assert "`--include 'G_*.pth'`" in error.hint
+    planned = assert_folds_to(run, tmp_path, STUDENTS, include=["G_*.pth"])
+    assert steps_of(planned) == [0, 1000, 2000, 10000]
+
+
+@pytest.mark.parametrize("best", ["best_acc_57.pth", "best_model_fold_0.pth", "best_3.pth", "best_stg1.pth"])
+def test_a_bare_number_behind_best_is_no_step(tmp_path: Path, best: str) -> None:
+    """A copy's number is its metric, its fold or its stage; beside checkpoints with a number it is left out."""
+    run = tmp_path / "run"
+    run.mkdir()
+    for step, student in zip((10, 20, 30, 40), STUDENTS, strict=True):
+        torch.save(student, run / f"checkpoint{step:04}.pth")
+    torch.save(STUDENTS[1], run / best)
+    planned = assert_folds_to(run, tmp_path, STUDENTS)
+    assert planned.left_out == ((best, "a copy by its name, without a step"),)
+
+
+def test_best_models_alone_are_a_series(tmp_path: Path) -> None:
+    """Where nothing else is there, their numbers count."""
+    run = tmp_path / "run"
+    run.mkdir()
+    for step, student in zip((5, 9, 10, 30), STUDENTS, strict=True):
+        torch.save(student, run / f"best_model_{step}.pth")
+    assert steps_of(assert_folds_to(run, tmp_path, STUDENTS)) == [5, 9, 10, 30]
 
 
 def test_a_date_of_the_run_is_no_date_of_the_checkpoints(tmp_path: Path) -> None:
