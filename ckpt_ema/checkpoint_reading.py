@@ -6,7 +6,7 @@ import glob
 from dataclasses import replace
 from pathlib import Path
 
-from ckpt_ema.checkpoint_search import visible_children
+from ckpt_ema.checkpoint_search import has_series_name, visible_children
 from ckpt_ema.checkpoints import Checkpoint, Numbered
 from ckpt_ema.errors import CkptEmaError, UnreadableCheckpointError, quoted
 from ckpt_ema.formats import Contents
@@ -81,10 +81,12 @@ class CheckpointReader:
         return checkpoint, {**steps_in_name(named.name), **steps_inside(contents)}
 
     def _is_nameless(self, path: Path) -> bool:
-        """Whether a file says by its name that it is a model, and not which one."""
+        """Whether a path says by its name that it is a model, and not which one: its folder may."""
+        folder = path.absolute().parent
+        if has_series_name(folder) and not steps_in_name(path.name):
+            return True
         if MODEL_STEM.match(stem_of(path.name)) is None or path.is_dir():
             return False
-        folder = path.absolute().parent
         if folder not in self._nameless:
             self._nameless[folder] = nameless_models([other.name for other in visible_children(folder)])
         return path.name in self._nameless[folder]

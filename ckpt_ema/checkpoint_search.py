@@ -54,7 +54,7 @@ def is_checkpoint_folder(path: Path) -> bool:
         return False
     # checkpoint-300/ without weights is unfinished, or holds them one level down (diffusers).
     return any(child.is_dir() and has_weights(child) for child in visible_children(path)) or (
-        _has_series_name(path) and not any(_is_candidate(child) for child in visible_children(path))
+        has_series_name(path) and not any(_is_candidate(child) for child in visible_children(path))
     )
 
 
@@ -96,7 +96,7 @@ def find_files_beside(run: Path, directory: Path) -> Iterator[Path]:
 
 def find_checkpoint_below(folder: Path) -> Path | None:
     """A checkpoint of a series, which makes `folder` a run, or a folder of runs, and no checkpoint itself."""
-    inside = (path for path in visible_children(folder) if _has_series_name(path) and is_checkpoint_folder(path))
+    inside = (path for path in visible_children(folder) if has_series_name(path) and is_checkpoint_folder(path))
     return next(inside, None) or _find_numbered_below(folder, is_by_custom=True)
 
 
@@ -105,9 +105,15 @@ def visible_children(folder: Path) -> list[Path]:
     return [path for path in children_of(folder) if not path.name.startswith(".") and not is_dead_link(path)]
 
 
+def has_series_name(path: Path) -> bool:
+    """Whether it is called as trainers call their checkpoints: by a number, and by what it counts."""
+    stem = stem_of(path.name).lower()
+    return bool(steps_in_name(path.name)) and stem.startswith(SERIES_STEMS)
+
+
 def _find_dead_links(folder: Path) -> list[Path]:
     """Links by the names of checkpoints that cannot be followed."""
-    named = [path for path in children_of(folder) if is_weights_file_name(path.name) or _has_series_name(path)]
+    named = [path for path in children_of(folder) if is_weights_file_name(path.name) or has_series_name(path)]
     return [path for path in named if is_dead_link(path)]
 
 
@@ -155,7 +161,12 @@ def _candidates_of(directory: Path) -> list[Path]:
     if any(path.is_dir() for path in found) or _has_numbered_files(children):
         # Trainers put the final model beside the checkpoints; it has no step, and is the last one again.
         nameless = nameless_models([path.name for path in children])
-        found = [path for path in found if path.is_dir() or path.name not in nameless]
+        folders = [path for path in found if path.is_dir()]
+        found = [
+            path
+            for path in found
+            if path.is_dir() or not (path.name in nameless or any((folder / path.name).is_file() for folder in folders))
+        ]
     return found
 
 
@@ -173,12 +184,6 @@ def _has_numbered_files(children: Sequence[Path]) -> bool:
     )
 
 
-def _has_series_name(path: Path) -> bool:
-    """Whether it is called as trainers call their checkpoints: by a number, and by what it counts."""
-    stem = stem_of(path.name).lower()
-    return bool(steps_in_name(path.name)) and stem.startswith(SERIES_STEMS)
-
-
 def _is_lone_model(candidates: Sequence[Path]) -> bool:
     """Whether nothing here looks like a series: one model, or copies, none with a number in its name."""
     unnumbered = [path for path in candidates if not steps_in_name(path.name)]
@@ -191,7 +196,7 @@ def _find_numbered_below(folder: Path, *, is_by_custom: bool = False) -> Path | 
 
     With `is_by_custom` one that is called as trainers call theirs: a pipeline's second text encoder has a number, too.
     """
-    is_numbered = _has_series_name if is_by_custom else lambda path: bool(steps_in_name(path.name))
+    is_numbered = has_series_name if is_by_custom else lambda path: bool(steps_in_name(path.name))
     level = [folder]
     for _ in range(MAX_SEARCH_DEPTH):
         level = _folders_below(level)

@@ -12,11 +12,13 @@ from pathlib import Path
 
 from ckpt_ema.errors import CkptEmaError
 from ckpt_ema.locations import RemotePath
-from ckpt_ema.steps import ORIGINS, Origin, steps_in_name
+from ckpt_ema.steps import ORIGINS, RANK_SUFFIX, Origin, stem_of, steps_in_name
 
 # Of options in a hint, and of files; what is longer nobody types.
 MAX_OPTIONS = 4
 MAX_LISTED = 4
+
+_DISCRIMINATOR = re.compile(r"(?:^|[-_.*]|net)d(?:isc\w*)?(?:[-_.*]|$)", re.IGNORECASE)
 
 Claims = Mapping[int, Sequence[str]]
 """The names of checkpoints by the step that they claim, ascending."""
@@ -30,6 +32,13 @@ def collision_of(claims: Claims, origin: Origin, directory: Path, include: Seque
     unit = origin[1]
     contested = {step: names for step, names in claims.items() if len(names) > 1}
     step, names = next(iter(contested.items()))
+    wholes = {RANK_SUFFIX.sub("", stem_of(name)) for name in names}
+    if len(wholes) == 1 and all(RANK_SUFFIX.search(stem_of(name)) for name in names):
+        return CkptEmaError(
+            f"{len(names)} files are parts of one checkpoint, by their names, and are not put together",
+            details=names,
+            hint="fold what holds the whole model: save it in one file, or with torch.distributed.checkpoint",
+        )
     ordered = _in_order_of_names(names) if origin[0] == "inside" and len(claims) == 1 else None
     if ordered is not None:
         return CkptEmaError(
@@ -46,6 +55,24 @@ def collision_of(claims: Claims, origin: Origin, directory: Path, include: Seque
         ],
         hint=_hint_of_families(claims, include) or _hint_of_files(claims),
     )
+
+
+def hint_of_unknown(names: Sequence[str], unknown: Sequence[str], include: Sequence[str]) -> str:
+    """What to type where nothing gives all of `names` a step, and the most common way does not give it to `unknown`."""
+    patterns: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        patterns[_pattern_of(name)].append(name)
+    series = [pattern for pattern, found in patterns.items() if len(found) > 1 and steps_in_name(found[0])]
+    if not include and 1 < len(series) <= MAX_OPTIONS:
+        return f"pass {' or '.join(f'`--include {shlex.quote(pattern)}`' for pattern in series)}"
+    if 2 * len(unknown) < len(names) and len(unknown) <= MAX_OPTIONS:
+        options = " ".join(f"--exclude {shlex.quote(glob.escape(name))}" for name in unknown)
+        return f"leave out what is none of the series, `{options}`, or list the checkpoints in order, oldest first"
+    return "list the checkpoints in the order they are to be folded, oldest first"
+
+
+def _pattern_of(name: str) -> str:
+    return "*".join(map(glob.escape, re.split(r"\d+", name)))
 
 
 def _in_order_of_names(names: Sequence[str]) -> list[str] | None:
@@ -87,6 +114,7 @@ def _hint_of_families(claims: Claims, include: Sequence[str]) -> str | None:
         ]
         if len(families) > 1 and patterns:
             instead = " in place of the one you gave" if include else ""
+            patterns.sort(key=lambda pattern: _DISCRIMINATOR.search(pattern) is not None)
             ways = [f"`--include {shlex.quote(pattern)}`{instead}" for pattern in patterns[:3]]
             if len(families) == 2 and len(patterns) == 1:
                 ways.append(f"`--exclude {shlex.quote(patterns[0])}`")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from ckpt_ema.checkpoints import OUT_OF_ORDER, STEPLESS_COPY, Checkpoint, Listing, Numbered
-from ckpt_ema.collisions import collision_of
+from ckpt_ema.collisions import collision_of, hint_of_unknown
 from ckpt_ema.errors import CkptEmaError, NoCheckpointError
 from ckpt_ema.selection import Selection
 from ckpt_ema.steps import ORIGINS, Origin, Unit, is_copy_name, steps_in_name
@@ -33,6 +34,21 @@ def give_steps(listing: Listing) -> None:
             f"{OUT_OF_ORDER}: {unit} {newer} comes after {unit} {older}, and is folded so; pass the run directory to"
             " fold in step order"
         )
+    elif not known and (pair := _descending_names([str(checkpoint.path) for checkpoint, _ in listing.checkpoints])):
+        listing.warnings.append(
+            f"{OUT_OF_ORDER}, by the numbers in the names: `{pair[1]}` comes after `{pair[0]}`, and is folded so;"
+            " a shell sorts 10 before 9"
+        )
+
+
+def _descending_names(names: Sequence[str]) -> tuple[str, str] | None:
+    """The first two neighbours that differ in numbers alone and descend by them."""
+    for name, next_name in itertools.pairwise(names):
+        parts, next_parts = re.split(r"(\d+)", name), re.split(r"(\d+)", next_name)
+        numbers, next_numbers = ([int(number) for number in each[1::2]] for each in (parts, next_parts))
+        if parts[::2] == next_parts[::2] and next_numbers < numbers:
+            return name, next_name
+    return None
 
 
 def sort_by_step(listing: Listing, directory: Path, selection: Selection) -> None:
@@ -63,7 +79,7 @@ def sort_by_step(listing: Listing, directory: Path, selection: Selection) -> Non
                 f"the order of the checkpoints in `{directory}` cannot be told: neither their contents nor their names"
                 " give all of them a step",
                 details=[f"{name}: no {common[1]}" for name in unknown],
-                hint="list the checkpoints in the order they are to be folded, oldest first",
+                hint=hint_of_unknown([item.label for item, _ in listing.checkpoints], unknown, selection.include),
             )
         if not is_live:
             _forgive_newest(listing, None)

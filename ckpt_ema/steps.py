@@ -97,6 +97,8 @@ EDM2_NAME = re.compile(r"^network-snapshot-(?P<step>\d{1,18})-(?P<sigma_rel>0?\.
 _EMA_PYTORCH_NAME = re.compile(r"^\d{1,6}\.(?P<step>\d{1,18})$")
 # The 16 of `model.fp16` counts nothing.
 _PRECISION_SUFFIX = re.compile(r"[-_.](?:fp|bf|int)(?:8|16|32|64)$", re.IGNORECASE)
+# Of many ranks' files of one checkpoint.
+RANK_SUFFIX = re.compile(r"[-_.](?:rank|shard)[-_.]?\d+$", re.IGNORECASE)
 # Lightning appends a version where a name is taken.
 _VERSION_SUFFIX = re.compile(r"-v\d+$")
 _COPY_NAME = re.compile(r"(?:^|[^a-z])(last|latest|best|final|newest|current)(?:[^a-z]|$)|^checkpoint$", re.IGNORECASE)
@@ -116,7 +118,7 @@ def is_copy_name(name: str) -> bool:
 
 def steps_in_name(name: str) -> dict[Origin, int]:
     """Numbers that the file's or folder's name gives, by what they count."""
-    stem = _VERSION_SUFFIX.sub("", _PRECISION_SUFFIX.sub("", stem_of(name)))
+    stem = _VERSION_SUFFIX.sub("", _PRECISION_SUFFIX.sub("", RANK_SUFFIX.sub("", stem_of(name))))
     date = next((match for pattern in DATE_PATTERNS if (match := pattern.search(stem))), None)
     if date is None:
         return _numbers_in(_DAY_OF_RUN.sub("", stem))

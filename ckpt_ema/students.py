@@ -48,6 +48,8 @@ _TRAINERS_WORD = re.compile(
     r"|meta(data)?|args|cfg|configs?)$",
     re.IGNORECASE,
 )
+# Megatron's distributed checkpoints have names of the model and of all else in one table.
+_OF_THE_TRAINER = re.compile(r"^((chained_\d+\.)?optimizer\.|rng_state/)")
 # What trainers count, beside the tensors of a flat state dict.
 _COUNTER = re.compile(r"(^|_)(steps?|epochs?|iter(ation)?s?|updates|n_averaged)(_|$)", re.IGNORECASE)
 COMPILED = "_orig_mod."
@@ -385,13 +387,13 @@ def _student_of(contents: Contents, key: str, value: Any) -> Student:
             value, buffers = module[0], frozenset(module[1])
     table = _as_mapping(value) or {}
     leaves: dict[str, Any] = {}
-    optimizers: dict[str, Any] = {}
+    trainers: dict[str, Any] = {}
     left_out: dict[str, str] = {}
     for name, leaf in table.items():
         if isinstance(leaf, TENSOR_LEAVES):
             if not isinstance(name, str):
                 raise UnreadableCheckpointError(f"`{contents.path}`: a tensor of `{key}` has no text for a name")
-            (optimizers if name.startswith("optimizer.") else leaves)[name] = leaf
+            (trainers if _OF_THE_TRAINER.match(name) else leaves)[name] = leaf
         elif isinstance(leaf, Inert) and _was_a_tensor(leaf):
             raise CkptEmaError(
                 f"`{contents.path}`: `{name}` is a tensor of a kind that is not stored as plain numbers"
@@ -402,10 +404,10 @@ def _student_of(contents: Contents, key: str, value: Any) -> Student:
             left_out["(an entry without a name)"] = NOT_A_TENSOR
         elif not _is_trainers_own(name, leaf):
             left_out[name] = NUMPY_ARRAY if _is_numpy_array(leaf) else NOT_A_TENSOR
-    if leaves:  # Megatron's names of both lie in one table
-        left_out |= dict.fromkeys(optimizers, "the optimizer's")
+    if leaves:
+        left_out |= dict.fromkeys(trainers, "the trainer's, by its name")
     else:
-        leaves = optimizers
+        leaves = trainers
     return Student(key, leaves, left_out=left_out, known_buffers=buffers)
 
 

@@ -85,7 +85,7 @@ def test_the_hint_of_families_reads_as_it_is_typed(tmp_path: Path, cli: Cli) -> 
     shown = cli("plan", "g")
     assert "Error: 2 checkpoints claim number 10\n  netD_10.pt\n  netG_10.pt\n" in shown.stderr
     assert "  number 20 as well: netD_20.pt, netG_20.pt\n" in shown.stderr
-    assert "hint: pass `--include 'netD_*.pt'` or `--include 'netG_*.pt'`\n" in shown.stderr
+    assert "hint: pass `--include 'netG_*.pt'` or `--include 'netD_*.pt'`\n" in shown.stderr
     shown = cli("plan", "g", "--include", "net*")
     assert "`--include 'netG_*.pt'` in place of the one you gave" in shown.stderr
     assert cli("plan", "g", "--include", "netG_*.pt").code == 0

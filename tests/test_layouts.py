@@ -579,7 +579,7 @@ def test_an_optimizer_among_the_tensors_is_left_out(tmp_path: Path) -> None:
         beside = {**with_prefix("optimizer.state.fp32_param.", student), **with_prefix("optimizer.state.mu.", student)}
         torch.save({**student, **beside}, run / f"step_{step}.pt")
     planned = assert_folds_to(run, tmp_path, STUDENTS)
-    assert {reason for _, reason in planned.left_out_tensors} == {"the optimizer's"}
+    assert {reason for _, reason in planned.left_out_tensors} == {"the trainer's, by its name"}
     assert len(planned.left_out_tensors) == 2 * len(STUDENTS[0])
 
 
@@ -1601,6 +1601,89 @@ def test_the_final_model_beside_checkpoint_folders_is_left_out(tmp_path: Path, k
         torch.save(STUDENTS[3], run / "pytorch_model.bin")
     (run / "config.json").write_text("{}")
     assert steps_of(assert_folds_to(run, tmp_path, STUDENTS)) == [100, 200, 300, 400]
+
+
+ONE_FILE = {
+    "diffusers' LoRA scripts": ("checkpoint-{}/pytorch_lora_weights.safetensors", ["optimizer.bin", "scheduler.bin"]),
+    "LLaVA": ("checkpoint-{}/mm_projector.bin", ["config.json", "trainer_state.json"]),
+    "LitGPT": ("step-{:08}/lit_model.pth", ["hyperparameters.yaml"]),
+    "LitGPT's LoRA": ("step-{:08}/lit_model.pth.lora", ["lit_config.json"]),
+    "OLMo": ("step{}-unsharded/model.pt", ["train.pt", "optim.pt", "config.yaml"]),
+    "Megatron": ("iter_{:07}/mp_rank_00/model_optim_rng.pt", ["../../latest_checkpointed_iteration.txt"]),
+}
+
+
+@pytest.mark.parametrize("kind", ONE_FILE)
+def test_a_folder_with_a_number_is_a_checkpoint_whatever_its_file_is_called(tmp_path: Path, kind: str) -> None:
+    """One file of weights in it is the student; the same in the run directory is the last one again, without a step."""
+    run = tmp_path / "run"
+    pattern, beside = ONE_FILE[kind]
+    paths = [run / pattern.format(step) for step in (900, 1000, 1500, 2000)]
+    for path, student in zip(paths, STUDENTS, strict=True):
+        path.parent.mkdir(parents=True)
+        save_file(student, path) if path.suffix == ".safetensors" else torch.save(student, path)
+        for name in beside:
+            (path.parent / name).write_bytes(b"{}")
+    assert steps_of(assert_folds_to(run, tmp_path, STUDENTS)) == [900, 1000, 1500, 2000]
+    if "mp_rank" not in pattern:
+        assert steps_of(assert_folds_to(paths, tmp_path, STUDENTS)) == [900, 1000, 1500, 2000]
+        shutil.copy(paths[-1], run)
+        planned = assert_folds_to(run, tmp_path, STUDENTS)
+        assert planned.left_out == ((paths[-1].name, "the final model, without a step of its own"),)
+
+
+def test_parts_of_one_model_are_never_students(tmp_path: Path) -> None:
+    """Ranks' files of one step, tensor parallel folders and DeepSpeed's experts: refused, and said why."""
+    for names in (("c_1_100-shard{}.pt", "c_1_200-shard{}.pt"), ("ckpt_6999_rank{}.pt",), ("m_0012.rank_{}.pth",)):
+        run = tmp_path / names[0]
+        run.mkdir()
+        for name in names:
+            for rank in (0, 1):
+                torch.save(STUDENTS[rank], run / name.format(rank))
+        assert (
+            refusal_of(run).message == "2 files are parts of one checkpoint, by their names, and are not put together"
+        )
+    for step in (1, 2):
+        for part in (0, 1):
+            folder = tmp_path / "parallel" / f"iter_{step:07}" / f"mp_rank_{part:02}"
+            folder.mkdir(parents=True)
+            torch.save({"model": STUDENTS[part], "iteration": step}, folder / "model_optim_rng.pt")
+        folder = tmp_path / "experts" / f"global_step{step}"
+        folder.mkdir(parents=True)
+        torch.save({"module": STUDENTS[0]}, folder / "mp_rank_00_model_states.pt")
+        torch.save(STUDENTS[1], folder / "layer_0_expert_0_mp_rank_00_model_states.pt")
+    assert "holds a model that is cut into 2 parts" in refusal_of(tmp_path / "parallel").message
+    assert "checkpoint of a mixture of experts" in refusal_of(tmp_path / "experts").message
+
+
+@pytest.mark.parametrize(
+    ("names", "hint"),
+    [
+        (("init.pt", "1.pt", "2.pt", "10.pt"), "--exclude init.pt"),
+        (("lora-000001.pt", "lora-000002.pt", "lora-000003.pt", "lora.pt"), "--exclude lora.pt"),
+        (("epoch_0.pt", "epoch_1.pt", "step_100.pt", "step_200.pt"), "--include 'epoch_*.pt'"),
+    ],
+)
+def test_what_has_no_step_is_left_out_by_the_hint(tmp_path: Path, names: tuple[str, ...], hint: str) -> None:
+    """A file that is none of the series stops the command, and typing the hint goes on."""
+    for name, student in zip(names, STUDENTS, strict=True):
+        torch.save(student, tmp_path / name)
+    error = refusal_of(tmp_path)
+    assert error.hint is not None
+    assert f"`{hint}`" in error.hint
+    option, pattern = shlex.split(hint)
+    assert len(plan(tmp_path, **{option[2:]: [pattern]}).checkpoints) in (2, 3)
+
+
+def test_a_list_in_a_shells_order_brings_a_warning_where_no_step_is_known(tmp_path: Path) -> None:
+    """`10_a.pt` before `9_a.pt` is the order of letters, whatever the numbers count."""
+    for name, student in zip(("run_9_a.pt", "run_10_a.pt", "run_11_a.pt"), STUDENTS, strict=False):
+        torch.save(student, tmp_path / name)
+    [warning] = [text for text in plan(sorted(tmp_path.iterdir())).warnings if "order" in text]
+    assert warning.endswith("and is folded so; a shell sorts 10 before 9")
+    assert "run_9_a.pt` comes after" in warning
+    ordered = [tmp_path / f"run_{number}_a.pt" for number in (9, 10, 11)]
+    assert not [text for text in plan(ordered).warnings if "order" in text]
 
 
 def test_adapters_are_folded_without_their_base_model(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ LATEST_NAME = "latest"
 MODEL_FILE = re.compile(r"^(?:zero_pp_rank_(?P<rank>\d+)_)?mp_rank_(?P<part>\d+)_model_states\.pt$")
 OPTIMIZER_FILE = re.compile(r"^(?:bf16_)?zero_pp_rank_(?P<rank>\d+)_mp_rank_(?P<part>\d+)_optim_states\.pt$")
 LAYER_FILE = re.compile(r"^layer_\d+.*-model_.*states\.pt$")
+EXPERT_FILE = re.compile(r"^(?:layer_-?\d+_)?expert_\d+_mp_rank_\d+_model_states\.pt$")
 CONVERTER = "python zero_to_fp32.py"
 
 
@@ -52,7 +53,7 @@ def read_deepspeed(folder: Path) -> Contents:
     """Read the tables of all ranks' files.
 
     Raises UnreadableCheckpointError where a rank's file is missing, and for models that were cut across ranks
-    themselves (tensor or pipeline parallelism).
+    themselves (tensor or pipeline parallelism, experts).
     """
     names = sorted(path.name for path in folder.iterdir())
     parts = {int(match["part"]) for name in names if (match := MODEL_FILE.match(name))}
@@ -61,6 +62,12 @@ def read_deepspeed(folder: Path) -> Contents:
             f"`{folder}` is a DeepSpeed checkpoint of a model that is itself cut across ranks (tensor or pipeline"
             " parallelism), which is not read",
             hint="convert it with DeepSpeed's ds_to_universal.py, or Megatron's converter, and fold what that writes",
+        )
+    if experts := [name for name in names if EXPERT_FILE.match(name)]:
+        raise UnreadableCheckpointError(
+            f"`{folder}` is a DeepSpeed checkpoint of a mixture of experts, which lie in files of their own"
+            f" (`{experts[0]}`), and are not read",
+            hint="save the whole model with `save_pretrained` or `torch.save`, and fold what that writes",
         )
     models = _in_rank_order(folder, names, MODEL_FILE)
     optimizers = _in_rank_order(folder, names, OPTIMIZER_FILE)

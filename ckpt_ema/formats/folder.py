@@ -20,15 +20,24 @@ from ckpt_ema.formats.pickles import PickledTensor
 from ckpt_ema.formats.rank_files import is_rank_folder, read_rank_files
 from ckpt_ema.locations import children_of, is_dead_link
 
-WEIGHTS_SUFFIX = re.compile(r"\.(safetensors|ckpt|bin|pt|pth|pyth|th|pth\.tar|tar)$", re.IGNORECASE)
+WEIGHTS_SUFFIX = re.compile(r"\.(safetensors|ckpt|bin|pt|pth|pyth|th|pth\.tar|tar|pth\.lora)$", re.IGNORECASE)
 SHARD_NAME = re.compile(r"^(?P<stem>.+)-(?P<index>\d+)-of-(?P<count>\d+)\.(safetensors|bin|pt)$")
 # accelerate numbers the models of one save: `model`, `model_1`, ...
 MODEL_STEM = re.compile(r"^(?P<model>model|pytorch_model|diffusion_pytorch_model|adapter_model)(_(?P<number>\d+))?$")
 # Saved beside the weights by every trainer, and never a student.
 NEVER_STUDENTS = re.compile(
     r"^(optimizer|scheduler|scaler|sampler|dl_state_dict|custom_checkpoint|rng_state|random_states|random_state"
-    r"|training_args|trainer_state|recipe_state|optim|opt(?=\d)|zero_pp_rank|bf16_zero_pp_rank|events\.out)([_.\-\d].*)?$"
+    r"|training_args|trainer_state|recipe_state|optim|opt(?=\d)|zero_pp_rank|bf16_zero_pp_rank|events\.out|\d+_optimizer[A-Z]?)([_.\-\d].*)?$"
 )
+# What trainers call the one file of weights in a folder.
+LONE_STEM = re.compile(
+    r"^(model|pytorch_model|student|weights|checkpoint|ckpt|state|consolidated|lit_model|model_optim_rng)\."
+)
+# And a folder that is a checkpoint by its name, whatever that file is called: `pytorch_lora_weights.safetensors`.
+SERIES_NAME = re.compile(r"^(checkpoint|step|epoch|global_step|iter)[-_=]?\d+", re.IGNORECASE)
+# Folders of one checkpoint that torch.distributed.checkpoint wrote the model into: accelerate, OLMo, NeMo.
+DCP_SUBFOLDER = re.compile(r"^(pytorch_model_fsdp.*|model_and_optim|weights)$")
+MODEL_PARALLEL = re.compile(r"^mp_rank_\d+(_\d+)?$")
 # torch.distributed.checkpoint's safetensors: each rank's pieces of a model that is cut into files.
 DCP_SHARD_NAME = re.compile(r"^shard-(?P<rank>\d+)-model-(?P<index>\d+)-of-(?P<count>\d{1,5})\.safetensors$")
 SHARDING_KEY = "DCP_SHARDING_INFO"
@@ -63,7 +72,16 @@ def _read_folder(folder: Path) -> Contents:
         sharded = _read_sharded(folder)
         if sharded is not None:
             return replace(sharded, path=folder, trainer_state=_read_trainer_state(folder))
-        for subfolder in sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")):
+        subfolders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+        parts_of_model = [path.name for path in subfolders if MODEL_PARALLEL.match(path.name)]
+        if len(parts_of_model) > 1:
+            raise UnreadableCheckpointError(
+                f"`{folder}` holds a model that is cut into {len(parts_of_model)} parts (tensor or pipeline"
+                " parallelism), which is not read",
+                details=parts_of_model,
+                hint="convert it with Megatron's tools/checkpoint/convert.py to one part, and fold what that writes",
+            )
+        for subfolder in subfolders:
             for found in _find_models(subfolder).values():
                 models[subfolder.name] = found
     if not models:
@@ -189,12 +207,20 @@ def _find_shards_without_index(folder: Path, names: list[str], *, check: bool) -
     if models:
         return models
     # Last resort, a folder around one single file of weights; several would be several checkpoints.
-    single = [name for name in names if is_weights_file_name(name)]
-    if len(single) == 1 and re.match(
-        r"^(model|pytorch_model|student|weights|checkpoint|ckpt|state|consolidated)\.", single[0]
-    ):
+    single = [name for name in names if is_weights_file_name(name) and name != "train.pt"]  # OLMo's trainer
+    if len(single) == 1 and (LONE_STEM.match(single[0]) or _is_of_series(folder, single[0])):
         return {"model": [folder / single[0]]}
     return {}
+
+
+def _is_of_series(folder: Path, name: str) -> bool:
+    """Whether the folder's name counts, the file's does not, and it is not what lies beside many ranks' files."""
+    return (
+        SERIES_NAME.match(folder.name) is not None
+        and not re.search(r"\d", WEIGHTS_SUFFIX.sub("", name))
+        and not is_sharded(folder)
+        and folder_of_latest(folder) is None
+    )
 
 
 def _weights_name(path: Path) -> str:
@@ -326,8 +352,7 @@ def _sharded_folder(folder: Path) -> Path | None:
     if is_dcp_folder(folder) or is_deepspeed_folder(folder) or is_rank_folder(folder):
         return folder
     for child in children_of(folder):
-        # Accelerate's FSDP: `pytorch_model_fsdp_0` beside `optimizer_0`.
-        if child.name.startswith("pytorch_model_fsdp") and child.is_dir() and is_dcp_folder(child):
+        if DCP_SUBFOLDER.match(child.name) and child.is_dir() and is_dcp_folder(child):
             return child
     return None
 
