@@ -167,10 +167,11 @@ def plan_weighed(
         model_buffers=read_model_buffers(wanted.model, newest.layout.schema.names) if wanted.model else None,
         dtype=wanted.dtype,
     )
+    unfollowed = _unfollowed(newest, followed)
     tensors = build_catalogue(
         [(checkpoint.label, checkpoint.layout) for checkpoint in checkpoints],
         treatment,
-        known_buffers=_unfollowed(newest, followed) or newest.known_buffers,
+        known_buffers=newest.known_buffers if unfollowed is None else unfollowed,
     )
     pool = SchemaPool()
     layouts = [_average_layout(average.path, tensors, pool, wanted) for average in weighed.averages]
@@ -233,10 +234,10 @@ def plan_weighed(
     )
 
 
-def _unfollowed(newest: Checkpoint, followed: frozenset[str]) -> frozenset[str]:
-    """What a student has beside the tensors that an online teacher averaged; nothing where that is another model's."""
+def _unfollowed(newest: Checkpoint, followed: frozenset[str]) -> frozenset[str] | None:
+    """What a student has beside the tensors that an online teacher averaged; None where that is another model's."""
     names = frozenset(newest.layout.schema.names)
-    return names - followed if followed and followed < names else frozenset()
+    return names - followed if followed and followed <= names else None
 
 
 def _average_layout(path: Path, tensors: Sequence[TeacherTensor], pool: SchemaPool, wanted: FoldOptions) -> Layout:

@@ -325,6 +325,16 @@ def test_lightning_evaluates_as_it_is_what_the_teacher_does_not_follow(tmp_path:
     assert_same_bits(tested[0], seen[1])
 
 
+def test_lightning_says_when_there_is_no_teacher_to_evaluate(tmp_path: Path) -> None:
+    """Before any training, or behind one in processes of its own: the student is evaluated, and that is told."""
+    pytest.importorskip("lightning")
+    from ckpt_ema.integrations.lightning import MeanTeacherCallback
+
+    trainer = lightning_trainer(tmp_path, [MeanTeacherCallback()], max_steps=1)
+    with pytest.warns(UserWarning, match="without the mean teacher: there is none in this process"):
+        trainer.test(lightning_pair([], []), labelled_batches(), verbose=False)
+
+
 def test_lightning_predicts_with_the_teacher_and_goes_on_with_it(tmp_path: Path) -> None:
     """What a monitor chose is what predicts; a `fit` that trains on has the teacher of all steps."""
     pytest.importorskip("lightning")

@@ -611,7 +611,15 @@ def test_a_teacher_whose_past_is_not_known_claims_no_response(tmp_path: Path) ->
     resumed = MeanTeacher(student, momentum=0.1)
     resumed.load_state_dict(state)
     assert response(resumed) == response(changed)
-    assert response(changed, 0) is not None
+    edge = MeanTeacher(student, momentum=0.1)
+    edge.load_state_dict(state)
+    assert response(edge, 0) is not None
+    edge.update()
+    assert response(edge, 5) is None  # 5 steps of the caller's are one update
+    gone_on = MeanTeacher(student, momentum=0.1)
+    gone_on.load_state_dict(edge.state_dict())
+    assert response(gone_on, 5) is None
+    assert response(gone_on, 1) is not None
     other = MeanTeacher(student, momentum=0.2)
     with pytest.warns(UserWarning, match=r"made with momentum=0\.1"):
         other.load_state_dict(state)

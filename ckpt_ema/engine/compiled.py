@@ -231,8 +231,6 @@ def update_all_(pairs: Sequence[Pair], keep: float, take: float, *, lerp: bool) 
     As find_kernel's do. Left are other dtypes and devices, tensors that are not just elements without a gap, and of
     each the elements behind the last whole GRAIN: how torch rounds its last few depends on where they are.
     """
-    if torch.compiler.is_compiling():  # it would trace us down to llvmlite
-        return list(pairs)
     in_parallel = _find_torchs_parallel()
     if in_parallel is None:
         return list(pairs)

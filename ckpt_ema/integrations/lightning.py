@@ -17,10 +17,11 @@ from ckpt_ema.online.tracking import gather_on_first_rank
 class MeanTeacherCallback(Callback):
     """Follows the module with a `ckpt_ema.MeanTeacher`, and validates, tests and predicts with the teacher's numbers.
 
-    An update comes after every batch that stepped an optimizer. The teacher's state travels in the checkpoints, whose
-    `state_dict` stays the student's; `teacher` is the MeanTeacher, from the start of training on, in the process that
-    trains. `validate=False` leaves all that to the student; so is, with a warning, what is no part of this training: a
-    module that was not followed, a checkpoint without a teacher. Further options are MeanTeacher's.
+    An update comes after every batch in which Lightning counts an optimizer's step, also one that a GradScaler
+    skips. The teacher's state travels in the checkpoints, whose `state_dict` stays the student's; `teacher` is the
+    MeanTeacher, from the start of training on, in the process that trains. `validate=False` leaves all that to the
+    student; so is, with a warning, what is no part of this training: a module that was not followed, a checkpoint
+    without a teacher. Further options are MeanTeacher's.
     """
 
     def __init__(
@@ -80,7 +81,15 @@ class MeanTeacherCallback(Callback):
     def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Put the teacher in, that of the checkpoint where one was loaded."""
         self._take_loaded(pl_module)
-        if not self.validate or self.teacher is None:
+        if not self.validate:
+            return
+        if self.teacher is None:
+            if trainer.state.fn != "fit":
+                warnings.warn(
+                    "the module is evaluated as it is, without the mean teacher: there is none in this process, and no"
+                    " checkpoint that holds one was given",
+                    stacklevel=2,
+                )
             return
         lacks_teacher = trainer.state.fn != "fit" and trainer.ckpt_path and not self._is_loaded
         if lacks_teacher or not self._follows(pl_module):

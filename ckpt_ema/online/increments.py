@@ -102,15 +102,20 @@ class Increments:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was taken; a sample of another size than the student's here is not compared with."""
-        self._spacing, self._thinning = int(state["spacing"]), int(state.get("thinning", 1))
-        self._measured = [(int(step), float(value)) for step, value in state["measured"]]
-        self._pending = []
-        self._squared_norm = state["squared_norm"]
-        fits = state["sample"].shape == self._scales.shape
-        self._sampled_at = int(state["sampled_at"]) if fits else -1
+        """Go on where `state_dict` was taken; a sample of another size than the student's here is not compared with.
+
+        Raises KeyError, TypeError, ValueError or AttributeError, nothing changed, for anything else.
+        """
+        spacing, thinning = int(state["spacing"]), int(state.get("thinning", 1))
+        measured = [(int(step), float(value)) for step, value in state["measured"]]
+        squared_norm, sampled_at = state["squared_norm"], int(state["sampled_at"])
+        sample = state["sample"].to(self._scales.dtype, copy=True)
+        self._spacing, self._thinning, self._squared_norm = spacing, thinning, squared_norm
+        self._measured, self._pending = measured, []
+        fits = sample.shape == self._scales.shape
+        self._sampled_at = sampled_at if fits else -1
         if fits:
-            self._sample = state["sample"].to(self._scales.dtype, copy=True)
+            self._sample = sample
 
     def _take(self, students: Sequence[torch.Tensor]) -> torch.Tensor:
         """The looked-at elements in one dimension: whole tensors first, so that few calls do for all."""

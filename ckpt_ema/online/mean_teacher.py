@@ -19,11 +19,29 @@ from torch.utils.hooks import RemovableHandle
 
 from ckpt_ema.errors import CkptEmaError, MisuseError
 from ckpt_ema.online.offload import Offload, hold_back_all
-from ckpt_ema.online.pairs import Pair, beside, check_shape, check_stored, pairs_of, places_in, shadow_of, warn_of_stall
+from ckpt_ema.online.pairs import (
+    Pair,
+    beside,
+    check_shape,
+    check_stored,
+    is_narrow,
+    pairs_of,
+    places_in,
+    shadow_of,
+    warn_of_stall,
+)
 from ckpt_ema.online.rule import Rule, blocks_of, is_finite
 from ckpt_ema.online.settings import Arithmetic, OnNonfinite, ShadowDevice, ShadowDtype, check_settings
 from ckpt_ema.online.snapshots import Snapshots, SnapshotTracks
-from ckpt_ema.online.swap import SWAPPED, Swap, call_all, hold_buffers, watch_anew, written_in
+from ckpt_ema.online.swap import (
+    Swap,
+    any_swapped,
+    call_all,
+    hold_buffers,
+    mark_swapped,
+    watch_anew,
+    written_in,
+)
 from ckpt_ema.online.teacher_file import OnlineRecord, check_file_replaceable, write_teacher
 from ckpt_ema.online.tracking import Tracking, is_sharded, part_of, track, unwrap
 from ckpt_ema.response_records import response_record
@@ -107,6 +125,8 @@ class MeanTeacher:
         self._start: Start | None = "teacher" if keep_teacher else None
         # The step whose student was copied last, and num_updates then.
         self._copied: tuple[int, int] | None = None
+        # What a snapshot's step had beyond num_steps, once one was written.
+        self._offset: int | None = None
         # Whether a graph may change the teacher, how often nobody tells: no formula describes it from then on.
         self._is_captured = False
         self._is_swapped = False
@@ -121,6 +141,7 @@ class MeanTeacher:
                 hint="leave one of the two away",
             )
         self._offload = None if device is None else Offload()
+        self._teacher = None if teacher is None else unwrap(teacher)
         self._module_tracking = None if teacher is None else track(teacher, skip_buffers=skip_buffers, whose="teacher")
         if self._module_tracking is not None:
             self._pairs = pairs_of(self._tracking, self._module_tracking)
@@ -180,6 +201,9 @@ class MeanTeacher:
         (the first), snapshots, `on_nonfinite` and `device="cpu"` cannot be captured, and raise CkptEmaError. Behind
         `load_state_dict` update once before: the graph would get torch's own calls, which take longer.
         """
+        if torch.compiler.is_compiling():
+            # What would be compiled rounds in another way: torch.compile goes on behind it.
+            return bool(torch._dynamo.disable(self.update)())  # type: ignore[no-untyped-call]
         self._refuse_swapped("update the teacher")
         if not self._is_behind_step and any(map(_is_registered, self._handles)):
             self._handles.clear()
@@ -232,6 +256,8 @@ class MeanTeacher:
 
     def _average(self, students: list[torch.Tensor], teachers: list[torch.Tensor], step: int) -> None:
         fold = functools.partial(self._fold, teachers, is_first=self._start is None)
+        # Not before it has come to its end: where it is interrupted some tensors are a step ahead.
+        copied, self._copied = self._copied, None
         if self._offload is None:
             fold(students)
         else:
@@ -240,8 +266,11 @@ class MeanTeacher:
             if self._start is None:
                 self._offload.wait()  # one that fails is no copy to average on from
         self.num_updates += 1
+        self._copied = copied
         if self._start is None:
-            self._start, self._copied = "student", (step, self.num_updates)
+            self._start = "student"
+            if not any(map(is_narrow, teachers)):
+                self._copied = step, self.num_updates
 
     def _fold(self, teachers: Sequence[torch.Tensor], students: Sequence[torch.Tensor], *, is_first: bool) -> None:
         if is_first:
@@ -283,7 +312,8 @@ class MeanTeacher:
         for teacher, student in zip(teachers, students, strict=True):
             teacher.copy_(student)
         self._rule.prepare(teachers, students)
-        self._start, self._copied = "student", (self.num_steps, self.num_updates)
+        is_exact = not any(map(is_narrow, teachers))
+        self._start, self._copied = "student", (self.num_steps, self.num_updates) if is_exact else None
 
     def attach(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
         """Update after every `optimizer.step()` from now on; `remove()` of what is returned ends that.
@@ -317,6 +347,12 @@ class MeanTeacher:
                 " is well",
                 stacklevel=2,
             )
+        if any(map(_is_registered, self._handles)):
+            warnings.warn(
+                "the teacher is attached to another optimizer as well, and counts each step of both: attach it to the"
+                " one that steps last",
+                stacklevel=2,
+            )
         handle: RemovableHandle = inner.register_step_post_hook(_AfterStep(self))
         self._handles = [*filter(_is_registered, self._handles), handle]
         return handle
@@ -326,53 +362,66 @@ class MeanTeacher:
         """Put the teacher's numbers into `module` (default: the student) for the length of a `with` block.
 
         The tensors that the module held come back afterwards, also when the block raises or converts the module. In
-        between the teacher can be neither updated nor saved. Tensors of the teacher's dtype are exchanged in place; of
-        others a copy is kept. What is not averaged stays the module's own: another module than the student keeps its
-        running statistics. Raises CkptEmaError, nothing changed, where names, shapes or ties do not fit, and at the end
-        where a sharded parameter was converted, which does not come back. Warns where the block wrote to a parameter
-        that was exchanged (not by way of `.data`, nor to shards: nobody counts that): the teacher holds that then.
+        between the teacher can be neither updated nor saved, nor can another that follows one of the two modules.
+        Tensors of the teacher's dtype are exchanged in place: a teacher module holds what `module` held meanwhile;
+        of others a copy is kept. What is not averaged stays the module's own; running statistics come back as they
+        were. Not between a forward of the student's and its backward, which autograd would refuse. Raises
+        CkptEmaError, nothing changed, where names, shapes or ties do not fit, and at the end where a sharded
+        parameter was converted, which does not come back. Warns where the block wrote to a parameter that was
+        exchanged (not by way of `.data`, nor to shards: nobody counts that): the teacher holds that then.
         """
         self._begin("swap it in again")
+        if self._start is None:
+            self._warn_of_beginning("is swapped in", stacklevel=3)  # past contextlib
         target = self._student if module is None else module
         tracking = track(target, skip_buffers=self.skip_buffers)
         places = places_in(tracking, self._pairs)
         swaps = [Swap(place) for place, _, _ in places]
         root = unwrap(target)
         undo: list[Callable[[], object]] = [hold_buffers(root, swaps)]
+        written: list[str] = []
+        ends_well = False
         hold_back_all()
         try:
-            self._is_swapped = True
-            SWAPPED.add(root)
-            for swap, (_, pair, is_first) in zip(swaps, places, strict=True):
-                swap.put_in(pair.local, undo, exchanges=is_first)
-            for swap in swaps:
-                swap.watch()
-            yield target
-            written = written_in(root, swaps)
+            try:
+                self._is_swapped = True
+                # The teacher module, too: it holds what the other one held.
+                mark_swapped([root] if self._teacher is None else [root, self._teacher], undo)
+                for swap, (_, pair, is_first) in zip(swaps, places, strict=True):
+                    swap.put_in(pair.local, undo, exchanges=is_first)
+                for swap in swaps:
+                    swap.watch()
+                yield target
+                ends_well = True
+            finally:
+                written = written_in(root, swaps)
         finally:
             try:
-                failure = self._take_back(root, tracking, undo)
+                failure = self._take_back(tracking, undo)
             except BaseException as error:  # Ctrl-C between two of its lines: what is left is done now
-                failure = self._take_back(root, tracking, undo) or error
+                failure = self._take_back(tracking, undo) or error
             watch_anew(swaps)
+            if written:
+                self._copied = None  # no formula describes it any more
+                # Where warnings are errors, what the block raised says more.
+                with contextlib.nullcontext() if ends_well else contextlib.suppress(UserWarning):
+                    self._warn_of_writes(written, stacklevel=3)  # past contextlib
             if failure is not None:
                 raise failure
-        if written:
-            names = ", ".join(f"`{name}`" for name in written[:3])
-            warnings.warn(
-                f"{names}{' and more' if len(written) > 3 else ''} of the module were written to while the teacher's"
-                " numbers were in it: the teacher holds what was written; go on from its last state"
-                " (`teacher.load_state_dict`), and write to the module outside of the `with` block",
-                stacklevel=3,  # past contextlib
-            )
 
-    def _take_back(
-        self, root: torch.nn.Module, tracking: Tracking, undo: list[Callable[[], object]]
-    ) -> BaseException | None:
+    def _warn_of_writes(self, names: Sequence[str], *, stacklevel: int) -> None:
+        listed = ", ".join(f"`{name}`" for name in names[:3])
+        warnings.warn(
+            f"{listed}{' and more' if len(names) > 3 else ''} of the module were written to while the teacher's numbers"
+            " were in it: the teacher holds what was written; go on from its last state (`teacher.load_state_dict`),"
+            " and write to the module outside of the `with` block",
+            stacklevel=stacklevel + 1,
+        )
+
+    def _take_back(self, tracking: Tracking, undo: list[Callable[[], object]]) -> BaseException | None:
         """End a swap; called once more, it goes on where it was interrupted. What was raised meanwhile comes back."""
         tracking.reshard()
         failure = call_all(undo)
-        SWAPPED.discard(root)
         self._is_swapped = False
         return failure
 
@@ -395,6 +444,7 @@ class MeanTeacher:
             "version": STATE_VERSION,
             "start": self._start,
             "copied": None if self._copied is None or self._is_captured else list(self._copied),
+            "offset": self._offset,
             "skip_buffers": self.skip_buffers,
             **{name: getattr(self, name) for name in (*_COUNTERS, *_CONFIGURATION)},
         }
@@ -438,6 +488,8 @@ class MeanTeacher:
         if self._tracks is not None and snapshots is not None:
             self._tracks.check_state(snapshots)
         counters = {name: int(state[name]) for name in _COUNTERS}
+        if self._tracks is not None and snapshots is not None:
+            self._tracks.load_state_dict(snapshots)
         for name in _CONFIGURATION:
             if state[name] != getattr(self, name):
                 warnings.warn(
@@ -455,15 +507,17 @@ class MeanTeacher:
         # A state of another momentum or interval is no average that a formula describes any more.
         copied = state.get("copied")
         is_alike = all(state[name] == getattr(self, name) for name in ("momentum", "interval"))
-        self._copied = (int(copied[0]), int(copied[1])) if copied is not None and is_alike else None
+        # In 16 bits most updates were lost, whatever it is kept in from here on.
+        was_narrow = any(is_narrow(tensor) for tensor in stored.values())
+        self._copied = (int(copied[0]), int(copied[1])) if copied is not None and is_alike and not was_narrow else None
+        offset = state.get("offset")
+        self._offset = None if offset is None else int(offset)
         for name, value in counters.items():
             setattr(self, name, value)
         if self._tracks is None:
             if snapshots is not None:
                 warnings.warn("the state has snapshot tracks, which end here: pass snapshots=", stacklevel=3)
-        elif snapshots is not None:
-            self._tracks.load_state_dict(snapshots)
-        else:
+        elif snapshots is None:
             warnings.warn(
                 f"the state has no snapshot tracks: they begin anew behind step {self.num_steps}", stacklevel=3
             )
@@ -483,7 +537,8 @@ class MeanTeacher:
         """Write `RUN/teacher_step_STEP.safetensors`, in full precision, with how it was averaged in its metadata.
 
         Beside the run's checkpoints it does not disturb a fold, which leaves averages of this tool out; a
-        reconstruction takes it for what it is, where its response is known exactly. `step` is a whole number from 0.
+        reconstruction takes it for what it is, where its response is known exactly. `step`, from 0 on,
+        counts calls of `update`; where it does not from one file to the next, no response is claimed.
         Where training goes back to an earlier step, remove those of later ones: they are of another path.
         """
         if type(step) is not int or step < 0:
@@ -512,8 +567,7 @@ class MeanTeacher:
     def _write(self, path: Path, step: int | None, *, dtype: str, overwrite: bool) -> Path:
         self._begin("save the teacher")
         if self._start is None:
-            whose = "the student as it was when this teacher was made" if self._owns_tensors else "the module as it is"
-            warnings.warn(f"no update has come yet: what is written is {whose}", stacklevel=4)  # past torch.no_grad
+            self._warn_of_beginning("is written", stacklevel=4)  # past torch.no_grad
         check_file_replaceable(path, overwrite=overwrite, by_snapshot=step is not None)
         if any(is_sharded(pair.student.tensor) for pair in self._pairs):
             raise CkptEmaError(
@@ -525,12 +579,25 @@ class MeanTeacher:
         # Looked for now: a buffer may have come since.
         tracking = track(self._student, skip_buffers=self.skip_buffers)
         copied = {name: slot.tensor for slot in tracking.copied for name in slot.names if name not in averaged}
+        # An infinity there is a mask, or the start of a minimum.
+        broken = [name for name, tensor in copied.items() if tensor.is_floating_point() and tensor.isnan().any()]
+        if broken:
+            raise CkptEmaError(
+                f"`{broken[0]}` of the student holds a NaN, which the teacher would have too; nothing was written",
+                hint="go on from the last state that was saved; running statistics also move in steps that are skipped",
+            )
         record = self._record(step, {name: tracking.reasons[name] for name in copied})
         if step is not None:
             response = self._response(step)
             record = replace(record, more={"response": None if response is None else response_record(response)})
         write_teacher(path, averaged, copied, record, dtype=dtype, overwrite=overwrite)
+        if step is not None and self._offset is None:
+            self._offset = step - self.num_steps
         return path
+
+    def _warn_of_beginning(self, what: str, *, stacklevel: int) -> None:
+        whose = "the student as it was when this teacher was made" if self._owns_tensors else "the module as it is"
+        warnings.warn(f"no update has come yet: what {what} is {whose}", stacklevel=stacklevel + 1)
 
     def _record(self, step: int | None, reasons: Mapping[str, str]) -> OnlineRecord:
         return OnlineRecord(
@@ -551,8 +618,10 @@ class MeanTeacher:
         """How the teacher depends on the student's path, where the step now is `step`; None unless that is exact."""
         if self._is_captured or self._copied is None or self._copied[0] % self.interval:
             return None
-        if any(pair.local.is_floating_point() and pair.local.itemsize < 4 for pair in self._pairs):
+        if any(is_narrow(pair.local) for pair in self._pairs):
             return None  # most of its updates were lost
+        if self._offset is not None and self._offset != step - self.num_steps:
+            return None  # what `step` counts are no calls of `update`
         num_steps, num_updates = self.num_steps - self._copied[0], self.num_updates - self._copied[1]
         start = step - num_steps
         if num_updates != num_steps // self.interval or start < 0:  # some were skipped, or somebody set num_steps
@@ -622,7 +691,7 @@ class MeanTeacher:
 
     def _refuse_swapped(self, what: str) -> None:
         # Also another teacher's: it would take those numbers for the student's.
-        if self._is_swapped or unwrap(self._student) in SWAPPED:
+        if self._is_swapped or any_swapped(unwrap(self._student)):
             raise CkptEmaError(
                 f"cannot {what} while the teacher's numbers are swapped into a module",
                 hint="do it after the `with teacher.swapped_into(...)` block",

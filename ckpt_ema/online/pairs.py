@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
@@ -50,11 +51,16 @@ def pairs_of(students: Tracking, teachers: Tracking) -> list[Pair]:
                 differences.append(f"{slot.name}: the same memory in both")
             pairs.append(Pair(slot.names, student, slot))
     differences += [f"{name}: missing in the teacher" for name in by_name if name not in seen]
+    differences += [
+        f"{one} and {other}: parts of the same memory in the teacher, which would be updated twice"
+        for one, other in _overlaps(teachers.averaged)
+    ]
     if differences:
         raise CkptEmaError(
             f"student and teacher differ in {len(differences)} tensors",
             details=differences,
-            hint="build both from one configuration, or the teacher by copy.deepcopy(student)",
+            hint="build both from one configuration, or the teacher by copy.deepcopy(student); keep a part that both"
+            " share outside of them",
         )
     return pairs
 
@@ -92,7 +98,7 @@ def places_in(tracking: Tracking, pairs: list[Pair]) -> list[tuple[Slot, Pair, b
 
 def warn_of_stall(pairs: list[Pair], *, stacklevel: int) -> None:
     """Warn of a teacher module in 16 bits."""
-    narrow = [pair for pair in pairs if pair.local.itemsize < 4]
+    narrow = [pair for pair in pairs if is_narrow(pair.local)]
     if narrow:
         dtype = str(narrow[0].local.dtype).removeprefix("torch.")
         warnings.warn(
@@ -104,6 +110,11 @@ def warn_of_stall(pairs: list[Pair], *, stacklevel: int) -> None:
 
 def beside(shadow: torch.Tensor, student: torch.Tensor, name: str) -> torch.Tensor:
     """A teacher's own tensor where the student's is by now; raises CkptEmaError where that has another shape."""
+    if student.is_meta:
+        raise CkptEmaError(
+            f"`{name}` of the student is on the meta device now, without numbers",
+            hint="update the teacher while the student is on a device",
+        )
     if shadow.device != student.device:
         with torch.inference_mode(False):
             shadow = shadow.to(student.device)
@@ -120,15 +131,19 @@ def check_shape(teacher: torch.Tensor, student: torch.Tensor, name: str) -> None
         )
 
 
+def is_narrow(tensor: torch.Tensor) -> bool:
+    """Whether a teacher's tensor is in 16 bits or fewer, in which small updates are lost."""
+    return tensor.is_floating_point() and tensor.itemsize < 4
+
+
 def shadow_of(slot: Slot, dtype: str, device: str | None = None) -> torch.Tensor:
     """A copy of the student's tensor to start from, so that there is a teacher before the first update.
 
     On `device`, or where the student's is.
     """
     student = slot.local.detach()  # or the teacher would be part of the student's graph
-    is_narrow = student.dtype.is_floating_point and student.itemsize < 4
     with torch.inference_mode(False):  # or no later update outside of it could change the copy
-        wanted = torch.float32 if is_narrow and dtype == "float32" else student.dtype
+        wanted = torch.float32 if is_narrow(student) and dtype == "float32" else student.dtype
         return student.to(device or student.device, wanted, copy=True)
 
 
@@ -157,6 +172,21 @@ def check_fit(expected: Mapping[str, torch.Size], stored: Mapping[str, torch.Ten
             details=differences,
             hint="load it for the model it was saved with, sharded the same way or whole",
         )
+
+
+def _overlaps(slots: Sequence[Slot]) -> Iterator[tuple[str, str]]:
+    """Names of two tensors that have memory in common and are not tied: a transposed view, for instance."""
+    spans = []
+    for slot in slots:
+        local = slot.local
+        if local.numel() and local.layout == torch.strided:
+            reach = sum((size - 1) * abs(stride) for size, stride in zip(local.shape, local.stride(), strict=True))
+            spans.append(
+                (str(local.device), local.data_ptr(), local.data_ptr() + (reach + 1) * local.itemsize, slot.name)
+            )
+    for (device, _, end, name), (next_device, begin, _, next_name) in itertools.pairwise(sorted(spans)):
+        if device == next_device and begin < end:
+            yield name, next_name
 
 
 def _share_memory(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -92,7 +92,7 @@ class Rule:
         """Fold `student` in; both have one shape and are on one device."""
         if teacher.dtype is student.dtype:
             self._average_alike_(teacher, student, momentum)
-        elif not self._lerp and (teacher.itemsize < student.itemsize or not _is_on_cpu(teacher)):
+        elif not self._lerp and (teacher.itemsize <= student.itemsize or not _is_on_cpu(teacher)):
             # The hook's own calls: they compute in the wider dtype, and a GPU's kernels convert while they read.
             teacher.mul_(1 - momentum).add_(student, alpha=momentum)
         else:

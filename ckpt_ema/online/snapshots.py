@@ -288,12 +288,19 @@ class SnapshotTracks:
         )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was taken."""
+        """Go on where `state_dict` was taken; raises CkptEmaError, nothing changed, for a damaged one."""
+        try:
+            start, num_updates = int(state["start"]), int(state["num_updates"])
+            self._increments.load_state_dict(state["increments"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CkptEmaError(
+                f"the snapshot tracks' state is damaged ({type(error).__name__}: {error})",
+                hint="pass what `MeanTeacher.state_dict()` returned",
+            ) from error
         for track in self._shadows:
             for name, tensor in self._tensors(track).items():
                 tensor.copy_(state["tracks"][track.name][name])
-        self._start, self._num_updates = int(state["start"]), int(state["num_updates"])
-        self._increments.load_state_dict(state["increments"])
+        self._start, self._num_updates = start, num_updates
         self._has_begun = self._is_resumed = True
 
     def start_anew(self) -> None:

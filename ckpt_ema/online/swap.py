@@ -7,13 +7,36 @@ import weakref
 from collections.abc import Callable, Sequence
 
 import torch
+from torch.nn.modules.batchnorm import _NormBase
 
 from ckpt_ema.errors import CkptEmaError
 from ckpt_ema.online.rule import Exchange, blocks_of
 from ckpt_ema.online.tracking import Slot, is_sharded, local_part
 
-SWAPPED: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
-"""Modules that hold a teacher's numbers for now."""
+_SWAPPED: weakref.WeakKeyDictionary[torch.nn.Module, set[object]] = weakref.WeakKeyDictionary()
+"""Modules that hold another one's numbers for now, and the swaps they are in."""
+
+
+def mark_swapped(roots: Sequence[torch.nn.Module], undo: list[Callable[[], object]]) -> None:
+    """Take these modules and all within for swapped; put on the list how to end that, before anything has changed."""
+    swap = object()
+    marked = [part for root in roots for part in root.modules()]
+
+    def unmark() -> None:
+        for part in marked:
+            swaps = _SWAPPED.get(part, set())
+            swaps.discard(swap)
+            if not swaps:
+                _SWAPPED.pop(part, None)
+
+    undo.append(unmark)
+    for part in marked:
+        _SWAPPED.setdefault(part, set()).add(swap)
+
+
+def any_swapped(root: torch.nn.Module) -> bool:
+    """Whether a module or one within it holds another one's numbers."""
+    return bool(_SWAPPED) and any(_SWAPPED.get(part) for part in root.modules())
 
 
 class Swap:
@@ -113,8 +136,19 @@ def _memory_of(tensor: torch.Tensor) -> object:
 
 
 def hold_buffers(module: torch.nn.Module, swaps: Sequence[Swap]) -> Callable[[], None]:
-    """What gives back the buffers of `module` that were converted since; what was written to them stays."""
+    """What gives back the buffers of `module` that were converted since, and what running statistics held.
+
+    What was written to other buffers stays.
+    """
     held = [(part._buffers, key, tensor) for part in module.modules() for key, tensor in part._buffers.items()]
+    # A forward in training mode moves them, and so does torch.optim.swa_utils.update_bn.
+    statistics = [
+        (tensor, tensor._version, tensor.detach().clone())
+        for part in module.modules()
+        if isinstance(part, _NormBase)
+        for tensor in part._buffers.values()
+        if tensor is not None and not tensor.is_inference()
+    ]
 
     def give_back() -> None:
         was_converted = any(swap.was_replaced for swap in swaps)
@@ -126,6 +160,9 @@ def hold_buffers(module: torch.nn.Module, swaps: Sequence[Swap]) -> Callable[[],
             is_conversion = was_converted and now.shape == tensor.shape
             if is_conversion or (now.dtype, now.device) != (tensor.dtype, tensor.device):
                 table[key] = tensor
+        for tensor, version, before in statistics:
+            if tensor._version != version:
+                tensor.detach().copy_(before)
 
     return give_back
 

@@ -118,9 +118,14 @@ def write_tensors(
         for name, begin, size in zip(order, begins, sizes, strict=False)
     ]
     parts = FileParts.of_header(encode_header(entries, metadata), 0, begins[-1])
-    with TeacherFile(path, parts, overwrite=overwrite) as file:
-        for name, begin in zip(order, begins, strict=False):
-            _write(file, name, *tensors[name], begin)
+    try:
+        with TeacherFile(path, parts, overwrite=overwrite) as file:
+            for name, begin in zip(order, begins, strict=False):
+                _write(file, name, *tensors[name], begin)
+    except CkptEmaError as error:
+        for option, words in (("`--overwrite`", "overwrite=True"), ("an `--output`", "a path"), ("`--output`", "path")):
+            error.hint = error.hint.replace(option, words) if error.hint else None
+        raise
 
 
 def _write(file: TeacherFile, name: str, tensor: torch.Tensor, dtype: DType, begin: int) -> None:
@@ -161,6 +166,11 @@ def check_file_replaceable(path: Path, *, overwrite: bool, by_snapshot: bool) ->
 
 def dtype_of(name: str, tensor: torch.Tensor) -> DType:
     """The dtype of a tensor that is to be written; raises CkptEmaError where safetensors has none."""
+    if tensor.layout is not torch.strided:
+        raise CkptEmaError(
+            f"`{name}` is {tensor.layout}, and a safetensors file holds dense tensors alone",
+            hint="make it dense (`tensor.to_dense()`), or register it with persistent=False",
+        )
     dtype = BY_NAME.get(str(tensor.dtype).removeprefix("torch."))
     if dtype is None or dtype.code is None or torch_dtype(dtype) is not tensor.dtype:
         raise CkptEmaError(

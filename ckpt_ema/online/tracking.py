@@ -75,6 +75,9 @@ class Tracking:
     sharded: tuple[Any, ...]
     """The modules that FSDP2 shards."""
 
+    skip_buffers: bool
+    """Whether parameters alone are averaged."""
+
     whose: Whose = "student"
     """What the module is called in errors."""
 
@@ -82,10 +85,11 @@ class Tracking:
         """Raise CkptEmaError where parameters or modules were added, replaced or taken away since."""
         for path, modules, before in self.children:
             if len(modules) != len(before) or any(modules.get(key) is not child for key, child in before.items()):
-                changed = sorted(
-                    key for key in modules.keys() | before.keys() if modules.get(key) is not before.get(key)
-                )
-                raise self._changed(path, changed)
+                changed = [key for key in modules.keys() | before.keys() if modules.get(key) is not before.get(key)]
+                # Without a tensor that is averaged it is a metric, a loss or an activation, and no part of the teacher.
+                parts = [key for key in changed if self._has_averaged(before.get(key), modules.get(key))]
+                if parts:
+                    raise self._changed(path, sorted(parts))
         for path, table, keys in self.present:
             found = {key for key, tensor in table.items() if tensor is not None}
             if found != keys:
@@ -107,6 +111,14 @@ class Tracking:
                         " teacher was made, and are not any more",
                         hint=BEGIN_ANEW,
                     )
+
+    def _has_averaged(self, *modules: torch.nn.Module | None) -> bool:
+        return any(
+            _reason_to_copy(tensor, is_parameter=is_parameter, skip_buffers=self.skip_buffers) == ""
+            for module in modules
+            if module is not None
+            for _, tensor, _, _, is_parameter in _entries(module)
+        )
 
     def reshard(self) -> None:
         """Make FSDP2 give up the whole parameters that it kept from a forward: the next one shall read the shards."""
@@ -132,20 +144,22 @@ def track(module: torch.nn.Module, *, skip_buffers: bool, whose: Whose = "studen
     MeanTeacherHook has it; frozen parameters too. Raises CkptEmaError for a module that cannot be followed.
     """
     root = unwrap(module)
-    if isinstance(root, torch.jit.ScriptModule):
-        raise CkptEmaError("a TorchScript program cannot be followed", hint="pass the module it was made from")
     modules = list(root.named_modules())
+    scripted = [path for path, part in modules if isinstance(part, torch.jit.ScriptModule)]
+    if scripted:
+        what = f"`{scripted[0]}` is a TorchScript program, and" if scripted[0] else "a TorchScript program"
+        raise CkptEmaError(f"{what} cannot be followed", hint="pass the module it was made from")
     sharded = tuple(part for _, part in modules if any(c.__name__ == "FSDPModule" for c in type(part).__mro__))
     _reshard(sharded)
-    groups: dict[object, tuple[list[str], list[tuple[Table, str]], bool]] = {}
+    groups: dict[object, list[tuple[str, tuple[Table, str], bool]]] = {}
     for name, tensor, table, key, is_parameter in _entries(root):
-        names, places, _ = groups.setdefault(_identity(tensor), ([], [], is_parameter))
-        names.append(name)
-        places.append((table, key))
+        groups.setdefault(_identity(tensor), []).append((name, (table, key), is_parameter))
     averaged, copied, reasons = [], [], {}
-    for names, places, is_parameter in groups.values():
-        slot = Slot(tuple(names), tuple(places))
-        reason = _reason_to_copy(slot.tensor, is_parameter=is_parameter, skip_buffers=skip_buffers)
+    for group in groups.values():
+        names, places, are_parameters = zip(*group, strict=True)
+        slot = Slot(names, places)
+        # A buffer that is a parameter as well is trained.
+        reason = _reason_to_copy(slot.tensor, is_parameter=any(are_parameters), skip_buffers=skip_buffers)
         if reason:
             copied.append(slot)
             reasons.update(dict.fromkeys(names, reason))
@@ -167,6 +181,7 @@ def track(module: torch.nn.Module, *, skip_buffers: bool, whose: Whose = "studen
             for path, table in tables
         ),
         sharded=sharded,
+        skip_buffers=skip_buffers,
         whose=whose,
     )
 
@@ -176,7 +191,10 @@ def unwrap(module: torch.nn.Module) -> torch.nn.Module:
     while True:
         if isinstance(module, (torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel)):
             module = module.module
-        elif isinstance(inner := getattr(module, "_orig_mod", None), torch.nn.Module):
+        # Among its own modules: a wrapper that hands on the attributes of a compiled one is not that.
+        elif not isinstance(module, torch.jit.ScriptModule) and "_orig_mod" in module._modules:
+            inner = module._modules["_orig_mod"]
+            assert inner is not None
             module = inner
         else:
             return module
