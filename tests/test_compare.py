@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -204,3 +205,31 @@ def test_another_dtype_is_said_of_equal_values(tmp_path: Path, cli: Cli) -> None
     save_file({"x": weight.float(), "y": weight * 2}, tmp_path / "b.safetensors")
     done = cli("compare", "a.safetensors", "b.safetensors")
     assert done.stdout == "identical: 2 tensors, value for value; 1 of them in another dtype\n"
+
+
+def test_calls_at_once_give_torch_its_threads_back(tmp_path: Path) -> None:
+    """Beside training several may run, and end in any order; what begins later has all threads of torch's again."""
+    for step in (1, 2):
+        save_file({"w": torch.randn(400, 400)}, tmp_path / f"step_{step}.safetensors")
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    seen: list[int] = []
+
+    def work(number: int) -> None:
+        for _ in range(10):
+            ckpt_ema.compare(tmp_path / "step_1.safetensors", tmp_path / "step_2.safetensors")
+            output = tmp_path / f"teacher_{number}.safetensors"
+            quiet_fold(tmp_path, output, momentum=0.5, overwrite=True, include=["step_*"])
+
+    try:
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        last = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+        last.start()
+        last.join()
+        assert seen == [3]
+    finally:
+        torch.set_num_threads(before)

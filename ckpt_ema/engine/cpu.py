@@ -24,7 +24,7 @@ from ckpt_ema.engine.compiled import Kernel, find_kernel, is_made_for, is_tried,
 from ckpt_ema.engine.contract import NonFinite, NonFiniteBlockError, Nowhere, Task, Teacher, write_block
 from ckpt_ema.engine.gather import gather_block
 from ckpt_ema.engine.inputs import ExtentTable, Scatters, stored_dtype
-from ckpt_ema.engine.workers import Jobs, start, wait_whatever_comes
+from ckpt_ema.engine.workers import TORCH_THREADS, Jobs, start, wait_whatever_comes
 from ckpt_ema.errors import CkptEmaError
 from ckpt_ema.layouts import Layout
 from ckpt_ema.timings import Timings
@@ -80,7 +80,6 @@ def fold_blocks(
         with lock:
             folder.add_timings(timings, time.perf_counter() - started, plan.num_threads)
 
-    threads_before = torch.get_num_threads()
     todo: list[Callable[[], None]] = [fold_all] * plan.num_threads
     for dtypes in _worth_compiling(plan):
         add = functools.partial(_add_kernel, kernels, *dtypes)
@@ -93,23 +92,21 @@ def fold_blocks(
         threading.Thread(target=work, args=(job, end), name="fold", daemon=True)
         for job, end in zip(todo, ended, strict=True)
     ]
-    try:
-        for thread in threads[: plan.num_threads]:
-            start(thread)
-        for thread, end in zip(threads[plan.num_threads :], ended[plan.num_threads :], strict=True):
-            try:
-                start(thread)
-            except CkptEmaError:  # torch's calls do without it
-                end.set()
-        for end in ended:
-            end.wait()
-    finally:
-        # Also when the user interrupts the waiting: no thread may write to a file that is being discarded.
-        blocks.stop()
+    with TORCH_THREADS.given_back():
         try:
-            wait_whatever_comes([jobs.end])
+            for thread in threads[: plan.num_threads]:
+                start(thread)
+            for thread, end in zip(threads[plan.num_threads :], ended[plan.num_threads :], strict=True):
+                try:
+                    start(thread)
+                except CkptEmaError:  # torch's calls do without it
+                    end.set()
+            for end in ended:
+                end.wait()
         finally:
-            torch.set_num_threads(threads_before)
+            # Also when the user interrupts the waiting: no thread may write to a file that is being discarded.
+            blocks.stop()
+            wait_whatever_comes([jobs.end])
     try:
         if failures:
             raise failures[0]

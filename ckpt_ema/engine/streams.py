@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from types import TracebackType
 
@@ -12,6 +13,7 @@ from ckpt_ema.byte_ranges import count_elements
 from ckpt_ema.engine.buffers import Buffer
 from ckpt_ema.engine.gather import gather_block
 from ckpt_ema.engine.inputs import InputFiles
+from ckpt_ema.engine.workers import TORCH_THREADS
 from ckpt_ema.errors import MisuseError
 from ckpt_ema.layouts import Layout
 
@@ -35,19 +37,20 @@ class Streams:
         self._count = max(ELEMENT_MULTIPLE, portion // WIDEST // ELEMENT_MULTIPLE * ELEMENT_MULTIPLE)
         self._buffers = [Buffer(self._count * WIDEST) for _ in layouts]
         self._span = Buffer(self._count * WIDEST)
+        self._threads = contextlib.ExitStack()
 
     def __enter__(self) -> Streams:
         self._files.__enter__()
         self._trash = self._files.new_trash()
+        self._threads.enter_context(TORCH_THREADS.given_back())
         # Torch's own threads wait for each other after every portion: ten times as long where the cores are busy.
-        self._threads_before = torch.get_num_threads()
         torch.set_num_threads(1)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        torch.set_num_threads(self._threads_before)
+        self._threads.close()
         try:
             if kind is None:
                 self._files.check_unchanged()
@@ -64,7 +67,18 @@ class Streams:
             for layout, buffer in zip(self._layouts, self._buffers, strict=True):
                 dtype = layout.schema.dtypes[index]
                 is_scattered = layout.schema.is_scattered(index)
-                lane = Lane("copy", dtype, dtype, dtype, (dtype,), 0, (index,), (0, size), (0, size), is_scattered)
+                lane = Lane(
+                    action="copy",
+                    student_dtype=dtype,
+                    accumulate_dtype=dtype,
+                    dtype=dtype,
+                    input_dtypes=(dtype,),
+                    begin=0,
+                    tensors=(index,),
+                    starts=(0, size),
+                    span=(0, size),
+                    is_scattered=is_scattered,
+                )
                 gather_block(self._files, layout, Block(lane, begin, end), buffer, self._span, self._trash)
                 read.append(buffer.elements(dtype, end - begin))
             yield begin, read

@@ -8,12 +8,43 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
 
 from ckpt_ema.errors import CkptEmaError
 
 POLL_SECONDS = 0.005
 LOOK_SECONDS = 0.1
+
+
+class _TorchThreads:
+    """How many threads torch had before anybody here told it otherwise."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._num_takers = self._num_threads = 0
+
+    @contextlib.contextmanager
+    def given_back(self) -> Iterator[None]:
+        """Within, `torch.set_num_threads` may be called; behind it torch has as many threads as before.
+
+        Of several at once, as of calls beside training, only the first knows how many that were: what torch is told in
+        one thread is what all later ones begin with.
+        """
+        with self._lock:
+            if not self._num_takers:
+                self._num_threads = torch.get_num_threads()
+            self._num_takers += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._num_takers -= 1
+            torch.set_num_threads(self._num_threads)
+
+
+TORCH_THREADS = _TorchThreads()
 
 
 class Jobs:
