@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import itertools
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -79,15 +79,19 @@ class Treatment:
 
 
 def build_catalogue(
-    layouts: Sequence[tuple[str, Layout]], treatment: Treatment, *, known_buffers: Collection[str] | None = None
+    layouts: Sequence[tuple[str, Layout]],
+    treatment: Treatment,
+    *,
+    known_buffers: Collection[str] | None = None,
+    steps: Mapping[str, int | None] | None = None,
 ) -> list[TeacherTensor]:
     """One entry per tensor, sorted by name.
 
-    `layouts` are the students' by label; `known_buffers` what the newest checkpoint itself records. Raises
-    CkptEmaError with every difference when the students disagree on names, shapes or dtypes, when a `--buffer`
-    pattern matches nothing, and for a tensor that safetensors cannot hold.
+    `layouts` are the students' by label, `steps` theirs for hints; `known_buffers` what the newest checkpoint
+    itself records. Raises CkptEmaError with every difference when the students disagree on names, shapes or dtypes,
+    when a `--buffer` pattern matches nothing, and for a tensor that safetensors cannot hold.
     """
-    check_agreement(layouts)
+    _check_agreement(layouts, steps or {})
     schema = layouts[-1][1].schema
     unmatched = [glob for glob in treatment.buffer_globs if not fnmatch.filter(schema.names, glob)]
     if unmatched:
@@ -149,7 +153,7 @@ def _teacher_dtype(name: str, student_dtype: DType, wanted: str) -> DType:
     return dtype
 
 
-def check_agreement(layouts: Sequence[tuple[str, Layout]]) -> None:
+def _check_agreement(layouts: Sequence[tuple[str, Layout]], steps: Mapping[str, int | None]) -> None:
     """Raise CkptEmaError with every difference between neighbours in `layouts`."""
     differences: list[str] = []
     pairs: list[tuple[str, str]] = []
@@ -164,10 +168,12 @@ def check_agreement(layouts: Sequence[tuple[str, Layout]]) -> None:
         f"{len(differences)} tensor{'s' if len(differences) > 1 else ''} differ{'' if len(differences) > 1 else 's'}"
     )
     between = " and ".join(f"between `{a}` and `{b}`" for a, b in pairs[:2])
+    newest = pairs[-1][1]
+    begin = f"pass `--from {steps[newest]}`" if steps.get(newest) is not None else f"begin with `{newest}`"
     raise CkptEmaError(
         f"{count} {between}",
         details=differences,
-        hint=f"fold only checkpoints that agree: `--exclude` the others, or begin with `{pairs[-1][1]}` (`--from`)",
+        hint=f"fold only checkpoints that agree: {begin} to fold the later ones, or `--exclude` some by name",
     )
 
 

@@ -108,14 +108,6 @@ def _as_paths(run: PathLike | Sequence[PathLike]) -> list[Path]:
     return [as_path(path) for path in given]
 
 
-def _check_device(device: str) -> None:
-    # Whether the GPU is there is asked when folding: a plan must not wait for torch.
-    if device not in ("auto", "cpu", "cuda") and not (device.startswith("cuda:") and device[5:].isdigit()):
-        raise MisuseError(
-            f"`--device` is {device!r}, and must be auto, cpu or cuda[:i]", hint="pass for example `--device cuda:0`"
-        )
-
-
 def find_run(
     run: PathLike | Sequence[PathLike],
     wanted: FoldOptions,
@@ -130,7 +122,6 @@ def find_run(
 
     For a reconstruction `averages` are the names of what holds averages; teachers of this tool are found then, too.
     """
-    _check_device(wanted.device)
     selection = Selection(
         include=wanted.include,
         exclude=wanted.exclude,
@@ -172,6 +163,7 @@ def plan_weighed(
         [(checkpoint.label, checkpoint.layout) for checkpoint in checkpoints],
         treatment,
         known_buffers=newest.known_buffers if unfollowed is None else unfollowed,
+        steps={checkpoint.label: checkpoint.step for checkpoint in checkpoints},
     )
     pool = SchemaPool()
     layouts = [_average_layout(average.path, tensors, pool, wanted) for average in weighed.averages]

@@ -29,11 +29,17 @@ START_SECONDS = 600.0
 """For all ranks to be there: schedulers start them minutes apart."""
 
 
+TELL_SECONDS = 5.0
+"""Of waiting for a rank that has not begun, until that is told."""
+
+ALONE = "if there are no others, this is the environment of another job: `env -u RANK -u SLURM_PROCID ckpt-ema ...`"
+
+
 class OtherRankFailedError(CkptEmaError):
     """The fold was given up because of another rank, which says itself why."""
 
-    def __init__(self, message: str) -> None:
-        super().__init__(message, may_pass=True)  # as far as this rank can tell
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message, hint=hint, may_pass=True)  # as far as this rank can tell
 
 
 class Ranks:
@@ -43,6 +49,10 @@ class Ranks:
     count = 1
     local = 0
     """Its number on this machine."""
+
+    def __init__(self) -> None:
+        self.tell: Callable[[str], None] = lambda text: None
+        """Is called with what a person should know while this rank waits for others."""
 
     @property
     def is_first(self) -> bool:
@@ -80,6 +90,7 @@ class StoreRanks(Ranks):
 
         All ranks fold the same things in the same order.
         """
+        super().__init__()
         self.number, self.count, self.local = number, count, local
         self._connect = connect
         self._store: Any = None
@@ -147,9 +158,13 @@ class StoreRanks(Ranks):
     def _wait(self, is_there: Callable[[], bool], needed: list[int]) -> None:
         # Asked first: a failure that was told before must stop even what is there already.
         self._raise_failure()
+        began: float | None = time.monotonic()
         while not is_there():
             for number in needed:
                 self._check_alive(number)
+                if began is not None and time.monotonic() - began > TELL_SECONDS and not self._heard[number][0]:
+                    self.tell(f"waiting for rank {number} of {self.count}, which has not begun; {ALONE}")
+                    began = None
             time.sleep(POLL_SECONDS)
             self._raise_failure()
 
@@ -170,12 +185,14 @@ class StoreRanks(Ranks):
             with self._explained():
                 beat = bytes(self._store.get(f"alive/{number}"))
         now = time.monotonic()
-        last, since = self._heard.get(number, (None, now))
+        last, since = self._heard.setdefault(number, (beat, now))
         if beat != last:
             self._heard[number] = beat, now
         elif now - since > (SILENCE_SECONDS if beat else START_SECONDS):
             what = f"gave no sign for {SILENCE_SECONDS:.0f} s" if beat else f"did not start in {START_SECONDS:.0f} s"
-            raise OtherRankFailedError(f"rank {number} of {self.count} {what}; nothing was written")
+            raise OtherRankFailedError(
+                f"rank {number} of {self.count} {what}; nothing was written", hint=None if beat else ALONE
+            )
 
     def _beat(self, store: Any, ended: threading.Event) -> None:
         count = 0

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import numbers
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +23,7 @@ from ckpt_ema.students import check_prefix
 from ckpt_ema.timings import Timings
 
 DEFAULT_MOMENTUM = 0.001
+_DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]{1,4})?")
 MAX_COUNT = 1 << 53
 PathLike = str | os.PathLike[str]
 
@@ -157,6 +160,15 @@ class FoldOptions:
                 raise MisuseError(f"`{option}` is {value}, and must be 1 or more, below 2**53")
         if self.from_step is not None and self.until_step is not None and self.from_step > self.until_step:
             raise MisuseError(f"`--from {self.from_step}` lies behind `--until {self.until_step}`")
+        for name in ("skip_buffers", "overwrite", "resume"):
+            if not isinstance(getattr(self, name), bool):
+                raise MisuseError(f"`{name}` is {getattr(self, name)!r}, and must be True or False")
+        # Whether the GPU is there is asked when folding: a plan must not wait for torch.
+        if not _DEVICE.fullmatch(self.device):
+            raise MisuseError(
+                f"`--device` is {self.device!r}, and must be auto, cpu or cuda[:i]",
+                hint="pass for example `--device cuda:0`",
+            )
         for name, choices in (
             ("accumulate", ("float32", "float64", "student")),
             ("dtype", ("student", "float32", "bfloat16", "float16")),
@@ -296,8 +308,9 @@ def _as_numbers(name: str, given: object) -> float | tuple[float, ...] | None:
 
 
 def _as_number(name: str, given: object) -> float:
-    if isinstance(given, bool) or not isinstance(given, (float, int)):
-        raise MisuseError(f"`{name}` is {given!r}, a {type(given).__name__}")
+    if isinstance(given, bool) or not isinstance(given, numbers.Real):
+        raise MisuseError(f"`{name}` is {given!r}, a {type(given).__name__}", hint=f"pass `{name}` as a plain number")
+    given = given if isinstance(given, (int, float)) else float(given)  # NumPy's have other digits when they are told
     if isinstance(given, int) and abs(given) >= MAX_COUNT:
         raise MisuseError(f"`{name}` is larger than any number of steps there can be")
     if name == "momentum":

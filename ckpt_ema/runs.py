@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -182,4 +183,4 @@ def _read_list(paths: Sequence[Path], selection: Selection) -> tuple[Path, Listi
 
 def _hint_to_fold_average(contents: Contents) -> str:
     found = find_state_dicts(contents)
-    return f"pass `--state {found[0].key if found and found[0].key else chr(39) * 2}` if you mean to fold averages"
+    return f"pass `--state {shlex.quote(found[0].key if found else '')}` if you mean to fold averages"

@@ -286,7 +286,7 @@ def _find_raw(contents: Contents, candidates: list[Candidate]) -> tuple[str, Any
         if averages:
             raise AverageAloneError(
                 f"`{contents.path}` holds an average, and no raw student: {_list_keys(averages)}",
-                hint=f"pass `--state {averages[0] or chr(39) * 2}` if you mean to fold averages",
+                hint=f"pass `--state {shlex.quote(averages[0])}` if you mean to fold averages",
             )
         raise UnreadableCheckpointError(f"`{contents.path}` holds no state dict that can be read")
     swapped = [item for item in raw if item.key == "ema_state_dict"]  # raw only where MMEngine swapped
@@ -325,7 +325,7 @@ def _ambiguous(contents: Contents, candidates: list[Candidate]) -> CkptEmaError:
     return CkptEmaError(
         f"`{contents.path}` holds {len(candidates)} state dicts, and which one is the student cannot be told",
         details=[f"{item.key}: {len(item.table)} entries" for item in candidates],
-        hint=f"pass `--state {candidates[0].key}`",
+        hint=f"pass `--state {shlex.quote(candidates[0].key)}`",
     )
 
 
@@ -368,7 +368,7 @@ def _state_at(contents: Contents, state: str) -> Any:
             raise CkptEmaError(
                 f"`{contents.path}` has no state dict `{state}`",
                 details=[f"it has: {', '.join(found)}"] if found else ["it has only the one at its top level"],
-                hint=f"pass `--state {found[0]}`" if found else "leave `--state` away",
+                hint=f"pass `--state {shlex.quote(found[0])}`" if found else "leave `--state` away",
             )
         value = table[head]
         rest = rest[len(head) + 1 :]
@@ -515,7 +515,7 @@ def _take_student_half(contents: Contents, student: Student, *, averages_allowed
             return student
         raise AverageAloneError(
             f"`{contents.path}` holds an average, and no raw student: every name begins with {_list_keys(prefixes)}",
-            hint=f"pass `--prefix {prefixes[0]}` if you mean to fold averages",
+            hint=f"pass `--prefix {shlex.quote(prefixes[0])}` if you mean to fold averages",
         )
     mirrored = _mirrored_prefixes(student.tensors, under)
     under |= {name: prefix for name in _entries_of(student) if (prefix := _average_prefix(name))}
@@ -548,7 +548,7 @@ def _take_mmcv_half(
                 " mmdet's `priority=49`",
             ],
             hint=f"pass `--prefix {MMCV_EMA}` to fold the latter (under the names of the former), or"
-            f" `--state {student.key}` to fold the former",
+            f" `--state {shlex.quote(student.key)}` to fold the former",
         )
     tensors = {name: tensor for name, tensor in student.tensors.items() if name not in twins.values()}
     if takes_twins:

@@ -168,7 +168,7 @@ def _check_finite(found: Inspection, copied: frozenset[str], memory_budget_bytes
 def _check_provenance(found: Inspection, record: Mapping[str, Any], copied: frozenset[str]) -> Check:
     if not record:
         # Not that it is somebody else's: what a model's own `save_pretrained` writes of a teacher has no record either.
-        return Check("provenance", True, "none: nothing in it says how it was made, so nothing else can be checked")
+        return Check("provenance", None, "none: nothing in it says how it was made, so nothing else can be checked")
     if record.get("made") not in ("fold", "reconstruct"):
         return Check("provenance", True, "written by an online teacher")
     averages, listed = averages_of(record), record.get("averages", [])

@@ -11,13 +11,16 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import ckpt_ema
+from ckpt_ema import MisuseError
 from tests.conftest import Outcome, assert_same_bits, hook_teacher, make_student, save_students
 
 Cli = Callable[..., Outcome]
@@ -268,6 +271,41 @@ def test_help_names_every_option_in_words(cli: Cli, command: str) -> None:
     assert outcome.code == 0
     assert f"ckpt-ema {command} " in outcome.stdout
     assert cli(command, "-h").stdout == outcome.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": "gpu"}, "`--device` is 'gpu', and must be auto, cpu or cuda[:i]"),
+        ({"device": "cuda:²"}, "`--device` is 'cuda:²', and must be auto, cpu or cuda[:i]"),
+        ({"skip_buffers": "no"}, "`skip_buffers` is 'no', and must be True or False"),
+        ({"overwrite": 1}, "`overwrite` is 1, and must be True or False"),
+        ({"momentum": "0.1"}, "`momentum` is '0.1', a str"),
+        ({"memory_budget_bytes": "64MiB"}, "`memory_budget_bytes` is '64MiB' (str), and must be a whole number"),
+    ],
+)
+def test_options_are_checked_when_they_are_made(options: dict[str, Any], message: str) -> None:
+    """Before any run is looked at, with the value that was given."""
+    with pytest.raises(MisuseError) as caught:
+        ckpt_ema.FoldOptions(**options)
+    assert caught.value.message == message
+
+
+def test_numpys_numbers_are_numbers(run: Path) -> None:
+    """A momentum out of an array or a sweep."""
+    planned = ckpt_ema.plan(run, momentum=[np.float32(0.25), np.float64(0.5)])
+    assert [teacher.momentum for teacher in planned.teachers] == [0.25, 0.5]
+    assert type(planned.teachers[0].momentum) is float
+
+
+def test_students_that_changed_are_folded_from_there_by_the_hint(tmp_path: Path, cli: Cli) -> None:
+    """The hint names the step from which on they agree, and works as it is typed."""
+    save_students(tmp_path / "run", 4)
+    for step in (100, 200):
+        save_file({"other": torch.ones(2)}, tmp_path / "run" / f"step_{step}.safetensors")
+    outcome = cli("plan", tmp_path / "run")
+    assert "hint: fold only checkpoints that agree: pass `--from 300` to fold the later ones" in outcome.stderr
+    assert cli("plan", tmp_path / "run", "--from", 300).code == 0
 
 
 def test_help_of_the_whole_has_a_sentence_for_every_command(cli: Cli) -> None:

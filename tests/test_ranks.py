@@ -331,14 +331,23 @@ class SilentStore:
 def test_a_rank_that_is_never_heard_of_is_not_waited_for_for_ever(
     beats: bool, says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A machine that went down cannot say so."""
-    monkeypatch.setattr("ckpt_ema.ranks.SILENCE_SECONDS", 0.2)
-    monkeypatch.setattr("ckpt_ema.ranks.START_SECONDS", 0.2)
+    """A machine that went down cannot say so; of one that has not begun people hear long before that is an error."""
+    monkeypatch.setattr("ckpt_ema.ranks.SILENCE_SECONDS", 0.4)
+    monkeypatch.setattr("ckpt_ema.ranks.START_SECONDS", 0.4)
+    monkeypatch.setattr("ckpt_ema.ranks.TELL_SECONDS", 0.1)
     store = SilentStore()
+    told: list[str] = []
     if beats:
         store.set("alive/1", "7")
-    with pytest.raises(CkptEmaError, match=f"rank 1 of 2 {says}"), StoreRanks(0, 2, 0, lambda: store) as ranks:
+    ranks = StoreRanks(0, 2, 0, lambda: store)
+    ranks.tell = told.append
+    with pytest.raises(CkptEmaError, match=f"rank 1 of 2 {says}") as caught, ranks:
         ranks.wait_for_all("folded")
+    assert len(told) == (0 if beats else 1)
+    assert all(
+        "waiting for rank 1 of 2" in text and "`env -u RANK -u SLURM_PROCID ckpt-ema ...`" in text for text in told
+    )
+    assert (caught.value.hint is None) is beats
 
 
 @pytest.mark.parametrize(

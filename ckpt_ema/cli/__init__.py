@@ -238,6 +238,8 @@ def _carry_out(
     from ckpt_ema.writer import BEGIN_ANEW  # noqa: PLC0415
 
     ranks = ckpt_ema.ranks_of_environment()
+    if ranks.is_first:
+        ranks.tell = tell
     quiet = quiet or not ranks.is_first
     begun: list[FoldPlan] = []
 

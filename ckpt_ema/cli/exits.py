@@ -52,7 +52,8 @@ def _run(command: Command, arguments: tuple[Any, ...], options: dict[str, Any]) 
         for line in error.details[:shown]:
             tell(f"  {line}")
         if len(error.details) > shown:
-            tell(f"  ... and {len(error.details) - shown} more (`-v` shows all)")
+            how = " (`-v` shows all)" if "verbose" in options else ""
+            tell(f"  ... and {len(error.details) - shown} more{how}")
         if error.hint:
             tell(f"\nhint: {error.hint}")
         sys.exit(2 if isinstance(error, MisuseError) else 1)

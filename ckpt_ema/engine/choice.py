@@ -72,12 +72,14 @@ def choose_engine(
         built = "" if torch.version.cuda or torch.version.hip else f": torch {torch.__version__} is built without one"
         raise CkptEmaError(f"`--device {wanted}`: torch finds no GPU{built}", hint="pass `--device cpu`")
     own = local_rank % max(1, torch.cuda.device_count())
-    device = torch.device(f"cuda:{own}" if wanted in ("auto", "cuda") else wanted)
-    if device.index >= torch.cuda.device_count():
+    # By its number: torch.device takes 256 more than there are for the same one.
+    index = own if wanted in ("auto", "cuda") else int(wanted.removeprefix("cuda:"))
+    if index >= torch.cuda.device_count():
         raise CkptEmaError(
             f"`--device {wanted}`: there are {torch.cuda.device_count()} GPUs, counted from 0",
             hint="pass `--device cuda:0`",
         )
+    device = torch.device("cuda", index)
     on_gpu = functools.partial(cuda.fold_blocks, device=device, memory_budget_bytes=memory_budget_bytes)
     if wanted != "auto":
         return Choice(on_gpu, str(device), "asked for")

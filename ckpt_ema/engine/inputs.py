@@ -69,16 +69,20 @@ class InputFiles:
         self._opened.clear()
 
 
+SPARE_FILES = 64
+"""That may be open beside the inputs."""
+
+
 def allow_open_files(count: int) -> None:
     """50 checkpoints of 30 shards are more files than a shell allows by default; raise our own soft limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = count + 64
+    wanted = count + SPARE_FILES
     if soft == resource.RLIM_INFINITY or wanted <= soft:
         return
     if hard != resource.RLIM_INFINITY and wanted > hard:
         raise CkptEmaError(
-            f"{count} input files are more than this process may open ({hard})",
-            hint="fold fewer checkpoints at once (`--last`), or ask for a higher limit: `ulimit -Hn`",
+            f"{count} input files and {SPARE_FILES} others are more than this process may open ({hard})",
+            hint="fold fewer checkpoints at once (`--last 20`), or have an administrator raise `ulimit -Hn`",
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import warnings
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -79,7 +80,7 @@ def check_settings(
 
 
 def _as_number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise MisuseError(f"{name} is {value!r}, and must be a number", hint=f"pass {name} as a plain float")
     try:
         return float(value)
