@@ -10,11 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ckpt_ema.checkpoints import Checkpoint
-from ckpt_ema.continuing import Beginning, parts_of, rounded_to
-from ckpt_ema.errors import CkptEmaError, MisuseError, NoUpdateError
-from ckpt_ema.locations import as_path
-from ckpt_ema.profiles import (
+from ckpt_ema.averages.profiles import (
     SMALLEST_COEFFICIENT,
     Profile,
     Update,
@@ -24,8 +20,12 @@ from ckpt_ema.profiles import (
     step_updates,
     updates_of,
 )
+from ckpt_ema.continuing import Beginning, parts_of, rounded_to
+from ckpt_ema.errors import CkptEmaError, MisuseError, NoUpdateError
+from ckpt_ema.locations import as_path
 from ckpt_ema.provenance import copied_names
 from ckpt_ema.records import FoldOptions, PastCheckpoint, Prediction, ReconstructOptions
+from ckpt_ema.runs.checkpoints import Checkpoint
 
 SUM_TOLERANCE = 1e-6
 MAX_COEFFICIENT = 1e6

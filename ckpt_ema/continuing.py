@@ -9,15 +9,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ckpt_ema.averages.profiles import POWER_RULE
 from ckpt_ema.catalogue import ASKED_FOR
-from ckpt_ema.checkpoints import Checkpoint
 from ckpt_ema.errors import CkptEmaError, MisuseError, NoCheckpointError
 from ckpt_ema.formats import read_contents
 from ckpt_ema.formats.folder import has_weights, is_sharded
 from ckpt_ema.locations import as_path
-from ckpt_ema.profiles import POWER_RULE
 from ckpt_ema.provenance import SELECTION, printable, read_provenance, rule_of
 from ckpt_ema.records import MAX_COUNT, FoldOptions, PastCheckpoint
+from ckpt_ema.runs.checkpoints import Checkpoint
 
 UNITS = ("step", "epoch", "date", "number")
 

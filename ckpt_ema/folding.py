@@ -21,19 +21,19 @@ from ckpt_ema.blocks import Block, BlockPlan, plan_of_rank, without
 from ckpt_ema.engine.contract import Engine, NonFinite, NonFiniteBlockError, Task, Teacher
 from ckpt_ema.engine.inputs import InputFiles, allow_open_files
 from ckpt_ema.errors import CkptEmaError, quoted
-from ckpt_ema.fingerprints import differences_of_ranks, fingerprint, made_of
 from ckpt_ema.formats import forget_tables
-from ckpt_ema.journal import FinishedBlocks, Journal, Range, journal_path, open_finished_blocks
-from ckpt_ema.old_teacher import remove_own
-from ckpt_ema.outputs import check_no_checkpoint, check_outputs, check_parents
+from ckpt_ema.output.fingerprints import differences_of_ranks, fingerprint, made_of
+from ckpt_ema.output.journal import FinishedBlocks, Journal, Range, journal_path, open_finished_blocks
+from ckpt_ema.output.old_teacher import remove_own
+from ckpt_ema.output.targets import check_no_checkpoint, check_outputs, check_parents
+from ckpt_ema.output.teacher_files import Entry, TeacherFiles, dcp_files, one_file, shard_files
+from ckpt_ema.output.teacher_folder import folder_to_fill, is_model_folder, new_folder, staged_companions
+from ckpt_ema.output.writer import Draft, SharedFile, SpreadFiles, TeacherFile, write_small_file
 from ckpt_ema.planning import plan_fold
 from ckpt_ema.provenance import teacher_metadata
 from ckpt_ema.ranks import Ranks
 from ckpt_ema.records import FoldOptions, FoldPlan, FoldReport, PathLike, ReconstructOptions
-from ckpt_ema.teacher_files import Entry, TeacherFiles, dcp_files, one_file, shard_files
-from ckpt_ema.teacher_folder import folder_to_fill, is_model_folder, new_folder, staged_companions
 from ckpt_ema.timings import Timings
-from ckpt_ema.writer import Draft, SharedFile, SpreadFiles, TeacherFile, write_small_file
 
 Progress = Callable[[int, int], None]
 """Told (bytes read so far, bytes to read in all)."""

@@ -17,17 +17,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ckpt_ema.checkpoints import BEYOND, STEPLESS_COPY, Checkpoint, Run
+from ckpt_ema.averages.profiles import what_is_inverted
 from ckpt_ema.continuing import Beginning, read_beginning
 from ckpt_ema.errors import CkptEmaError, MisuseError, NoCheckpointError, NoUpdateError
 from ckpt_ema.folding import fold
 from ckpt_ema.locations import RemotePath, as_path
-from ckpt_ema.outputs import resolve_outputs
+from ckpt_ema.output.targets import resolve_outputs
 from ckpt_ema.planning import ROUNDED, find_run
-from ckpt_ema.profiles import what_is_inverted
 from ckpt_ema.records import FoldOptions, FoldReport, PathLike
+from ckpt_ema.runs.checkpoints import BEYOND, STEPLESS_COPY, Checkpoint, Run
+from ckpt_ema.runs.steps import numbers_in_name
 from ckpt_ema.sizes import counted
-from ckpt_ema.steps import numbers_in_name
 
 POLL_SECONDS = 1.0
 """Between two looks at the run; a checkpoint is folded when it was the same in both."""

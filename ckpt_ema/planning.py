@@ -11,10 +11,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from ckpt_ema.averages.profiles import (
+    Profile,
+    coefficients_of,
+    momentum_for_first_share,
+    step_updates,
+    what_is_inverted,
+)
+from ckpt_ema.averages.responses import half_life_of
 from ckpt_ema.blocks import accumulate_dtype, plan_blocks
 from ckpt_ema.byte_ranges import TensorRange
 from ckpt_ema.catalogue import TeacherTensor, Treatment, build_catalogue
-from ckpt_ema.checkpoints import BEYOND, NOT_SELECTED, Checkpoint, Run
 from ckpt_ema.coefficients import Weighed, weigh
 from ckpt_ema.continuing import Beginning, read_beginning
 from ckpt_ema.dtypes import DType, is_rounded
@@ -23,16 +30,15 @@ from ckpt_ema.formats import read_contents
 from ckpt_ema.layouts import Layout, SchemaPool, compact_layout
 from ckpt_ema.locations import as_path
 from ckpt_ema.model_buffers import read_model_buffers
-from ckpt_ema.outputs import resolve_outputs
-from ckpt_ema.profiles import Profile, coefficients_of, momentum_for_first_share, step_updates, what_is_inverted
+from ckpt_ema.output.targets import resolve_outputs
 from ckpt_ema.provenance import aliases_in, printable, read_provenance
 from ckpt_ema.records import FoldedCheckpoint, FoldOptions, FoldPlan, PathLike, PlannedTeacher, ReconstructOptions
-from ckpt_ema.responses import half_life_of
-from ckpt_ema.runs import find_checkpoints
-from ckpt_ema.selection import Selection
+from ckpt_ema.runs.checkpoints import BEYOND, NOT_SELECTED, Checkpoint, Run
+from ckpt_ema.runs.find import find_checkpoints
+from ckpt_ema.runs.selection import Selection
+from ckpt_ema.runs.steps import is_copy_name, numbers_in_name
+from ckpt_ema.runs.students import NUMPY_ARRAY, choose_student, is_flat
 from ckpt_ema.sizes import counted
-from ckpt_ema.steps import is_copy_name, numbers_in_name
-from ckpt_ema.students import NUMPY_ARRAY, choose_student, is_flat
 
 ROUNDED = "was rounded to"
 LARGEST_NEWEST_SHARE = 0.9

@@ -9,8 +9,8 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from ckpt_ema._version import __version__
+from ckpt_ema.averages.profiles import SMALLEST_COEFFICIENT, Profile
 from ckpt_ema.formats.contents import PROVENANCE_KEY
-from ckpt_ema.profiles import SMALLEST_COEFFICIENT, Profile
 from ckpt_ema.records import FoldOptions, FoldPlan, ReconstructOptions
 
 RULE_KEYS = (

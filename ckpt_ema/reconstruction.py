@@ -11,19 +11,19 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ckpt_ema.checkpoints import OUT_OF_ORDER, OWN_TEACHER, Checkpoint, Run
+from ckpt_ema.averages.profiles import updates_of
+from ckpt_ema.averages.response_records import MAX_STEP, read_response
+from ckpt_ema.averages.responses import Ema, Impulse, Power, Response, SteppedPower, declared_response, tail_at
+from ckpt_ema.averages.solver import EVEN, Item, Solution, Variance, interpolated, solve
 from ckpt_ema.coefficients import Average, Weighed, training_steps
 from ckpt_ema.dtypes import DType
 from ckpt_ema.errors import CkptEmaError, MisuseError, quoted
 from ckpt_ema.formats import read_contents
 from ckpt_ema.planning import find_run, plan_weighed
-from ckpt_ema.profiles import updates_of
 from ckpt_ema.provenance import aliases_in, read_provenance
 from ckpt_ema.records import FoldPlan, PathLike, Prediction, ReconstructOptions
-from ckpt_ema.response_records import MAX_STEP, read_response
-from ckpt_ema.responses import Ema, Impulse, Power, Response, SteppedPower, declared_response, tail_at
-from ckpt_ema.solver import EVEN, Item, Solution, Variance, interpolated, solve
-from ckpt_ema.steps import EDM2_NAME, stem_of
+from ckpt_ema.runs.checkpoints import OUT_OF_ORDER, OWN_TEACHER, Checkpoint, Run
+from ckpt_ema.runs.steps import EDM2_NAME, stem_of
 
 # Bits of the significand, the hidden one with it: what is stored is off by up to 2**-bits of itself.
 SIGNIFICANT_BITS = {"float64": 53, "float32": 24, "float16": 11, "bfloat16": 8}

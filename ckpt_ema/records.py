@@ -10,16 +10,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from ckpt_ema.averages.profiles import Between, Profile, Update, check_momentum
+from ckpt_ema.averages.responses import declared_response, gamma_of, momentum_of_half_life
 from ckpt_ema.blocks import Accumulate, BlockPlan
 from ckpt_ema.byte_ranges import SourceFile
 from ckpt_ema.catalogue import TeacherTensor
-from ckpt_ema.checkpoints import Checkpoint
 from ckpt_ema.errors import MisuseError
 from ckpt_ema.layouts import Layout
-from ckpt_ema.profiles import Between, Profile, Update, check_momentum
-from ckpt_ema.responses import declared_response, gamma_of, momentum_of_half_life
+from ckpt_ema.runs.checkpoints import Checkpoint
+from ckpt_ema.runs.students import check_prefix
 from ckpt_ema.sizes import DEFAULT_MEMORY_BUDGET_BYTES
-from ckpt_ema.students import check_prefix
 from ckpt_ema.timings import Timings
 
 DEFAULT_MOMENTUM = 0.001

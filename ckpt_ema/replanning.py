@@ -10,16 +10,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-from ckpt_ema.checkpoints import Checkpoint, Run
+from ckpt_ema.averages.profiles import Update, coefficients_of, updates_of
 from ckpt_ema.coefficients import Average, Weighed, weigh
 from ckpt_ema.continuing import past_of
 from ckpt_ema.errors import CkptEmaError
 from ckpt_ema.inspection import Inspection
 from ckpt_ema.planning import find_run, plan_weighed
-from ckpt_ema.profiles import Update, coefficients_of, updates_of
 from ckpt_ema.provenance import printable
 from ckpt_ema.records import FoldOptions, FoldPlan, PastCheckpoint
-from ckpt_ema.steps import Unit
+from ckpt_ema.runs.checkpoints import Checkpoint, Run
+from ckpt_ema.runs.steps import Unit
 
 SHARE_TOLERANCE = 1e-9
 """Relative, between a coefficient that was recorded and one that was worked out again."""

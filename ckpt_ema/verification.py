@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ckpt_ema.averages.profiles import SMALLEST_COEFFICIENT
 from ckpt_ema.byte_ranges import InputFile, SourceFile, TensorRange, count_elements, open_input, read_exactly
 from ckpt_ema.coefficients import MAX_COEFFICIENT
 from ckpt_ema.continuing import parts_of, past_of, rounded_to
@@ -26,12 +27,11 @@ from ckpt_ema.errors import CkptEmaError, MisuseError
 from ckpt_ema.inspection import Inspection, inspect
 from ckpt_ema.layouts import SchemaPool, compact_layout
 from ckpt_ema.locations import as_path
-from ckpt_ema.profiles import SMALLEST_COEFFICIENT
+from ckpt_ema.output.folder_faults import fault_of_folder
 from ckpt_ema.provenance import copied_names, read_provenance, teacher_metadata
 from ckpt_ema.records import FoldPlan, PathLike
 from ckpt_ema.replanning import SHARE_TOLERANCE, averages_of, check_listed, has_earlier_rules, is_exact, plan_again
 from ckpt_ema.sizes import DEFAULT_MEMORY_BUDGET_BYTES, counted, format_size
-from ckpt_ema.structure import fault_of_folder
 
 MIN_BLOCKS = 16
 """That a sample has at least."""

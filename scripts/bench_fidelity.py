@@ -33,9 +33,9 @@ from torch import Tensor, nn
 
 import ckpt_ema
 from ckpt_ema import MeanTeacher, Snapshots
-from ckpt_ema.profiles import Profile, coefficients_of, ema_updates, step_updates
-from ckpt_ema.responses import Ema, Impulse, Power, gamma_of, momentum_of_half_life
-from ckpt_ema.solver import EVEN, Item, Solution, Variance, interpolated, solve
+from ckpt_ema.averages.profiles import Profile, coefficients_of, ema_updates, step_updates
+from ckpt_ema.averages.responses import Ema, Impulse, Power, gamma_of, momentum_of_half_life
+from ckpt_ema.averages.solver import EVEN, Item, Solution, Variance, interpolated, solve
 
 NUM_STEPS = 10_000
 GRID = 40

@@ -20,7 +20,7 @@ from typing import Any
 from ckpt_ema import plan
 from ckpt_ema.blocks import plan_of_rank
 from ckpt_ema.dtypes import BY_NAME
-from ckpt_ema.teacher_files import Entry, tensor_zip
+from ckpt_ema.output.teacher_files import Entry, tensor_zip
 
 NUM_LAYERS = 80
 WIDTH = 7168

@@ -21,7 +21,7 @@ from typing import Any
 
 import ckpt_ema
 import ckpt_ema.engine.choice  # and torch with it, before anything is forked
-from ckpt_ema import journal, teacher_folder
+from ckpt_ema.output import journal, teacher_folder
 from tests.power_failure import Disk, leave_remains
 
 WRITING_CALLS = (

@@ -33,7 +33,7 @@ from ckpt_ema.errors import CkptEmaError
 from ckpt_ema.formats import forget_tables, pickle_trial, read_contents, torch_save
 from ckpt_ema.formats.pickle_scan import MalformedPickleError
 from ckpt_ema.inspection import inspect
-from ckpt_ema.students import choose_student
+from ckpt_ema.runs.students import choose_student
 
 MAX_SECONDS = 10
 MAX_INPUT_BYTES = 64 << 10

@@ -25,7 +25,7 @@ import ckpt_ema
 from ckpt_ema.dtypes import DTYPES
 from ckpt_ema.errors import CkptEmaError
 from ckpt_ema.formats import Contents, pickles, read_contents
-from ckpt_ema.students import choose_student
+from ckpt_ema.runs.students import choose_student
 from tests.conftest import Outcome, StateDict, assert_same_bits, hook_teacher, make_student
 
 PACKAGE = Path(ckpt_ema.__file__).parent
@@ -993,10 +993,10 @@ def test_an_index_that_names_half_a_letter_is_refused_in_words(tmp_path: Path, c
 
 
 LEVELS: tuple[tuple[str, ...], ...] = (
-    ("_version", "errors", "sizes", "timings", "quadrature"),
+    ("_version", "errors", "sizes", "timings", "averages.quadrature"),
     ("cli.options", "cli.terminal"),  # of the library, errors and sizes only; the commands import all of it
     ("cli.exits",),
-    ("dtypes", "responses", "ranks", "remote_store"),
+    ("dtypes", "averages.responses", "ranks", "remote_store"),
     ("locations",),
     ("byte_ranges",),
     ("assembly", "formats.json_tables", "formats.pickle_scan", "formats.pickles", "formats.zip_archive"),
@@ -1006,13 +1006,21 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("formats.dcp", "formats.deepspeed", "formats.rank_files"),
     ("formats.folder",),
     ("formats",),
-    ("steps", "students", "layouts"),
-    ("learning_rates", "collisions", "checkpoints", "checkpoint_search"),
-    ("catalogue", "profiles", "selection", "model_buffers", "writer", "solver", "response_records"),
-    ("blocks", "checkpoint_reading", "step_order"),
+    ("runs.steps", "runs.students", "layouts"),
+    ("runs.learning_rates", "runs.collisions", "runs.checkpoints", "runs.search"),
+    (
+        "catalogue",
+        "averages.profiles",
+        "runs.selection",
+        "model_buffers",
+        "output.writer",
+        "averages.solver",
+        "averages.response_records",
+    ),
+    ("blocks", "runs.reading", "runs.order"),
     (
         "engine",
-        "runs",
+        "runs.find",
         "records",
         "inspection",
         "engine.buffers",
@@ -1023,14 +1031,22 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "engine.workers",
         "provenance",
     ),
-    ("old_teacher", "engine.compiled", "engine.fused", "engine.staging"),
-    ("teacher_folder",),
+    ("output.old_teacher", "engine.compiled", "engine.fused", "engine.staging"),
+    ("output.teacher_folder",),
     ("continuing",),
-    ("coefficients", "outputs", "teacher_files", "online", "online.tracking", "online.rule", "online.offload"),
-    ("fingerprints",),
+    (
+        "coefficients",
+        "output.targets",
+        "output.teacher_files",
+        "online",
+        "online.tracking",
+        "online.rule",
+        "online.offload",
+    ),
+    ("output.fingerprints",),
     (
         "planning",
-        "journal",
+        "output.journal",
         "online.teacher_file",
         "online.pairs",
         "online.swap",

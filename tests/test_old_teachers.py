@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import ckpt_ema
 from ckpt_ema.errors import CkptEmaError, MisuseError
 from ckpt_ema.formats import read_contents
-from ckpt_ema.old_teacher import own_files
+from ckpt_ema.output.old_teacher import own_files
 from tests.conftest import StateDict, quiet_fold
 
 MOMENTUM = 0.25

@@ -17,8 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import ckpt_ema
-from ckpt_ema.errors import CkptEmaError, MisuseError
-from ckpt_ema.profiles import (
+from ckpt_ema.averages.profiles import (
     COPY,
     Profile,
     Update,
@@ -28,8 +27,9 @@ from ckpt_ema.profiles import (
     step_updates,
     updates_of,
 )
-from ckpt_ema.quadrature import NUM_NODES, nodes_between, sum_rule
-from ckpt_ema.responses import Ema, Power, Uniform, gamma_of, half_life_of, momentum_of_half_life, tail_at
+from ckpt_ema.averages.quadrature import NUM_NODES, nodes_between, sum_rule
+from ckpt_ema.averages.responses import Ema, Power, Uniform, gamma_of, half_life_of, momentum_of_half_life, tail_at
+from ckpt_ema.errors import CkptEmaError, MisuseError
 from tests.conftest import Outcome, assert_same_bits, hook_teacher, make_student, quiet_fold, save_students
 
 Cli = Callable[..., Outcome]

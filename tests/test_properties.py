@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import ckpt_ema
+from ckpt_ema.averages.profiles import coefficients_of, ema_updates
 from ckpt_ema.errors import MisuseError
-from ckpt_ema.profiles import coefficients_of, ema_updates
 from tests.conftest import StateDict, assert_same_bits, hook_teacher, quiet_fold
 from tests.test_safety import write_sparse
 

@@ -27,8 +27,8 @@ from ckpt_ema.byte_ranges import open_input
 from ckpt_ema.dtypes import BY_NAME
 from ckpt_ema.errors import CkptEmaError, MisuseError
 from ckpt_ema.formats.zip_archive import ZipArchive
+from ckpt_ema.output.teacher_files import Entry, tensor_zip
 from ckpt_ema.ranks import Ranks, StoreRanks, ranks_of_environment
-from ckpt_ema.teacher_files import Entry, tensor_zip
 from tests.conftest import Outcome, StateDict, assert_same_bits, hook_teacher, quiet_fold
 
 MOMENTUM = 0.3

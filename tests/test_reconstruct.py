@@ -20,10 +20,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import ckpt_ema
-from ckpt_ema import solver
-from ckpt_ema.errors import CkptEmaError, MisuseError
-from ckpt_ema.profiles import Profile, step_coefficients
-from ckpt_ema.responses import (
+from ckpt_ema.averages import solver
+from ckpt_ema.averages.profiles import Profile, step_coefficients
+from ckpt_ema.averages.responses import (
     Ema,
     Impulse,
     Power,
@@ -34,7 +33,8 @@ from ckpt_ema.responses import (
     gamma_of,
     tail_at,
 )
-from ckpt_ema.solver import EVEN, IDLE, Item, Variance, interpolated, solve
+from ckpt_ema.averages.solver import EVEN, IDLE, Item, Variance, interpolated, solve
+from ckpt_ema.errors import CkptEmaError, MisuseError
 from tests.conftest import Outcome
 
 Cli = Callable[..., Outcome]

@@ -19,9 +19,9 @@ import torch
 from safetensors.torch import save_file
 
 import ckpt_ema
-from ckpt_ema import journal, writer
 from ckpt_ema.errors import CkptEmaError
-from ckpt_ema.fingerprints import fingerprint
+from ckpt_ema.output import journal, writer
+from ckpt_ema.output.fingerprints import fingerprint
 from tests.conftest import Outcome, quiet_fold, save_hollow
 
 Cli = Callable[..., Outcome]

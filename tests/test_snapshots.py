@@ -22,10 +22,10 @@ from torch import nn
 
 import ckpt_ema
 from ckpt_ema import CkptEmaError, MeanTeacher, MisuseError, Snapshots
+from ckpt_ema.averages.response_records import read_response, response_record
+from ckpt_ema.averages.responses import Ema, Power, gamma_of, momentum_of_half_life, tail_at
 from ckpt_ema.online.increments import Increments
 from ckpt_ema.online.state_file import read_state, write_state
-from ckpt_ema.response_records import read_response, response_record
-from ckpt_ema.responses import Ema, Power, gamma_of, momentum_of_half_life, tail_at
 from tests.conftest import assert_same_bits
 
 Path64 = list[dict[str, torch.Tensor]]
@@ -424,7 +424,7 @@ def test_nothing_goes_before_the_newer_file_is_there(tmp_path: Path, monkeypatch
         teacher.update()
     next(walk(student, 1, first=4))
     with monkeypatch.context() as patch:
-        patch.setattr("ckpt_ema.writer._commit", failing_commit)
+        patch.setattr("ckpt_ema.output.writer._commit", failing_commit)
         with pytest.raises(CkptEmaError, match="no space on disk"):
             teacher.update()
     assert [path.name for path in tmp_path.iterdir()] == ["teacher_ema_0.1_step_2.safetensors"]

@@ -233,9 +233,9 @@ def _carry_out(
     Under torchrun or srun the first rank alone says something, and whoever fails.
     """
     from ckpt_ema import report  # noqa: PLC0415
-    from ckpt_ema.journal import done_share  # noqa: PLC0415
+    from ckpt_ema.output.journal import done_share  # noqa: PLC0415
+    from ckpt_ema.output.writer import BEGIN_ANEW  # noqa: PLC0415
     from ckpt_ema.ranks import OtherRankFailedError  # noqa: PLC0415
-    from ckpt_ema.writer import BEGIN_ANEW  # noqa: PLC0415
 
     ranks = ckpt_ema.ranks_of_environment()
     if ranks.is_first:

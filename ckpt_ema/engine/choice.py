@@ -14,13 +14,13 @@ from typing import NamedTuple
 
 import torch
 
+from ckpt_ema.averages.profiles import Update
 from ckpt_ema.blocks import BlockPlan, with_lanes
 from ckpt_ema.engine import cpu, cuda
 from ckpt_ema.engine.contract import Engine, NonFiniteBlockError, Nowhere, Task
 from ckpt_ema.engine.inputs import InputFiles
 from ckpt_ema.errors import CkptEmaError, first_line
 from ckpt_ema.layouts import Layout
-from ckpt_ema.profiles import Update
 
 MIN_BYTES = 20 << 30
 """A fold that reads less is done before a probe would pay."""

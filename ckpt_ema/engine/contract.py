@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from ckpt_ema.averages.profiles import Update
 from ckpt_ema.blocks import Alias, Block, BlockPlan
 from ckpt_ema.engine.inputs import InputFiles
 from ckpt_ema.layouts import Layout
-from ckpt_ema.profiles import Update
 from ckpt_ema.timings import Timings
 
 

@@ -14,7 +14,7 @@ from ckpt_ema.online.mean_teacher import MeanTeacher
 from ckpt_ema.online.settings import check_settings
 from ckpt_ema.online.state_file import read_state, write_state
 from ckpt_ema.online.tracking import is_sharded
-from ckpt_ema.teacher_folder import folder_to_fill
+from ckpt_ema.output.teacher_folder import folder_to_fill
 
 STATE_NAME = "mean_teacher.safetensors"
 

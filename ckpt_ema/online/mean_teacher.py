@@ -17,6 +17,8 @@ from typing import Any, Literal
 import torch
 from torch.utils.hooks import RemovableHandle
 
+from ckpt_ema.averages.response_records import response_record
+from ckpt_ema.averages.responses import Ema
 from ckpt_ema.errors import CkptEmaError, MisuseError
 from ckpt_ema.online.offload import Offload, hold_back_all
 from ckpt_ema.online.pairs import (
@@ -44,8 +46,6 @@ from ckpt_ema.online.swap import (
 )
 from ckpt_ema.online.teacher_file import OnlineRecord, check_file_replaceable, write_teacher
 from ckpt_ema.online.tracking import Tracking, is_sharded, part_of, track, unwrap
-from ckpt_ema.response_records import response_record
-from ckpt_ema.responses import Ema
 
 STATE_VERSION = 1
 

@@ -7,10 +7,10 @@ import warnings
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ckpt_ema.averages.profiles import check_momentum, what_is_inverted
+from ckpt_ema.averages.responses import momentum_of_half_life
 from ckpt_ema.errors import MisuseError
 from ckpt_ema.online.snapshots import Snapshots
-from ckpt_ema.profiles import check_momentum, what_is_inverted
-from ckpt_ema.responses import momentum_of_half_life
 
 Arithmetic = Literal["hook", "lerp"]
 OnNonfinite = Literal["raise", "skip"]

@@ -18,6 +18,9 @@ from typing import Any, Literal
 
 import torch
 
+from ckpt_ema.averages.profiles import check_momentum
+from ckpt_ema.averages.response_records import response_record
+from ckpt_ema.averages.responses import Ema, Power, Response, gamma_of, momentum_of_half_life
 from ckpt_ema.errors import CkptEmaError, MisuseError
 from ckpt_ema.formats.safetensors import read_safetensors
 from ckpt_ema.online.increments import Increments
@@ -25,10 +28,7 @@ from ckpt_ema.online.pairs import beside, check_fit, shadow_of
 from ckpt_ema.online.rule import Rule, is_finite
 from ckpt_ema.online.teacher_file import OnlineRecord, check_file_replaceable, write_teacher
 from ckpt_ema.online.tracking import Tracking, is_sharded
-from ckpt_ema.profiles import check_momentum
 from ckpt_ema.provenance import read_provenance
-from ckpt_ema.response_records import response_record
-from ckpt_ema.responses import Ema, Power, Response, gamma_of, momentum_of_half_life
 
 SNAPSHOT_DTYPES = ("float32", "student", "bfloat16", "float16")
 DEFAULT_SIGMA_REL = (0.05, 0.10)

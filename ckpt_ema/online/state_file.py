@@ -14,13 +14,13 @@ from typing import Any
 import torch
 
 from ckpt_ema._version import __version__
+from ckpt_ema.averages.profiles import RULE
 from ckpt_ema.byte_ranges import open_input, read_exactly
 from ckpt_ema.engine.buffers import torch_dtype
 from ckpt_ema.errors import CkptEmaError, UnreadableCheckpointError
 from ckpt_ema.formats.contents import PROVENANCE_KEY
 from ckpt_ema.formats.safetensors import read_safetensors
 from ckpt_ema.online.teacher_file import dtype_of, write_tensors
-from ckpt_ema.profiles import RULE
 
 STATE_KEY = "ckpt_ema_state"
 STUDENT_KEY = "student_checksum"

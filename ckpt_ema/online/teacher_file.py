@@ -12,15 +12,15 @@ from typing import Any
 import torch
 
 from ckpt_ema._version import __version__
+from ckpt_ema.averages.profiles import POWER_RULE, RULE
 from ckpt_ema.dtypes import BY_NAME, DType
 from ckpt_ema.engine.buffers import Buffer, torch_dtype
 from ckpt_ema.errors import CkptEmaError, MisuseError
 from ckpt_ema.formats import read_contents
 from ckpt_ema.formats.contents import PROVENANCE_KEY
 from ckpt_ema.online.rule import is_finite
-from ckpt_ema.profiles import POWER_RULE, RULE
+from ckpt_ema.output.writer import FileParts, TeacherFile, encode_header
 from ckpt_ema.provenance import is_snapshot
-from ckpt_ema.writer import FileParts, TeacherFile, encode_header
 
 WRITTEN_DTYPES = ("student", "teacher", "float32", "bfloat16", "float16")
 BUFFER_BYTES = 8 << 20

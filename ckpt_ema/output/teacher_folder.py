@@ -14,8 +14,8 @@ from pathlib import Path
 
 from ckpt_ema.errors import CkptEmaError, UnreadableCheckpointError
 from ckpt_ema.formats import ModelFolder
-from ckpt_ema.old_teacher import check_folder_replaceable, move_rest
-from ckpt_ema.writer import BEGIN_ANEW, Draft, sync_folder, write_small_file
+from ckpt_ema.output.old_teacher import check_folder_replaceable, move_rest
+from ckpt_ema.output.writer import BEGIN_ANEW, Draft, sync_folder, write_small_file
 
 # What from_pretrained reads beside weights: configuration, tokenizer, processor, chat template, custom model code.
 COMPANION = re.compile(r".*\.(json|txt|model|jinja|tiktoken|py|vocab|bpe)$", re.IGNORECASE)

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ckpt_ema.checkpoints import OUT_OF_ORDER, STEPLESS_COPY, Checkpoint, Listing, Numbered
-from ckpt_ema.collisions import collision_of, hint_of_unknown
+from ckpt_ema.runs.checkpoints import OUT_OF_ORDER, STEPLESS_COPY, Checkpoint, Listing, Numbered
+from ckpt_ema.runs.collisions import collision_of, hint_of_unknown
 from ckpt_ema.errors import CkptEmaError, NoCheckpointError
-from ckpt_ema.selection import Selection
-from ckpt_ema.steps import ORIGINS, Origin, Unit, is_copy_name, steps_in_name
+from ckpt_ema.runs.selection import Selection
+from ckpt_ema.runs.steps import ORIGINS, Origin, Unit, is_copy_name, steps_in_name
 
 DATE: Origin = ("beside", "date")
 NUMBER: Origin = ("name", "number")

@@ -19,7 +19,7 @@ from ckpt_ema.byte_ranges import contiguous_strides, count_elements
 from ckpt_ema.dtypes import DType
 from ckpt_ema.formats.contents import PROVENANCE_FILE
 from ckpt_ema.formats.dcp import FRAMING_KEY, METADATA_NAME, PIECES_NAME, TABLE_KEY
-from ckpt_ema.writer import FileParts, Run, encode_header
+from ckpt_ema.output.writer import FileParts, Run, encode_header
 
 ALIGNMENT = 64
 """torch's own for what is stored in a zip."""

@@ -10,22 +10,22 @@ from dataclasses import replace
 from pathlib import Path
 
 from ckpt_ema.byte_ranges import expect_tables
-from ckpt_ema.checkpoint_reading import CheckpointReader
-from ckpt_ema.checkpoint_search import (
+from ckpt_ema.runs.reading import CheckpointReader
+from ckpt_ema.runs.search import (
     SNAPSHOT_NAME,
     find_files_beside,
     find_run_folder,
     is_checkpoint_folder,
     is_one_checkpoint,
 )
-from ckpt_ema.checkpoints import NOT_SELECTED, Listing, OwnTeacher, Run
+from ckpt_ema.runs.checkpoints import NOT_SELECTED, Listing, OwnTeacher, Run
 from ckpt_ema.errors import AverageAloneError, CkptEmaError, MisuseError, UnreadableCheckpointError, quoted
 from ckpt_ema.formats import Contents, read_contents
 from ckpt_ema.locations import common_folder, name_within
-from ckpt_ema.selection import Selection, select_checkpoints
-from ckpt_ema.step_order import give_steps, sort_by_step
-from ckpt_ema.steps import is_copy_name, steps_in_name
-from ckpt_ema.students import find_state_dicts
+from ckpt_ema.runs.selection import Selection, select_checkpoints
+from ckpt_ema.runs.order import give_steps, sort_by_step
+from ckpt_ema.runs.steps import is_copy_name, steps_in_name
+from ckpt_ema.runs.students import find_state_dicts
 
 
 def find_checkpoints(paths: Sequence[Path], selection: Selection) -> Run:

@@ -10,7 +10,7 @@ from ckpt_ema.errors import AverageAloneError, UnreadableCheckpointError
 from ckpt_ema.formats import ModelFolder
 from ckpt_ema.layouts import Layout
 from ckpt_ema.locations import identity_of
-from ckpt_ema.steps import Origin, Unit
+from ckpt_ema.runs.steps import Origin, Unit
 
 STEPLESS_COPY = "a copy by its name, without a step"
 NOT_SELECTED = "not selected by name"

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from ckpt_ema.averages.quadrature import nodes_between
+from ckpt_ema.averages.responses import Ema, Power, Response, Uniform, gamma_of, momentum_of_half_life, tail_at
 from ckpt_ema.errors import MisuseError
-from ckpt_ema.quadrature import nodes_between
-from ckpt_ema.responses import Ema, Power, Response, Uniform, gamma_of, momentum_of_half_life, tail_at
 
 RULE = "teacher = (1 - momentum) * teacher + momentum * student"
 POWER_RULE = "teacher = b * teacher + (1 - b) * student, b = (1 - 1 / step) ** (gamma + 1)"

@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from ckpt_ema.quadrature import nodes_between
-from ckpt_ema.responses import Ema, Impulse, Response, SteppedPower
+from ckpt_ema.averages.quadrature import nodes_between
+from ckpt_ema.averages.responses import Ema, Impulse, Response, SteppedPower
 
 # A file is left out where its coefficient is this small, the largest of these that costs no more than EXTRA_ERROR.
 # Smaller than the model of unrelated steps would ask for: real paths are smoother, and distant students far away.

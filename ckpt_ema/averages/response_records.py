@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ckpt_ema.responses import Ema, Power, Response
+from ckpt_ema.averages.responses import Ema, Power, Response
 
 MAX_STEP = 1 << 53
 """Beyond, steps are no whole numbers in float64 any more."""

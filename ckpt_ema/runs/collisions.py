@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ckpt_ema.errors import CkptEmaError
 from ckpt_ema.locations import RemotePath
-from ckpt_ema.steps import ORIGINS, RANK_SUFFIX, Origin, stem_of, steps_in_name
+from ckpt_ema.runs.steps import ORIGINS, RANK_SUFFIX, Origin, stem_of, steps_in_name
 
 # Of options in a hint, and of files; what is longer nobody types.
 MAX_OPTIONS = 4

@@ -1,0 +1,1 @@
+"""The mathematics of averages over training steps, without a tensor."""

@@ -1,0 +1,1 @@
+"""Finished blocks in, teachers that appear whole out, also where an earlier fold stopped."""
