@@ -21,9 +21,6 @@ from ckpt_ema.runs.checkpoints import Checkpoint
 
 UNITS = ("step", "epoch", "date", "number")
 
-OTHER_RULE = ", and goes on with another rule"
-"""How the warning ends of a momentum that is not the teacher's."""
-
 
 @dataclass(frozen=True, slots=True)
 class Newer:
@@ -171,8 +168,8 @@ class Beginning:
         Raises MisuseError or CkptEmaError where that cannot be gone on with.
         """
         selected, warnings, clashing = self._select_for(options)
-        found, notes, more = self._options_for(selected)
-        if any(text.endswith(OTHER_RULE) for text in more):
+        found, notes, more, is_other_rule = self._options_for(selected)
+        if is_other_rule:
             clashing += [name for name in ("momentum", "half_life", "per") if getattr(options, name) is not None]
         return Inherited(found, notes, [*warnings, *more], clashing)
 
@@ -202,16 +199,19 @@ class Beginning:
     def _impossible(self, error: MisuseError) -> CkptEmaError:
         return CkptEmaError(f"`{self.path}` says of itself what cannot be: {error.message}")
 
-    def _options_for(self, options: FoldOptions) -> tuple[FoldOptions, list[str], list[str]]:
-        """`options`, with how the teacher was made where they say nothing of it; notes; warnings."""
+    def _options_for(self, options: FoldOptions) -> tuple[FoldOptions, list[str], list[str], bool]:
+        """`options`, with how the teacher was made where they say nothing of it; notes, and warnings.
+
+        Last, whether they ask for another rule.
+        """
         # An online teacher is updated once every `interval` steps, too.
         per = "step" if self.is_online else self.record.get("per")
         is_asked = options.momentum is not None or options.half_life is not None or options.per not in (None, per)
         if not self.is_online and (self.record.get("made") not in ("fold", "reconstruct") or not self.is_average):
             if self.is_average or is_asked:
-                return options, [], []
+                return options, [], [], False
             what = f"`{self.label}` is of profile {self.profile}"
-            return options, [], [f"{what}, and goes on as an exponential moving average"]
+            return options, [], [f"{what}, and goes on as an exponential moving average"], False
         if self.is_online and self.own_step is None and not is_asked:
             raise MisuseError(
                 f"`{self.label}` does not say of which step it is, so what is newer cannot be told",
@@ -235,11 +235,11 @@ class Beginning:
             counting |= {"between": self.record.get("between"), "steps_per_epoch": self.record.get("steps_per_epoch")}
         if is_asked:
             asked = {name: getattr(options, name) for name in ("momentum", "half_life")}
-            if any(asked[name] not in (None, value) for name, value in made.items()) or (
-                options.per_step != (per == "step")
-            ):
-                warnings.append(f"`{self.label}` was made with {_told(made, counting)}{OTHER_RULE}")
-            return options, [], warnings
+            is_other = any(asked[name] not in (None, value) for name, value in made.items())
+            is_other = is_other or options.per_step != (per == "step")
+            if is_other:
+                warnings.append(f"`{self.label}` was made with {_told(made, counting)}, and goes on with another rule")
+            return options, [], warnings, is_other
         for name, default in (("interval", 1), ("between", None), ("steps_per_epoch", None)):
             if getattr(options, name) != default:
                 counting[name] = getattr(options, name)
@@ -247,7 +247,7 @@ class Beginning:
             inherited = replace(options, **made, **counting)
         except MisuseError as error:
             raise self._impossible(error) from None
-        return inherited, [f"goes on as `{self.label}` was made: {_told(made, counting)}"], warnings
+        return inherited, [f"goes on as `{self.label}` was made: {_told(made, counting)}"], warnings, False
 
     def _with_treatment(self, options: FoldOptions) -> FoldOptions:
         """`options`, with what was copied on request and how wide it was folded where they say nothing of that."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+BEGIN_ANEW = "pass `--overwrite` without `--resume` to begin anew"
+
 
 class CkptEmaError(Exception):
     """Something failed in a way the user can mend.
@@ -43,6 +45,13 @@ class NoCheckpointError(CkptEmaError):
 
 class NoUpdateError(NoCheckpointError):
     """A run holds newer checkpoints, but no update of the average falls on them yet."""
+
+
+class LostWorkError(CkptEmaError):
+    """What an unfinished fold had done is gone: it cannot be gone on with."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, hint=BEGIN_ANEW)
 
 
 class MisuseError(CkptEmaError):

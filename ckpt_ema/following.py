@@ -25,7 +25,7 @@ from ckpt_ema.locations import RemotePath, as_path
 from ckpt_ema.output.targets import resolve_outputs
 from ckpt_ema.planning import ROUNDED, find_run
 from ckpt_ema.records import FoldOptions, FoldReport, PathLike
-from ckpt_ema.runs.checkpoints import BEYOND, STEPLESS_COPY, Checkpoint, Run
+from ckpt_ema.runs.checkpoints import STEPLESS_COPY, Checkpoint, Run
 from ckpt_ema.runs.steps import numbers_in_name
 from ckpt_ema.sizes import counted
 
@@ -251,9 +251,9 @@ class _Follower:
         if found is not None:
             seen = {item.path: _signature_of(item) for item in found.checkpoints}
             seen |= {path: _signature_below(path) for path, _ in found.unfinished}
-            for name in [name for name, reason in found.left_out if reason == STEPLESS_COPY]:
+            for name in sorted(found.stepless):
                 self._leave_out(found.directory / name)
-            self.has_passed = self.has_passed or any(reason.startswith(f"{BEYOND} ") for _, reason in found.left_out)
+            self.has_passed = self.has_passed or bool(found.beyond)
         for path in [path for path in self.waiting if path not in seen]:
             if not path.exists():
                 self._miss(path, "vanished before it was folded")

@@ -33,7 +33,7 @@ from ckpt_ema.model_buffers import read_model_buffers
 from ckpt_ema.output.targets import resolve_outputs
 from ckpt_ema.provenance import aliases_in, printable, read_provenance
 from ckpt_ema.records import FoldedCheckpoint, FoldOptions, FoldPlan, PathLike, PlannedTeacher, ReconstructOptions
-from ckpt_ema.runs.checkpoints import BEYOND, NOT_SELECTED, Checkpoint, Run
+from ckpt_ema.runs.checkpoints import Checkpoint, Run
 from ckpt_ema.runs.find import find_checkpoints
 from ckpt_ema.runs.selection import Selection
 from ckpt_ema.runs.steps import is_copy_name, numbers_in_name
@@ -87,9 +87,9 @@ def _cut_off(found: Run, wanted: FoldOptions, beginning: Beginning) -> NoCheckpo
     steps = {name: numbers_in_name(name).get(unit) for name, _ in found.left_out if printable(name) not in inside}
     # Where its step was read, what has no number in its name may be newer as well.
     maybe = {name for name, step in steps.items() if step is None or step > last_step}
-    late = [name for name, why in found.left_out if name in maybe and why == f"{BEYOND} {unit} {wanted.until_step}"]
+    late = [name for name, _ in found.left_out if name in maybe and (name, unit) in found.beyond]
     newer = {name for name, step in steps.items() if step is not None and step > last_step and not is_copy_name(name)}
-    unselected = [name for name, why in found.left_out if name in newer and why == NOT_SELECTED]
+    unselected = [name for name, _ in found.left_out if name in newer and name in found.unselected]
     if late:
         which = f"up to {unit} {wanted.until_step}"
         first = min((step for name in late if (step := steps[name]) is not None), default=None)
@@ -220,6 +220,7 @@ def plan_weighed(
         notes=(*_notes(newest), *weighed.notes),
         warnings=(
             *found.warnings,
+            *found.order_warnings,
             *weighed.warnings,
             *_rounded(weighed, rounding),
             *_treated_otherwise(weighed, tensors),

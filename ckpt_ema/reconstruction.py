@@ -22,7 +22,7 @@ from ckpt_ema.formats import read_contents
 from ckpt_ema.planning import find_run, plan_weighed
 from ckpt_ema.provenance import aliases_in, read_provenance
 from ckpt_ema.records import FoldPlan, PathLike, Prediction, ReconstructOptions
-from ckpt_ema.runs.checkpoints import OUT_OF_ORDER, OWN_TEACHER, Checkpoint, Run
+from ckpt_ema.runs.checkpoints import OWN_TEACHER, Checkpoint, Run
 from ckpt_ema.runs.steps import EDM2_NAME, stem_of
 
 # Bits of the significand, the hidden one with it: what is stored is off by up to 2**-bits of itself.
@@ -144,7 +144,7 @@ def _in_steps(found: Run, wanted: ReconstructOptions) -> tuple[Run, tuple[int, f
         checkpoints=in_steps,
         averages=tuple(averages),
         left_out=(*found.left_out, *left_out),
-        warnings=tuple(text for text in found.warnings if not text.startswith(OUT_OF_ORDER)),
+        order_warnings=(),  # the coefficients are by step, whatever the list's order
     )
     return run, (first, last), notes
 

@@ -233,8 +233,8 @@ def _carry_out(
     Under torchrun or srun the first rank alone says something, and whoever fails.
     """
     from ckpt_ema import report  # noqa: PLC0415
+    from ckpt_ema.errors import LostWorkError  # noqa: PLC0415
     from ckpt_ema.output.journal import done_share  # noqa: PLC0415
-    from ckpt_ema.output.writer import BEGIN_ANEW  # noqa: PLC0415
     from ckpt_ema.ranks import OtherRankFailedError  # noqa: PLC0415
 
     ranks = ckpt_ema.ranks_of_environment()
@@ -260,7 +260,7 @@ def _carry_out(
         try:
             done = work(run, output, progress=bar.update, announce=announce, ranks=ranks, **or_none(options))
         except BaseException as error:
-            can_go_on = begun and getattr(error, "hint", None) != BEGIN_ANEW
+            can_go_on = begun and not isinstance(error, LostWorkError)
             if can_go_on and (share := done_share(begun[0].outputs)) is not None:
                 tell(f"{share:.0%} is done: the same command with `--resume` goes on from there")
             if isinstance(error, OtherRankFailedError) and not ranks.is_first:

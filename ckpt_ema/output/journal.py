@@ -32,10 +32,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
-from ckpt_ema.errors import CkptEmaError
+from ckpt_ema.errors import BEGIN_ANEW, CkptEmaError
 from ckpt_ema.output.fingerprints import differences_between
 from ckpt_ema.output.teacher_folder import settle_old
-from ckpt_ema.output.writer import BEGIN_ANEW, Draft, SpreadFiles, explained, sync_folder, write_all
+from ckpt_ema.output.writer import Draft, SpreadFiles, explained, sync_folder, write_all
 
 KEEP_SECONDS = 10.0
 """A fold that failed sooner is begun anew as fast as it is resumed, and leaves nothing behind unless it was told to."""

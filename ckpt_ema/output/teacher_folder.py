@@ -12,10 +12,10 @@ import shutil
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
-from ckpt_ema.errors import CkptEmaError, UnreadableCheckpointError
+from ckpt_ema.errors import CkptEmaError, LostWorkError, UnreadableCheckpointError
 from ckpt_ema.formats import ModelFolder
 from ckpt_ema.output.old_teacher import check_folder_replaceable, move_rest
-from ckpt_ema.output.writer import BEGIN_ANEW, Draft, sync_folder, write_small_file
+from ckpt_ema.output.writer import Draft, sync_folder, write_small_file
 
 # What from_pretrained reads beside weights: configuration, tokenizer, processor, chat template, custom model code.
 COMPANION = re.compile(r".*\.(json|txt|model|jinja|tiktoken|py|vocab|bpe)$", re.IGNORECASE)
@@ -87,7 +87,7 @@ def new_folder(target: Path, *, overwrite: bool, draft: Draft, written: Collecti
         elif draft.was_committing and (_mark(target, draft).exists() or not temporary.is_dir()) and target.is_dir():
             temporary = target  # it took its place before the other process was stopped
         elif not temporary.is_dir():
-            raise CkptEmaError(f"the unfinished `{temporary}` is gone", hint=BEGIN_ANEW)
+            raise LostWorkError(f"the unfinished `{temporary}` is gone")
     except OSError as error:
         raise CkptEmaError(f"cannot write `{target}`: {error.strerror}") from error
     try:

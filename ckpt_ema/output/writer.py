@@ -16,12 +16,11 @@ from types import TracebackType
 from typing import NamedTuple
 
 from ckpt_ema.dtypes import DType
-from ckpt_ema.errors import CkptEmaError
+from ckpt_ema.errors import CkptEmaError, LostWorkError
 
 HEADER_MULTIPLE = 4096
 """Bytes; the data then starts on a page."""
 
-BEGIN_ANEW = "pass `--overwrite` without `--resume` to begin anew"
 
 TRIAL_BYTES = 8 << 20
 TRIAL_SECONDS = 0.001
@@ -161,12 +160,11 @@ class TeacherFile:
         try:
             self._descriptor = os.open(self.temporary, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except FileNotFoundError:
-            raise CkptEmaError(f"the unfinished `{self.temporary}` is gone", hint=BEGIN_ANEW) from None
+            raise LostWorkError(f"the unfinished `{self.temporary}` is gone") from None
         size = os.fstat(self._descriptor).st_size
         if size != self._parts.size:
-            raise CkptEmaError(
-                f"the unfinished `{self.temporary}` has {size} bytes, and the teacher {self._parts.size}",
-                hint=BEGIN_ANEW,
+            raise LostWorkError(
+                f"the unfinished `{self.temporary}` has {size} bytes, and the teacher {self._parts.size}"
             )
 
     def write(self, block: memoryview, position: int) -> None:
@@ -338,7 +336,7 @@ def _commit(temporary: Path, target: Path, *, overwrite: bool) -> None:
         ) from error
     except OSError as error:  # no hard links here (FAT, some network file systems)
         if not os.path.lexists(temporary):
-            raise CkptEmaError(f"the unfinished `{temporary}` is gone", hint=BEGIN_ANEW) from error
+            raise LostWorkError(f"the unfinished `{temporary}` is gone") from error
         if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             raise
         if os.path.lexists(target):

@@ -14,11 +14,7 @@ from ckpt_ema.runs.steps import Origin, Unit
 
 STEPLESS_COPY = "a copy by its name, without a step"
 NOT_SELECTED = "not selected by name"
-BEYOND = "after"
-"""How the reason begins for what lies behind `until_step`."""
-
 OWN_TEACHER = "a teacher that ckpt-ema wrote"
-OUT_OF_ORDER = "the list is not in step order"
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +83,19 @@ class Run:
     left_out: tuple[tuple[str, str], ...]
     """Names of what is not folded, each with the reason."""
 
+    unselected: frozenset[str] = frozenset()
+    """Of `left_out`, names that were not selected."""
+
+    beyond: frozenset[tuple[str, Unit]] = frozenset()
+    """Of `left_out`, names of what lies behind `until_step`, and what is counted."""
+
+    stepless: frozenset[str] = frozenset()
+    """Of `left_out`, names of copies without a step."""
+
     warnings: tuple[str, ...] = ()
+    order_warnings: tuple[str, ...] = ()
+    """Of a list that is not in step order."""
+
     teachers: tuple[OwnTeacher, ...] = ()
     """What of this tool lies among them."""
 
@@ -104,6 +112,11 @@ class Listing:
 
     checkpoints: list[Numbered] = field(default_factory=list)
     left_out: list[tuple[str, str]] = field(default_factory=list)
+    unselected: set[str] = field(default_factory=set)
+    beyond: set[tuple[str, Unit]] = field(default_factory=set)
+    stepless: set[str] = field(default_factory=set)
+    """Names of `left_out`, as in Run."""
+
     unreadable: list[tuple[Path, UnreadableCheckpointError]] = field(default_factory=list)
     """What cannot be read: the newest may be half written."""
 
@@ -118,6 +131,7 @@ class Listing:
 
     teachers: list[OwnTeacher] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    order_warnings: list[str] = field(default_factory=list)
     seen: dict[Hashable, Path] = field(default_factory=dict)
     """The first name of every file."""
 
@@ -128,6 +142,11 @@ class Listing:
             return False
         self.left_out.append((path.name, f"another name of `{original.name}`"))
         return True
+
+    def leave_out_unselected(self, path: Path) -> None:
+        """Leave out what was not selected by its name."""
+        self.left_out.append((path.name, NOT_SELECTED))
+        self.unselected.add(path.name)
 
     def set_aside(self, path: Path, metadata: Mapping[str, str]) -> None:
         """Keep a teacher of this tool apart from the checkpoints."""

@@ -18,7 +18,7 @@ from ckpt_ema.runs.search import (
     is_checkpoint_folder,
     is_one_checkpoint,
 )
-from ckpt_ema.runs.checkpoints import NOT_SELECTED, Listing, OwnTeacher, Run
+from ckpt_ema.runs.checkpoints import Listing, OwnTeacher, Run
 from ckpt_ema.errors import AverageAloneError, CkptEmaError, MisuseError, UnreadableCheckpointError, quoted
 from ckpt_ema.formats import Contents, read_contents
 from ckpt_ema.locations import common_folder, name_within
@@ -50,10 +50,14 @@ def find_checkpoints(paths: Sequence[Path], selection: Selection) -> Run:
         root,
         tuple(kept),
         tuple(listing.left_out),
-        tuple(listing.warnings),
-        tuple(listing.teachers),
-        tuple(sorted(listing.averages, key=lambda average: (average.step or 0, average.label))),
-        tuple((path, error.message) for path, error in listing.unreadable) if selection.is_live else (),
+        unselected=frozenset(listing.unselected),
+        beyond=frozenset(listing.beyond),
+        stepless=frozenset(listing.stepless),
+        warnings=tuple(listing.warnings),
+        order_warnings=tuple(listing.order_warnings),
+        teachers=tuple(listing.teachers),
+        averages=tuple(sorted(listing.averages, key=lambda average: (average.step or 0, average.label))),
+        unfinished=tuple((path, error.message) for path, error in listing.unreadable) if selection.is_live else (),
     )
 
 
@@ -85,7 +89,7 @@ def _read_run_directory(run: Path, selection: Selection) -> tuple[Path, Listing]
 def _read_candidate(listing: Listing, path: Path, selection: Selection, reader: CheckpointReader) -> None:
     """Add what lies in a run directory to what is known of it; what cannot be read waits until the order is known."""
     if not selection.is_wanted(path):
-        listing.left_out.append((path.name, NOT_SELECTED))
+        listing.leave_out_unselected(path)
         return
     try:
         if listing.leaves_out_another_name(path):
@@ -149,7 +153,7 @@ def _read_list(paths: Sequence[Path], selection: Selection) -> tuple[Path, Listi
                 hint="pass one run directory, or checkpoints in the order they are to be folded",
             )
         if not selection.is_wanted(path):
-            listing.left_out.append((path.name, NOT_SELECTED))
+            listing.leave_out_unselected(path)
             continue
         try:
             if listing.leaves_out_another_name(path):

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ckpt_ema.runs.checkpoints import OUT_OF_ORDER, STEPLESS_COPY, Checkpoint, Listing, Numbered
+from ckpt_ema.runs.checkpoints import STEPLESS_COPY, Checkpoint, Listing, Numbered
 from ckpt_ema.runs.collisions import collision_of, hint_of_unknown
 from ckpt_ema.errors import CkptEmaError, NoCheckpointError
 from ckpt_ema.runs.selection import Selection
@@ -30,13 +30,13 @@ def give_steps(listing: Listing) -> None:
     known = [checkpoint.step for checkpoint, _ in listing.checkpoints if checkpoint.step is not None]
     if known != sorted(known):
         older, newer = next((a, b) for a, b in itertools.pairwise(known) if a > b)
-        listing.warnings.append(
-            f"{OUT_OF_ORDER}: {unit} {newer} comes after {unit} {older}, and is folded so; pass the run directory to"
+        listing.order_warnings.append(
+            f"the list is not in step order: {unit} {newer} comes after {unit} {older}, and is folded so; pass the run directory to"
             " fold in step order"
         )
     elif not known and (pair := _descending_names([str(checkpoint.path) for checkpoint, _ in listing.checkpoints])):
-        listing.warnings.append(
-            f"{OUT_OF_ORDER}, by the numbers in the names: `{pair[1]}` comes after `{pair[0]}`, and is folded so;"
+        listing.order_warnings.append(
+            f"the list is not in step order, by the numbers in the names: `{pair[1]}` comes after `{pair[0]}`, and is folded so;"
             " a shell sorts 10 before 9"
         )
 
@@ -133,6 +133,7 @@ def _leave_out_stepless_copies(listing: Listing, *, has_steps: bool) -> None:
         dropped = {id(item) for item in stepless}
         listing.checkpoints = [item for item in listing.checkpoints if id(item) not in dropped]
         listing.left_out += [(item[0].label, STEPLESS_COPY) for item in stepless]
+        listing.stepless.update(item[0].label for item in stepless)
 
 
 def _order_without_copies(listing: Listing, origin: Origin, directory: Path, include: Sequence[str]) -> None:

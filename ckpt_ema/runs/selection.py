@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ckpt_ema.runs.checkpoints import BEYOND, Checkpoint, Listing
+from ckpt_ema.runs.checkpoints import Checkpoint, Listing
 from ckpt_ema.errors import CkptEmaError, NoCheckpointError
 from ckpt_ema.runs.steps import DATE_DIGITS, EDM2_NAME, stem_of
 from ckpt_ema.runs.students import is_average_name
@@ -67,7 +67,8 @@ def select_checkpoints(directory: Path, listing: Listing, selection: Selection) 
         if first is not None and _at_precision_of(first, checkpoint) < first:
             listing.left_out.append((checkpoint.label, f"before {checkpoint.unit} {selection.from_step}"))
         elif last is not None and _at_precision_of(last, checkpoint) > last:
-            listing.left_out.append((checkpoint.label, f"{BEYOND} {checkpoint.unit} {selection.until_step}"))
+            listing.left_out.append((checkpoint.label, f"after {checkpoint.unit} {selection.until_step}"))
+            listing.beyond.add((checkpoint.label, checkpoint.unit))
         else:
             kept.append(checkpoint)
     if selection.last is not None:
