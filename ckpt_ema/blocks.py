@@ -9,10 +9,10 @@ from __future__ import annotations
 import bisect
 import itertools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import itemgetter
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from ckpt_ema.byte_ranges import count_elements
 from ckpt_ema.catalogue import TeacherTensor
@@ -138,6 +138,26 @@ class Alias:
     num_bytes: int
 
 
+class BufferSizes(NamedTuple):
+    """Bytes of one thread's buffers, or what they need for an element of a block."""
+
+    raw: int
+    """A student's bytes as they are stored."""
+
+    accumulator: int
+    """One teacher's."""
+
+    widened: int
+    """The student in the accumulator's dtype; where a kernel widens it, two more students of half that size."""
+
+    span: int
+    """What a scattered tensor's elements are gathered from."""
+
+    def total(self, num_teachers: int) -> int:
+        """All of them, with an accumulator for each teacher."""
+        return self.raw + num_teachers * self.accumulator + self.widened + self.span
+
+
 @dataclass(frozen=True, slots=True)
 class BlockPlan:
     """Everything the engine needs but the coefficients."""
@@ -153,15 +173,15 @@ class BlockPlan:
     bytes_to_read: int
     block_elements: int
     num_threads: int
-    thread_buffers: tuple[int, int, int, int]
-    """Bytes of each buffer of one thread, in the order of `buffer_bytes_per_element`; one accumulator per teacher."""
+    thread_buffers: BufferSizes
+    """Bytes of each buffer of one thread."""
 
     num_teachers: int
 
     @property
     def buffer_bytes(self) -> int:
         """What all threads' buffers take together; never above the budget."""
-        return self.num_threads * _with_all_teachers(self.thread_buffers, self.num_teachers)
+        return self.num_threads * self.thread_buffers.total(self.num_teachers)
 
     def blocks(self) -> Iterator[Block]:
         """Every block, in the teacher's byte order, which is the files' own order as well."""
@@ -376,36 +396,32 @@ def _lane(
     )
 
 
-def buffer_bytes_per_element(lane: Lane) -> tuple[int, int, int, int]:
-    """What a thread's four buffers need per element of a block.
-
-    The raw bytes of a student, the accumulator, the student widened to the accumulator's dtype (where a kernel widens
-    it, two more students of half that size), and the span that a scattered tensor's elements are gathered from.
-    """
+def buffer_bytes_per_element(lane: Lane) -> BufferSizes:
+    """What a thread's buffers need per element of a block."""
     raw = max(lane.student_dtype.itemsize, lane.dtype.itemsize, lane.input_itemsize)
     span = raw if lane.is_scattered else 0
     if lane.copies_bytes:
-        return raw, 0, 0, span
+        return BufferSizes(raw, 0, 0, span)
     wide = lane.accumulate_dtype.itemsize
     widens = lane.action == "average" and any(dtype is not lane.accumulate_dtype for dtype in lane.input_dtypes[1:])
-    return raw, wide, wide if widens else 0, span
+    return BufferSizes(raw, wide, wide if widens else 0, span)
 
 
-def _widest(lanes: Sequence[Lane]) -> tuple[int, int, int, int]:
-    """The largest need for each of the four buffers; a thread allocates them once, for all lanes."""
-    needs = [buffer_bytes_per_element(lane) for lane in lanes]
-    raw, wide, widened, span = (max((need[i] for need in needs), default=0) for i in range(4))
-    return raw, wide, widened, span
+def _widest(lanes: Sequence[Lane]) -> BufferSizes:
+    """The largest need for each buffer; a thread allocates them once, for all lanes."""
+    return _largest(map(buffer_bytes_per_element, lanes))
 
 
-def _thread_buffers(lanes: Sequence[Lane], block_elements: int) -> tuple[int, int, int, int]:
-    """Bytes of a thread's four buffers; a short lane of wide elements, such as counters, does not widen them."""
-    needs = [
-        [size * min(block_elements, padded(lane.num_elements)) for size in buffer_bytes_per_element(lane)]
+def _thread_buffers(lanes: Sequence[Lane], block_elements: int) -> BufferSizes:
+    """Bytes of a thread's buffers; a short lane of wide elements, such as counters, does not widen them."""
+    return _largest(
+        BufferSizes(*(size * min(block_elements, padded(lane.num_elements)) for size in buffer_bytes_per_element(lane)))
         for lane in lanes
-    ]
-    raw, wide, widened, span = (max((need[i] for need in needs), default=0) for i in range(4))
-    return raw, wide, widened, span
+    )
+
+
+def _largest(sizes: Iterable[BufferSizes]) -> BufferSizes:
+    return BufferSizes(*map(max, zip(BufferSizes(0, 0, 0, 0), *sizes, strict=True)))
 
 
 def padded(elements: int) -> int:
@@ -413,13 +429,8 @@ def padded(elements: int) -> int:
     return -(-elements // ELEMENT_MULTIPLE) * ELEMENT_MULTIPLE
 
 
-def _with_all_teachers(buffers: tuple[int, int, int, int], num_teachers: int) -> int:
-    raw, accumulator, widened, span = buffers
-    return raw + num_teachers * accumulator + widened + span
-
-
 def _size_blocks(lanes: Sequence[Lane], budget: int, num_threads: int | None, num_teachers: int) -> tuple[int, int]:
-    widest = max(1, _with_all_teachers(_widest(lanes), num_teachers))
+    widest = max(1, _widest(lanes).total(num_teachers))
     # The accumulators of all teachers share the cache; half a block each was the fastest for eight.
     best = BLOCK_ELEMENTS if num_teachers == 1 else BLOCK_ELEMENTS // 2
     _check_budget(budget, widest * MIN_BLOCK_ELEMENTS)
@@ -436,14 +447,14 @@ def _size_remote_blocks(
 
     A store answers with bytes of its own, which lie in memory beside the buffer they are copied to.
     """
-    least = max(1, _with_all_teachers(_widest(lanes), num_teachers) + _widest(lanes)[0]) * MIN_BLOCK_ELEMENTS
+    least = max(1, _widest(lanes).total(num_teachers) + _widest(lanes).raw) * MIN_BLOCK_ELEMENTS
     _check_budget(budget, least)
     # What most is read of decides; counters take eight bytes each, and are few.
     itemsize = max(lanes, key=lambda lane: lane.num_elements).input_itemsize if lanes else 1
 
     def bytes_of_thread(elements: int) -> int:
         buffers = _thread_buffers(lanes, elements)
-        return max(1, _with_all_teachers(buffers, num_teachers) + min(buffers[0], MAX_REQUEST_BYTES))
+        return max(1, buffers.total(num_teachers) + min(buffers.raw, MAX_REQUEST_BYTES))
 
     smallest = _whole_elements(REMOTE_READ_BYTES // itemsize, lanes)
     threads = max(1, min(num_threads or REMOTE_THREADS, budget // bytes_of_thread(smallest)))

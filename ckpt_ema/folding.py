@@ -262,7 +262,7 @@ def _open_teachers(
 
 
 def _spread(files: TeacherFiles, opened: Sequence[TeacherFile | SharedFile]) -> SpreadFiles:
-    begins = [parts.runs[0].begin if parts.runs else 0 for _, parts in files.parts]
+    begins = [parts.extents[0].begin if parts.extents else 0 for _, parts in files.parts]
     return SpreadFiles(list(zip(begins, opened, strict=True)))
 
 

@@ -40,9 +40,10 @@ from ckpt_ema.runs.steps import is_copy_name, numbers_in_name
 from ckpt_ema.runs.students import NUMPY_ARRAY, choose_student, is_flat
 from ckpt_ema.sizes import counted
 
-ROUNDED = "was rounded to"
 LARGEST_NEWEST_SHARE = 0.9
 """Of a teacher by steps; what is nearly its newest checkpoint is no average."""
+
+ROUNDED = "was rounded to"
 """In the warning of what a teacher that is gone on with has lost."""
 
 

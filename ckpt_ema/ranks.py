@@ -32,7 +32,7 @@ START_SECONDS = 600.0
 TELL_SECONDS = 5.0
 """Of waiting for a rank that has not begun, until that is told."""
 
-ALONE = "if there are no others, this is the environment of another job: `env -u RANK -u SLURM_PROCID ckpt-ema ...`"
+ALONE = "where this is no job of torchrun or srun, its variables are left from one: `unset RANK SLURM_PROCID`"
 
 
 class OtherRankFailedError(CkptEmaError):
@@ -103,8 +103,15 @@ class StoreRanks(Ranks):
         self._ended = threading.Event()
         self._checked = 0.0
         self._heard = {}
-        with self._explained():
-            self._store = self._connect()
+        # Rank 0 is asked first; where it is not there, torch waits without a word.
+        waiting = threading.Timer(TELL_SECONDS, lambda: self.tell(f"waiting for rank 0 of {self.count}; {ALONE}"))
+        waiting.daemon = True
+        waiting.start()
+        try:
+            with self._explained():
+                self._store = self._connect()
+        finally:
+            waiting.cancel()
         beat = functools.partial(self._beat, self._store, self._ended)
         self._heart = threading.Thread(target=beat, name="heartbeat", daemon=True)
         self._heart.start()

@@ -310,7 +310,9 @@ def _as_numbers(name: str, given: object) -> float | tuple[float, ...] | None:
 def _as_number(name: str, given: object) -> float:
     if isinstance(given, bool) or not isinstance(given, numbers.Real):
         raise MisuseError(f"`{name}` is {given!r}, a {type(given).__name__}", hint=f"pass `{name}` as a plain number")
-    given = given if isinstance(given, (int, float)) else float(given)  # NumPy's have other digits when they are told
+    given = (
+        given if isinstance(given, (int, float)) else float(given)
+    )  # float32(0.1) is told as 0.1, and is 0.10000000149
     if isinstance(given, int) and abs(given) >= MAX_COUNT:
         raise MisuseError(f"`{name}` is larger than any number of steps there can be")
     if name == "momentum":

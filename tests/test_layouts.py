@@ -507,7 +507,8 @@ def test_sub_models_under_one_key_are_one_student(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "part", ["metanet", "random_proj", "argsorter", "config_head", "optimal_head", "schedule_embed"]
+    "part",
+    ["metanet", "random_proj", "argsorter", "config_head", "optimal_head", "schedule_embed", "metric_head", "lossNet"],
 )
 def test_sub_models_called_nearly_as_a_trainers_own_are_folded(tmp_path: Path, part: str) -> None:
     """A name that only begins as `meta`, `random_state` or `args` do is a part of the model."""
@@ -541,7 +542,7 @@ PAIRS = {
     "byol": ("online_encoder.", "target_encoder."),
     "solo-learn": ("backbone.", "momentum_backbone."),
     "lightly": ("backbone.", "backbone_momentum."),
-    "double q learning": ("q_net.", "q_net_target."),
+    "online and target": ("net_online.", "net_target."),
 }
 
 
@@ -560,15 +561,30 @@ def test_a_momentum_encoder_is_no_part_of_the_student(tmp_path: Path, pair: str)
     assert dict(planned.left_out_tensors) == {f"{target}{name}": f"an average (`{target}`)" for name in STUDENTS[0]}
 
 
-def test_a_layer_called_target_is_the_students(tmp_path: Path) -> None:
-    """A name alone makes no average: it has to repeat the student."""
+@pytest.mark.parametrize(
+    "parts",
+    [
+        ("backbone.", "target_head."),
+        ("source_embedding.", "target_embedding."),
+        ("encoder_source.", "encoder_target."),
+        ("head.", "target_head."),
+        ("momentum_net.",),
+        ("encoder_k.",),
+    ],
+)
+def test_a_layer_called_target_is_the_students(tmp_path: Path, parts: tuple[str, ...]) -> None:
+    """A name makes no average without what it follows, by name and tensor by tensor."""
     run = tmp_path / "run"
     run.mkdir()
-    states = [{**student, "target_head.scale": torch.full((3,), float(k))} for k, student in enumerate(STUDENTS)]
-    for names in (states, [with_prefix("momentum_net.", student) for student in STUDENTS]):
-        for step, state in enumerate(names):
-            torch.save(state, run / f"step_{step}.pt")
-        assert_folds_to(run, tmp_path, names)
+    states = []
+    for step, student in enumerate(STUDENTS):
+        tensors = [student, make_average(step)]
+        named = [with_prefix(part, tensor) for part, tensor in zip(parts, tensors, strict=False)]
+        states.append({name: tensor for each in named for name, tensor in each.items()})
+        torch.save(states[-1], run / f"step_{step}.pt")
+    buffers = [name for name in states[0] if name.endswith("running_mean")]
+    _, teacher = fold(run, tmp_path)
+    assert_same_bits(teacher, hook_teacher(states, MOMENTUM, buffers))
 
 
 def test_an_optimizer_among_the_tensors_is_left_out(tmp_path: Path) -> None:
@@ -601,6 +617,8 @@ def test_which_half_of_mmcvs_ema_hook_is_the_student_is_asked(tmp_path: Path) ->
     assert steps_of(assert_folds_to(run, tmp_path, STUDENTS, state="state_dict")) == [10, 20, 30, 40]
     pairs = zip(STUDENTS, averages, strict=True)
     swapped = [{**student, **{name: average[name] for name in parameters}} for student, average in pairs]
+    part = [{name[3:]: tensor for name, tensor in each.items() if name.startswith("fc.")} for each in swapped]
+    assert_folds_to(run, tmp_path, part, prefix="ema_fc.")
     planned = assert_folds_to(run, tmp_path, swapped, prefix="ema_")
     assert {reason for _, reason in planned.left_out_tensors} == {"folded under their own names"}
 
@@ -1061,6 +1079,44 @@ def test_a_bare_number_behind_best_is_no_step(tmp_path: Path, best: str) -> None
     torch.save(STUDENTS[1], run / best)
     planned = assert_folds_to(run, tmp_path, STUDENTS)
     assert planned.left_out == ((best, "a copy by its name, without a step"),)
+
+
+def test_a_folders_number_is_no_step_of_what_lies_in_a_run(tmp_path: Path) -> None:
+    """`step_2_sft/` is a run, whose `best.pt` is not of step 2."""
+    run = tmp_path / "step_2_sft"
+    run.mkdir()
+    for step, student in zip((100, 200, 300, 400), STUDENTS, strict=True):
+        torch.save(student, run / f"step_{step}.pt")
+    torch.save(STUDENTS[1], run / "best.pt")
+    assert steps_of(assert_folds_to(run, tmp_path, STUDENTS)) == [100, 200, 300, 400]
+
+
+def test_current_models_beside_one_other_are_a_series(tmp_path: Path) -> None:
+    """Only beside two or more does a number behind `current` count nothing."""
+    run = tmp_path / "run"
+    run.mkdir()
+    for name, student in zip(("initial_50", "current_100", "current_200", "current_300"), STUDENTS, strict=True):
+        torch.save(student, run / f"{name}.pt")
+    assert steps_of(assert_folds_to(run, tmp_path, STUDENTS)) == [50, 100, 200, 300]
+
+
+def test_a_truncated_newest_with_a_date_and_a_number_is_left_out(tmp_path: Path) -> None:
+    """As any other newest one."""
+    run = tmp_path / "run"
+    run.mkdir()
+    for number, student in enumerate(STUDENTS, 1):
+        torch.save(student, run / f"ckpt_2024-02-0{number}_{number}.pt")
+    (run / "ckpt_2024-02-05_5.pt").write_bytes(b"PK")
+    planned = assert_folds_to(run, tmp_path, STUDENTS)
+    assert [name for name, _ in planned.left_out] == ["ckpt_2024-02-05_5.pt"]
+
+
+def test_averages_in_numbered_folders_are_no_students(tmp_path: Path) -> None:
+    """`step_100/ema.pt` says by its name what it is."""
+    for step in (100, 200):
+        (tmp_path / f"step_{step}").mkdir()
+        torch.save(make_average(step), tmp_path / f"step_{step}" / "ema.pt")
+    refusal_of(tmp_path)
 
 
 def test_best_models_alone_are_a_series(tmp_path: Path) -> None:

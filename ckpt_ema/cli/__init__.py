@@ -238,8 +238,7 @@ def _carry_out(
     from ckpt_ema.ranks import OtherRankFailedError  # noqa: PLC0415
 
     ranks = ckpt_ema.ranks_of_environment()
-    if ranks.is_first:
-        ranks.tell = tell
+    ranks.tell = tell
     quiet = quiet or not ranks.is_first
     begun: list[FoldPlan] = []
 

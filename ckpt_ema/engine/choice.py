@@ -72,7 +72,7 @@ def choose_engine(
         built = "" if torch.version.cuda or torch.version.hip else f": torch {torch.__version__} is built without one"
         raise CkptEmaError(f"`--device {wanted}`: torch finds no GPU{built}", hint="pass `--device cpu`")
     own = local_rank % max(1, torch.cuda.device_count())
-    # By its number: torch.device takes 256 more than there are for the same one.
+    # torch.device keeps 8 bits of the index: `cuda:256` would be GPU 0.
     index = own if wanted in ("auto", "cuda") else int(wanted.removeprefix("cuda:"))
     if index >= torch.cuda.device_count():
         raise CkptEmaError(

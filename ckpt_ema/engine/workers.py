@@ -41,7 +41,7 @@ class _TorchThreads:
         finally:
             with self._lock:
                 self._num_takers -= 1
-            torch.set_num_threads(self._num_threads)
+                torch.set_num_threads(self._num_threads)
 
 
 TORCH_THREADS = _TorchThreads()

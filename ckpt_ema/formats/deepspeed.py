@@ -67,7 +67,7 @@ def read_deepspeed(folder: Path) -> Contents:
         raise UnreadableCheckpointError(
             f"`{folder}` is a DeepSpeed checkpoint of a mixture of experts, which lie in files of their own"
             f" (`{experts[0]}`), and are not read",
-            hint="save the whole model with `save_pretrained` or `torch.save`, and fold what that writes",
+            hint="gather the experts into one state dict in a training process, save that, and fold it",
         )
     models = _in_rank_order(folder, names, MODEL_FILE)
     optimizers = _in_rank_order(folder, names, OPTIMIZER_FILE)

@@ -16,6 +16,7 @@ from ckpt_ema.formats.contents import Contents, ModelFolder, is_plain_name, read
 from ckpt_ema.formats.dcp import is_dcp_folder, read_dcp
 from ckpt_ema.formats.deepspeed import folder_of_latest, is_deepspeed_folder, read_deepspeed
 from ckpt_ema.formats.json_tables import parse_json
+from ckpt_ema.formats.names import is_average_name
 from ckpt_ema.formats.pickles import PickledTensor
 from ckpt_ema.formats.rank_files import is_rank_folder, read_rank_files
 from ckpt_ema.locations import children_of, is_dead_link
@@ -37,7 +38,8 @@ LONE_STEM = re.compile(
 SERIES_NAME = re.compile(r"^(checkpoint|step|epoch|global_step|iter)[-_=]?\d+", re.IGNORECASE)
 # Folders of one checkpoint that torch.distributed.checkpoint wrote the model into: accelerate, OLMo, NeMo.
 DCP_SUBFOLDER = re.compile(r"^(pytorch_model_fsdp.*|model_and_optim|weights)$")
-MODEL_PARALLEL = re.compile(r"^mp_rank_\d+(_\d+)?$")
+# Megatron's parts of a model, by tensor, pipeline and expert ranks.
+MODEL_PARALLEL = re.compile(r"^mp_rank_\d+(_\d+)*$")
 # torch.distributed.checkpoint's safetensors: each rank's pieces of a model that is cut into files.
 DCP_SHARD_NAME = re.compile(r"^shard-(?P<rank>\d+)-model-(?P<index>\d+)-of-(?P<count>\d{1,5})\.safetensors$")
 SHARDING_KEY = "DCP_SHARDING_INFO"
@@ -217,7 +219,8 @@ def _is_of_series(folder: Path, name: str) -> bool:
     """Whether the folder's name counts, the file's does not, and it is not what lies beside many ranks' files."""
     return (
         SERIES_NAME.match(folder.name) is not None
-        and not re.search(r"\d", WEIGHTS_SUFFIX.sub("", name))
+        and not re.search(r"\d", stem := WEIGHTS_SUFFIX.sub("", name))
+        and not is_average_name(stem)
         and not is_sharded(folder)
         and folder_of_latest(folder) is None
     )

@@ -44,7 +44,7 @@ from ckpt_ema.online.swap import (
     watch_anew,
     written_in,
 )
-from ckpt_ema.online.teacher_file import OnlineRecord, check_file_replaceable, write_teacher
+from ckpt_ema.online.teacher_file import OnlineRecord, check_file_replaceable, dtype_of, write_teacher
 from ckpt_ema.online.tracking import Tracking, is_sharded, part_of, track, unwrap
 
 STATE_VERSION = 1
@@ -202,7 +202,7 @@ class MeanTeacher:
         `load_state_dict` update once before: the graph would get torch's own calls, which take longer.
         """
         if torch.compiler.is_compiling():
-            # What would be compiled rounds in another way: torch.compile goes on behind it.
+            # Inductor would round otherwise, so torch.compile must not trace this call.
             return bool(torch._dynamo.disable(self.update)())  # type: ignore[no-untyped-call]
         self._refuse_swapped("update the teacher")
         if not self._is_behind_step and any(map(_is_registered, self._handles)):
@@ -256,7 +256,7 @@ class MeanTeacher:
 
     def _average(self, students: list[torch.Tensor], teachers: list[torch.Tensor], step: int) -> None:
         fold = functools.partial(self._fold, teachers, is_first=self._start is None)
-        # Not before it has come to its end: where it is interrupted some tensors are a step ahead.
+        # None until this update is complete: an interrupted one leaves some tensors a step ahead.
         copied, self._copied = self._copied, None
         if self._offload is None:
             fold(students)
@@ -579,6 +579,8 @@ class MeanTeacher:
         # Looked for now: a buffer may have come since.
         tracking = track(self._student, skip_buffers=self.skip_buffers)
         copied = {name: slot.tensor for slot in tracking.copied for name in slot.names if name not in averaged}
+        for name, tensor in copied.items():
+            dtype_of(name, tensor)  # what cannot be written cannot be looked through either
         # An infinity there is a mask, or the start of a minimum.
         broken = [name for name, tensor in copied.items() if tensor.is_floating_point() and tensor.isnan().any()]
         if broken:

@@ -52,7 +52,7 @@ def pairs_of(students: Tracking, teachers: Tracking) -> list[Pair]:
             pairs.append(Pair(slot.names, student, slot))
     differences += [f"{name}: missing in the teacher" for name in by_name if name not in seen]
     differences += [
-        f"{one} and {other}: parts of the same memory in the teacher, which would be updated twice"
+        f"{one} and {other}: interleaved or overlapping memory in the teacher, which might be updated twice"
         for one, other in _overlaps(teachers.averaged)
     ]
     if differences:

@@ -143,7 +143,7 @@ def hold_buffers(module: torch.nn.Module, swaps: Sequence[Swap]) -> Callable[[],
     held = [(part._buffers, key, tensor) for part in module.modules() for key, tensor in part._buffers.items()]
     # A forward in training mode moves them, and so does torch.optim.swa_utils.update_bn.
     statistics = [
-        (tensor, tensor._version, tensor.detach().clone())
+        (tensor, tensor.detach().clone())
         for part in module.modules()
         if isinstance(part, _NormBase)
         for tensor in part._buffers.values()
@@ -160,9 +160,8 @@ def hold_buffers(module: torch.nn.Module, swaps: Sequence[Swap]) -> Callable[[],
             is_conversion = was_converted and now.shape == tensor.shape
             if is_conversion or (now.dtype, now.device) != (tensor.dtype, tensor.device):
                 table[key] = tensor
-        for tensor, version, before in statistics:
-            if tensor._version != version:
-                tensor.detach().copy_(before)
+        for tensor, before in statistics:  # always: torch counts no writes of a forward's
+            tensor.detach().copy_(before)
 
     return give_back
 

@@ -19,7 +19,7 @@ from ckpt_ema.byte_ranges import contiguous_strides, count_elements
 from ckpt_ema.dtypes import DType
 from ckpt_ema.formats.contents import PROVENANCE_FILE
 from ckpt_ema.formats.dcp import FRAMING_KEY, METADATA_NAME, PIECES_NAME, TABLE_KEY
-from ckpt_ema.output.writer import FileParts, Run, encode_header
+from ckpt_ema.output.writer import Extent, FileParts, encode_header
 
 ALIGNMENT = 64
 """torch's own for what is stored in a zip."""
@@ -97,7 +97,7 @@ def dcp_files(key: str, entries: Sequence[Entry], metadata: Mapping[str, str]) -
     those of torch itself with `set_crc32_options(False)`.
     """
     literals: list[tuple[int, bytes]] = []
-    runs: list[Run] = []
+    extents: list[Extent] = []
     places: list[tuple[int, int]] = []
     position = 0
     for entry in entries:
@@ -105,7 +105,7 @@ def dcp_files(key: str, entries: Sequence[Entry], metadata: Mapping[str, str]) -
         offset = position + len(before)
         end = offset + entry.end - entry.begin
         literals += [(position, before), (end, behind)]
-        runs.append(Run(entry.begin, entry.end, offset))
+        extents.append(Extent(entry.begin, entry.end, offset))
         places.append((position, end + len(behind) - position))
         position = end + len(behind)
     table = _table(key, entries, places)
@@ -113,7 +113,7 @@ def dcp_files(key: str, entries: Sequence[Entry], metadata: Mapping[str, str]) -
     record = {**metadata, TABLE_KEY: sha256(table).hexdigest(), FRAMING_KEY: framing.hexdigest()}
     provenance = json.dumps(record, ensure_ascii=False).encode() + b"\n"
     closing = ((PROVENANCE_FILE, provenance), (METADATA_NAME, table))
-    return TeacherFiles(((PIECES_NAME, FileParts(position, tuple(literals), tuple(runs))),), closing)
+    return TeacherFiles(((PIECES_NAME, FileParts(position, tuple(literals), tuple(extents))),), closing)
 
 
 def _table(key: str, entries: Sequence[Entry], places: Sequence[tuple[int, int]]) -> bytes:

@@ -26,7 +26,7 @@ TRIAL_BYTES = 8 << 20
 TRIAL_SECONDS = 0.001
 
 
-class Run(NamedTuple):
+class Extent(NamedTuple):
     """A run of the teacher's data section that lies in one piece of a file."""
 
     begin: int
@@ -47,13 +47,13 @@ class FileParts:
     literals: tuple[tuple[int, bytes], ...]
     """(offset, content) of what is no tensor."""
 
-    runs: tuple[Run, ...]
+    extents: tuple[Extent, ...]
     """By their begin."""
 
     @classmethod
     def of_header(cls, header: bytes, begin: int, end: int) -> FileParts:
         """A header and behind it bytes `[begin, end)` of the data section: a safetensors file."""
-        return cls(len(header) + end - begin, ((0, header),), (Run(begin, end, len(header)),))
+        return cls(len(header) + end - begin, ((0, header),), (Extent(begin, end, len(header)),))
 
     def are_in(self, path: Path) -> bool:
         """Whether `path` is a file of that size with these literals."""
@@ -120,7 +120,7 @@ class TeacherFile:
         self._target = target
         self._draft = draft or Draft()
         self._parts = parts
-        self._begins = [run.begin for run in parts.runs]
+        self._begins = [extent.begin for extent in parts.extents]
         self._overwrite = overwrite
         self._needed = max(parts.size, needed_bytes)
         self._and_more = f" and {self._needed - parts.size} bytes more" if self._needed > parts.size else ""
@@ -170,7 +170,7 @@ class TeacherFile:
     def write(self, block: memoryview, position: int) -> None:
         """Put what of `block`, at `position` of the data section, belongs here; threads may write at once."""
         with explained(f"cannot write `{self._target}`"):
-            _write_runs(self._descriptor, self._parts.runs, self._begins, block, position)
+            _write_extents(self._descriptor, self._parts.extents, self._begins, block, position)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -222,7 +222,7 @@ class SharedFile:
     def __init__(self, temporary: Path, parts: FileParts) -> None:
         self._path = temporary
         self._parts = parts
-        self._begins = [run.begin for run in parts.runs]
+        self._begins = [extent.begin for extent in parts.extents]
         self._descriptor = -1
 
     def __enter__(self) -> SharedFile:
@@ -233,7 +233,7 @@ class SharedFile:
     def write(self, block: memoryview, position: int) -> None:
         """As `TeacherFile.write`."""
         with explained(f"cannot write `{self._path}`"):
-            _write_runs(self._descriptor, self._parts.runs, self._begins, block, position)
+            _write_extents(self._descriptor, self._parts.extents, self._begins, block, position)
 
     def sync(self, *, with_name: bool) -> None:
         """As `TeacherFile.sync`."""
@@ -360,28 +360,28 @@ def _reserve(descriptor: int, size: int, needed: int) -> None:
         os.posix_fallocate(descriptor, 0, min(size, TRIAL_BYTES))
         if time.perf_counter() - started < TRIAL_SECONDS:
             os.posix_fallocate(descriptor, 0, size)
-    except AttributeError:  # macOS
-        return
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
             raise
 
 
 def _sync(descriptor: int, path: Path | None) -> None:
-    getattr(os, "fdatasync", os.fsync)(descriptor)
+    os.fdatasync(descriptor)
     if path is not None:
         sync_folder(path.parent)
 
 
-def _write_runs(descriptor: int, runs: Sequence[Run], begins: Sequence[int], block: memoryview, position: int) -> None:
+def _write_extents(
+    descriptor: int, extents: Sequence[Extent], begins: Sequence[int], block: memoryview, position: int
+) -> None:
     end = position + len(block)
-    for number in range(max(0, bisect.bisect_right(begins, position) - 1), len(runs)):
-        run = runs[number]
-        if run.begin >= end:
+    for number in range(max(0, bisect.bisect_right(begins, position) - 1), len(extents)):
+        extent = extents[number]
+        if extent.begin >= end:
             break
-        first, stop = max(position, run.begin), min(end, run.end)
+        first, stop = max(position, extent.begin), min(end, extent.end)
         if first < stop:
-            write_all(descriptor, block[first - position : stop - position], run.offset + first - run.begin)
+            write_all(descriptor, block[first - position : stop - position], extent.offset + first - extent.begin)
 
 
 def write_all(descriptor: int, content: memoryview, position: int) -> None:

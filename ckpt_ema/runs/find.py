@@ -10,6 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from ckpt_ema.byte_ranges import expect_tables
+from ckpt_ema.errors import AverageAloneError, CkptEmaError, MisuseError, UnreadableCheckpointError, quoted
+from ckpt_ema.formats import Contents, read_contents
+from ckpt_ema.locations import common_folder, name_within
+from ckpt_ema.runs.checkpoints import Listing, OwnTeacher, Run
+from ckpt_ema.runs.order import give_steps, sort_by_step
 from ckpt_ema.runs.reading import CheckpointReader
 from ckpt_ema.runs.search import (
     SNAPSHOT_NAME,
@@ -18,12 +23,7 @@ from ckpt_ema.runs.search import (
     is_checkpoint_folder,
     is_one_checkpoint,
 )
-from ckpt_ema.runs.checkpoints import Listing, OwnTeacher, Run
-from ckpt_ema.errors import AverageAloneError, CkptEmaError, MisuseError, UnreadableCheckpointError, quoted
-from ckpt_ema.formats import Contents, read_contents
-from ckpt_ema.locations import common_folder, name_within
 from ckpt_ema.runs.selection import Selection, select_checkpoints
-from ckpt_ema.runs.order import give_steps, sort_by_step
 from ckpt_ema.runs.steps import is_copy_name, steps_in_name
 from ckpt_ema.runs.students import find_state_dicts
 
@@ -71,7 +71,7 @@ def _read_run_directory(run: Path, selection: Selection) -> tuple[Path, Listing]
     expect_tables([path for path in candidates if selection.is_wanted(path)])
     for path in candidates:
         _read_candidate(listing, path, selection, reader)
-    if listing.averages_inside and not listing.checkpoints:
+    if listing.averages_inside and not listing.checkpoints and not selection.is_live:
         raise listing.averages_inside[0][1]
     listing.left_out += [(name, "an average, and no raw student") for name, _ in listing.averages_inside]
     if listing.averages_by_name and not listing.checkpoints and not listing.unreadable and not selection.is_live:
@@ -110,7 +110,7 @@ def _read_candidate(listing: Listing, path: Path, selection: Selection, reader: 
             listing.checkpoints.append(reader.read(contents))
     except AverageAloneError as error:
         # What has a number is one of the run's own; `best.pt` beside it may be a model for users.
-        if steps_in_name(path.name):
+        if steps_in_name(path.name) and not is_copy_name(path.name):
             raise
         listing.averages_inside.append((path.name, error))
         return
@@ -172,7 +172,7 @@ def _read_list(paths: Sequence[Path], selection: Selection) -> tuple[Path, Listi
         elif selection.is_average_by_name(path):
             raise CkptEmaError(f"`{path}` is an average, by its name", hint=_hint_to_fold_average(contents))
         else:
-            listing.checkpoints.append(reader.read(contents))
+            listing.checkpoints.append(reader.read(contents, is_listed=True))
     give_steps(listing)
     # Two checkpoints of the same name in different folders are told apart by their folder.
     labels = [checkpoint.label for checkpoint, _ in listing.checkpoints]

@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from ckpt_ema.errors import CkptEmaError, NoCheckpointError
 from ckpt_ema.runs.checkpoints import STEPLESS_COPY, Checkpoint, Listing, Numbered
 from ckpt_ema.runs.collisions import collision_of, hint_of_unknown
-from ckpt_ema.errors import CkptEmaError, NoCheckpointError
 from ckpt_ema.runs.selection import Selection
-from ckpt_ema.runs.steps import ORIGINS, Origin, Unit, is_copy_name, steps_in_name
+from ckpt_ema.runs.steps import ORIGINS, Origin, Unit, is_copy_name, numbers_in_name, steps_in_name
 
-DATE: Origin = ("beside", "date")
+DATE_BESIDE: Origin = ("beside", "date")
 NUMBER: Origin = ("name", "number")
 
 
@@ -31,13 +31,13 @@ def give_steps(listing: Listing) -> None:
     if known != sorted(known):
         older, newer = next((a, b) for a, b in itertools.pairwise(known) if a > b)
         listing.order_warnings.append(
-            f"the list is not in step order: {unit} {newer} comes after {unit} {older}, and is folded so; pass the run directory to"
-            " fold in step order"
+            f"the list is not in step order: {unit} {newer} comes after {unit} {older}, and is folded so; pass the run"
+            " directory to fold in step order"
         )
     elif not known and (pair := _descending_names([str(checkpoint.path) for checkpoint, _ in listing.checkpoints])):
         listing.order_warnings.append(
-            f"the list is not in step order, by the numbers in the names: `{pair[1]}` comes after `{pair[0]}`, and is folded so;"
-            " a shell sorts 10 before 9"
+            f"the list is not in step order, by the numbers in the names: `{pair[1]}` comes after `{pair[0]}`, and is"
+            " folded so; a shell sorts 10 before 9"
         )
 
 
@@ -93,8 +93,8 @@ def sort_by_step(listing: Listing, directory: Path, selection: Selection) -> Non
 def _common_origin(checkpoints: Sequence[Numbered]) -> Origin | None:
     """The most trusted kind of number that all of them give."""
     common = next((origin for origin in ORIGINS if all(origin in numbers for _, numbers in checkpoints)), None)
-    if common == NUMBER and all(DATE in numbers for _, numbers in checkpoints) and not _count_on(checkpoints):
-        return DATE
+    if common == NUMBER and all(DATE_BESIDE in numbers for _, numbers in checkpoints) and not _count_on(checkpoints):
+        return DATE_BESIDE
     return common
 
 
@@ -103,7 +103,7 @@ def _count_on(checkpoints: Sequence[Numbered]) -> bool:
 
     Where all dates are one, it is the run's.
     """
-    pairs = sorted((numbers[DATE], numbers[NUMBER]) for _, numbers in checkpoints)
+    pairs = sorted((numbers[DATE_BESIDE], numbers[NUMBER]) for _, numbers in checkpoints)
     if pairs[0][0] == pairs[-1][0]:
         return True
     return all(number < next_number for (_, number), (_, next_number) in itertools.pairwise(pairs))
@@ -123,12 +123,14 @@ def _check_epochs_ascend(listing: Listing, origin: Origin, directory: Path) -> N
 
 
 def _leave_out_stepless_copies(listing: Listing, *, has_steps: bool) -> None:
-    """`final.pt` without a step beside checkpoints with one is the last of them again."""
-    stepless = [
-        item
-        for item in listing.checkpoints
-        if (not item[1] and has_steps) or (item[1].keys() <= {NUMBER} and is_copy_name(item[0].label))
-    ]
+    """`final.pt` without a step beside checkpoints with one is the last of them again; so is `best_57.pt` beside two.
+
+    The number behind `best` is a metric, a fold or a stage, where the others count without it.
+    """
+    stepless = [item for item in listing.checkpoints if not item[1] and (has_steps or is_copy_name(item[0].label))]
+    numbered = [item for item in listing.checkpoints if item[1].keys() == {NUMBER} and is_copy_name(item[0].label)]
+    if len(listing.checkpoints) - len(stepless) - len(numbered) > 1:
+        stepless += numbered
     if stepless and (has_steps or len(stepless) < len(listing.checkpoints)):
         dropped = {id(item) for item in stepless}
         listing.checkpoints = [item for item in listing.checkpoints if id(item) not in dropped]
@@ -158,20 +160,19 @@ def _order_without_copies(listing: Listing, origin: Origin, directory: Path, inc
 
 def _forgive_newest(listing: Listing, origin: Origin | None) -> None:
     """Leave an unreadable newest checkpoint out aloud; raise for any other."""
-    readable: dict[Unit, int] = defaultdict(lambda: -1)
+    readable: dict[str, int] = defaultdict(lambda: -1)
     for checkpoint, numbers in listing.checkpoints:
         for (_, unit), number in {**steps_in_name(checkpoint.label), **numbers}.items():
             readable[unit] = max(readable[unit], number)
     numbered = []
     for path, error in listing.unreadable:
-        names = steps_in_name(path.name)
-        units: list[Unit] = [unit for _, unit in names]
+        names = numbers_in_name(path.name)
         if is_copy_name(path.name) and not names:
             if "best" in path.name.lower() or not listing.checkpoints:
                 raise error
             numbered.append((float("inf"), path, error))
-        elif units and all(names["name", unit] > readable[unit] for unit in units) and listing.checkpoints:
-            numbered.append((float(names["name", units[0]]), path, error))
+        elif names and all(number > readable[unit] for unit, number in names.items()) and listing.checkpoints:
+            numbered.append((float(next(iter(names.values()))), path, error))
         else:
             raise error
     steps = [item for item in numbered if item[0] != float("inf")]

@@ -6,13 +6,13 @@ import glob
 from dataclasses import replace
 from pathlib import Path
 
-from ckpt_ema.runs.search import has_series_name, visible_children
-from ckpt_ema.runs.checkpoints import Checkpoint, Numbered
 from ckpt_ema.errors import CkptEmaError, UnreadableCheckpointError, quoted
 from ckpt_ema.formats import Contents
 from ckpt_ema.formats.folder import MODEL_STEM, nameless_models
 from ckpt_ema.layouts import SchemaPool, compact_layout
+from ckpt_ema.runs.checkpoints import Checkpoint, Numbered
 from ckpt_ema.runs.learning_rates import learning_rates_of
+from ckpt_ema.runs.search import has_series_name, visible_children
 from ckpt_ema.runs.selection import Selection
 from ckpt_ema.runs.steps import ORIGINS, stem_of, step_of_average, steps_in_name, steps_inside
 from ckpt_ema.runs.students import choose_student, is_flat
@@ -29,9 +29,12 @@ class CheckpointReader:
         self._pool = SchemaPool()
         self._nameless: dict[Path, set[str]] = {}
 
-    def read(self, contents: Contents) -> Numbered:
-        """A checkpoint, and every number that may be its step; raises CkptEmaError where no student can be chosen."""
-        return self._read(contents, self._selection.state, self._selection.prefix)
+    def read(self, contents: Contents, *, is_listed: bool = False) -> Numbered:
+        """A checkpoint, and every number that may be its step; raises CkptEmaError where no student can be chosen.
+
+        Of one that was listed by itself the folder's name may say it.
+        """
+        return self._read(contents, self._selection.state, self._selection.prefix, is_listed=is_listed)
 
     def read_average(self, contents: Contents) -> Checkpoint:
         """What was said to be an average, with its step: no other one is looked for inside.
@@ -55,7 +58,7 @@ class CheckpointReader:
             )
         return replace(checkpoint, step=numbers[origin], unit=origin[1])
 
-    def _read(self, contents: Contents, state: str | None, prefix: str | None) -> Numbered:
+    def _read(self, contents: Contents, state: str | None, prefix: str | None, *, is_listed: bool = False) -> Numbered:
         path = contents.path
         student = choose_student(contents, state=state, prefix=prefix)
         if not student.tensors:
@@ -77,16 +80,16 @@ class CheckpointReader:
             model_folder=contents.folders.get(student.key) or contents.folders.get(""),
         )
         # `checkpoint-300/model.safetensors`, listed as a file: the folder has the number.
-        named = path.absolute().parent if self._is_nameless(path) else path
+        folder = path.absolute().parent
+        is_in_series = is_listed and has_series_name(folder) and not steps_in_name(path.name)
+        named = folder if is_in_series or self._is_nameless(path) else path
         return checkpoint, {**steps_in_name(named.name), **steps_inside(contents)}
 
     def _is_nameless(self, path: Path) -> bool:
-        """Whether a path says by its name that it is a model, and not which one: its folder may."""
-        folder = path.absolute().parent
-        if has_series_name(folder) and not steps_in_name(path.name):
-            return True
+        """Whether a file's name says only that it is a model, so that its folder's name gives the step."""
         if MODEL_STEM.match(stem_of(path.name)) is None or path.is_dir():
             return False
+        folder = path.absolute().parent
         if folder not in self._nameless:
             self._nameless[folder] = nameless_models([other.name for other in visible_children(folder)])
         return path.name in self._nameless[folder]

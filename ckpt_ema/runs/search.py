@@ -11,9 +11,9 @@ from ckpt_ema.errors import CkptEmaError, NoCheckpointError
 from ckpt_ema.formats import is_weights_file_name
 from ckpt_ema.formats.deepspeed import folder_of_latest
 from ckpt_ema.formats.folder import NEVER_STUDENTS, has_weights, is_sharded, nameless_models
+from ckpt_ema.formats.names import is_average_name
 from ckpt_ema.locations import children_of, is_dead_link
 from ckpt_ema.runs.steps import is_copy_name, stem_of, steps_in_name
-from ckpt_ema.runs.students import is_average_name
 
 MAX_SEARCH_DEPTH = 3
 SERIES_STEMS = ("checkpoint", "step", "epoch", "global_step", "iter")

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ckpt_ema.runs.checkpoints import Checkpoint, Listing
 from ckpt_ema.errors import CkptEmaError, NoCheckpointError
+from ckpt_ema.formats.names import is_average_name
+from ckpt_ema.runs.checkpoints import Checkpoint, Listing
 from ckpt_ema.runs.steps import DATE_DIGITS, EDM2_NAME, stem_of
-from ckpt_ema.runs.students import is_average_name
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 import shlex
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 from ckpt_ema.assembly import StoredTensor
 from ckpt_ema.errors import AverageAloneError, CkptEmaError, MisuseError, UnreadableCheckpointError
 from ckpt_ema.formats import TENSOR_LEAVES, Contents
+from ckpt_ema.formats.names import AVERAGE_WORDS, in_snake_case, is_average_name
 from ckpt_ema.formats.pickle_scan import MalformedPickleError
 from ckpt_ema.formats.pickles import Inert, PickledTensor, module_state
 
@@ -33,19 +34,23 @@ RAW_KEYS = (
     "weights",
     "state",
 )
-# A word of a key or of the first part of a tensor name that says: these are averages.
-_AVERAGE_WORDS = ("ema", "swa", "avg", "ave", "average", "averaged", "teacher", "shadow", "polyak", "litema")
-AVERAGE_WORD = re.compile(rf"(^|[._\-])({'|'.join(_AVERAGE_WORDS)})(\d*)([._\-]|$)", re.IGNORECASE)
-# The same before the names of tensors alone: a file called `momentum_0.9.pt` is no average.
-_TWIN_WORDS = ("momentum", "encoder_k", "target")
-_TWIN_WORD = re.compile(rf"(^|[_\-])({'|'.join(_TWIN_WORDS)})([_\-]|$)", re.IGNORECASE)
-_CASE_CHANGE = re.compile(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
+# How self-supervised models call what follows another part of them, and that part. Other pairs, such as a `target_head`
+# beside a `head`, are trained as often.
+_TWINS = (
+    (re.compile(r"^encoder_k$"), ("encoder_q",)),
+    (re.compile(r"^momentum_(.+)$"), (r"\1", r"base_\1")),
+    (re.compile(r"^(.+)_momentum$"), (r"\1",)),
+    (re.compile(r"^target_(.+)$"), (r"online_\1",)),
+    (re.compile(r"^(.+)_target$"), (r"\1_online",)),
+)
 # A key that says: this is the trainer's. Whole words, since a model may have a `metanet` or a `random_proj`.
 _TRAINERS_WORD = re.compile(
-    r"^((optim(i[sz]er)?s?|(lr_)?sched(uler)?s?|((grad|amp)_)?scaler|amp|rngs?|loss(es)?|callbacks?|criterion|metrics?"
-    r"|data_?loaders?)([._\d].*)?"
-    r"|random_(rng_)?states?(_\d+)?|loops|ema_updater|averaging_state|train_state|hyper_parameters|message_hub"
-    r"|meta(data)?|args|cfg|configs?)$",
+    r"^((optim(i[sz]er)?s?|(lr_)?sched(uler)?s?|((grad|amp|loss)_)?scaler|amp|loss(es)?|callbacks?|criterion|metrics?"
+    r"|data_?loaders?)([._]?\d+|_?[a-z])?"
+    r"|(optim(i[sz]er)?s?|(lr_)?sched(uler)?s?|((grad|amp)_)?scaler|amp|loss|criterion|metrics?|data_?loaders?)"
+    r"[._](state(_dict|s)?|history|fn)"
+    r"|(random_)?rngs?([._]states?)?(_\d+)?|random_(rng_)?states?(_\d+)?|loops|ema_updater|averaging_state|train_state"
+    r"|hyper_parameters|message_hub|meta(data)?|args|cfg|configs?)$",
     re.IGNORECASE,
 )
 # Megatron's distributed checkpoints have names of the model and of all else in one table.
@@ -143,14 +148,18 @@ def choose_student(contents: Contents, *, state: str | None = None, prefix: str 
         for found in _as_state_dicts(candidates)
         if found.key and found.key != student.key and not found.key.startswith(f"{student.key}.")
     }
+    beside = student.key.rpartition(".")[0]
     for name, value in passed_over.items():
-        if name.startswith(f"{student.key}.") and any(_candidates(value)):
+        is_near = name.startswith(f"{student.key}.") or (beside and name.startswith(f"{beside}."))
+        if is_near and any(_candidates(value)):
             others[name] = "the trainer's, by its name"
     student = replace(student, left_out={**(student.left_out or {}), **others})
     student = _strip_wrappers(student)
     if twins := _mmcv_twins(contents, student):
-        student = _take_mmcv_half(contents, student, twins, takes_twins=prefix == MMCV_EMA, is_chosen=state is not None)
-    elif prefix:
+        takes_twins = bool(prefix) and str(prefix).startswith(MMCV_EMA)
+        student = _take_mmcv_half(contents, student, twins, takes_twins=takes_twins, is_chosen=state is not None)
+        prefix = str(prefix or "").removeprefix(MMCV_EMA) if takes_twins else prefix
+    if prefix:
         student = _take_prefix(contents, student, prefix)
     else:
         student = _take_student_half(contents, student, averages_allowed=state is not None)
@@ -193,16 +202,10 @@ def _kind_of_key(key: str) -> Kind:
     return "average" if is_average_name(key) else "raw"
 
 
-@functools.lru_cache(maxsize=4096)  # asked for every part of every tensor's name, and the parts repeat
-def is_average_name(name: str) -> bool:
-    """Whether a key or a file's name says that it holds an average: `model_ema`, `modelEMA`, `teacher`."""
-    return bool(AVERAGE_WORD.search(_CASE_CHANGE.sub("_", name)))
-
-
 @functools.lru_cache(maxsize=4096)
 def is_trainers_name(name: str) -> bool:
     """Whether a key says that it holds what a trainer keeps beside the model: `optimizerG`, `rng_state`."""
-    return bool(_TRAINERS_WORD.match(_CASE_CHANGE.sub("_", name)))
+    return bool(_TRAINERS_WORD.match(in_snake_case(name)))
 
 
 def _rank(key: str) -> int:
@@ -504,15 +507,14 @@ def _take_student_half(contents: Contents, student: Student, *, averages_allowed
         return student
     # All names at once first: they are many, and hardly ever is one of them an average's.
     text = "\n".join(student.tensors).lower()
-    if not any(word in text for word in (*_AVERAGE_WORDS, *_TWIN_WORDS)):
+    student = _without_twins(student, text)
+    if not any(word in text for word in AVERAGE_WORDS):
         return student
     under = {name: prefix for name in student.tensors if (prefix := _average_prefix(name))}
     if not under:
         return student
     if len(under) == len(student.tensors):
         prefixes = sorted(set(under.values()))
-        if not any(map(is_average_name, "".join(prefixes).split("."))):
-            return student
         raise AverageAloneError(
             f"`{contents.path}` holds an average, and no raw student: every name begins with {_list_keys(prefixes)}",
             hint=f"pass `--prefix {shlex.quote(prefixes[0])}` if you mean to fold averages",
@@ -522,6 +524,32 @@ def _take_student_half(contents: Contents, student: Student, *, averages_allowed
     rest = {name: f"an average (`{prefix}`)" for name, prefix in under.items() if prefix in mirrored}
     tensors = {name: tensor for name, tensor in student.tensors.items() if name not in rest}
     return replace(student, tensors=tensors, left_out={**(student.left_out or {}), **rest})
+
+
+def _without_twins(student: Student, text: str) -> Student:
+    """Without the parts that follow another one, as a momentum encoder does: by their names, and tensor by tensor."""
+    if not any(word in text for word in ("momentum", "target", "encoder_k")):
+        return student
+    parts: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for name in student.tensors:
+        path = name.split(".")
+        for depth, part in enumerate(path[:-1]):
+            if any(pattern.match(part) for pattern, _ in _TWINS):
+                parts[".".join((*path[:depth], "")), part].append(name)
+                break
+    left_out: dict[str, str] = {}
+    for (place, part), names in parts.items():
+        for leader in (
+            match.expand(each) for pattern, ways in _TWINS if (match := pattern.match(part)) for each in ways
+        ):
+            led = [f"{place}{leader}{name.removeprefix(place + part)}" for name in names]
+            if all(
+                other in student.tensors and student.tensors[other].shape == student.tensors[name].shape
+                for other, name in zip(led, names, strict=True)
+            ):
+                left_out |= dict.fromkeys(names, f"an average (`{place}{part}.`)")
+    tensors = {name: tensor for name, tensor in student.tensors.items() if name not in left_out}
+    return replace(student, tensors=tensors, left_out={**(student.left_out or {}), **left_out})
 
 
 def _mmcv_twins(contents: Contents, student: Student) -> dict[str, str]:
@@ -547,8 +575,8 @@ def _take_mmcv_half(
                 f"{len(twins)} such as `{next(iter(twins.values()))}`: the student, where EMAHook runs first, as with"
                 " mmdet's `priority=49`",
             ],
-            hint=f"pass `--prefix {MMCV_EMA}` to fold the latter (under the names of the former), or"
-            f" `--state {shlex.quote(student.key)}` to fold the former",
+            hint=f"pass `--state {shlex.quote(student.key)}` to fold `{next(iter(twins))}` and the like, or"
+            f" `--prefix {MMCV_EMA}` to fold the `{MMCV_EMA}*` tensors under those names",
         )
     tensors = {name: tensor for name, tensor in student.tensors.items() if name not in twins.values()}
     if takes_twins:
@@ -580,7 +608,7 @@ def _average_prefix(name: str) -> str | None:
     """The start of a tensor's name up to the part that says `ema`, `teacher`, ..., with its dot."""
     parts = name.split(".")
     for i, part in enumerate(parts[:-1]):
-        if is_average_name(part) or _TWIN_WORD.search(part):
+        if is_average_name(part):
             return ".".join(parts[: i + 1]) + "."
     return None
 

@@ -1,0 +1,1 @@
+"""A run directory in, its checkpoints with their students in step order out."""
