@@ -101,7 +101,7 @@ def children_of(folder: Path) -> list[Path]:
 
 
 def is_dead_link(path: Path) -> bool:
-    """Whether it is a link to what is gone, may not be seen, or is the link itself."""
+    """Whether `path` is a link whose target is missing, may not be seen, or is the link itself."""
     if not path.is_symlink():
         return False
     try:

@@ -430,7 +430,8 @@ def _too_fast(
         steps = f"{half_life:,.3g} step{'' if half_life == 1 else 's'}"
         yield (
             f"`{checkpoints[-1].label}` alone is {share:.1%} of the teacher ({teacher.profile.title}):"
-            f" a share halves in {steps}, and the newest two checkpoints are {gap:,} steps apart"
+            f" a share halves in {steps}, and the newest two checkpoints are {gap:,} steps apart; `--half-life"
+            f" {2 * gap}` would average several"
         )
 
 

@@ -297,13 +297,13 @@ def _as_numbers(name: str, given: object) -> float | tuple[float, ...] | None:
             values = tuple(given)
         except TypeError:  # a tensor without dimensions
             raise MisuseError(f"`{name}` is {given!r}, a {type(given).__name__}") from None
-        numbers = tuple(_as_number(name, number) for number in values)
-        if not numbers:
+        found = tuple(_as_number(name, number) for number in values)
+        if not found:
             raise MisuseError(f"`{name}` is an empty list", hint=f"pass for example `{name}=[0.1, 0.2]`")
-        if len(set(numbers)) < len(numbers):
+        if len(set(found)) < len(found):
             option = f"--{name.replace('_', '-')}"
-            raise MisuseError(f"`{option} {max(numbers, key=numbers.count)}` is given twice")
-        return numbers
+            raise MisuseError(f"`{option} {max(found, key=found.count)}` is given twice")
+        return found
     return _as_number(name, given)
 
 

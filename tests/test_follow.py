@@ -740,3 +740,17 @@ def test_a_place_that_cannot_be_written_to_is_an_error_at_once(tmp_path: Path) -
     save(tmp_path / "run", 1)
     with pytest.raises(CkptEmaError, match="cannot write"):
         ckpt_ema.follow(tmp_path / "run", "/proc/t.safetensors", momentum=0.1, until_step=100, poll_seconds=0.01)
+
+
+def test_a_best_model_for_users_ends_no_follower(tmp_path: Path) -> None:
+    """What holds an average alone is left out, also where all students are folded already."""
+    run = tmp_path / "run"
+    run.mkdir()
+    torch.save({"epoch": -1, "model": make_student(9), "ema": None, "updates": None}, run / "best.pt")
+    torch.save({"model": make_student(1), "step": 1}, run / "step_1.pt")
+    with Following(run) as following:
+        following.wait("step_1.pt folded")
+        time.sleep(0.3)
+        torch.save({"model": make_student(2), "step": 2}, run / "step_2.pt")
+        following.wait("step_2.pt folded")
+        assert following.end().num_folded == 2

@@ -1198,6 +1198,7 @@ def test_imports_point_only_downwards() -> None:
 
     for module in sorted(graph):
         visit(module)
+    assert {name for level in LEVELS for name in level} <= graph.keys()
     for level, modules in enumerate(LEVELS):
         below = {name for lower in LEVELS[: level + 1] for name in lower}
         for module in set(modules) & graph.keys():
@@ -1207,6 +1208,12 @@ def test_imports_point_only_downwards() -> None:
         outside = module not in ("", "__main__") and module.partition(".")[0] != "cli"
         stray = {name for name in imported if name.partition(".")[0] == "cli"}
         assert not (outside and stray), f"{module} imports the command line"
+
+
+def test_every_folder_of_sources_is_a_package() -> None:
+    """Or setuptools would leave it out of what is installed."""
+    for path in SOURCES:
+        assert (path.parent / "__init__.py").is_file(), path
 
 
 def test_the_readme_lists_the_modules_from_the_ground_up() -> None:

@@ -1,1 +1,1 @@
-"""The mathematics of averages over training steps, without a tensor."""
+"""The mathematics of averages over training steps; no tensor of a model is read, and only `solver` needs torch."""

@@ -268,9 +268,7 @@ class MeanTeacher:
         self.num_updates += 1
         self._copied = copied
         if self._start is None:
-            self._start = "student"
-            if not any(map(is_narrow, teachers)):
-                self._copied = step, self.num_updates
+            self._begin_from_student(step, teachers)
 
     def _fold(self, teachers: Sequence[torch.Tensor], students: Sequence[torch.Tensor], *, is_first: bool) -> None:
         if is_first:
@@ -312,8 +310,12 @@ class MeanTeacher:
         for teacher, student in zip(teachers, students, strict=True):
             teacher.copy_(student)
         self._rule.prepare(teachers, students)
-        is_exact = not any(map(is_narrow, teachers))
-        self._start, self._copied = "student", (self.num_steps, self.num_updates) if is_exact else None
+        self._begin_from_student(self.num_steps, teachers)
+
+    def _begin_from_student(self, step: int, teachers: Sequence[torch.Tensor]) -> None:
+        """Remember that `teachers` hold a copy of the student of `step`; in 16 bits no formula follows from that."""
+        self._start = "student"
+        self._copied = None if any(map(is_narrow, teachers)) else (step, self.num_updates)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
         """Update after every `optimizer.step()` from now on; `remove()` of what is returned ends that.
@@ -488,6 +490,9 @@ class MeanTeacher:
         if self._tracks is not None and snapshots is not None:
             self._tracks.check_state(snapshots)
         counters = {name: int(state[name]) for name in _COUNTERS}
+        copied, offset = state.get("copied"), state.get("offset")
+        copied = None if copied is None else (int(copied[0]), int(copied[1]))
+        offset = None if offset is None else int(offset)
         if self._tracks is not None and snapshots is not None:
             self._tracks.load_state_dict(snapshots)
         for name in _CONFIGURATION:
@@ -505,13 +510,11 @@ class MeanTeacher:
                 pair.local.copy_(part_of(stored[pair.names[0]], pair.student.tensor))
         self._start = state["start"]
         # A state of another momentum or interval is no average that a formula describes any more.
-        copied = state.get("copied")
         is_alike = all(state[name] == getattr(self, name) for name in ("momentum", "interval"))
         # In 16 bits most updates were lost, whatever it is kept in from here on.
         was_narrow = any(is_narrow(tensor) for tensor in stored.values())
-        self._copied = (int(copied[0]), int(copied[1])) if copied is not None and is_alike and not was_narrow else None
-        offset = state.get("offset")
-        self._offset = None if offset is None else int(offset)
+        self._copied = copied if is_alike and not was_narrow else None
+        self._offset = offset
         for name, value in counters.items():
             setattr(self, name, value)
         if self._tracks is None:

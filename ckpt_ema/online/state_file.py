@@ -77,7 +77,7 @@ def read_state(path: Path, student: torch.nn.Module) -> dict[str, Any]:
 
 
 def _checksum(student: torch.nn.Module) -> int:
-    """Of every parameter's first numbers in their order, and of all its bits as numbers, summed up.
+    """CRC-32 of each parameter's first numbers and of the sum of all its bits, read as integers.
 
     The sum is exact, the same on every device, and sees a change anywhere: of an embedding few rows may have moved.
     """

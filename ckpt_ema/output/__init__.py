@@ -1,1 +1,1 @@
-"""Finished blocks in, teachers that appear whole out, also where an earlier fold stopped."""
+"""Where teachers go: finished blocks in, files that appear whole out, also where an earlier fold stopped."""

@@ -344,7 +344,7 @@ class Journal:
     def _check_same(self, differences: Sequence[str]) -> None:
         if differences:
             raise CkptEmaError(
-                f"the unfinished fold into `{self._targets[0]}` cannot be gone on with: it had other inputs or options",
+                f"the unfinished fold into `{self._targets[0]}` cannot be resumed: inputs or options differ",
                 details=differences,
                 hint=f"give the same inputs and options again, or {BEGIN_ANEW}",
             )

@@ -200,7 +200,7 @@ def _check_no_input_inside(planned: FoldPlan, target: Path) -> None:
 
 
 def _check_is_teacher(planned: FoldPlan, target: Path) -> None:
-    """Refuse to replace tensors of others: `--overwrite` is for ckpt-ema's teachers, and for what cannot be read."""
+    """Raise CkptEmaError unless `target` is a teacher that ckpt-ema wrote, or cannot be read."""
     inputs = {file.identity for file in planned.input_files}
     identity = identity_of(target)
     if planned.options.init is not None and identity_of(as_path(planned.options.init)) == identity:

@@ -18,6 +18,7 @@ from ckpt_ema.runs.steps import ORIGINS, RANK_SUFFIX, Origin, stem_of, steps_in_
 MAX_OPTIONS = 4
 MAX_LISTED = 4
 
+# A discriminator's names (`D_5`, `netD_5`, `disc_5`): suggested last.
 _DISCRIMINATOR = re.compile(r"(?:^|[-_.*]|net)d(?:isc\w*)?(?:[-_.*]|$)", re.IGNORECASE)
 
 Claims = Mapping[int, Sequence[str]]
@@ -58,10 +59,10 @@ def collision_of(claims: Claims, origin: Origin, directory: Path, include: Seque
 
 
 def hint_of_unknown(names: Sequence[str], unknown: Sequence[str], include: Sequence[str]) -> str:
-    """What to type where nothing gives all of `names` a step, and the most common way does not give it to `unknown`."""
+    """The hint where no kind of number is in all of `names`; `unknown` lack the most common one."""
     patterns: dict[str, list[str]] = defaultdict(list)
     for name in names:
-        patterns[_pattern_of(name)].append(name)
+        patterns["*".join(map(glob.escape, _around_every_number(name, 0)))].append(name)
     series = [pattern for pattern, found in patterns.items() if len(found) > 1 and steps_in_name(found[0])]
     if not include and 1 < len(series) <= MAX_OPTIONS:
         return f"pass {' or '.join(f'`--include {shlex.quote(pattern)}`' for pattern in series)}"
@@ -69,10 +70,6 @@ def hint_of_unknown(names: Sequence[str], unknown: Sequence[str], include: Seque
         options = " ".join(f"--exclude {shlex.quote(glob.escape(name))}" for name in unknown)
         return f"leave out what is none of the series, `{options}`, or list the checkpoints in order, oldest first"
     return "list the checkpoints in the order they are to be folded, oldest first"
-
-
-def _pattern_of(name: str) -> str:
-    return "*".join(map(glob.escape, re.split(r"\d+", name)))
 
 
 def _in_order_of_names(names: Sequence[str]) -> list[str] | None:

@@ -61,8 +61,9 @@ def is_checkpoint_folder(path: Path) -> bool:
 def find_run_folder(run: Path) -> tuple[Path, list[Path], list[tuple[str, str]]]:
     """The one folder at or below `run` that holds checkpoints (`checkpoints/`, `lightning_logs/version_0/...`).
 
-    With what may be checkpoints in it, and with what is left out, and why: a lone model above the folder, and the final
-    one and links to nowhere in it. Raises NoCheckpointError where there is none, CkptEmaError where there are several.
+    With what may be checkpoints in it, and with what is left out, and why: a lone model above the folder, and the
+    final one and links in it that cannot be followed. Raises NoCheckpointError where there is none, CkptEmaError
+    where there are several.
     """
     directory, candidates, left_out = _descend(run)
     taken = set(candidates)

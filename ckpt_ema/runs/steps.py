@@ -51,6 +51,10 @@ INSIDE_PATHS: tuple[tuple[Unit, tuple[str, ...]], ...] = (
 )
 
 VITS_KEYS = {"model", "iteration", "optimizer", "learning_rate"}
+"""Of the checkpoints of VITS and its descendants, whose `iteration` is the epoch."""
+
+VITS_NAME = re.compile(r"^[GD]_(?P<step>\d{1,18})$")
+"""And their names, which have the step: WaveGlow saves the same keys, and a step under `iteration`."""
 
 # Whole and plain: the 1 of `step_1M`, `step_1e3` or `loss_0.1` counts nothing.
 _NUMBER = r"(?P<number>\d+)(?![\d.]*\d)(?![A-Za-z])"
@@ -162,11 +166,9 @@ def steps_inside(contents: Contents) -> dict[Origin, int]:
 
 
 def _recorded_numbers(contents: Contents) -> Iterator[tuple[Unit, int]]:
-    if isinstance(contents.tree, dict) and contents.tree.keys() == VITS_KEYS:
-        # Its `iteration` is the epoch; the step is in the name alone.
-        step = steps_in_name(contents.path.name).get(("name", "number"))
-        if step is not None:
-            yield "step", step
+    vits = VITS_NAME.match(stem_of(contents.path.name))
+    if vits and isinstance(contents.tree, dict) and contents.tree.keys() == VITS_KEYS:
+        yield "step", int(vits["step"])
         return
     number = _as_step(contents.trainer_state.get("global_step"))
     if number is not None:
