@@ -1014,7 +1014,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("formats.folder",),
     ("formats",),
     ("runs.steps", "runs.students", "layouts"),
-    ("runs.learning_rates", "runs.collisions", "runs.checkpoints", "runs.search"),
+    ("runs.learning_rates", "runs.collisions", "runs.checkpoints", "runs.candidates"),
     (
         "catalogue",
         "averages.profiles",

@@ -13,16 +13,16 @@ from ckpt_ema.byte_ranges import expect_tables
 from ckpt_ema.errors import AverageAloneError, CkptEmaError, MisuseError, UnreadableCheckpointError, quoted
 from ckpt_ema.formats import Contents, read_contents
 from ckpt_ema.locations import common_folder, name_within
-from ckpt_ema.runs.checkpoints import Listing, OwnTeacher, Run
-from ckpt_ema.runs.order import give_steps, sort_by_step
-from ckpt_ema.runs.reading import CheckpointReader
-from ckpt_ema.runs.search import (
+from ckpt_ema.runs.candidates import (
     SNAPSHOT_NAME,
     find_files_beside,
     find_run_folder,
     is_checkpoint_folder,
     is_one_checkpoint,
 )
+from ckpt_ema.runs.checkpoints import Listing, OwnTeacher, Run
+from ckpt_ema.runs.order import give_steps, sort_by_step
+from ckpt_ema.runs.reading import CheckpointReader
 from ckpt_ema.runs.selection import Selection, select_checkpoints
 from ckpt_ema.runs.steps import is_copy_name, steps_in_name
 from ckpt_ema.runs.students import find_state_dicts

@@ -10,9 +10,9 @@ from ckpt_ema.errors import CkptEmaError, UnreadableCheckpointError, quoted
 from ckpt_ema.formats import Contents
 from ckpt_ema.formats.folder import MODEL_STEM, nameless_models
 from ckpt_ema.layouts import SchemaPool, compact_layout
+from ckpt_ema.runs.candidates import has_series_name, visible_children
 from ckpt_ema.runs.checkpoints import Checkpoint, Numbered
 from ckpt_ema.runs.learning_rates import learning_rates_of
-from ckpt_ema.runs.search import has_series_name, visible_children
 from ckpt_ema.runs.selection import Selection
 from ckpt_ema.runs.steps import ORIGINS, stem_of, step_of_average, steps_in_name, steps_inside
 from ckpt_ema.runs.students import choose_student, is_flat
