@@ -442,9 +442,7 @@ def test_plain_scripts_put_the_student_under_any_key(tmp_path: Path, key: str, l
     assert steps_of(assert_folds_to(run, tmp_path, STUDENTS)) == [8, 9, 10, 11]
 
 
-@pytest.mark.parametrize(
-    "key", ["step", "global_step", "iteration", "iter", "update", "batch_idx_train", "epoch", "last_epoch"]
-)
+@pytest.mark.parametrize("key", ["step", "global_step", "iteration", "iter", "update", "batch_idx_train", "epoch"])
 def test_plain_scripts_record_their_step_under_any_key(tmp_path: Path, key: str) -> None:
     """A step recorded inside orders files whose names say nothing."""
     run = tmp_path / "run"
@@ -1686,6 +1684,78 @@ def test_a_folder_with_a_number_is_a_checkpoint_whatever_its_file_is_called(tmp_
         shutil.copy(paths[-1], run)
         planned = assert_folds_to(run, tmp_path, STUDENTS)
         assert planned.left_out == ((paths[-1].name, "the final model, without a step of its own"),)
+
+
+def test_a_file_beside_a_models_folder_is_not_the_model(tmp_path: Path) -> None:
+    """`checkpoint-500/` with `unet/` and learned embeddings beside it: the network is folded, as without them."""
+    run = tmp_path / "run"
+    for step, student in zip((500, 1000, 1500, 2000), STUDENTS, strict=True):
+        unet = run / f"checkpoint-{step}" / "unet"
+        unet.mkdir(parents=True)
+        save_file(student, unet / "diffusion_pytorch_model.safetensors")
+        save_file({"<token>": torch.ones(3)}, unet.parent / "learned_embeds.safetensors")
+    assert steps_of(assert_folds_to(run, tmp_path, STUDENTS)) == [500, 1000, 1500, 2000]
+
+
+@pytest.mark.parametrize(
+    "folders", [("step_1_pretrain", "step_2_sft"), ("lora_run_1/checkpoint-500", "lora_run_2/checkpoint-500")]
+)
+@pytest.mark.parametrize("name", ["pytorch_lora_weights.safetensors", "final.safetensors"])
+def test_experiments_side_by_side_are_no_run(tmp_path: Path, folders: tuple[str, ...], name: str) -> None:
+    """A number in the middle of a folder's name counts experiments; nothing is folded across these."""
+    for folder, student in zip(folders, STUDENTS, strict=False):
+        (tmp_path / folder).mkdir(parents=True)
+        save_file(student, tmp_path / folder / name)
+    assert f"`{tmp_path}` holds 2 folders with checkpoints" in refusal_of(tmp_path).message
+
+
+@pytest.mark.parametrize(
+    ("names", "beside"),
+    [
+        (["best_{}.pt"], ["last.pt"]),
+        (["epoch_{}_ave_acc_0.5.pth"], []),
+        (["AVE_epoch_{}.pth"], []),
+        (["300ep_checkpoint_{}.pth"], []),
+        (["10_epochs_lr0.1_{}.pt"], []),
+    ],
+)
+def test_names_with_other_words_are_in_order(tmp_path: Path, names: list[str], beside: list[str]) -> None:
+    """What a trainer was told, or means by `best`, is not in the way of the number that counts on."""
+    run = tmp_path / "run"
+    run.mkdir()
+    for step, student in zip((5, 10, 20, 100), STUDENTS, strict=True):
+        torch.save(student, run / names[0].format(step))
+    for name in beside:
+        torch.save(STUDENTS[0], run / name)
+    assert steps_of(assert_folds_to(run, tmp_path, STUDENTS)) == [5, 10, 20, 100]
+
+
+def test_best_models_beside_another_network_are_not_dropped_for_it(tmp_path: Path) -> None:
+    """One file without a number is no series that they would be copies of."""
+    for name in ("best_1", "best_2", "discriminator"):
+        torch.save(STUDENTS[0], tmp_path / f"{name}.pt")
+    assert "order of the checkpoints" in refusal_of(tmp_path).message
+
+
+def test_ranks_of_adapters_are_no_parts(tmp_path: Path) -> None:
+    """LoRA's rank 8 and rank 16 of one step are two models: the hint takes one of them."""
+    for step in (5, 6):
+        for rank in (8, 16):
+            torch.save(STUDENTS[0], tmp_path / f"step_{step}_rank{rank}.pt")
+    error = refusal_of(tmp_path)
+    assert error.hint is not None
+    assert "`--include 'step_*_rank8.pt'`" in error.hint
+    assert steps_of(plan(tmp_path, include=["step_*_rank8.pt"])) == [5, 6]
+
+
+def test_a_learned_optimizer_is_a_part_of_the_student(tmp_path: Path) -> None:
+    """A module called so has other names than an optimizer's state."""
+    run = tmp_path / "run"
+    run.mkdir()
+    states = [{**student, "optimizer.lstm.weight": torch.full((2,), float(k))} for k, student in enumerate(STUDENTS)]
+    for step, state in enumerate(states):
+        torch.save(state, run / f"step_{step}.pt")
+    assert_folds_to(run, tmp_path, states)
 
 
 def test_parts_of_one_model_are_never_students(tmp_path: Path) -> None:

@@ -332,10 +332,11 @@ def test_a_state_file_belongs_to_one_student(tmp_path: Path) -> None:
     read_state(tmp_path / "state.safetensors", student)
 
 
-def test_a_nan_among_what_is_copied_is_never_written(tmp_path: Path) -> None:
-    """One overflowing batch spoils running statistics, though its step is skipped; infinities are masks."""
+def test_spoilt_running_statistics_are_never_written(tmp_path: Path) -> None:
+    """One overflowing batch spoils running statistics, though its step is skipped; masks and placeholders are none."""
     student = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     student.register_buffer("mask", torch.tensor([0.0, -torch.inf]))
+    student.register_buffer("mean_loss", torch.tensor(torch.nan))
     teacher = MeanTeacher(student, on_nonfinite="raise")
     teacher.update()
     assert load_file(teacher.save(tmp_path / "teacher.safetensors"))["mask"][1] == -torch.inf

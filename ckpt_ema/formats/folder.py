@@ -27,15 +27,15 @@ SHARD_NAME = re.compile(r"^(?P<stem>.+)-(?P<index>\d+)-of-(?P<count>\d+)\.(safet
 MODEL_STEM = re.compile(r"^(?P<model>model|pytorch_model|diffusion_pytorch_model|adapter_model)(_(?P<number>\d+))?$")
 # Saved beside the weights by every trainer, and never a student.
 NEVER_STUDENTS = re.compile(
-    r"^(optimizer|scheduler|scaler|sampler|dl_state_dict|custom_checkpoint|rng_state|random_states|random_state"
-    r"|training_args|trainer_state|recipe_state|optim|opt(?=\d)|zero_pp_rank|bf16_zero_pp_rank|events\.out|\d+_optimizer[A-Z]?)([_.\-\d].*)?$"
+    r"^(optimizer|scheduler|scaler|sampler|dl_state_dict|custom_checkpoint|rng_state|rng|random_states|random_state"
+    r"|training_args|trainer_state|train_state|extra_state|recipe_state|lr_scheduler|iterator|metadata|optim|opt(?=\d)|zero_pp_rank|bf16_zero_pp_rank|events\.out|\d+_optimizer[A-Z]?)([_.\-\d].*)?$"
 )
 # What trainers call the one file of weights in a folder.
 LONE_STEM = re.compile(
     r"^(model|pytorch_model|student|weights|checkpoint|ckpt|state|consolidated|lit_model|model_optim_rng)\."
 )
 # And a folder that is a checkpoint by its name, whatever that file is called: `pytorch_lora_weights.safetensors`.
-SERIES_NAME = re.compile(r"^(checkpoint|step|epoch|global_step|iter)[-_=]?\d+", re.IGNORECASE)
+SERIES_NAME = re.compile(r"^(checkpoint|step|epoch|global_step|iter)[-_=]?\d+(-unsharded)?$", re.IGNORECASE)
 # Folders of one checkpoint that torch.distributed.checkpoint wrote the model into: accelerate, OLMo, NeMo.
 DCP_SUBFOLDER = re.compile(r"^(pytorch_model_fsdp.*|model_and_optim|weights)$")
 # Megatron's parts of a model, by tensor, pipeline and expert ranks.
@@ -216,13 +216,17 @@ def _find_shards_without_index(folder: Path, names: list[str], *, check: bool) -
 
 
 def _is_of_series(folder: Path, name: str) -> bool:
-    """Whether the folder's name counts, the file's does not, and it is not what lies beside many ranks' files."""
+    """Whether the folder's name counts, the file's does not, and nothing else there is the model.
+
+    Not many ranks' files beside it, nor a folder with a model of its own.
+    """
     return (
         SERIES_NAME.match(folder.name) is not None
         and not re.search(r"\d", stem := WEIGHTS_SUFFIX.sub("", name))
         and not is_average_name(stem)
         and not is_sharded(folder)
         and folder_of_latest(folder) is None
+        and not any(_find_models(child, check=False) for child in children_of(folder) if child.is_dir())
     )
 
 

@@ -584,8 +584,9 @@ class MeanTeacher:
         copied = {name: slot.tensor for slot in tracking.copied for name in slot.names if name not in averaged}
         for name, tensor in copied.items():
             dtype_of(name, tensor)  # what cannot be written cannot be looked through either
-        # An infinity there is a mask, or the start of a minimum.
-        broken = [name for name, tensor in copied.items() if tensor.is_floating_point() and tensor.isnan().any()]
+        # An infinity there is a mask, or the start of a minimum; a NaN may be what nobody has measured yet.
+        statistics = {name for name in copied if name.rpartition(".")[2] in ("running_mean", "running_var")}
+        broken = [name for name in copied if name in statistics and copied[name].isnan().any()]
         if broken:
             raise CkptEmaError(
                 f"`{broken[0]}` of the student holds a NaN, which the teacher would have too; nothing was written",

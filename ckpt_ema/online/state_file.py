@@ -83,10 +83,14 @@ def _checksum(student: torch.nn.Module) -> int:
     """
     checksum = 0
     for parameter in student.parameters():
-        flat = parameter.detach().reshape(-1)
+        flat = parameter.detach().reshape(-1).contiguous()
         head = flat[:CHECKED_ELEMENTS].cpu()
         checksum = zlib.crc32(bytes(head.view(torch.uint8).tolist()), checksum)
-        whole = flat.view(torch.int16 if flat.itemsize > 1 else torch.uint8)
+        if flat.nbytes % 8 == 0:  # eight bytes at a time: the sum wraps around, in any order to the same number
+            aligned = flat if flat.storage_offset() * flat.itemsize % 8 == 0 else flat.clone()
+            whole = aligned.view(torch.int64)
+        else:
+            whole = flat.view(torch.int16 if flat.itemsize > 1 else torch.uint8)
         checksum = zlib.crc32(str(whole.sum(dtype=torch.int64).item()).encode(), checksum)
     return checksum
 

@@ -53,8 +53,11 @@ def is_checkpoint_folder(path: Path) -> bool:
     if not steps_in_name(path.name) or is_average_name(path.name):
         return False
     # checkpoint-300/ without weights is unfinished, or holds them one level down (diffusers).
-    return any(child.is_dir() and has_weights(child) for child in visible_children(path)) or (
-        has_series_name(path) and not any(_is_candidate(child) for child in visible_children(path))
+    children = visible_children(path)
+    if any(child.is_dir() and has_series_name(child) for child in children):
+        return False  # a run by itself
+    return any(child.is_dir() and has_weights(child) for child in children) or (
+        has_series_name(path) and not any(map(_is_candidate, children))
     )
 
 

@@ -34,7 +34,8 @@ def collision_of(claims: Claims, origin: Origin, directory: Path, include: Seque
     contested = {step: names for step, names in claims.items() if len(names) > 1}
     step, names = next(iter(contested.items()))
     wholes = {RANK_SUFFIX.sub("", stem_of(name)) for name in names}
-    if len(wholes) == 1 and all(RANK_SUFFIX.search(stem_of(name)) for name in names):
+    ranks = [int(match["rank"]) for name in names if (match := RANK_SUFFIX.search(stem_of(name)))]
+    if len(wholes) == 1 and sorted(ranks) == list(range(len(names))):  # LoRA's `rank8` and `rank16` are none
         return CkptEmaError(
             f"{len(names)} files are parts of one checkpoint, by their names, and are not put together",
             details=names,

@@ -129,7 +129,8 @@ def _leave_out_stepless_copies(listing: Listing, *, has_steps: bool) -> None:
     """
     stepless = [item for item in listing.checkpoints if not item[1] and (has_steps or is_copy_name(item[0].label))]
     numbered = [item for item in listing.checkpoints if item[1].keys() == {NUMBER} and is_copy_name(item[0].label)]
-    if len(listing.checkpoints) - len(stepless) - len(numbered) > 1:
+    others = [item for item in listing.checkpoints if item[1] and not is_copy_name(item[0].label)]
+    if len(others) > 1:
         stepless += numbered
     if stepless and (has_steps or len(stepless) < len(listing.checkpoints)):
         dropped = {id(item) for item in stepless}

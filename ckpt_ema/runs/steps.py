@@ -47,7 +47,7 @@ INSIDE_PATHS: tuple[tuple[Unit, tuple[str, ...]], ...] = (
         )
     ),
     ("epoch", ("meta", "epoch")),
-    *(("epoch", (key,)) for key in ("epoch", "epochs_run", "last_epoch", "ss_epoch")),
+    *(("epoch", (key,)) for key in ("epoch", "epochs_run", "ss_epoch")),
 )
 
 VITS_KEYS = {"model", "iteration", "optimizer", "learning_rate"}
@@ -69,7 +69,7 @@ NAME_PATTERNS: tuple[tuple[Unit, re.Pattern[str]], ...] = (
     ),
     ("step", re.compile(r"-save-" + _NUMBER + r"-\d+-\d+$")),  # OneTrainer: step, epoch, step of the epoch
     ("epoch", re.compile(r"(?:^|[^a-z\d])(?:epochs?|ep|e)[-_=.]?" + _NUMBER, re.IGNORECASE)),
-    ("epoch", re.compile(r"^(?P<number>\d+)[-_]?(?:epochs?|ep)(?:$|[-_.])", re.IGNORECASE)),  # ESPnet
+    ("epoch", re.compile(r"^(?P<number>\d+)[-_]?(?:epochs?|ep)$", re.IGNORECASE)),  # ESPnet
     (
         "number",
         re.compile(r"^(?:checkpoint|ckpt|model|student|weights|net)[-_.]?" + _NUMBER + r"(?:$|[-_])", re.IGNORECASE),
@@ -102,7 +102,7 @@ _EMA_PYTORCH_NAME = re.compile(r"^\d{1,6}\.(?P<step>\d{1,18})$")
 # The 16 of `model.fp16` counts nothing.
 _PRECISION_SUFFIX = re.compile(r"[-_.](?:fp|bf|int)(?:8|16|32|64)$", re.IGNORECASE)
 # Of many ranks' files of one checkpoint.
-RANK_SUFFIX = re.compile(r"[-_.](?:rank|shard)[-_.]?\d+$", re.IGNORECASE)
+RANK_SUFFIX = re.compile(r"[-_.](?:rank|shard)[-_.]?(?P<rank>\d{1,6})$", re.IGNORECASE)
 # Lightning appends a version where a name is taken.
 _VERSION_SUFFIX = re.compile(r"-v\d+$")
 _COPY_NAME = re.compile(r"(?:^|[^a-z])(last|latest|best|final|newest|current)(?:[^a-z]|$)|^checkpoint$", re.IGNORECASE)

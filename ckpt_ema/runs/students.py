@@ -45,16 +45,15 @@ _TWINS = (
 )
 # A key that says: this is the trainer's. Whole words, since a model may have a `metanet` or a `random_proj`.
 _TRAINERS_WORD = re.compile(
-    r"^((optim(i[sz]er)?s?|(lr_)?sched(uler)?s?|((grad|amp|loss)_)?scaler|amp|loss(es)?|callbacks?|criterion|metrics?"
-    r"|data_?loaders?)([._]?\d+|_?[a-z])?"
-    r"|(optim(i[sz]er)?s?|(lr_)?sched(uler)?s?|((grad|amp)_)?scaler|amp|loss|criterion|metrics?|data_?loaders?)"
-    r"[._](state(_dict|s)?|history|fn)"
-    r"|(random_)?rngs?([._]states?)?(_\d+)?|random_(rng_)?states?(_\d+)?|loops|ema_updater|averaging_state|train_state"
-    r"|hyper_parameters|message_hub|meta(data)?|args|cfg|configs?)$",
+    r"^(optimi[sz]er.*|random_generators?|rng_?states?.*"
+    r"|(optims?|(lr_)?sched(uler)?s?|((grad|amp|loss)_)?scalers?|amp|loss(es)?|callbacks?|criterion|metrics?|data_?loaders?"
+    r"|rngs?)([-._/ \[]*(\d+\]?|[a-z]|states?(_dict)?|history|fn))?"
+    r"|(random_)?rngs?(_states?)?(_\d+)?|random_(rng_)?states?(_\d+)?|loops|ema_updater|averaging_state|train_state"
+    r"|hyper_parameters|message_hub|meta(data|info)?|args|cfg|configs?|configuration)$",
     re.IGNORECASE,
 )
 # Megatron's distributed checkpoints have names of the model and of all else in one table.
-_OF_THE_TRAINER = re.compile(r"^((chained_\d+\.)?optimizer\.|rng_state/)")
+_OF_THE_TRAINER = re.compile(r"^((chained_\d+\.)?optimizer\.(state|param_groups)\.|rng_state/)")
 # What trainers count, beside the tensors of a flat state dict.
 _COUNTER = re.compile(r"(^|_)(steps?|epochs?|iter(ation)?s?|updates|n_averaged)(_|$)", re.IGNORECASE)
 COMPILED = "_orig_mod."
