@@ -54,8 +54,8 @@ def is_checkpoint_folder(path: Path) -> bool:
         return False
     # checkpoint-300/ without weights is unfinished, or holds them one level down (diffusers).
     children = visible_children(path)
-    if any(child.is_dir() and has_series_name(child) for child in children):
-        return False  # a run by itself
+    if not has_series_name(path) and any(child.is_dir() and has_series_name(child) for child in children):
+        return False  # `lora_run_1/checkpoint-500/`: a run by itself
     return any(child.is_dir() and has_weights(child) for child in children) or (
         has_series_name(path) and not any(map(_is_candidate, children))
     )
