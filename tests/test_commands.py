@@ -332,8 +332,8 @@ def test_every_option_of_the_issue_is_there_and_readme_knows_no_other(cli: Cli) 
 
 
 def test_public_names_are_one_sorted_list() -> None:
-    """`__all__` is sorted, complete, and every name in it can be had."""
-    assert ckpt_ema.__all__ == sorted(ckpt_ema.__all__)
+    """`__all__` is sorted, complete, what `dir` offers, and every name in it can be had."""
+    assert ckpt_ema.__all__ == sorted(ckpt_ema.__all__) == dir(ckpt_ema)
     for name in ckpt_ema.__all__:
         assert getattr(ckpt_ema, name) is not None
     with pytest.raises(AttributeError):
