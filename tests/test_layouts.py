@@ -80,6 +80,13 @@ def assert_folds_to(run: Path, tmp_path: Path, students: Sequence[StateDict], **
     return planned
 
 
+def save_named(run: Path, pattern: str, numbers: Sequence[object]) -> None:
+    """The students in a new run directory, each under `pattern` with its number."""
+    run.mkdir()
+    for number, student in zip(numbers, STUDENTS, strict=True):
+        torch.save(student, run / pattern.format(number))
+
+
 def refusal_of(run: Path | Sequence[Path], **options: Any) -> ckpt_ema.CkptEmaError:
     """The error that planning this run ends with."""
     with pytest.raises(ckpt_ema.CkptEmaError) as caught:
@@ -889,9 +896,7 @@ def test_numbered_models_are_checkpoints_whatever_lies_beside_them(
 ) -> None:
     """`model_10` is no final model, nor one of those that accelerate saves beside `model`."""
     run = tmp_path / "run"
-    run.mkdir()
-    for step, student in zip((10, 20, 30, 1000), STUDENTS, strict=True):
-        torch.save(student, run / f"model_{step}.pt")
+    save_named(run, "model_{}.pt", (10, 20, 30, 1000))
     for name in neighbours:
         (run / name).parent.mkdir(exist_ok=True)
         save = save_file if name.endswith(".safetensors") else torch.save
@@ -1071,9 +1076,7 @@ def test_vits_calls_its_epoch_an_iteration(tmp_path: Path) -> None:
 def test_a_bare_number_behind_best_is_no_step(tmp_path: Path, best: str) -> None:
     """A copy's number is its metric, its fold or its stage; beside checkpoints with a number it is left out."""
     run = tmp_path / "run"
-    run.mkdir()
-    for step, student in zip((10, 20, 30, 40), STUDENTS, strict=True):
-        torch.save(student, run / f"checkpoint{step:04}.pth")
+    save_named(run, "checkpoint{:04}.pth", (10, 20, 30, 40))
     torch.save(STUDENTS[1], run / best)
     planned = assert_folds_to(run, tmp_path, STUDENTS)
     assert planned.left_out == ((best, "a copy by its name, without a step"),)
@@ -1082,9 +1085,7 @@ def test_a_bare_number_behind_best_is_no_step(tmp_path: Path, best: str) -> None
 def test_a_folders_number_is_no_step_of_what_lies_in_a_run(tmp_path: Path) -> None:
     """`step_2_sft/` is a run, whose `best.pt` is not of step 2."""
     run = tmp_path / "step_2_sft"
-    run.mkdir()
-    for step, student in zip((100, 200, 300, 400), STUDENTS, strict=True):
-        torch.save(student, run / f"step_{step}.pt")
+    save_named(run, "step_{}.pt", (100, 200, 300, 400))
     torch.save(STUDENTS[1], run / "best.pt")
     assert steps_of(assert_folds_to(run, tmp_path, STUDENTS)) == [100, 200, 300, 400]
 
@@ -1092,9 +1093,7 @@ def test_a_folders_number_is_no_step_of_what_lies_in_a_run(tmp_path: Path) -> No
 def test_current_models_beside_one_other_are_a_series(tmp_path: Path) -> None:
     """Only beside two or more does a number behind `current` count nothing."""
     run = tmp_path / "run"
-    run.mkdir()
-    for name, student in zip(("initial_50", "current_100", "current_200", "current_300"), STUDENTS, strict=True):
-        torch.save(student, run / f"{name}.pt")
+    save_named(run, "{}.pt", ("initial_50", "current_100", "current_200", "current_300"))
     assert steps_of(assert_folds_to(run, tmp_path, STUDENTS)) == [50, 100, 200, 300]
 
 
@@ -1120,9 +1119,7 @@ def test_averages_in_numbered_folders_are_no_students(tmp_path: Path) -> None:
 def test_best_models_alone_are_a_series(tmp_path: Path) -> None:
     """Where nothing else is there, their numbers count."""
     run = tmp_path / "run"
-    run.mkdir()
-    for step, student in zip((5, 9, 10, 30), STUDENTS, strict=True):
-        torch.save(student, run / f"best_model_{step}.pth")
+    save_named(run, "best_model_{}.pth", (5, 9, 10, 30))
     assert steps_of(assert_folds_to(run, tmp_path, STUDENTS)) == [5, 9, 10, 30]
 
 
@@ -1164,9 +1161,7 @@ def test_folders_are_ordered_by_number(tmp_path: Path, pattern: str) -> None:
 def test_zero_padded_and_plain_numbers_are_the_same_numbers(tmp_path: Path) -> None:
     """step_0009, step_00010 and step_100 have the steps 9, 10 and 100."""
     run = tmp_path / "run"
-    run.mkdir()
-    for name, student in zip(("step_0009", "step_00010", "step_100", "step_0000001000"), STUDENTS, strict=True):
-        torch.save(student, run / f"{name}.pt")
+    save_named(run, "{}.pt", ("step_0009", "step_00010", "step_100", "step_0000001000"))
     assert steps_of(assert_folds_to(run, tmp_path, STUDENTS)) == [9, 10, 100, 1000]
 
 
@@ -1710,21 +1705,19 @@ def test_experiments_side_by_side_are_no_run(tmp_path: Path, folders: tuple[str,
 
 
 @pytest.mark.parametrize(
-    ("names", "beside"),
+    ("pattern", "beside"),
     [
-        (["best_{}.pt"], ["last.pt"]),
-        (["epoch_{}_ave_acc_0.5.pth"], []),
-        (["AVE_epoch_{}.pth"], []),
-        (["300ep_checkpoint_{}.pth"], []),
-        (["10_epochs_lr0.1_{}.pt"], []),
+        ("best_{}.pt", ["last.pt"]),
+        ("epoch_{}_ave_acc_0.5.pth", []),
+        ("AVE_epoch_{}.pth", []),
+        ("300ep_checkpoint_{}.pth", []),
+        ("10_epochs_lr0.1_{}.pt", []),
     ],
 )
-def test_names_with_other_words_are_in_order(tmp_path: Path, names: list[str], beside: list[str]) -> None:
+def test_names_with_other_words_are_in_order(tmp_path: Path, pattern: str, beside: list[str]) -> None:
     """What a trainer was told, or means by `best`, is not in the way of the number that counts on."""
     run = tmp_path / "run"
-    run.mkdir()
-    for step, student in zip((5, 10, 20, 100), STUDENTS, strict=True):
-        torch.save(student, run / names[0].format(step))
+    save_named(run, pattern, (5, 10, 20, 100))
     for name in beside:
         torch.save(STUDENTS[0], run / name)
     assert steps_of(assert_folds_to(run, tmp_path, STUDENTS)) == [5, 10, 20, 100]

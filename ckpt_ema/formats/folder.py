@@ -25,17 +25,21 @@ WEIGHTS_SUFFIX = re.compile(r"\.(safetensors|ckpt|bin|pt|pth|pyth|th|pth\.tar|ta
 SHARD_NAME = re.compile(r"^(?P<stem>.+)-(?P<index>\d+)-of-(?P<count>\d+)\.(safetensors|bin|pt)$")
 # accelerate numbers the models of one save: `model`, `model_1`, ...
 MODEL_STEM = re.compile(r"^(?P<model>model|pytorch_model|diffusion_pytorch_model|adapter_model)(_(?P<number>\d+))?$")
-# Saved beside the weights by every trainer, and never a student.
+# Saved beside the weights by every trainer, and never a student; KAIR's optimizers have the step in front.
 NEVER_STUDENTS = re.compile(
     r"^(optimizer|scheduler|scaler|sampler|dl_state_dict|custom_checkpoint|rng_state|rng|random_states|random_state"
-    r"|training_args|trainer_state|train_state|extra_state|recipe_state|lr_scheduler|iterator|metadata|optim|opt(?=\d)|zero_pp_rank|bf16_zero_pp_rank|events\.out|\d+_optimizer[A-Z]?)([_.\-\d].*)?$"
+    r"|training_args|trainer_state|train_state|extra_state|recipe_state|lr_scheduler|iterator|metadata|optim|opt(?=\d)"
+    r"|zero_pp_rank|bf16_zero_pp_rank|events\.out|\d+_optimizer[A-Z]?)([_.\-\d].*)?$"
 )
 # What trainers call the one file of weights in a folder.
 LONE_STEM = re.compile(
     r"^(model|pytorch_model|student|weights|checkpoint|ckpt|state|consolidated|lit_model|model_optim_rng)\."
 )
-# And a folder that is a checkpoint by its name, whatever that file is called: `pytorch_lora_weights.safetensors`.
-SERIES_NAME = re.compile(r"^(checkpoint|step|epoch|global_step|iter)[-_=]?\d+(-unsharded)?$", re.IGNORECASE)
+SERIES_STEMS = ("checkpoint", "step", "epoch", "global_step", "iter")
+"""How the names of checkpoints that are folders begin, before their number."""
+
+# Folders that are checkpoints by their whole name, whatever their one file is called: `pytorch_lora_weights`.
+SERIES_NAME = re.compile(rf"^({'|'.join(SERIES_STEMS)})[-_=]?\d+(-unsharded)?$", re.IGNORECASE)
 # Folders of one checkpoint that torch.distributed.checkpoint wrote the model into: accelerate, OLMo, NeMo.
 DCP_SUBFOLDER = re.compile(r"^(pytorch_model_fsdp.*|model_and_optim|weights)$")
 # Megatron's parts of a model, by tensor, pipeline and expert ranks.

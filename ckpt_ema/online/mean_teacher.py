@@ -44,7 +44,7 @@ from ckpt_ema.online.swap import (
     watch_anew,
     written_in,
 )
-from ckpt_ema.online.teacher_file import OnlineRecord, check_file_replaceable, dtype_of, write_teacher
+from ckpt_ema.online.teacher_file import OnlineRecord, check_file_replaceable, write_teacher
 from ckpt_ema.online.tracking import Tracking, is_sharded, part_of, track, unwrap
 
 STATE_VERSION = 1
@@ -582,11 +582,9 @@ class MeanTeacher:
         # Looked for now: a buffer may have come since.
         tracking = track(self._student, skip_buffers=self.skip_buffers)
         copied = {name: slot.tensor for slot in tracking.copied for name in slot.names if name not in averaged}
-        for name, tensor in copied.items():
-            dtype_of(name, tensor)  # what cannot be written cannot be looked through either
-        # An infinity there is a mask, or the start of a minimum; a NaN may be what nobody has measured yet.
-        statistics = {name for name in copied if name.rpartition(".")[2] in ("running_mean", "running_var")}
-        broken = [name for name in copied if name in statistics and copied[name].isnan().any()]
+        # Elsewhere an infinity is a mask, or the start of a minimum, and a NaN what nobody has measured yet.
+        statistics = [name for name in copied if name.rpartition(".")[2] in ("running_mean", "running_var")]
+        broken = [name for name in statistics if copied[name].isnan().any()]
         if broken:
             raise CkptEmaError(
                 f"`{broken[0]}` of the student holds a NaN, which the teacher would have too; nothing was written",

@@ -10,15 +10,12 @@ from pathlib import Path
 from ckpt_ema.errors import CkptEmaError, NoCheckpointError
 from ckpt_ema.formats import is_weights_file_name
 from ckpt_ema.formats.deepspeed import folder_of_latest
-from ckpt_ema.formats.folder import NEVER_STUDENTS, has_weights, is_sharded, nameless_models
+from ckpt_ema.formats.folder import NEVER_STUDENTS, SERIES_STEMS, has_weights, is_sharded, nameless_models
 from ckpt_ema.formats.names import is_average_name
 from ckpt_ema.locations import children_of, is_dead_link
 from ckpt_ema.runs.steps import is_copy_name, stem_of, steps_in_name
 
 MAX_SEARCH_DEPTH = 3
-SERIES_STEMS = ("checkpoint", "step", "epoch", "global_step", "iter")
-"""How the names of checkpoints that are folders begin, before their number."""
-
 DEAD_LINK = "a link that cannot be followed"
 
 SNAPSHOT_NAME = re.compile(r"^teacher(_.+)?_step_\d+\.safetensors$")

@@ -74,7 +74,7 @@ class CheckpointReader:
             layout=layout,
             state_key=student.key,
             stripped=student.stripped,
-            left_out=dict(student.left_out or {}),
+            left_out=dict(student.left_out),
             known_buffers=student.known_buffers,
             learning_rates=learning_rates_of(contents) if self._selection.takes_teachers else (),
             model_folder=contents.folders.get(student.key) or contents.folders.get(""),

@@ -7,7 +7,7 @@ import re
 import shlex
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 from ckpt_ema.assembly import StoredTensor
@@ -105,11 +105,20 @@ class Student:
     stripped: tuple[str, ...] = ()
     """Prefixes taken off the names."""
 
-    left_out: dict[str, str] | None = None
+    left_out: dict[str, str] = field(default_factory=dict)
     """What of the state dict is not folded, and why."""
 
     known_buffers: frozenset[str] | None = None
     """Names of the buffers, where the checkpoint records which they are."""
+
+    def telling(self, reasons: Mapping[str, str]) -> Student:
+        """The same, with more that is not folded, and why."""
+        return replace(self, left_out={**self.left_out, **reasons})
+
+    def without(self, reasons: Mapping[str, str]) -> Student:
+        """The same without the tensors of these names, and why; a name may be that of no tensor."""
+        tensors = {name: tensor for name, tensor in self.tensors.items() if name not in reasons}
+        return replace(self.telling(reasons), tensors=tensors)
 
 
 def find_state_dicts(contents: Contents) -> list[StateDict]:
@@ -152,12 +161,12 @@ def choose_student(contents: Contents, *, state: str | None = None, prefix: str 
         is_near = name.startswith(f"{student.key}.") or (beside and name.startswith(f"{beside}."))
         if is_near and any(_candidates(value)):
             others[name] = "the trainer's, by its name"
-    student = replace(student, left_out={**(student.left_out or {}), **others})
-    student = _strip_wrappers(student)
+    student = _strip_wrappers(student.telling(others))
     if twins := _mmcv_twins(contents, student):
-        takes_twins = bool(prefix) and str(prefix).startswith(MMCV_EMA)
+        prefix = prefix or ""
+        takes_twins = prefix.startswith(MMCV_EMA)
         student = _take_mmcv_half(contents, student, twins, takes_twins=takes_twins, is_chosen=state is not None)
-        prefix = str(prefix or "").removeprefix(MMCV_EMA) if takes_twins else prefix
+        prefix = prefix.removeprefix(MMCV_EMA)
     if prefix:
         student = _take_prefix(contents, student, prefix)
     else:
@@ -439,7 +448,7 @@ def _renamed(student: Student, names: dict[str, str], stripped: str) -> Student:
     if buffers is not None:
         buffers = frozenset(new for old, new in names.items() if old in buffers)
     # What is no tensor is told under the name that a model misses it by.
-    left_out = dict(student.left_out or {})
+    left_out = dict(student.left_out)
     for name in _entries_of(student):
         reason = left_out.pop(name)
         left_out[name.replace(stripped, "") if stripped == COMPILED else name.removeprefix(stripped)] = reason
@@ -450,7 +459,7 @@ def _renamed(student: Student, names: dict[str, str], stripped: str) -> Student:
 
 def _entries_of(student: Student) -> list[str]:
     """The names of what is no tensor."""
-    return [name for name, reason in (student.left_out or {}).items() if reason in (NOT_A_TENSOR, NUMPY_ARRAY)]
+    return [name for name, reason in student.left_out.items() if reason in (NOT_A_TENSOR, NUMPY_ARRAY)]
 
 
 def _strip_wrappers(student: Student) -> Student:
@@ -464,7 +473,7 @@ def _strip_wrappers(student: Student) -> Student:
     if wrapped and all(name in counters for name in names if not name.startswith("module.")):
         counted = {name: "a counter of the averaging" for name in names if name in counters}
         student = _renamed(student, {name: name.removeprefix("module.") for name in wrapped}, "module.")
-        student = replace(student, left_out={**(student.left_out or {}), **counted})
+        student = student.telling(counted)
     return student
 
 
@@ -484,8 +493,7 @@ def _take_prefix(contents: Contents, student: Student, prefix: str) -> Student:
         )
     outside = [name for name in _entries_of(student) if not name.startswith(prefix)]
     rest = {name: f"not under `{prefix}`" for name in (*student.tensors, *outside) if name not in taken}
-    student = _renamed(student, taken, prefix)
-    return replace(student, left_out={**(student.left_out or {}), **rest})
+    return _renamed(student, taken, prefix).telling(rest)
 
 
 def _take_student_half(contents: Contents, student: Student, *, averages_allowed: bool) -> Student:
@@ -500,8 +508,7 @@ def _take_student_half(contents: Contents, student: Student, *, averages_allowed
             for name in (*student.tensors, *outside)
             if name not in taken
         }
-        student = _renamed(student, taken, pair)
-        return replace(student, left_out={**(student.left_out or {}), **rest})
+        return _renamed(student, taken, pair).telling(rest)
     if averages_allowed:
         return student
     # All names at once first: they are many, and hardly ever is one of them an average's.
@@ -521,8 +528,7 @@ def _take_student_half(contents: Contents, student: Student, *, averages_allowed
     mirrored = _mirrored_prefixes(student.tensors, under)
     under |= {name: prefix for name in _entries_of(student) if (prefix := _average_prefix(name))}
     rest = {name: f"an average (`{prefix}`)" for name, prefix in under.items() if prefix in mirrored}
-    tensors = {name: tensor for name, tensor in student.tensors.items() if name not in rest}
-    return replace(student, tensors=tensors, left_out={**(student.left_out or {}), **rest})
+    return student.without(rest)
 
 
 def _without_twins(student: Student, text: str) -> Student:
@@ -547,8 +553,7 @@ def _without_twins(student: Student, text: str) -> Student:
                 for other, name in zip(led, names, strict=True)
             ):
                 left_out |= dict.fromkeys(names, f"an average (`{place}{part}.`)")
-    tensors = {name: tensor for name, tensor in student.tensors.items() if name not in left_out}
-    return replace(student, tensors=tensors, left_out={**(student.left_out or {}), **left_out})
+    return student.without(left_out)
 
 
 def _mmcv_twins(contents: Contents, student: Student) -> dict[str, str]:
@@ -577,13 +582,11 @@ def _take_mmcv_half(
             hint=f"pass `--state {shlex.quote(student.key)}` to fold `{next(iter(twins))}` and the like, or"
             f" `--prefix {MMCV_EMA}` to fold the `{MMCV_EMA}*` tensors under those names",
         )
-    tensors = {name: tensor for name, tensor in student.tensors.items() if name not in twins.values()}
     if takes_twins:
-        tensors |= {name: student.tensors[twin] for name, twin in twins.items()}
+        raw = {name: student.tensors[twin] for name, twin in twins.items()}
+        student = replace(student, tensors={**student.tensors, **raw})
     reason = "folded under their own names" if takes_twins else "of the other model (MMCV's EMAHook)"
-    return replace(
-        student, tensors=tensors, left_out={**(student.left_out or {}), **dict.fromkeys(twins.values(), reason)}
-    )
+    return student.without(dict.fromkeys(twins.values(), reason))
 
 
 def _student_prefix(names: Iterable[str]) -> str | None:
