@@ -15,16 +15,9 @@ if TYPE_CHECKING:
     from ckpt_ema.inspection import Inspection, inspect
     from ckpt_ema.online.mean_teacher import MeanTeacher
     from ckpt_ema.online.snapshots import Snapshots
+    from ckpt_ema.options import FoldOptions, ReconstructOptions
+    from ckpt_ema.plans import FoldedCheckpoint, FoldPlan, FoldReport, PlannedTeacher, Prediction
     from ckpt_ema.ranks import Ranks, ranks_of_environment
-    from ckpt_ema.records import (
-        FoldedCheckpoint,
-        FoldOptions,
-        FoldPlan,
-        FoldReport,
-        PlannedTeacher,
-        Prediction,
-        ReconstructOptions,
-    )
     from ckpt_ema.verification import Check, Verification, verify
 
 __all__ = [
@@ -62,18 +55,18 @@ _HOMES = {
     "Check": "verification",
     "CkptEmaError": "errors",
     "Comparison": "comparison",
-    "FoldOptions": "records",
-    "FoldPlan": "records",
-    "FoldReport": "records",
-    "FoldedCheckpoint": "records",
+    "FoldOptions": "options",
+    "FoldPlan": "plans",
+    "FoldReport": "plans",
+    "FoldedCheckpoint": "plans",
     "FollowReport": "following",
     "Inspection": "inspection",
     "MeanTeacher": "online.mean_teacher",
     "MisuseError": "errors",
-    "PlannedTeacher": "records",
-    "Prediction": "records",
+    "PlannedTeacher": "plans",
+    "Prediction": "plans",
     "Ranks": "ranks",
-    "ReconstructOptions": "records",
+    "ReconstructOptions": "options",
     "Snapshots": "online.snapshots",
     "TensorDifference": "comparison",
     "Verification": "verification",

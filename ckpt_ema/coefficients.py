@@ -20,12 +20,13 @@ from ckpt_ema.averages.profiles import (
     step_updates,
     updates_of,
 )
-from ckpt_ema.continuing import Beginning, parts_of, rounded_to
+from ckpt_ema.continuing import Beginning
 from ckpt_ema.errors import CkptEmaError, MisuseError, NoUpdateError
 from ckpt_ema.locations import as_path
-from ckpt_ema.provenance import copied_names
-from ckpt_ema.records import FoldOptions, PastCheckpoint, Prediction, ReconstructOptions
+from ckpt_ema.options import FoldOptions, ReconstructOptions
+from ckpt_ema.plans import Prediction
 from ckpt_ema.runs.checkpoints import Checkpoint
+from ckpt_ema.teacher_record import PastCheckpoint
 
 SUM_TOLERANCE = 1e-6
 MAX_COEFFICIENT = 1e6
@@ -107,9 +108,10 @@ def weigh(checkpoints: Sequence[Checkpoint], options: FoldOptions, beginning: Be
             hint="train on, then fold again",
         )
     # What is not an average of listed checkpoints alone stays one input, whose parts nobody lists again.
-    is_mixed = beginning.record.get("initial_teacher") is not None or bool(beginning.record.get("averages"))
-    is_other = bool(newer.warnings) or not beginning.is_average or is_mixed
-    past = () if is_other else beginning.past
+    record = beginning.record
+    is_mixed = record.initial_teacher is not None or "averages" in record.unreadable or bool(record.averages)
+    is_other = bool(newer.warnings) or record.profile != "ema" or is_mixed
+    past = () if is_other else record.checkpoints
     return replace(
         weighed,
         averages=(Average(beginning.path, beginning.label, None),),
@@ -119,10 +121,10 @@ def weigh(checkpoints: Sequence[Checkpoint], options: FoldOptions, beginning: Be
         goes_on=bool(past),
         past=past,
         origin=None if past and beginning.knows_origin else weighed.origin,
-        copied=copied_names(beginning.record) if past else frozenset(),
+        copied=record.copied_names if past else frozenset(),
         rules=beginning.rules if past else (),
-        parts=parts_of(beginning.record) if past else 1,
-        rounded_to=rounded_to(beginning.record) if past else {},
+        parts=record.parts if past else 1,
+        rounded_to=record.rounded_to if past else {},
         is_cut=bool(past) and options.per_step and options.between != "hold",
     )
 

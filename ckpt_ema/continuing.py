@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import glob
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ckpt_ema.averages.profiles import POWER_RULE
 from ckpt_ema.catalogue import ASKED_FOR
 from ckpt_ema.errors import CkptEmaError, MisuseError, NoCheckpointError
 from ckpt_ema.formats import read_contents
 from ckpt_ema.formats.folder import has_weights, is_sharded
 from ckpt_ema.locations import as_path
-from ckpt_ema.provenance import SELECTION, printable, read_provenance, rule_of
-from ckpt_ema.records import MAX_COUNT, FoldOptions, PastCheckpoint
+from ckpt_ema.options import FoldOptions
 from ckpt_ema.runs.checkpoints import Checkpoint
-
-UNITS = ("step", "epoch", "date", "number")
+from ckpt_ema.runs.steps import Unit
+from ckpt_ema.teacher_record import RULE_KEYS, SELECTION, PastCheckpoint, TeacherRecord, printable, read_record
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +50,8 @@ class Beginning:
     """The teacher that a fold starts from."""
 
     path: Path
-    record: Mapping[str, Any]
-    """Its provenance; empty where it says nothing of itself."""
-
-    past: tuple[PastCheckpoint, ...]
-    """The checkpoints in it, oldest first, where it was folded or reconstructed."""
+    record: TeacherRecord
+    """What it says of itself."""
 
     @property
     def label(self) -> str:
@@ -65,47 +59,21 @@ class Beginning:
         return self.path.name
 
     @property
+    def past(self) -> tuple[PastCheckpoint, ...]:
+        """The checkpoints in it, oldest first, where it was folded or reconstructed."""
+        return self.record.checkpoints
+
+    @property
     def rules(self) -> tuple[Mapping[str, Any], ...]:
         """How it was made, oldest first; one for each change of the rule."""
-        earlier = self.record.get("earlier_rules")
-        before = [rule for rule in earlier if isinstance(rule, dict)] if isinstance(earlier, list) else []
-        return (*before, rule_of(self.record)) if self.past else ()
-
-    @property
-    def profile(self) -> object:
-        """How its checkpoints or steps were weighed, `ema` where it does not say."""
-        return "power" if self.record.get("rule") == POWER_RULE else self.record.get("profile", "ema")
-
-    @property
-    def is_average(self) -> bool:
-        """Whether it is an exponential moving average, as far as it says."""
-        return self.profile == "ema"
-
-    @property
-    def is_online(self) -> bool:
-        """Whether it followed the student in training, and says by which momentum."""
-        momentum = self.record.get("momentum")
-        return self.record.get("per") == "update" and isinstance(momentum, float) and 0 < momentum < 1
-
-    @property
-    def _is_reconstruction(self) -> bool:
-        return self.record.get("made") == "reconstruct"
-
-    @property
-    def own_step(self) -> int | None:
-        """The step that it gives as its own: of a reconstruction or an online teacher."""
-        return self._count("step")
-
-    def _count(self, name: str) -> int | None:
-        value = self.record.get(name)
-        return value if type(value) is int and 0 <= value < MAX_COUNT else None
+        return (*self.record.earlier_rules, self.record.own_rule) if self.past else ()
 
     @property
     def last(self) -> tuple[str, int | None]:
         """Unit and number of its newest checkpoint, or its own step where it lists none; None where that is unknown."""
-        if self.past and not self._is_reconstruction:
+        if self.past and self.record.made != "reconstruct":
             return self.past[-1].unit, self.past[-1].step
-        return "step", self.own_step
+        return "step", self.record.step
 
     def inside_of(self, checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
         """Those that are in it, as far as it says."""
@@ -132,8 +100,8 @@ class Beginning:
 
     def training_step(self, options: FoldOptions) -> int:
         """The training step it is of; raises MisuseError where it does not say."""
-        if self.own_step is not None:
-            return self.own_step
+        if self.record.step is not None:
+            return self.record.step
         if self.past:
             last, per_epoch = self.past[-1], options.steps_per_epoch
             factor = {"step": 1, "number": per_epoch or 1, "epoch": per_epoch}.get(last.unit)
@@ -147,17 +115,17 @@ class Beginning:
     @property
     def knows_origin(self) -> bool:
         """Whether an interval counts from its first checkpoint, so that whoever goes on need not say from where."""
-        return bool(self.past) and self._count("origin") is None and not self._is_reconstruction
+        return bool(self.past) and self.record.origin is None and self.record.made != "reconstruct"
 
     def first_step(self, options: FoldOptions) -> int | None:
         """The training step from which an interval counts, mostly that of its first checkpoint; None if not known."""
-        origin, calls, interval = (self._count(name) for name in ("origin", "steps", "interval"))
-        if origin is not None:
-            return origin
-        if self._is_reconstruction:
-            return self._count("start")
-        if self.is_online and self.own_step is not None and calls is not None and interval:
-            return (self.own_step - calls) % interval
+        record = self.record
+        if record.origin is not None:
+            return record.origin
+        if record.made == "reconstruct":
+            return record.start
+        if record.is_online and record.step is not None and record.num_steps is not None:
+            return (record.step - record.num_steps) % record.interval
         if not self.past or self.past[0].step is None:
             return None
         return self.past[0].step * (1 if self.past[0].unit == "step" else options.steps_per_epoch or 1)
@@ -167,6 +135,8 @@ class Beginning:
 
         Raises MisuseError or CkptEmaError where that cannot be gone on with.
         """
+        if unreadable := [name for name in self.record.unreadable if name in RULE_KEYS]:
+            raise CkptEmaError(f"`{self.path}` says of itself what cannot be: {self.record.shown(unreadable[0])}")
         selected, warnings, clashing = self._select_for(options)
         found, notes, more, is_other_rule = self._options_for(selected)
         if is_other_rule:
@@ -175,13 +145,11 @@ class Beginning:
 
     def _select_for(self, options: FoldOptions) -> tuple[FoldOptions, list[str], list[str]]:
         """`options`, with what of each checkpoint is the student; warnings; the options that these are about."""
-        given = self.record.get("selection")
-        if not isinstance(given, dict):
+        if self.record.selection is None:
             return options, [], []
-        made = {name: given[name] for name in SELECTION if isinstance(given.get(name), str)}
+        made: dict[str, Any] = dict(self.record.selection)
         # What was found without being asked for is the same when it is asked for.
-        stripped = self.record.get("stripped")
-        found = {"state": [self.record.get("state")], "prefix": stripped if isinstance(stripped, list) else []}
+        found: dict[str, Sequence[str | None]] = {"state": [self.record.state], "prefix": self.record.stripped}
         warnings, clashing = [], []
         for name in SELECTION:
             asked, before = getattr(options, name), made.pop(name, None)
@@ -204,35 +172,36 @@ class Beginning:
 
         Last, whether they ask for another rule.
         """
+        record = self.record
         # An online teacher is updated once every `interval` steps, too.
-        per = "step" if self.is_online else self.record.get("per")
+        per = "step" if record.is_online else record.per
         is_asked = options.momentum is not None or options.half_life is not None or options.per not in (None, per)
-        if not self.is_online and (self.record.get("made") not in ("fold", "reconstruct") or not self.is_average):
-            if self.is_average or is_asked:
+        if not record.is_online and (record.made is None or record.profile != "ema"):
+            if record.profile == "ema" or is_asked:
                 return options, [], [], False
-            what = f"`{self.label}` is of profile {self.profile}"
+            what = f"`{self.label}` is of profile {record.profile}"
             return options, [], [f"{what}, and goes on as an exponential moving average"], False
-        if self.is_online and self.own_step is None and not is_asked:
+        if record.is_online and record.step is None and not is_asked:
             raise MisuseError(
                 f"`{self.label}` does not say of which step it is, so what is newer cannot be told",
                 hint="say what to fold, and with which momentum per checkpoint: `--from STEP --momentum M`; what"
                 " `teacher.save_snapshot(run, step)` writes knows its step",
             )
-        if self.is_online and self.record.get("start", "") is None and not is_asked:
+        if record.is_online and not record.has_begun and not is_asked:
             raise CkptEmaError(
                 f"`{self.label}` is of before its first update, which copies the student",
                 hint="fold the checkpoints behind that, without `--init`",
             )
-        names = [name for name in ("momentum", "half_life") if self.record.get(name) is not None]
-        made: dict[str, Any] = {name: self.record.get(name) for name in names}
+        given = {"momentum": record.momentum, "half_life": record.half_life}
+        made: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         warnings = []
-        if self.record.get("skip_buffers") is not options.skip_buffers:
+        if record.skip_buffers is not options.skip_buffers:
             flag = "--no-skip-buffers" if options.skip_buffers else "--skip-buffers"
             warnings.append(f"`{self.label}` was made with `{flag}`, and goes on without")
         options = self._with_treatment(options)
-        counting: dict[str, Any] = {"per": per, "interval": self.record.get("interval", 1)}
+        counting: dict[str, Any] = {"per": per, "interval": record.interval}
         if per == "step":
-            counting |= {"between": self.record.get("between"), "steps_per_epoch": self.record.get("steps_per_epoch")}
+            counting |= {"between": record.between, "steps_per_epoch": record.steps_per_epoch}
         if is_asked:
             asked = {name: getattr(options, name) for name in ("momentum", "half_life")}
             is_other = any(asked[name] not in (None, value) for name, value in made.items())
@@ -251,15 +220,10 @@ class Beginning:
 
     def _with_treatment(self, options: FoldOptions) -> FoldOptions:
         """`options`, with what was copied on request and how wide it was folded where they say nothing of that."""
-        copied = self.record.get("copied")
-        names = copied.get("names") if isinstance(copied, dict) else None
-        asked = names.get(ASKED_FOR) if isinstance(names, dict) else None
-        if not options.buffers and isinstance(asked, list) and all(isinstance(name, str) for name in asked):
-            options = replace(options, buffers=tuple(glob.escape(name) for name in asked))
-        dtypes = self.record.get("dtypes")
-        accumulate = dtypes.get("accumulate") if isinstance(dtypes, dict) else None
-        if options.accumulate == "float32" and accumulate in ("float64", "student"):
-            options = replace(options, accumulate=accumulate)
+        if not options.buffers:
+            options = replace(options, buffers=tuple(map(glob.escape, self.record.copied.get(ASKED_FOR, ()))))
+        if options.accumulate == "float32" and self.record.accumulate is not None:
+            options = replace(options, accumulate=self.record.accumulate)
         return options
 
     def newer_of(self, checkpoints: Sequence[Checkpoint], *, is_told: bool = False) -> Newer:
@@ -268,8 +232,8 @@ class Beginning:
         `is_told` says that somebody chose from which step on; that counts where the teacher lists no checkpoints.
         Raises CkptEmaError where nothing is left.
         """
-        own = None if is_told else self.own_step
-        per_epoch = self._count("steps_per_epoch")
+        own = None if is_told else self.record.step
+        per_epoch = self.record.steps_per_epoch
         factors = {"step": 1, "number": per_epoch or 1} | ({} if per_epoch is None else {"epoch": per_epoch})
         steps = [
             (item.step * factors[item.unit], item)
@@ -291,7 +255,7 @@ class Beginning:
             notes = [] if self.past or is_told else [f"{unknown}: all {len(newer)} are folded, also those that it has"]
             return Newer(newer, None, left_out, notes=notes)
         # A list may have been out of order; but a reconstruction of an earlier step takes later students as well.
-        old = inside if self.record.get("made") == "fold" else set()
+        old = inside if self.record.made == "fold" else set()
         beyond = [
             item for item in checkpoints if item.step is not None and item.step > last.step and id(item) not in old
         ]
@@ -332,53 +296,12 @@ def read_beginning(options: FoldOptions) -> Beginning | None:
         raise MisuseError(f"`{path}` does not exist", hint="pass a teacher that an earlier fold wrote with `--init`")
     if path.is_dir() and not has_weights(path) and not is_sharded(path):
         raise MisuseError(f"`{path}` is no teacher", hint="pass the file or the folder that an earlier fold wrote")
-    record = read_provenance(read_contents(path).metadata) or {}
-    return Beginning(path, record, past_of(record))
+    return Beginning(path, read_record(read_contents(path).metadata))
 
 
-def _key(item: Checkpoint) -> tuple[str, str, int | None]:
+def _key(item: Checkpoint) -> tuple[str, Unit, int | None]:
     """What a record knows a checkpoint by."""
     return printable(item.label), item.unit, item.step
-
-
-def parts_of(record: Mapping[str, Any]) -> int:
-    """In how many folds a teacher was made that cost last digits (see FoldPlan); 1 where it has those of one."""
-    parts = record.get("parts")
-    return parts if type(parts) is int and 1 < parts < MAX_COUNT else 1
-
-
-def rounded_to(record: Mapping[str, Any]) -> dict[tuple[str, str], float]:
-    """The dtypes of students and those that teachers on the way to this one were rounded to, with the share, 0 to 1."""
-    by_student = record.get("rounded_to")
-    return {
-        (student, written): share
-        for student, shares in (by_student.items() if isinstance(by_student, dict) else ())
-        for written, share in (shares.items() if isinstance(shares, dict) else ())
-        if isinstance(share, float) and 0 <= share <= 1
-    }
-
-
-def past_of(record: Mapping[str, Any]) -> tuple[PastCheckpoint, ...]:
-    """The checkpoints that a record lists; none where one of them is not what this tool writes."""
-    items = record.get("checkpoints")
-    past = []
-    for item in items if isinstance(items, list) else ():
-        if not isinstance(item, dict):
-            return ()
-        unit = next((unit for unit in UNITS if unit in item), None)
-        name, share, size = item.get("name"), item.get("coefficient"), item.get("bytes")
-        step = item[unit] if unit is not None else None
-        if (
-            unit is None
-            or not (step is None or (type(step) is int and 0 <= step < MAX_COUNT))
-            or not isinstance(name, str)
-            or not isinstance(share, float)
-            or not math.isfinite(share)
-            or type(size) is not int
-        ):
-            return ()
-        past.append(PastCheckpoint(name, step, unit, share, size))
-    return tuple(past)
 
 
 def _told(made: Mapping[str, Any], counting: Mapping[str, Any]) -> str:

@@ -22,6 +22,7 @@ from ckpt_ema.engine.contract import Engine, NonFinite, NonFiniteBlockError, Tas
 from ckpt_ema.engine.inputs import InputFiles, allow_open_files
 from ckpt_ema.errors import CkptEmaError, quoted
 from ckpt_ema.formats import forget_tables
+from ckpt_ema.options import FoldOptions, PathLike, ReconstructOptions
 from ckpt_ema.output.fingerprints import differences_of_ranks, fingerprint, made_of
 from ckpt_ema.output.journal import FinishedBlocks, Journal, Range, journal_path, open_finished_blocks
 from ckpt_ema.output.old_teacher import remove_own
@@ -30,9 +31,9 @@ from ckpt_ema.output.teacher_files import Entry, TeacherFiles, dcp_files, one_fi
 from ckpt_ema.output.teacher_folder import folder_to_fill, is_model_folder, new_folder, staged_companions
 from ckpt_ema.output.writer import Draft, SharedFile, SpreadFiles, TeacherFile, write_small_file
 from ckpt_ema.planning import plan_fold
+from ckpt_ema.plans import FoldPlan, FoldReport
 from ckpt_ema.provenance import teacher_metadata
 from ckpt_ema.ranks import Ranks
-from ckpt_ema.records import FoldOptions, FoldPlan, FoldReport, PathLike, ReconstructOptions
 from ckpt_ema.timings import Timings
 
 Progress = Callable[[int, int], None]

@@ -22,9 +22,10 @@ from ckpt_ema.continuing import Beginning, read_beginning
 from ckpt_ema.errors import CkptEmaError, MisuseError, NoCheckpointError, NoUpdateError
 from ckpt_ema.folding import fold
 from ckpt_ema.locations import RemotePath, as_path
+from ckpt_ema.options import FoldOptions, PathLike
 from ckpt_ema.output.targets import resolve_outputs
 from ckpt_ema.planning import ROUNDED, find_run
-from ckpt_ema.records import FoldOptions, FoldReport, PathLike
+from ckpt_ema.plans import FoldReport
 from ckpt_ema.runs.checkpoints import STEPLESS_COPY, Checkpoint, Run
 from ckpt_ema.runs.steps import numbers_in_name
 from ckpt_ema.sizes import counted

@@ -11,10 +11,10 @@ from ckpt_ema.assembly import StoredTensor
 from ckpt_ema.errors import CkptEmaError, MisuseError, UnreadableCheckpointError
 from ckpt_ema.formats import Contents, forget_tables, read_contents
 from ckpt_ema.locations import as_path, name_within
-from ckpt_ema.provenance import read_provenance
 from ckpt_ema.runs.candidates import find_checkpoint_below
 from ckpt_ema.runs.steps import ORIGINS, steps_in_name, steps_inside
 from ckpt_ema.runs.students import StateDict, choose_student, find_state_dicts
+from ckpt_ema.teacher_record import read_provenance
 
 
 @dataclass(frozen=True, slots=True)

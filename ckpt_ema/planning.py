@@ -30,15 +30,16 @@ from ckpt_ema.formats import read_contents
 from ckpt_ema.layouts import Layout, SchemaPool, compact_layout
 from ckpt_ema.locations import as_path
 from ckpt_ema.model_buffers import read_model_buffers
+from ckpt_ema.options import FoldOptions, PathLike, ReconstructOptions
 from ckpt_ema.output.targets import resolve_outputs
-from ckpt_ema.provenance import aliases_in, printable, read_provenance
-from ckpt_ema.records import FoldedCheckpoint, FoldOptions, FoldPlan, PathLike, PlannedTeacher, ReconstructOptions
+from ckpt_ema.plans import FoldedCheckpoint, FoldPlan, PlannedTeacher
 from ckpt_ema.runs.checkpoints import Checkpoint, Run
 from ckpt_ema.runs.find import find_checkpoints
 from ckpt_ema.runs.selection import Selection
 from ckpt_ema.runs.steps import is_copy_name, numbers_in_name
 from ckpt_ema.runs.students import NUMPY_ARRAY, choose_student, is_flat
 from ckpt_ema.sizes import counted
+from ckpt_ema.teacher_record import printable, read_record
 
 LARGEST_NEWEST_SHARE = 0.9
 """Of a teacher by steps; what is nearly its newest checkpoint is no average."""
@@ -61,7 +62,7 @@ def plan_fold(run: PathLike | Sequence[PathLike], output: PathLike | None, wante
         weighed,
         notes=(*weighed.notes, *inherited.notes),
         warnings=(*weighed.warnings, *inherited.warnings),
-        goes_on=weighed.goes_on or (beginning.is_online and bool(inherited.notes)),
+        goes_on=weighed.goes_on or (beginning.record.is_online and bool(inherited.notes)),
     )
     return plan_weighed(found, weighed, output, wanted)
 
@@ -257,7 +258,7 @@ def _average_layout(path: Path, tensors: Sequence[TeacherTensor], pool: SchemaPo
         elif stored.dtype.kind != tensor.student_dtype.kind:
             differences.append(f"{tensor.name}: {stored.dtype}, the students' is {tensor.student_dtype}")
     averaged = {tensor.name for tensor in tensors}
-    averaged |= aliases_in(read_provenance(contents.metadata) or {}, averaged)
+    averaged |= read_record(contents.metadata).aliases_in(averaged)
     differences += [f"{name}: missing in the students" for name in teacher.tensors if name not in averaged]
     if differences:
         hint = (

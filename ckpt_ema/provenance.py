@@ -1,26 +1,17 @@
-"""Where a teacher came from: a plan in, the `__metadata__` of its file out, and back."""
+"""Where a teacher came from: a plan in, the `__metadata__` of its file out."""
 
 from __future__ import annotations
 
 import itertools
 import json
-import os
-from collections.abc import Collection, Mapping
 from typing import Any
 
 from ckpt_ema._version import __version__
 from ckpt_ema.averages.profiles import SMALLEST_COEFFICIENT, Profile
 from ckpt_ema.formats.contents import PROVENANCE_KEY
-from ckpt_ema.records import FoldOptions, FoldPlan, ReconstructOptions
-
-RULE_KEYS = (
-    *("made", "profile", "momentum", "half_life", "sigma_rel"),
-    *("per", "interval", "between", "steps_per_epoch"),
-)
-
-
-SELECTION = ("state", "prefix")
-"""Options that say which of a checkpoint's tensors are the student's."""
+from ckpt_ema.options import FoldOptions, ReconstructOptions
+from ckpt_ema.plans import FoldPlan
+from ckpt_ema.teacher_record import SELECTION, printable, rule_of
 
 
 def teacher_metadata(plan: FoldPlan, number: int) -> dict[str, str]:
@@ -85,11 +76,6 @@ def _rounded_record(plan: FoldPlan, number: int) -> dict[str, Any]:
     return {"rounded_to": shares} if shares else {}
 
 
-def rule_of(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a record, what says how much each of its checkpoints brought."""
-    return {key: record[key] for key in RULE_KEYS if key in record}
-
-
 def _checkpoints_record(plan: FoldPlan, number: int) -> list[dict[str, Any]]:
     """The checkpoints of a teacher, those of the one that it goes on from among them."""
     share_of_past = plan.averages[0].coefficients[number] if plan.past else 0.0
@@ -134,41 +120,3 @@ def counting_record(options: FoldOptions) -> dict[str, Any]:
     if isinstance(options, ReconstructOptions):
         return {"per": "step", "interval": options.interval, **epochs}
     return {"per": "step", "interval": options.interval, "between": options.between or "linear", **epochs}
-
-
-def copied_names(record: Mapping[str, Any]) -> frozenset[str]:
-    """The tensors that a record says came from the newest checkpoint as they were."""
-    copied = record.get("copied")
-    names = copied.get("names") if isinstance(copied, dict) else None
-    groups = names.values() if isinstance(names, dict) else ()
-    return frozenset(name for group in groups if isinstance(group, list) for name in group if isinstance(name, str))
-
-
-def aliases_in(record: Mapping[str, Any], names: Collection[str]) -> frozenset[str]:
-    """What a record calls tied to one of `names`, and is none of these itself: the same tensor once more.
-
-    Transformers and others leave all but one name of a tied tensor out of their checkpoints.
-    """
-    tied = record.get("tied")
-    groups = [group for group in tied if isinstance(group, list)] if isinstance(tied, list) else []
-    sets = [frozenset(name for name in group if isinstance(name, str)) for group in groups]
-    return frozenset().union(*(each for each in sets if not each.isdisjoint(names))).difference(names)
-
-
-def printable(name: str) -> str:
-    """A name as a record has it: a file name may be bytes that are no text; a safetensors header may not."""
-    return os.fsencode(name).decode("utf-8", "replace")
-
-
-def is_snapshot(metadata: Mapping[str, str]) -> bool:
-    """Whether a file is the snapshot of an online teacher, which nobody can make again."""
-    return (read_provenance(metadata) or {}).get("response") is not None
-
-
-def read_provenance(metadata: Mapping[str, str]) -> dict[str, Any] | None:
-    """What `teacher_metadata` wrote; None for a file of another origin."""
-    try:
-        record = json.loads(metadata.get(PROVENANCE_KEY, "null"))
-    except (ValueError, RecursionError):
-        return None
-    return record if isinstance(record, dict) else None

@@ -6,30 +6,27 @@ import fnmatch
 import glob
 import math
 import struct
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from ckpt_ema.averages.profiles import updates_of
-from ckpt_ema.averages.response_records import MAX_STEP, read_response
 from ckpt_ema.averages.responses import Ema, Impulse, Power, Response, SteppedPower, declared_response, tail_at
 from ckpt_ema.averages.solver import EVEN, Item, Solution, Variance, interpolated, solve
 from ckpt_ema.coefficients import Average, Weighed, training_steps
 from ckpt_ema.dtypes import DType
 from ckpt_ema.errors import CkptEmaError, MisuseError, quoted
 from ckpt_ema.formats import read_contents
+from ckpt_ema.options import PathLike, ReconstructOptions
 from ckpt_ema.planning import find_run, plan_weighed
-from ckpt_ema.provenance import aliases_in, read_provenance
-from ckpt_ema.records import FoldPlan, PathLike, Prediction, ReconstructOptions
+from ckpt_ema.plans import FoldPlan, Prediction
 from ckpt_ema.runs.checkpoints import OWN_TEACHER, Checkpoint, Run
 from ckpt_ema.runs.steps import EDM2_NAME, stem_of
+from ckpt_ema.teacher_record import TeacherRecord, read_record
 
 # Bits of the significand, the hidden one with it: what is stored is off by up to 2**-bits of itself.
 SIGNIFICANT_BITS = {"float64": 53, "float32": 24, "float16": 11, "bfloat16": 8}
 FLOAT32_ROUNDING = 2.0**-24
-LARGE = 1e200
-"""No squared length of a student; a sum of a few thousand is still a number."""
 
 DELICATE = 100
 """Sums of |coefficient| above this are warned of where averages are what a user says they are."""
@@ -46,7 +43,7 @@ class Stored:
     response: Response
     rounding: float
     source: Average | Checkpoint
-    record: Mapping[str, Any] = field(default_factory=dict)
+    record: TeacherRecord = field(default_factory=TeacherRecord)
     """The provenance of a snapshot of this tool."""
 
     @property
@@ -108,7 +105,7 @@ def plan_reconstruct(
 def _followed_in(snapshot: Path, names: Collection[str]) -> frozenset[str]:
     """The tensors that an online teacher averaged, of a student that has `names`: its others are its buffers."""
     contents = read_contents(snapshot)
-    return frozenset(map(str, contents.tree)) - aliases_in(read_provenance(contents.metadata) or {}, names)
+    return frozenset(map(str, contents.tree)) - read_record(contents.metadata).aliases_in(names)
 
 
 def _in_steps(found: Run, wanted: ReconstructOptions) -> tuple[Run, tuple[int, float], list[str]]:
@@ -206,21 +203,21 @@ def _snapshots(found: Run, limits: tuple[int, float]) -> tuple[list[Stored], dic
     taken: list[Stored] = []
     refused: dict[str, str] = {}
     for teacher in found.teachers:
-        record = read_provenance(teacher.metadata) or {}
-        response = read_response(record.get("response"))
+        record = read_record(teacher.metadata)
+        response = record.response
         if response is None:
-            refused[teacher.label] = OWN_TEACHER + (", of unknown weights" if "updates" in record else "")
+            refused[teacher.label] = OWN_TEACHER + (", of unknown weights" if record.has_updates else "")
         elif not limits[0] <= response.end <= limits[1]:
             refused[teacher.label] = _outside(response.end, *limits)
         else:
             stored = _coarsest([tensor.dtype for tensor in read_contents(teacher.path).tree.values()])
-            rounding = max(stored, _rounding_of_updates(response, record.get("arithmetic")))
+            rounding = max(stored, _rounding_of_updates(response, record.arithmetic))
             source = Average(teacher.path, teacher.label, response.end)
             taken.append(Stored(teacher.label, response, rounding, source, record))
     return sorted(taken, key=lambda each: (each.response.end, each.label)), refused
 
 
-def _rounding_of_updates(response: Response, arithmetic: Any) -> float:
+def _rounding_of_updates(response: Response, arithmetic: str | None) -> float:
     """What the recurrence in float32 is off by, relative to its result: what is still remembered adds up."""
     by_chance = FLOAT32_ROUNDING * math.sqrt(_remembered(response))
     if arithmetic != "hook" or not isinstance(response, Ema):
@@ -285,11 +282,10 @@ def _variance(stored: Sequence[Stored], checkpoints: Sequence[Checkpoint]) -> Va
     measured: dict[int, float] = {}
     squared_norm = None
     for snapshot in sorted(stored, key=lambda each: each.response.end):
-        samples = dict(_number_pairs(snapshot.record.get("increments")))
-        if samples:
-            measured.update(samples)
-            norm: Any = snapshot.record.get("squared_norm")
-            squared_norm = float(norm) if _is_number(norm) else squared_norm
+        if snapshot.record.increments:
+            measured.update(snapshot.record.increments)
+            norm = snapshot.record.squared_norm
+            squared_norm = squared_norm if norm is None else norm
     if len(measured) > 1:
         return interpolated(_smoothed(sorted(measured.items())), "measured while training", squared_norm)
     rates: dict[int, float] = {}
@@ -306,19 +302,6 @@ def _smoothed(samples: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
         (step, math.fsum(value for _, value in samples[max(0, i - 1) : i + 2]) / len(samples[max(0, i - 1) : i + 2]))
         for i, (step, _) in enumerate(samples)
     ]
-
-
-def _number_pairs(given: Any) -> Iterator[tuple[int, float]]:
-    for pair in given if isinstance(given, list) else ():
-        if not isinstance(pair, list) or len(pair) != 2 or type(pair[0]) is not int:
-            continue
-        if 0 <= pair[0] < MAX_STEP and _is_number(pair[1]):
-            yield pair[0], float(pair[1])
-
-
-def _is_number(value: Any) -> bool:
-    # A float alone: JSON's whole numbers may be larger than any.
-    return isinstance(value, float) and 0 <= value < LARGE
 
 
 def _weigh(stored: Sequence[Stored], solutions: Sequence[Solution], copied: Stored) -> Weighed:

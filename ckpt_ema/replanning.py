@@ -5,45 +5,35 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from ckpt_ema.averages.profiles import Update, coefficients_of, updates_of
 from ckpt_ema.coefficients import Average, Weighed, weigh
-from ckpt_ema.continuing import past_of
 from ckpt_ema.errors import CkptEmaError
 from ckpt_ema.inspection import Inspection
+from ckpt_ema.options import FoldOptions
 from ckpt_ema.planning import find_run, plan_weighed
-from ckpt_ema.provenance import printable
-from ckpt_ema.records import FoldOptions, FoldPlan, PastCheckpoint
+from ckpt_ema.plans import FoldPlan
 from ckpt_ema.runs.checkpoints import Checkpoint, Run
-from ckpt_ema.runs.steps import Unit
+from ckpt_ema.teacher_record import PastCheckpoint, TeacherRecord, printable
 
 SHARE_TOLERANCE = 1e-9
 """Relative, between a coefficient that was recorded and one that was worked out again."""
 
 
-def plan_again(
-    found: Inspection,
-    record: Mapping[str, Any],
-    past: Sequence[PastCheckpoint],
-    copied: frozenset[str],
-    run: Path,
-    memory_budget_bytes: int,
-) -> FoldPlan:
+def plan_again(found: Inspection, record: TeacherRecord, run: Path, memory_budget_bytes: int) -> FoldPlan:
     """The plan of the fold that made the teacher; raises CkptEmaError where it cannot be found."""
-    averages = averages_of(record)
-    paths = _locate((*averages, *past), run)
-    recorded = record.get("dtypes")
-    dtypes: dict[str, Any] = recorded if isinstance(recorded, dict) else {}
-    options = _options_of(record, past) | {
-        "accumulate": dtypes.get("accumulate"),
+    averages, past, copied = record.averages, record.checkpoints, record.copied_names
+    paths = _locate(record.inputs, run)
+    options = _options_of(record) | {
+        "accumulate": record.accumulate or "float32",
         "memory_budget_bytes": memory_budget_bytes,
     }
     held = {name: (tensor.dtype, tensor.shape) for name, tensor in found.tensors.items()}
-    written = [name for name in _texts(dtypes.get("teacher")) if name in ("float32", "bfloat16", "float16")]
+    written = [name for name in record.dtypes if name in ("float32", "bfloat16", "float16")]
     planned: FoldPlan | None = None
     failure: CkptEmaError | None = None
     for prefix, dtype in itertools.product(_prefixes_of(record), ("student", *written)):
@@ -53,7 +43,7 @@ def plan_again(
             weighed = Weighed(
                 tuple(Average(path, item.name, item.step) for item, path in zip(averages, paths, strict=False)),
                 _with_buffers(students.checkpoints, copied),
-                (_updates(students.checkpoints, wanted, record, averages, past, run),),
+                (_updates(students.checkpoints, wanted, record, run),),
             )
             planned = plan_weighed(students, weighed, "teacher.safetensors", wanted)
         except CkptEmaError as error:
@@ -71,13 +61,13 @@ def plan_again(
     return planned
 
 
-def check_listed(record: Mapping[str, Any], past: Sequence[PastCheckpoint], run: Path) -> None:
+def check_listed(record: TeacherRecord, run: Path) -> None:
     """Raise CkptEmaError where the checkpoints that a record lists are not those of the run."""
-    paths = _locate(past, run)
+    paths = _locate(record.checkpoints, run)
     failure: CkptEmaError | None = None
     for prefix in _prefixes_of(record):
         try:
-            _read_students(paths, FoldOptions(**_options_of(record, past) | {"prefix": prefix}), past)
+            _read_students(paths, FoldOptions(**_options_of(record) | {"prefix": prefix}), record.checkpoints)
             return
         except CkptEmaError as error:
             failure = failure or error
@@ -85,29 +75,24 @@ def check_listed(record: Mapping[str, Any], past: Sequence[PastCheckpoint], run:
         raise failure
 
 
-def _prefixes_of(record: Mapping[str, Any]) -> list[str | None]:
+def _prefixes_of(record: TeacherRecord) -> list[str | None]:
     """What was asked for as `--prefix`, or may have been: older records do not say who asked for what was stripped."""
-    selection = record.get("selection")
-    if isinstance(selection, dict) and isinstance(selection.get("prefix"), (str, type(None))):
-        return [selection.get("prefix")]
-    return [None, *_texts(record.get("stripped"))]
+    if record.selection is not None:
+        return [record.selection.get("prefix")]
+    return [None, *record.stripped]
 
 
-def _options_of(record: Mapping[str, Any], past: Sequence[PastCheckpoint]) -> dict[str, Any]:
+def _options_of(record: TeacherRecord) -> dict[str, Any]:
     """How a teacher was folded, as far as that decides how its checkpoints enter it."""
-    state = {"state": record.get("state") or None}
-    if record.get("made") == "reconstruct":
+    state = {"state": record.state or None}
+    if record.made == "reconstruct":
         return state
-    if record.get("profile") == "given":
-        return state | {"coefficients": {item.name: item.coefficient for item in past}}
+    if record.profile == "given":
+        return state | {"coefficients": {item.name: item.coefficient for item in record.checkpoints}}
     names = ["momentum", "half_life", "sigma_rel", "profile"]
-    if record.get("per") == "step":  # per checkpoint, the record lists what an interval selected
+    if record.per == "step":  # per checkpoint, the record lists what an interval selected
         names += ["per", "interval", "between", "steps_per_epoch"]
-    options = {name: record[name] for name in names if name in record}
-    for name in ("momentum", "half_life", "sigma_rel"):
-        if not isinstance(options.get(name), (float, type(None))):
-            raise CkptEmaError(f"its provenance has {options[name]!r} for `{name}`")
-    return state | options
+    return state | {name: getattr(record, name) for name in names}
 
 
 def _read_students(paths: Sequence[Path], wanted: FoldOptions, past: Sequence[PastCheckpoint]) -> Run:
@@ -126,10 +111,7 @@ def _read_students(paths: Sequence[Path], wanted: FoldOptions, past: Sequence[Pa
         if before.unit == now.unit and before.step != now.step:
             raise CkptEmaError(f"`{now.label}` is of {now.unit} {now.step}, and was of {before.step}")
     # Which of its numbers counted was decided among all checkpoints of the run.
-    counted = (
-        replace(now, step=before.step, unit=cast(Unit, before.unit))
-        for before, now in zip(past, checkpoints, strict=True)
-    )
+    counted = (replace(now, step=before.step, unit=before.unit) for before, now in zip(past, checkpoints, strict=True))
     return replace(found, checkpoints=tuple(counted))
 
 
@@ -141,15 +123,13 @@ def _with_buffers(checkpoints: Sequence[Checkpoint], copied: frozenset[str]) -> 
 def _updates(
     checkpoints: Sequence[Checkpoint],
     wanted: FoldOptions,
-    record: Mapping[str, Any],
-    averages: Sequence[PastCheckpoint],
-    past: Sequence[PastCheckpoint],
+    record: TeacherRecord,
     run: Path,
 ) -> tuple[Update, ...]:
     """How the checkpoints entered the teacher; raises CkptEmaError where that cannot be told to the last bit."""
-    shares = [item.coefficient for item in (*averages, *past)]
+    past, shares = record.checkpoints, [item.coefficient for item in record.inputs]
     found: list[tuple[Update, ...]] = []
-    if record["made"] == "fold" and not has_earlier_rules(record):
+    if record.made == "fold" and not record.earlier_rules:
         weighed = weigh(checkpoints, wanted)
         found = [weighed.updates[0]]
         if weighed.given is None and wanted.per_step:
@@ -166,39 +146,23 @@ def _updates(
     return max(found, key=lambda updates: coefficients_of(updates) == shares, default=tuple(updates_of(shares)))
 
 
-def is_exact(planned: FoldPlan, record: Mapping[str, Any], shares: Sequence[float]) -> bool:
-    """Whether a plan makes a teacher to the last bit again, whose record holds `shares`.
+def is_exact(planned: FoldPlan, record: TeacherRecord) -> bool:
+    """Whether a plan makes a teacher to the last bit again that has this record.
 
     A running mean that is worked out of these moves its numbers by some 1e-16: nothing to float32.
     """
-    if has_earlier_rules(record):
+    if record.earlier_rules:
         return False
-    if record["made"] == "reconstruct" or record.get("profile") == "given":
+    if record.made == "reconstruct" or record.profile == "given":
         return True
     is_wide = any(lane.accumulate_dtype.name in ("float64", "complex128") for lane in planned.blocks.lanes)
-    return not is_wide or coefficients_of(planned.teachers[0].updates) == list(shares)
-
-
-def has_earlier_rules(record: Mapping[str, Any]) -> bool:
-    """Whether a teacher was gone on with by another rule, so that only its coefficients tell of it."""
-    return bool(record.get("earlier_rules"))
+    return not is_wide or coefficients_of(planned.teachers[0].updates) == [item.coefficient for item in record.inputs]
 
 
 def _are_near(shares: Sequence[float], recorded: Sequence[float]) -> bool:
     return len(shares) == len(recorded) and all(
         math.isclose(share, before, rel_tol=SHARE_TOLERANCE) for share, before in zip(shares, recorded, strict=True)
     )
-
-
-def _texts(value: Any) -> list[str]:
-    return [text for text in value if isinstance(text, str)] if isinstance(value, list) else []
-
-
-def averages_of(record: Mapping[str, Any]) -> tuple[PastCheckpoint, ...]:
-    """The snapshots that a record lists; none where one of them is not what this tool writes."""
-    items = record.get("averages")
-    whole = [{**item, "bytes": 0} for item in items if isinstance(item, dict)] if isinstance(items, list) else []
-    return past_of({"checkpoints": whole})
 
 
 def _locate(items: Sequence[PastCheckpoint], run: Path) -> list[Path]:

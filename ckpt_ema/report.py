@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 from ckpt_ema.byte_ranges import count_elements
 from ckpt_ema.catalogue import TeacherTensor
 from ckpt_ema.inspection import Inspection
+from ckpt_ema.plans import FoldPlan, FoldReport
 from ckpt_ema.provenance import counting_record, made_record, profile_record
-from ckpt_ema.records import FoldPlan, FoldReport
 from ckpt_ema.sizes import counted, format_size
+from ckpt_ema.teacher_record import TeacherRecord, record_of
 
 if TYPE_CHECKING:  # these import torch, for which a plan must not wait
     from ckpt_ema.comparison import Comparison
@@ -267,7 +268,7 @@ def _inspection_lines(found: Inspection, verbose: bool) -> Iterator[str]:
     if found.refusal:
         yield f"refused    {found.refusal}"
     if found.provenance is not None:
-        yield from _provenance_lines(found.provenance, verbose)
+        yield from _provenance_lines(record_of(found.provenance), verbose)
     if found.tensors:
         dtypes: dict[str, int] = defaultdict(int)
         for tensor in found.tensors.values():
@@ -282,29 +283,27 @@ def _inspection_lines(found: Inspection, verbose: bool) -> Iterator[str]:
             yield f"  ... and {len(found.tensors) - shown} more (`-v` shows all)"
 
 
-def _provenance_lines(record: dict[str, Any], verbose: bool) -> Iterator[str]:
-    yield f"teacher    by {record.get('tool')} {record.get('version')}: {record.get('rule')}"
-    if record.get("made") == "reconstruct":
+def _provenance_lines(record: TeacherRecord, verbose: bool) -> Iterator[str]:
+    yield f"teacher    by {record.tool} {record.version}: {record.rule}"
+    if record.made == "reconstruct":
         yield (
-            f"made       by reconstruct, steps {record.get('start')} to {record.get('step')}, expected error"
-            f" {record.get('predicted_error')} of that of {record.get('nearest')}"
+            f"made       by reconstruct, steps {record.start} to {record.step}, expected error"
+            f" {record.predicted_error} of that of {record.nearest}"
         )
-    unit = "steps" if record.get("half_life") is not None else f"per {record.get('per')}"
-    yield f"{_provenance_profile(record)} {unit}, interval {record.get('interval')}"
-    items = [item for key in ("averages", "checkpoints") if isinstance(record.get(key), list) for item in record[key]]
-    shown = len(items) if verbose else MAX_SHOWN
-    for item in items[-shown:]:
-        if isinstance(item, dict) and isinstance(item.get("coefficient"), float):
-            yield f"from       {item.get('name')}  {item['coefficient']:.6f}"
-    if len(items) > shown:
-        yield f"from       ... and {len(items) - shown} older ones (`-v` shows all)"
+    unit = "steps" if record.half_life is not None else f"per {record.per}"
+    yield f"{_provenance_profile(record)} {unit}, interval {record.interval}"
+    shown = len(record.inputs) if verbose else MAX_SHOWN
+    for item in record.inputs[-shown:]:
+        yield f"from       {item.name}  {item.coefficient:.6f}"
+    if len(record.inputs) > shown:
+        yield f"from       ... and {len(record.inputs) - shown} older ones (`-v` shows all)"
 
 
-def _provenance_profile(record: dict[str, Any]) -> str:
-    for name, words in (("half_life", "half-life"), ("sigma_rel", "power"), ("momentum", "momentum")):
-        if record.get(name) is not None:
-            return f"{words:<10} {record[name]}"
-    return f"profile    {record.get('profile')}"
+def _provenance_profile(record: TeacherRecord) -> str:
+    for value, words in ((record.half_life, "half-life"), (record.sigma_rel, "power"), (record.momentum, "momentum")):
+        if value is not None:
+            return f"{words:<10} {value}"
+    return f"profile    {record.profile}"
 
 
 def comparison_text(found: Comparison, *, verbose: bool = False) -> str:

@@ -6,6 +6,9 @@ import re
 
 DEFAULT_MEMORY_BUDGET_BYTES = 256 << 20
 
+MAX_COUNT = 1 << 53
+"""Steps and the like stay below: beyond, whole numbers are no numbers of float64 any more."""
+
 _UNITS = {
     "": 1,
     "b": 1,

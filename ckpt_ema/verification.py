@@ -11,12 +11,10 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ckpt_ema.averages.profiles import SMALLEST_COEFFICIENT
 from ckpt_ema.byte_ranges import InputFile, SourceFile, TensorRange, count_elements, open_input, read_exactly
 from ckpt_ema.coefficients import MAX_COEFFICIENT
-from ckpt_ema.continuing import parts_of, past_of, rounded_to
 from ckpt_ema.dtypes import BY_NAME, DType, is_rounded
 from ckpt_ema.engine import cpu
 from ckpt_ema.engine.contract import NonFiniteBlockError, Task
@@ -27,11 +25,13 @@ from ckpt_ema.errors import CkptEmaError, MisuseError
 from ckpt_ema.inspection import Inspection, inspect
 from ckpt_ema.layouts import SchemaPool, compact_layout
 from ckpt_ema.locations import as_path
+from ckpt_ema.options import PathLike
 from ckpt_ema.output.folder_faults import fault_of_folder
-from ckpt_ema.provenance import copied_names, read_provenance, teacher_metadata
-from ckpt_ema.records import FoldPlan, PathLike
-from ckpt_ema.replanning import SHARE_TOLERANCE, averages_of, check_listed, has_earlier_rules, is_exact, plan_again
+from ckpt_ema.plans import FoldPlan
+from ckpt_ema.provenance import teacher_metadata
+from ckpt_ema.replanning import SHARE_TOLERANCE, check_listed, is_exact, plan_again
 from ckpt_ema.sizes import DEFAULT_MEMORY_BUDGET_BYTES, counted, format_size
+from ckpt_ema.teacher_record import TeacherRecord, read_record, record_of
 
 MIN_BLOCKS = 16
 """That a sample has at least."""
@@ -109,19 +109,19 @@ def verify(
         return Verification(path, (Check("structure", False, _whole(error), error.hint),))
     if found.refusal or not found.tensors:
         return Verification(path, (Check("structure", False, found.refusal or "it holds no tensors"),))
-    record = found.provenance or {}
-    copied = copied_names(record)
+    record = TeacherRecord() if found.provenance is None else record_of(found.provenance)
+    copied = record.copied_names
     checks = [
-        _carried_out("structure", lambda: _check_structure(found, is_own=bool(record))),
+        _carried_out("structure", lambda: _check_structure(found, is_own=found.provenance is not None)),
         _carried_out("finite", lambda: _check_finite(found, copied, memory_budget_bytes)),
-        _check_provenance(found, record, copied),
+        _check_provenance(found, record),
     ]
     if run is not None:
         from_run = as_path(run)
         checks.append(
             _carried_out(
                 "recomputed",
-                lambda: _check_against(found, record, copied, from_run, share, seed, memory_budget_bytes),
+                lambda: _check_against(found, record, from_run, share, seed, memory_budget_bytes),
             )
         )
     return Verification(path, tuple(checks))
@@ -165,61 +165,56 @@ def _check_finite(found: Inspection, copied: frozenset[str], memory_budget_bytes
     return Check("finite", True, f"every number of every tensor{infinities}")
 
 
-def _check_provenance(found: Inspection, record: Mapping[str, Any], copied: frozenset[str]) -> Check:
-    if not record:
+def _check_provenance(found: Inspection, record: TeacherRecord) -> Check:
+    if not record.table:
         # Not that it is somebody else's: what a model's own `save_pretrained` writes of a teacher has no record either.
         return Check("provenance", None, "none: nothing in it says how it was made, so nothing else can be checked")
-    if record.get("made") not in ("fold", "reconstruct"):
+    if record.unreadable:
+        return Check("provenance", False, f"its record has {record.shown(record.unreadable[0])}")
+    if record.made is None:
         return Check("provenance", True, "written by an online teacher")
-    averages, listed = averages_of(record), record.get("averages", [])
-    if not isinstance(listed, list) or len(averages) != len(listed):
-        return Check("provenance", False, "its list of averages cannot be read")
-    shares = [past.coefficient for past in (*averages, *past_of(record))]
+    shares = [past.coefficient for past in record.inputs]
     # The sum of numbers beyond all bounds raises.
     total = math.fsum(shares) if all(abs(share) < MAX_COEFFICIENT for share in shares) else math.inf
     if not abs(total - 1) <= SUM_TOLERANCE:
         return Check("provenance", False, f"its {len(shares)} coefficients sum to {total:g}, not to 1")
-    averaged = record.get("averaged")
-    if parts_of(record) > max(1, len(past_of(record))):
-        return Check("provenance", False, f"it tells of {parts_of(record)} parts, and of {len(shares)} files")
-    num_averaged = averaged.get("tensors") if isinstance(averaged, dict) else None
-    if num_averaged != len(found.tensors) - len(copied) or not copied <= found.tensors.keys():
+    if record.parts > max(1, len(record.checkpoints)):
+        return Check("provenance", False, f"it tells of {record.parts} parts, and of {len(shares)} files")
+    copied = record.copied_names
+    if record.num_averaged != len(found.tensors) - len(copied) or not copied <= found.tensors.keys():
         return Check(
             "provenance",
             False,
-            f"it tells of {num_averaged} averaged and {len(copied)} copied tensors, and the file has"
+            f"it tells of {record.num_averaged} averaged and {len(copied)} copied tensors, and the file has"
             f" {len(found.tensors)}",
         )
-    made = "folded" if record["made"] == "fold" else "reconstructed"
-    by = f"{record.get('tool')} {record.get('version')}"
-    return Check("provenance", True, f"{made} by {by} from {counted(len(shares), 'file')}")
+    made = "folded" if record.made == "fold" else "reconstructed"
+    return Check("provenance", True, f"{made} by {record.tool} {record.version} from {counted(len(shares), 'file')}")
 
 
 def _check_against(
     found: Inspection,
-    record: Mapping[str, Any],
-    copied: frozenset[str],
+    record: TeacherRecord,
     run: Path,
     share: float,
     seed: int | None,
     memory_budget_bytes: int,
 ) -> Check:
-    past = past_of(record)
     why = None
-    if not record:
+    if not record.table:
         why = "nothing in it says how it was made"
-    elif record.get("made") not in ("fold", "reconstruct"):
+    elif record.made is None:
         why = "an online teacher saw the student of every step"
-    elif not past:
+    elif not record.checkpoints:
         return Check("recomputed", False, "cannot be done: its list of checkpoints cannot be read")
-    elif (initial := record.get("initial_teacher")) is not None:
-        check_listed(record, past, run)
-        why = f"it goes on from `{initial}`"
+    elif record.initial_teacher is not None:
+        check_listed(record, run)
+        why = f"it goes on from `{record.initial_teacher}`"
     if why is not None:
         return Check("recomputed", None, f"cannot be done from a run alone: {why}")
-    planned = plan_again(found, record, past, copied, run, memory_budget_bytes)
+    planned = plan_again(found, record, run, memory_budget_bytes)
     _check_told(record, planned)
-    return _recompute(found, planned, copied, _tolerance_of(record, planned), share, seed)
+    return _recompute(found, planned, record.copied_names, _tolerance_of(record, planned), share, seed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,11 +249,10 @@ class _Tolerance:
         return relative * norm, absolute * math.sqrt(num_elements)
 
 
-def _tolerance_of(record: Mapping[str, Any], planned: FoldPlan) -> _Tolerance | None:
+def _tolerance_of(record: TeacherRecord, planned: FoldPlan) -> _Tolerance | None:
     """None for bit for bit."""
-    averages, past = averages_of(record), past_of(record)
-    parts = min(parts_of(record), len(past))
-    is_same = is_exact(planned, record, [item.coefficient for item in (*averages, *past)])
+    parts = min(record.parts, len(record.checkpoints))
+    is_same = is_exact(planned, record)
     if is_same and parts == 1:
         return None
     why = f"its {parts} parts" if parts > 1 else "its recorded coefficients"
@@ -267,25 +261,25 @@ def _tolerance_of(record: Mapping[str, Any], planned: FoldPlan) -> _Tolerance | 
     latest_first = reversed(planned.inputs)
     updates = 2 * sum(abs(item.coefficients[0]) * later for later, item in enumerate(latest_first, start=1))
     others: dict[str, list[tuple[float, DType]]] = {}
-    for (student, written), share in rounded_to(record).items():
+    for (student, written), share in record.rounded_to.items():
         if written in BY_NAME:
             others.setdefault(student, []).append((share, BY_NAME[written]))
     if planned.options.accumulate == "student":
         for dtype in {tensor.student_dtype for tensor in planned.tensors if tensor.action == "average"}:
-            others.setdefault(dtype.name, []).append((math.sqrt(len(past)), dtype))
+            others.setdefault(dtype.name, []).append((math.sqrt(len(record.checkpoints)), dtype))
     return _Tolerance(why, updates, others, left_out)
 
 
-def _check_told(record: Mapping[str, Any], planned: FoldPlan) -> None:
+def _check_told(record: TeacherRecord, planned: FoldPlan) -> None:
     """Raise CkptEmaError where a record says of its rule what the plan of the same fold does not."""
-    if record["made"] != "fold" or has_earlier_rules(record):
+    if record.made != "fold" or record.earlier_rules:
         return
-    again = read_provenance(teacher_metadata(planned, 0)) or {}
-    share, shown = record.get("first_share"), again["first_share"]
-    is_near = isinstance(share, float) and math.isclose(share, shown, rel_tol=SHARE_TOLERANCE)
-    for name, is_same in (("rule", record.get("rule") == again["rule"]), ("first_share", is_near)):
+    again = read_record(teacher_metadata(planned, 0))
+    share, shown = (math.nan if told.first_share is None else told.first_share for told in (record, again))
+    is_near = math.isclose(share, shown, rel_tol=SHARE_TOLERANCE)
+    for name, is_same in (("rule", record.rule == again.rule), ("first_share", is_near)):
         if not is_same:
-            raise CkptEmaError(f"its record says {record.get(name)!r} for `{name}`, and the fold {again[name]!r}")
+            raise CkptEmaError(f"its record says {record.shown(name)}, and the fold {getattr(again, name)!r}")
 
 
 def _recompute(

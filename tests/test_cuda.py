@@ -38,7 +38,7 @@ from ckpt_ema.engine.inputs import InputFiles, LaneExtents
 from ckpt_ema.engine.staging import StagingBuffers
 from ckpt_ema.engine.workers import Jobs, Ticket, start, wait_whatever_comes
 from ckpt_ema.locations import as_path
-from ckpt_ema.records import FoldPlan
+from ckpt_ema.plans import FoldPlan
 from ckpt_ema.sizes import DEFAULT_MEMORY_BUDGET_BYTES
 from tests.conftest import quiet_fold, save_hollow
 from tests.device_model import Event, modelled

@@ -218,7 +218,7 @@ def test_of_large_students_a_sample_stands_for_all() -> None:
 
 def test_a_long_run_keeps_a_bounded_number_of_increments(monkeypatch: pytest.MonkeyPatch) -> None:
     """Spread over the whole run, the early steps among them."""
-    monkeypatch.setattr("ckpt_ema.online.increments.MAX_COUNT", 300)
+    monkeypatch.setattr("ckpt_ema.online.increments.MAX_SAMPLES", 300)
     tensor = torch.zeros(3)
     increments = Increments([tensor], every=1)
     for step in range(1, 4000):
@@ -232,7 +232,7 @@ def test_a_long_run_keeps_a_bounded_number_of_increments(monkeypatch: pytest.Mon
 @pytest.mark.parametrize("every", [1, 10])
 def test_a_resumed_run_measures_the_steps_of_an_undisturbed_one(every: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where so many steps have passed that fewer are measured."""
-    monkeypatch.setattr("ckpt_ema.online.increments.MAX_COUNT", 300)
+    monkeypatch.setattr("ckpt_ema.online.increments.MAX_SAMPLES", 300)
     tensor = torch.zeros(3)
     whole = Increments([tensor], every=every)
     for step in range(1, 6000):

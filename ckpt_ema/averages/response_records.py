@@ -6,9 +6,7 @@ import math
 from typing import Any
 
 from ckpt_ema.averages.responses import Ema, Power, Response
-
-MAX_STEP = 1 << 53
-"""Beyond, steps are no whole numbers in float64 any more."""
+from ckpt_ema.sizes import MAX_COUNT
 
 MAX_GAMMA = 2e6
 
@@ -28,7 +26,7 @@ def read_response(record: Any) -> Response | None:
     if not isinstance(record, dict):
         return None
     start, end = record.get("start"), record.get("end")
-    if not (type(start) is int and type(end) is int and 0 <= start <= end < MAX_STEP):
+    if not (type(start) is int and type(end) is int and 0 <= start <= end < MAX_COUNT):
         return None
     if record.get("kind") == "power":
         gamma = _number(record.get("gamma"))
@@ -36,7 +34,7 @@ def read_response(record: Any) -> Response | None:
     if record.get("kind") == "ema":
         momentum, interval = _number(record.get("momentum")), record.get("interval", 1)
         # Behind the last update lies no step that has a share.
-        if 0 < momentum < 1 and type(interval) is int and 0 < interval < MAX_STEP and (end - start) % interval == 0:
+        if 0 < momentum < 1 and type(interval) is int and 0 < interval < MAX_COUNT and (end - start) % interval == 0:
             return Ema(momentum, start, end, interval)
     return None
 

@@ -18,7 +18,7 @@ from ckpt_ema.cli.terminal import ProgressBar, hand_over, print_json, print_text
 from ckpt_ema.sizes import counted
 
 if TYPE_CHECKING:
-    from ckpt_ema.records import FoldPlan, FoldReport
+    from ckpt_ema.plans import FoldPlan, FoldReport
 
 # `ckpt_ema.report` and the library are imported by the command that needs them: `--help` must not wait for them.
 

@@ -25,7 +25,7 @@ RATIO = 1.05
 MIN_SPACING = 8
 """Of the evenly spaced ones: measured at every step, a large student's would cost several per cent of its updates."""
 
-MAX_COUNT = 2048
+MAX_SAMPLES = 2048
 """Measurements that are kept; where they are more, the even spacing doubles."""
 
 
@@ -135,7 +135,7 @@ class Increments:
         return (joined[0] if len(joined) == 1 else torch.cat(joined)).to(self._scales.dtype)
 
     def _thin(self) -> None:
-        while len(self._measured) + len(self._pending) > MAX_COUNT:
+        while len(self._measured) + len(self._pending) > MAX_SAMPLES:
             self._spacing *= 2
             self._thinning *= 1 if self._spacing <= self._every * self._thinning else 2
             self._measured = [item for item in self._measured if self.is_due(item[0])]

@@ -28,7 +28,7 @@ from ckpt_ema.online.pairs import beside, check_fit, shadow_of
 from ckpt_ema.online.rule import Rule, is_finite
 from ckpt_ema.online.teacher_file import OnlineRecord, check_file_replaceable, write_teacher
 from ckpt_ema.online.tracking import Tracking, is_sharded
-from ckpt_ema.provenance import read_provenance
+from ckpt_ema.teacher_record import TeacherRecord, read_record
 
 SNAPSHOT_DTYPES = ("float32", "student", "bfloat16", "float16")
 DEFAULT_SIGMA_REL = (0.05, 0.10)
@@ -396,10 +396,10 @@ _WRITERS: dict[tuple[Path, str], weakref.ref[SnapshotTracks]] = {}
 def _is_own(path: Path, track: Track, step: int) -> bool:
     """Whether it is a file that was written for this track at this step, by what it says itself."""
     try:
-        record = None if path.is_symlink() else read_provenance(read_safetensors(path).metadata)
+        record = TeacherRecord() if path.is_symlink() else read_record(read_safetensors(path).metadata)
     except (CkptEmaError, OSError):
         return False
-    return record is not None and (record.get("track"), record.get("step")) == (track.name, step)
+    return (record.track, record.step) == (track.name, step)
 
 
 def _is_first_rank() -> bool:

@@ -20,7 +20,7 @@ from ckpt_ema.formats import read_contents
 from ckpt_ema.formats.contents import PROVENANCE_KEY
 from ckpt_ema.online.rule import is_finite
 from ckpt_ema.output.writer import FileParts, TeacherFile, encode_header
-from ckpt_ema.provenance import is_snapshot
+from ckpt_ema.teacher_record import is_snapshot
 
 WRITTEN_DTYPES = ("student", "teacher", "float32", "bfloat16", "float16")
 BUFFER_BYTES = 8 << 20

@@ -19,7 +19,7 @@ from ckpt_ema.errors import CkptEmaError
 from ckpt_ema.layouts import Layout, Schema
 from ckpt_ema.locations import RemotePath
 from ckpt_ema.output.teacher_files import TeacherFiles
-from ckpt_ema.records import FoldPlan
+from ckpt_ema.plans import FoldPlan
 
 WRITTEN_AGAIN = "was written again"
 

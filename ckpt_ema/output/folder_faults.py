@@ -12,7 +12,7 @@ from ckpt_ema.formats.contents import PROVENANCE_FILE, read_file, read_json
 from ckpt_ema.formats.dcp import FRAMING_KEY, METADATA_NAME, PIECES_NAME
 from ckpt_ema.inspection import Inspection
 from ckpt_ema.output.old_teacher import INDEX_SUFFIX, strays_in
-from ckpt_ema.provenance import read_provenance
+from ckpt_ema.teacher_record import read_provenance
 
 
 def fault_of_folder(found: Inspection) -> str | None:

@@ -13,7 +13,7 @@ from ckpt_ema.errors import CkptEmaError
 from ckpt_ema.formats.contents import PROVENANCE_FILE, PROVENANCE_KEY, is_plain_name, read_file, read_json
 from ckpt_ema.formats.dcp import METADATA_NAME, PIECE_SUFFIX, PIECES_NAME, own_provenance, read_metadata
 from ckpt_ema.formats.folder import MODEL_STEM, SHARD_NAME, WEIGHTS_SUFFIX
-from ckpt_ema.provenance import is_snapshot
+from ckpt_ema.teacher_record import is_snapshot
 
 INDEX_SUFFIX = ".index.json"
 

@@ -12,12 +12,13 @@ from ckpt_ema.errors import CkptEmaError, MisuseError, quoted
 from ckpt_ema.formats import read_contents
 from ckpt_ema.formats.folder import WEIGHTS_SUFFIX
 from ckpt_ema.locations import RemotePath, as_path, identity_of
+from ckpt_ema.options import FoldOptions, PathLike
 from ckpt_ema.output.old_teacher import check_folder_replaceable
 from ckpt_ema.output.teacher_folder import is_model_folder
 from ckpt_ema.output.writer import Draft
-from ckpt_ema.provenance import is_snapshot
-from ckpt_ema.records import FoldOptions, FoldPlan, PathLike
+from ckpt_ema.plans import FoldPlan
 from ckpt_ema.runs.checkpoints import Checkpoint, Run
+from ckpt_ema.teacher_record import is_snapshot
 
 HIDDEN_BYTES = len(Draft().name(Path("x")).name) - 1
 """By so much the hidden names beside a teacher are longer than its own."""

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from ckpt_ema.formats import Contents
+from ckpt_ema.sizes import MAX_COUNT
 
 MAX_ENTRIES = 1 << 16
 MAX_SAMPLES = 256
 MAX_RATE = 1e9
-MAX_STEP = 1 << 53
 
 
 def learning_rates_of(contents: Contents) -> tuple[tuple[int | None, float], ...]:
@@ -27,7 +27,7 @@ def learning_rates_of(contents: Contents) -> tuple[tuple[int | None, float], ...
 def _logged(history: Any) -> Iterator[tuple[int, float]]:
     for entry in history[:MAX_ENTRIES] if isinstance(history, list) else ():
         step = entry.get("step") if isinstance(entry, dict) else None
-        if type(step) is int and 0 <= step < MAX_STEP and _is_rate(entry.get("learning_rate")):
+        if type(step) is int and 0 <= step < MAX_COUNT and _is_rate(entry.get("learning_rate")):
             yield step, float(entry["learning_rate"])
 
 
