@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ckpt_ema.dtypes import BY_NAME, DType
+from ckpt_ema.dtypes import BY_NAME, DType, WrittenDtype
 from ckpt_ema.errors import CkptEmaError
 from ckpt_ema.layouts import Layout, Schema
 
@@ -74,7 +74,7 @@ class Treatment:
     model_buffers: frozenset[str] | None = None
     """The buffers of the model the user named; None when none was named."""
 
-    dtype: str = "student"
+    dtype: WrittenDtype = "student"
     """Of the written teacher: `student`, or one of torch's floating-point names."""
 
 

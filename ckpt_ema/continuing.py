@@ -16,6 +16,7 @@ from ckpt_ema.locations import as_path
 from ckpt_ema.options import FoldOptions
 from ckpt_ema.runs.checkpoints import Checkpoint
 from ckpt_ema.runs.steps import Unit
+from ckpt_ema.runs.students import is_flat
 from ckpt_ema.teacher_record import RULE_KEYS, SELECTION, PastCheckpoint, TeacherRecord, printable, read_record
 
 
@@ -52,6 +53,9 @@ class Beginning:
     path: Path
     record: TeacherRecord
     """What it says of itself."""
+
+    dtypes: frozenset[str] = frozenset()
+    """Names of those of its floating-point tensors."""
 
     @property
     def label(self) -> str:
@@ -216,14 +220,19 @@ class Beginning:
             inherited = replace(options, **made, **counting)
         except MisuseError as error:
             raise self._impossible(error) from None
-        return inherited, [f"goes on as `{self.label}` was made: {_told(made, counting)}"], warnings, False
+        written = "" if inherited.dtype == "student" else f", in {inherited.dtype}"
+        return inherited, [f"goes on as `{self.label}` was made: {_told(made, counting)}{written}"], warnings, False
 
     def _with_treatment(self, options: FoldOptions) -> FoldOptions:
-        """`options`, with what was copied on request and how wide it was folded where they say nothing of that."""
+        """`options`, with what was copied on request and how wide it was made where they say nothing of that."""
         if not options.buffers:
             options = replace(options, buffers=tuple(map(glob.escape, self.record.copied.get(ASKED_FOR, ()))))
         if options.accumulate == "float32" and self.record.accumulate is not None:
             options = replace(options, accumulate=self.record.accumulate)
+        if options.dtype == "student":
+            # A teacher that followed training is wider than 16-bit students, and says nothing of that.
+            is_wide = self.record.is_online and self.dtypes == {"float32"}
+            options = replace(options, dtype="float32" if is_wide else self.record.asked_dtype or "student")
         return options
 
     def newer_of(self, checkpoints: Sequence[Checkpoint], *, is_told: bool = False) -> Newer:
@@ -296,7 +305,10 @@ def read_beginning(options: FoldOptions) -> Beginning | None:
         raise MisuseError(f"`{path}` does not exist", hint="pass a teacher that an earlier fold wrote with `--init`")
     if path.is_dir() and not has_weights(path) and not is_sharded(path):
         raise MisuseError(f"`{path}` is no teacher", hint="pass the file or the folder that an earlier fold wrote")
-    return Beginning(path, read_record(read_contents(path).metadata))
+    contents = read_contents(path)
+    stored = contents.tree.values() if is_flat(contents) else ()
+    dtypes = {tensor.dtype.name for tensor in stored if tensor.dtype.is_floating_point}
+    return Beginning(path, read_record(contents.metadata), frozenset(dtypes))
 
 
 def _key(item: Checkpoint) -> tuple[str, Unit, int | None]:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
+WrittenDtype = Literal["student", "float32", "bfloat16", "float16"]
+"""What the floating-point tensors of a teacher's file may be asked to be."""
+
 
 class DType(NamedTuple):
     """The type of a tensor's elements.

@@ -7,11 +7,12 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from ckpt_ema.averages.profiles import Between, Profile, check_momentum
 from ckpt_ema.averages.responses import declared_response, gamma_of, momentum_of_half_life
 from ckpt_ema.blocks import Accumulate
+from ckpt_ema.dtypes import WrittenDtype
 from ckpt_ema.errors import MisuseError
 from ckpt_ema.runs.students import check_prefix
 from ckpt_ema.sizes import DEFAULT_MEMORY_BUDGET_BYTES, MAX_COUNT
@@ -101,7 +102,7 @@ class FoldOptions:
     accumulate: Accumulate = "float32"
     """Dtype of the running teacher: never narrower than the student's, unless `student` is asked for."""
 
-    dtype: Literal["student", "float32", "bfloat16", "float16"] = "student"
+    dtype: WrittenDtype = "student"
     """Dtype of the written teacher's floating-point tensors."""
 
     output_format: Literal["safetensors", "dcp"] = "safetensors"
@@ -163,8 +164,8 @@ class FoldOptions:
                 hint="pass for example `--device cuda:0`",
             )
         for name, choices in (
-            ("accumulate", ("float32", "float64", "student")),
-            ("dtype", ("student", "float32", "bfloat16", "float16")),
+            ("accumulate", get_args(Accumulate)),
+            ("dtype", get_args(WrittenDtype)),
             ("output_format", ("safetensors", "dcp")),
         ):
             if getattr(self, name) not in choices:

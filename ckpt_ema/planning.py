@@ -219,7 +219,7 @@ def plan_weighed(
         tensors=tuple(tensors),
         left_out=(*found.left_out, *weighed.left_out),
         left_out_tensors=tuple(newest.left_out.items()),
-        notes=(*_notes(newest), *weighed.notes),
+        notes=(*_notes(checkpoints), *weighed.notes),
         warnings=(
             *found.warnings,
             *found.order_warnings,
@@ -287,8 +287,18 @@ def _average_layout(path: Path, tensors: Sequence[TeacherTensor], pool: SchemaPo
     )
 
 
-def _notes(newest: Checkpoint) -> Iterator[str]:
-    if newest.state_key:
+def _notes(checkpoints: Sequence[Checkpoint]) -> Iterator[str]:
+    newest = checkpoints[-1]
+    labels: dict[str, list[str]] = {}
+    for checkpoint in checkpoints:
+        labels.setdefault(checkpoint.state_key, []).append(checkpoint.label)
+    if len(labels) > 1:
+        places = ((f"`{key}`" if key else "all", names) for key, names in labels.items())
+        yield "the student is " + ", ".join(
+            f"{what} of " + (f"`{names[0]}`" if len(names) == 1 else counted(len(names), "checkpoint"))
+            for what, names in places
+        )
+    elif newest.state_key:
         yield f"the student is `{newest.state_key}` of each checkpoint"
     for prefix in newest.stripped:
         yield f"`{prefix}` is taken off the tensor names"

@@ -46,6 +46,7 @@ def teacher_metadata(plan: FoldPlan, number: int) -> dict[str, str]:
         "dtypes": {
             "students": sorted({tensor.student_dtype.name for tensor in plan.tensors}),
             "accumulate": options.accumulate,
+            "asked": options.dtype,
             "teacher": sorted({tensor.dtype.name for tensor in plan.tensors}),
         },
     }

@@ -8,10 +8,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from ckpt_ema.averages.profiles import Update, coefficients_of, updates_of
 from ckpt_ema.coefficients import Average, Weighed, weigh
+from ckpt_ema.dtypes import WrittenDtype
 from ckpt_ema.errors import CkptEmaError
 from ckpt_ema.inspection import Inspection
 from ckpt_ema.options import FoldOptions
@@ -33,11 +34,11 @@ def plan_again(found: Inspection, record: TeacherRecord, run: Path, memory_budge
         "memory_budget_bytes": memory_budget_bytes,
     }
     held = {name: (tensor.dtype, tensor.shape) for name, tensor in found.tensors.items()}
-    written = [name for name in record.dtypes if name in ("float32", "bfloat16", "float16")]
+    dtypes = [record.asked_dtype] if record.asked_dtype is not None else ["student", *_writable(record.dtypes)]
     planned: FoldPlan | None = None
     failure: CkptEmaError | None = None
-    for prefix, dtype in itertools.product(_prefixes_of(record), ("student", *written)):
-        wanted = FoldOptions(**options | {"prefix": prefix, "dtype": dtype})
+    for selection, dtype in itertools.product(_selections_of(record), dtypes):
+        wanted = FoldOptions(**options | selection | {"dtype": dtype})
         try:
             students = _read_students(paths[len(averages) :], wanted, past)
             weighed = Weighed(
@@ -65,9 +66,9 @@ def check_listed(record: TeacherRecord, run: Path) -> None:
     """Raise CkptEmaError where the checkpoints that a record lists are not those of the run."""
     paths = _locate(record.checkpoints, run)
     failure: CkptEmaError | None = None
-    for prefix in _prefixes_of(record):
+    for selection in _selections_of(record):
         try:
-            _read_students(paths, FoldOptions(**_options_of(record) | {"prefix": prefix}), record.checkpoints)
+            _read_students(paths, FoldOptions(**_options_of(record) | selection), record.checkpoints)
             return
         except CkptEmaError as error:
             failure = failure or error
@@ -75,24 +76,28 @@ def check_listed(record: TeacherRecord, run: Path) -> None:
         raise failure
 
 
-def _prefixes_of(record: TeacherRecord) -> list[str | None]:
-    """What was asked for as `--prefix`, or may have been: older records do not say who asked for what was stripped."""
+def _selections_of(record: TeacherRecord) -> list[dict[str, str]]:
+    """What of each checkpoint was asked for, or may have been: an older record does not say whether it was."""
     if record.selection is not None:
-        return [record.selection.get("prefix")]
-    return [None, *record.stripped]
+        return [dict(record.selection)]
+    state = {"state": record.state} if record.state else {}
+    return [state, *(state | {"prefix": prefix} for prefix in record.stripped)]
+
+
+def _writable(dtypes: Sequence[str]) -> list[str]:
+    return [name for name in dtypes if name in get_args(WrittenDtype)]
 
 
 def _options_of(record: TeacherRecord) -> dict[str, Any]:
     """How a teacher was folded, as far as that decides how its checkpoints enter it."""
-    state = {"state": record.state or None}
     if record.made == "reconstruct":
-        return state
+        return {}
     if record.profile == "given":
-        return state | {"coefficients": {item.name: item.coefficient for item in record.checkpoints}}
+        return {"coefficients": {item.name: item.coefficient for item in record.checkpoints}}
     names = ["momentum", "half_life", "sigma_rel", "profile"]
     if record.per == "step":  # per checkpoint, the record lists what an interval selected
         names += ["per", "interval", "between", "steps_per_epoch"]
-    return state | {name: getattr(record, name) for name in names}
+    return {name: getattr(record, name) for name in names}
 
 
 def _read_students(paths: Sequence[Path], wanted: FoldOptions, past: Sequence[PastCheckpoint]) -> Run:

@@ -17,6 +17,7 @@ from ckpt_ema.averages.profiles import POWER_RULE
 from ckpt_ema.averages.response_records import read_response
 from ckpt_ema.averages.responses import Response
 from ckpt_ema.blocks import Accumulate
+from ckpt_ema.dtypes import WrittenDtype
 from ckpt_ema.formats.contents import PROVENANCE_KEY
 from ckpt_ema.runs.steps import Unit
 from ckpt_ema.sizes import MAX_COUNT
@@ -80,6 +81,9 @@ class TeacherRecord:
 
     skip_buffers: bool | None = None
     accumulate: Accumulate | None = None
+    asked_dtype: WrittenDtype | None = None
+    """What it was asked to be written in."""
+
     dtypes: tuple[str, ...] = ()
     """Names of its own."""
 
@@ -229,6 +233,7 @@ def record_of(table: Mapping[str, Any]) -> TeacherRecord:
         earlier_rules=tuple(entries.take("earlier_rules", _is_list_of_tables, ())),
         skip_buffers=entries.take("skip_buffers", lambda value: isinstance(value, bool)),
         accumulate=dtypes.take("accumulate", lambda value: value in get_args(Accumulate)),
+        asked_dtype=dtypes.take("asked", lambda value: value in get_args(WrittenDtype)),
         dtypes=tuple(dtypes.take("teacher", _is_list_of_texts, ())),
         initial_teacher=entries.take("initial_teacher", _is_text),
         averages=entries.files("averages"),

@@ -223,6 +223,20 @@ def test_an_average_of_another_kind_is_told(tmp_path: Path) -> None:
         ckpt_ema.follow(run, tmp_path / "t.safetensors", idle_seconds=0.1, poll_seconds=0.01)
 
 
+def test_a_teacher_that_is_wider_than_its_students_goes_on_as_wide(tmp_path: Path) -> None:
+    """A float32 teacher of bfloat16 students stays one, and is the fold of all at once, bit for bit."""
+    run = tmp_path / "run"
+    run.mkdir()
+    for step in range(1, 6):
+        student = {name: tensor.bfloat16() for name, tensor in make_student(step).items() if tensor.is_floating_point()}
+        save_file(student, run / f"step_{step}.safetensors")
+    quiet_fold(run, tmp_path / "part.safetensors", momentum=0.3, until_step=3, dtype="float32")
+    done = quiet_fold(run, tmp_path / "on.safetensors", init=tmp_path / "part.safetensors")
+    quiet_fold(run, tmp_path / "all.safetensors", momentum=0.3, dtype="float32")
+    assert any("in float32" in note for note in done.plan.notes)
+    assert_same_bits(load_file(tmp_path / "on.safetensors"), load_file(tmp_path / "all.safetensors"))
+
+
 def test_what_was_rounded_is_said(tmp_path: Path) -> None:
     """A bfloat16 teacher has lost digits that a fold of all at once has; a float32 one has not, and equals it."""
     run = tmp_path / "run"

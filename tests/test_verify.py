@@ -483,6 +483,38 @@ def test_a_record_that_lies_fails_and_nothing_more(tmp_path: Path, changed: dict
     assert not ckpt_ema.verify(tmp_path / "u.safetensors", tmp_path / "run").is_ok
 
 
+def test_students_that_lie_under_different_keys_are_recomputed(tmp_path: Path) -> None:
+    """Each checkpoint is looked at by itself, as it was when it was folded; the plan names every place."""
+    (tmp_path / "run").mkdir()
+    torch.save(make_student(1), tmp_path / "run" / "step_1.pt")
+    for step in (2, 3):
+        torch.save({"model": make_student(step), "step": step}, tmp_path / "run" / f"step_{step}.pt")
+    report = quiet_fold(tmp_path / "run", tmp_path / "t.safetensors", momentum=0.3)
+    assert "the student is all of `step_1.pt`, `model` of 2 checkpoints" in report.plan.notes
+    assert failed(ckpt_ema.verify(tmp_path / "t.safetensors", tmp_path / "run", share=1)) == []
+
+
+def test_a_state_dict_by_itself_that_was_asked_for_is_recomputed(tmp_path: Path) -> None:
+    """`--state ''` is what the hint says for averages by themselves; verify takes them the same way."""
+    (tmp_path / "run").mkdir()
+    for step in (1, 2, 3):
+        average = torch.optim.swa_utils.AveragedModel(torch.nn.Linear(3, 2))
+        torch.save(average.state_dict(), tmp_path / "run" / f"step_{step}.pt")
+    quiet_fold(tmp_path / "run", tmp_path / "t.safetensors", momentum=0.3, state="")
+    assert failed(ckpt_ema.verify(tmp_path / "t.safetensors", tmp_path / "run", share=1)) == []
+
+
+def test_complex_students_written_narrower_are_recomputed(tmp_path: Path) -> None:
+    """The dtype that was asked for is in the record: which one it was need not be guessed."""
+    (tmp_path / "run").mkdir()
+    for step in (1, 2, 3):
+        generator = torch.Generator().manual_seed(step)
+        student = {"w": torch.randn(40, dtype=torch.complex128, generator=generator)}
+        torch.save(student, tmp_path / "run" / f"step_{step}.pt")
+    quiet_fold(tmp_path / "run", tmp_path / "t.safetensors", momentum=0.3, dtype="float32")
+    assert failed(ckpt_ema.verify(tmp_path / "t.safetensors", tmp_path / "run", share=1)) == []
+
+
 def test_a_teacher_under_a_key_is_read_by_every_command(tmp_path: Path) -> None:
     """One for torch.distributed.checkpoint lies under its students' key: inspected, compared, verified."""
     import torch.distributed.checkpoint as dcp
