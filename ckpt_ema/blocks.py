@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from operator import itemgetter
 from typing import Literal, NamedTuple
 
-from ckpt_ema.byte_ranges import count_elements
+from ckpt_ema.byte_ranges import RemoteFile, count_elements
 from ckpt_ema.catalogue import TeacherTensor
 from ckpt_ema.dtypes import BY_NAME, DType
 from ckpt_ema.errors import MisuseError
@@ -35,6 +35,8 @@ MAX_THREADS = 16
 # wait rather than compute.
 REMOTE_READ_BYTES = 8 << 20
 REMOTE_THREADS = 32
+GAPS_PER_REQUEST = 3
+"""By so many of a remote file's largest gaps a request may be longer than a buffer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +184,11 @@ class BlockPlan:
     def buffer_bytes(self) -> int:
         """What all threads' buffers take together; never above the budget."""
         return self.num_threads * self.thread_buffers.total(self.num_teachers)
+
+    @property
+    def answer_bytes(self) -> int:
+        """What a thread may ask for in one request behind a URL."""
+        return _answer_bytes(self.thread_buffers)
 
     def blocks(self) -> Iterator[Block]:
         """Every block, in the teacher's byte order, which is the files' own order as well."""
@@ -420,6 +427,11 @@ def _thread_buffers(lanes: Sequence[Lane], block_elements: int) -> BufferSizes:
     )
 
 
+def _answer_bytes(buffers: BufferSizes) -> int:
+    gap = min(buffers.raw, RemoteFile.max_gap_bytes)
+    return min(buffers.raw + GAPS_PER_REQUEST * gap, MAX_REQUEST_BYTES)
+
+
 def _largest(sizes: Iterable[BufferSizes]) -> BufferSizes:
     return BufferSizes(*map(max, zip(BufferSizes(0, 0, 0, 0), *sizes, strict=True)))
 
@@ -445,16 +457,19 @@ def _size_remote_blocks(
 ) -> tuple[int, int]:
     """The same for inputs behind URLs: blocks of REMOTE_READ_BYTES, larger where the budget has room for them.
 
-    A store answers with bytes of its own, which lie in memory beside the buffer they are copied to.
+    A store answers with bytes of its own, which lie in memory beside the buffer they are copied to, and so do those
+    between two ranges of one request.
     """
-    least = max(1, _widest(lanes).total(num_teachers) + _widest(lanes).raw) * MIN_BLOCK_ELEMENTS
+    least = _widest(lanes).total(num_teachers) + (2 + GAPS_PER_REQUEST) * _widest(lanes).raw
+    least = max(1, least) * MIN_BLOCK_ELEMENTS
     _check_budget(budget, least)
     # What most is read of decides; counters take eight bytes each, and are few.
     itemsize = max(lanes, key=lambda lane: lane.num_elements).input_itemsize if lanes else 1
 
     def bytes_of_thread(elements: int) -> int:
         buffers = _thread_buffers(lanes, elements)
-        return max(1, buffers.total(num_teachers) + min(buffers.raw, MAX_REQUEST_BYTES))
+        gap = min(buffers.raw, RemoteFile.max_gap_bytes)
+        return max(1, buffers.total(num_teachers) + _answer_bytes(buffers) + gap)
 
     smallest = _whole_elements(REMOTE_READ_BYTES // itemsize, lanes)
     threads = max(1, min(num_threads or REMOTE_THREADS, budget // bytes_of_thread(smallest)))

@@ -12,6 +12,7 @@ from typing import Literal
 from ckpt_ema.dtypes import BY_NAME, DType, WrittenDtype
 from ckpt_ema.errors import CkptEmaError
 from ckpt_ema.layouts import Layout, Schema
+from ckpt_ema.sizes import counted
 
 ASKED_FOR = "buffer (`--buffer`)"
 """Why a tensor is copied that the user named."""
@@ -155,24 +156,27 @@ def _teacher_dtype(name: str, student_dtype: DType, wanted: str) -> DType:
 
 def _check_agreement(layouts: Sequence[tuple[str, Layout]], steps: Mapping[str, int | None]) -> None:
     """Raise CkptEmaError with every difference between neighbours in `layouts`."""
-    differences: list[str] = []
+    differences: list[list[str]] = []
     pairs: list[tuple[str, str]] = []
     for (label, layout), (next_label, next_layout) in itertools.pairwise(layouts):
         found = _differences(layout.schema, next_layout.schema, label, next_label)
         if found:
-            differences += found
+            differences.append(found)
             pairs.append((label, next_label))
     if not pairs:
         return
-    count = (
-        f"{len(differences)} tensor{'s' if len(differences) > 1 else ''} differ{'' if len(differences) > 1 else 's'}"
-    )
-    between = " and ".join(f"between `{a}` and `{b}`" for a, b in pairs[:2])
+    first = f"`{pairs[0][0]}` and `{pairs[0][1]}` differ in {counted(len(differences[0]), 'tensor')}"
+    more = "" if len(pairs) == 1 else f", and {counted(len(pairs) - 1, 'later pair')} of checkpoints as well"
+    lines = [
+        line if len(pairs) == 1 else f"{label} to {next_label}: {line}"
+        for (label, next_label), found in zip(pairs, differences, strict=True)
+        for line in found
+    ]
     newest = pairs[-1][1]
     begin = f"pass `--from {steps[newest]}`" if steps.get(newest) is not None else f"begin with `{newest}`"
     raise CkptEmaError(
-        f"{count} {between}",
-        details=differences,
+        f"{first}{more}",
+        details=lines,
         hint=f"fold only checkpoints that agree: {begin} to fold the later ones, or `--exclude` some by name",
     )
 

@@ -1,7 +1,9 @@
-"""The errors that a user can meet, and what is said of another library's."""
+"""The errors and warnings that a user can meet, and what is said of another library's errors."""
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Sequence
 
 BEGIN_ANEW = "pass `--overwrite` without `--resume` to begin anew"
@@ -56,6 +58,17 @@ class LostWorkError(CkptEmaError):
 
 class MisuseError(CkptEmaError):
     """What was asked for makes no sense: wrong options rather than wrong files."""
+
+
+NOT_THE_CALLER = ("ckpt_ema", "torch", "contextlib")
+
+
+def warn(text: str) -> None:
+    """Warn of what the caller of this package has done, named by file and line, whatever lies between."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in NOT_THE_CALLER:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, stacklevel=level)
 
 
 def quoted(text: str) -> str:

@@ -6,13 +6,11 @@ run -> checkpoints -> updates -> catalogue -> blocks -> engine -> teacher files
 from __future__ import annotations
 
 import contextlib
-import gc
 import glob
 import hashlib
 import json
 import operator
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,8 +18,8 @@ from typing import Any
 from ckpt_ema.blocks import Block, BlockPlan, plan_of_rank, without
 from ckpt_ema.engine.contract import Engine, NonFinite, NonFiniteBlockError, Task, Teacher
 from ckpt_ema.engine.inputs import InputFiles, allow_open_files
-from ckpt_ema.errors import CkptEmaError, quoted
-from ckpt_ema.formats import forget_tables
+from ckpt_ema.errors import CkptEmaError, quoted, warn
+from ckpt_ema.formats import reading_tables
 from ckpt_ema.options import FoldOptions, PathLike, ReconstructOptions
 from ckpt_ema.output.fingerprints import differences_of_ranks, fingerprint, made_of
 from ckpt_ema.output.journal import FinishedBlocks, Journal, Range, journal_path, open_finished_blocks
@@ -42,24 +40,8 @@ Progress = Callable[[int, int], None]
 
 def plan(run: PathLike | Sequence[PathLike], output: PathLike | None = None, **options: Any) -> FoldPlan:
     """Plan a fold without reading a tensor; arguments are those of `fold` but for `progress`, `announce`, `ranks`."""
-    with _reading_tables():
+    with reading_tables():
         return plan_fold(run, output, FoldOptions(**options))
-
-
-@contextlib.contextmanager
-def _reading_tables() -> Iterator[None]:
-    """No garbage collection while tables are read: a million new tuples would set it off a thousand times.
-
-    What is kept of one table for the next is let go at the end.
-    """
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        forget_tables()
-        if was_enabled:
-            gc.enable()
 
 
 def fold(
@@ -99,7 +81,7 @@ def plan_reconstruction(run: PathLike | Sequence[PathLike], output: PathLike | N
     # Here, not above: it solves with torch, for which a fold's plan must not wait.
     from ckpt_ema.reconstruction import plan_reconstruct  # noqa: PLC0415
 
-    with _reading_tables():
+    with reading_tables():
         return plan_reconstruct(run, output, ReconstructOptions(**options))
 
 
@@ -131,13 +113,13 @@ def _carry_out(
         check_parents(planned)
     with _journal_of(planned, outputs, ranks) as journal:
         if journal is not None:
-            with _reading_tables():
+            with reading_tables():
                 check_outputs(planned, [files.names for files in outputs], journal.draft)
             if announce is not None:
                 announce(planned)
             else:
                 for text in planned.warnings:
-                    warnings.warn(text, stacklevel=3)
+                    warn(text)
         token, finished = _share_finished(journal, ranks)
         part = plan_of_rank(planned.blocks, ranks.number, ranks.count)
         remaining = without(part, finished)
@@ -166,7 +148,7 @@ def _carry_out(
                 timings = _fold_into(teachers, planned, remaining, choice.engine, count, blocks)
                 if journal is not None:
                     ranks.wait_for_all("folded")
-                    with _reading_tables():
+                    with reading_tables():
                         check_no_checkpoint(planned)
                     journal.begin_commit()
             except BaseException as error:
@@ -280,7 +262,7 @@ def _fold_into(
     def record(block: Block) -> None:
         blocks.add(block.position, block.end_position)
 
-    with InputFiles(planned.layouts) as files:
+    with InputFiles(planned.layouts, part.answer_bytes) as files:
         try:
             timings = engine(Task(part, planned.layouts, updates, files, record), teachers, count)
         except NonFiniteBlockError as error:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import glob
 import math
 import os
 import threading
@@ -21,6 +20,7 @@ from ckpt_ema.averages.profiles import what_is_inverted
 from ckpt_ema.continuing import Beginning, read_beginning
 from ckpt_ema.errors import CkptEmaError, MisuseError, NoCheckpointError, NoUpdateError
 from ckpt_ema.folding import fold
+from ckpt_ema.formats import reading_tables
 from ckpt_ema.locations import RemotePath, as_path
 from ckpt_ema.options import FoldOptions, PathLike
 from ckpt_ema.output.targets import resolve_outputs
@@ -238,13 +238,14 @@ class _Follower:
             ready = [item for item in ready if item.path not in self.done]
         return bool(ready) and self._fold(ready, is_last=is_last)
 
+    @reading_tables()
     def _list(self) -> Run | None:
         # A trainer may write every checkpoint under the same name.
         self.done = {path: before for path, before in self.done.items() if _signature_below(path) == before}
-        excluded = (*self.options.exclude, *(glob.escape(path.name) for path in self.done))
+        finished = frozenset(path.name for path in self.done)
         try:
             has_steps = self.last_step is not None
-            found = find_run(self.path, replace(self.options, exclude=excluded), is_live=True, has_steps=has_steps)
+            found = find_run(self.path, self.options, is_live=True, has_steps=has_steps, finished=finished)
         except NoCheckpointError:
             found = None
         now = time.monotonic()

@@ -9,7 +9,7 @@ from typing import Any
 
 from ckpt_ema.assembly import StoredTensor
 from ckpt_ema.errors import CkptEmaError, MisuseError, UnreadableCheckpointError
-from ckpt_ema.formats import Contents, forget_tables, read_contents
+from ckpt_ema.formats import Contents, read_contents, reading_tables
 from ckpt_ema.locations import as_path, name_within
 from ckpt_ema.runs.candidates import find_checkpoint_below
 from ckpt_ema.runs.steps import ORIGINS, steps_in_name, steps_inside
@@ -44,6 +44,7 @@ class Inspection:
     """How the teacher was made; None for a checkpoint."""
 
 
+@reading_tables()
 def inspect(path: str | os.PathLike[str], *, state: str | None = None, prefix: str | None = None) -> Inspection:
     """Look at one checkpoint or teacher, reading no tensor.
 
@@ -60,8 +61,6 @@ def inspect(path: str | os.PathLike[str], *, state: str | None = None, prefix: s
         if path.is_dir() and error.hint is None:
             raise CkptEmaError(error.message, hint=f"for a run directory: `ckpt-ema plan {path}`") from error
         raise
-    finally:
-        forget_tables()
     numbers = {**steps_in_name(path.name), **steps_inside(contents)}
     origin = next((origin for origin in ORIGINS if origin in numbers), None)
     chosen: str | None = None

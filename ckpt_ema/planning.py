@@ -123,10 +123,12 @@ def find_run(
     *,
     is_live: bool = False,
     has_steps: bool = False,
+    finished: frozenset[str] = frozenset(),
 ) -> Run:
     """The checkpoints that `wanted` selects; raises CkptEmaError where there are none, but of a run that is live.
 
-    Of such a run `has_steps` says whether checkpoints had a step that `wanted` leaves out or that are gone.
+    Of such a run `has_steps` says whether checkpoints had a step that are left out or gone; `finished` are the names of
+    those that were folded.
 
     For a reconstruction `averages` are the names of what holds averages; teachers of this tool are found then, too.
     """
@@ -142,6 +144,7 @@ def find_run(
         averages=tuple(averages or ()),
         is_live=is_live,
         has_steps=has_steps,
+        finished=finished,
     )
     return find_checkpoints(_as_paths(run), selection)
 

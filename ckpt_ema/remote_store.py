@@ -303,10 +303,9 @@ def _ask(request: Callable[[], Result], what_fails: str) -> Result:
         except FileNotFoundError:
             raise
         except Exception as error:
-            is_final = isinstance(error, (PermissionError, NotImplementedError, ValueError, TypeError))
-            is_final = is_final or time.monotonic() - started > PATIENCE_SECONDS
-            if is_final or attempt == MAX_TRIES - 1:
-                raise CkptEmaError(f"{what_fails}: {_reason(error)}", may_pass=True) from error
+            stays = isinstance(error, (PermissionError, NotImplementedError, ValueError, TypeError))
+            if stays or attempt == MAX_TRIES - 1 or time.monotonic() - started > PATIENCE_SECONDS:
+                raise CkptEmaError(f"{what_fails}: {_reason(error)}", may_pass=not stays) from error
             time.sleep(FIRST_PAUSE_SECONDS * 2**attempt)
     raise AssertionError
 

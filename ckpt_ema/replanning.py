@@ -14,10 +14,12 @@ from ckpt_ema.averages.profiles import Update, coefficients_of, updates_of
 from ckpt_ema.coefficients import Average, Weighed, weigh
 from ckpt_ema.dtypes import WrittenDtype
 from ckpt_ema.errors import CkptEmaError
+from ckpt_ema.formats import reading_tables
 from ckpt_ema.inspection import Inspection
 from ckpt_ema.options import FoldOptions
 from ckpt_ema.planning import find_run, plan_weighed
 from ckpt_ema.plans import FoldPlan
+from ckpt_ema.runs.candidates import find_run_folder
 from ckpt_ema.runs.checkpoints import Checkpoint, Run
 from ckpt_ema.teacher_record import PastCheckpoint, TeacherRecord, printable
 
@@ -25,6 +27,7 @@ SHARE_TOLERANCE = 1e-9
 """Relative, between a coefficient that was recorded and one that was worked out again."""
 
 
+@reading_tables()
 def plan_again(found: Inspection, record: TeacherRecord, run: Path, memory_budget_bytes: int) -> FoldPlan:
     """The plan of the fold that made the teacher; raises CkptEmaError where it cannot be found."""
     averages, past, copied = record.averages, record.checkpoints, record.copied_names
@@ -62,6 +65,7 @@ def plan_again(found: Inspection, record: TeacherRecord, run: Path, memory_budge
     return planned
 
 
+@reading_tables()
 def check_listed(record: TeacherRecord, run: Path) -> None:
     """Raise CkptEmaError where the checkpoints that a record lists are not those of the run."""
     paths = _locate(record.checkpoints, run)
@@ -174,7 +178,7 @@ def _locate(items: Sequence[PastCheckpoint], run: Path) -> list[Path]:
     """What a teacher was made from; raises CkptEmaError naming those that are gone."""
     folders = [run]
     with contextlib.suppress(CkptEmaError):  # it is asked for nothing but where the checkpoints lie
-        folders.append(find_run(run, FoldOptions(), is_live=True).directory)
+        folders.append(find_run_folder(run)[0])
     paths, missing = [], []
     for item in items:
         # A record is what a stranger wrote: its names lead nowhere else. Snapshots may lie beside the checkpoints.

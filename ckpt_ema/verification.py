@@ -295,7 +295,10 @@ def _recompute(
     seed = random.randrange(1 << 32) if seed is None else seed
     chosen = random.Random(seed).sample(blocks, min(len(blocks), max(MIN_BLOCKS, math.ceil(share * len(blocks)))))
     chosen.sort(key=lambda block: block.position)
-    with InputFiles(planned.layouts) as files, _Judge(found, planned, copied, tolerance) as judge:
+    with (
+        InputFiles(planned.layouts, planned.blocks.answer_bytes) as files,
+        _Judge(found, planned, copied, tolerance) as judge,
+    ):
         task = Task(planned.blocks, planned.layouts, [planned.teachers[0].updates], files)
         try:
             cpu.fold_blocks(task, [judge], lambda num_bytes: None, chosen)

@@ -30,7 +30,7 @@ from safetensors.torch import save
 
 from ckpt_ema.cli import terminal
 from ckpt_ema.errors import CkptEmaError
-from ckpt_ema.formats import forget_tables, pickle_trial, read_contents, torch_save
+from ckpt_ema.formats import pickle_trial, read_contents, reading_tables, torch_save
 from ckpt_ema.formats.pickle_scan import MalformedPickleError
 from ckpt_ema.inspection import inspect
 from ckpt_ema.runs.students import choose_student
@@ -432,10 +432,10 @@ def warm_up(target: str, folder: Path) -> None:
         codecs.lookup(name)
     for name in ("raw-unicode-escape", "unicode-escape", "ascii", "idna", "cp437"):
         codecs.lookup(name)
-    for files in make_seeds(target):
-        read_contents(write_input(files, folder))
-        clear(folder)
-    forget_tables()
+    with reading_tables():
+        for files in make_seeds(target):
+            read_contents(write_input(files, folder))
+            clear(folder)
 
 
 def clear(folder: Path) -> None:

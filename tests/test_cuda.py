@@ -664,9 +664,9 @@ def test_writers_beside_each_other_and_what_they_fail_of(
     arrived: list[int] = []
     new_trash = InputFiles.new_trash
 
-    def count(files: InputFiles) -> memoryview:  # asked for at the beginning of each reading
+    def count(files: InputFiles, buffer_bytes: int) -> memoryview:  # asked for at the beginning of each reading
         read.append(1)
-        return new_trash(files)
+        return new_trash(files, buffer_bytes)
 
     def fail(*_: object) -> None:
         arrived.append(1)

@@ -1303,3 +1303,39 @@ def test_an_update_waits_for_nothing_and_takes_no_memory(dtype: torch.dtype, ari
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.cuda.max_memory_allocated() - before < 1 << 20
+
+
+def test_a_state_is_loaded_whole_or_not_at_all(tmp_path: Path) -> None:
+    """Where warnings are errors, everything is loaded by then; what is damaged changes nothing."""
+    model = torch.nn.Linear(3, 2)
+    made = MeanTeacher(model, momentum=0.1, snapshots=Snapshots(tmp_path / "a", every=100))
+    for _ in range(4):
+        with torch.no_grad():
+            model.weight.add_(1.0)
+        made.update()
+    state = copy.deepcopy(made.state_dict())
+    other = MeanTeacher(copy.deepcopy(model), momentum=0.2, snapshots=Snapshots(tmp_path / "b", every=100))
+    for changed in ({"start": "nowhere"}, {"num_steps": "x"}, {"copied": 3}, {"copied": [1]}, {"offset": "x"}):
+        before = copy.deepcopy(other.state_dict())
+        with pytest.raises(CkptEmaError, match="the state is damaged"):
+            other.load_state_dict({**state, **changed})
+        assert_same_states(other.state_dict(), before)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match=r"goes on with 0\.2"):
+            other.load_state_dict(state)
+    assert other.num_steps == 4
+    assert_same_states(other.state_dict()["tensors"], state["tensors"])
+    assert_same_states(other.state_dict()["snapshots"], state["snapshots"])
+
+
+def assert_same_states(one: Any, other: Any) -> None:
+    """The same tables, tensors bit for bit."""
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for name in one:
+            assert_same_states(one[name], other[name])
+    elif isinstance(one, torch.Tensor):
+        assert torch.equal(one, other)
+    else:
+        assert one == other

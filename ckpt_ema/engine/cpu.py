@@ -204,7 +204,7 @@ class _BlockFolder:
         # A kernel needs no room for widened students, and folds several in one pass: 16-bit ones fit into its halves.
         self._stages = [self._raw, *self._widened.split()]
         self._accumulators = [Buffer(accumulator) for _ in teachers]
-        self._trash = task.files.new_trash()
+        self._trash = task.files.new_trash(raw)
         self._extents = extents
         self._scatters: dict[int, Scatters] = {}
         """Of the block at hand, by the addresses of buffers."""

@@ -217,6 +217,7 @@ class _Pipeline:
         timings: Timings,
     ) -> None:
         self._task, self._plan, self._teachers = task, device_plan.blocks, teachers
+        self._staging_bytes = device_plan.staging_bytes
         self._progress, self._device, self._timings = progress, device, timings
         self._extents = ExtentTable(task.files)
         self._num_readers, self._num_writers = device_plan.num_readers, device_plan.num_writers
@@ -343,7 +344,7 @@ class _Pipeline:
         itemsize = stored_dtype(layout, block).itemsize
         num_bytes = (block.end - block.begin) * itemsize
         extents = self._extents.of(layout, block.lane)
-        trash = self._task.files.new_trash()
+        trash = self._task.files.new_trash(self._staging_bytes)
         seconds = 0.0
 
         def fill(staged: memoryview, position: int) -> None:

@@ -26,7 +26,9 @@ MAX_BUFFERS_PER_READ = 512
 class InputFiles:
     """Every input file, opened once and checked against what its table was read from."""
 
-    def __init__(self, layouts: Sequence[Layout]) -> None:
+    def __init__(self, layouts: Sequence[Layout], answer_bytes: int = 0) -> None:
+        """`answer_bytes` may be the length of one request behind a URL, what is skipped on the way among it."""
+        self.answer_bytes = answer_bytes
         self._files = list(dict.fromkeys(file for layout in layouts for file in layout.files))
         self._opened: dict[SourceFile, InputFile] = {}
 
@@ -58,9 +60,13 @@ class InputFiles:
         """`file`, open for reading."""
         return self._opened[file]
 
-    def new_trash(self) -> memoryview:
-        """A buffer for what lies between the ranges of one read."""
-        return memoryview(bytearray(max((opened.max_gap_bytes for opened in self._opened.values()), default=0)))
+    def new_trash(self, buffer_bytes: int) -> memoryview:
+        """A buffer for what lies between the ranges of one read; behind URLs no larger than what is read into."""
+        sizes = (
+            min(opened.max_gap_bytes, buffer_bytes) if opened.is_remote else opened.max_gap_bytes
+            for opened in self._opened.values()
+        )
+        return memoryview(bytearray(max(sizes, default=0)))
 
     def _close(self) -> None:
         for opened in self._opened.values():
@@ -100,6 +106,7 @@ class LaneExtents:
 
     def __init__(self, files: InputFiles, layout: Layout, lane: Lane) -> None:
         self._files = [files.opened(file) for file in layout.files]
+        self._answer_bytes = files.answer_bytes
         self._itemsize = itemsize = layout.schema.dtypes[lane.tensors[0]].itemsize
         pieces, starts = _pieces_of(layout, lane)
         begins = [layout.begins[piece] for piece in pieces]
@@ -165,7 +172,11 @@ class LaneExtents:
         index_before, end_before = -1, 0
         for index, begin, part in parts:
             gap = begin - end_before
-            if index == index_before and 0 <= gap <= self._files[index].max_gap_bytes:
+            if (
+                index == index_before
+                and 0 <= gap <= len(trash)
+                and begin + len(part) - reads[-1][1] <= self._answer_bytes
+            ):
                 reads[-1][2].extend((trash[:gap], part))
             else:
                 reads.append((self._files[index], begin, [part]))

@@ -29,19 +29,19 @@ class Streams:
     def __init__(self, layouts: Sequence[Layout], memory_budget_bytes: int) -> None:
         """`layouts` have the same names and shapes; dtypes may differ."""
         self._layouts = layouts
-        self._files = InputFiles(layouts)
         # What is computed on a portion takes some four times as much again.
         if memory_budget_bytes < 1:
             raise MisuseError(f"`memory_budget_bytes` is {memory_budget_bytes}, and must be 1 or more")
         portion = min(MAX_PORTION_BYTES, memory_budget_bytes // (6 * (len(layouts) + 1)))
         self._count = max(ELEMENT_MULTIPLE, portion // WIDEST // ELEMENT_MULTIPLE * ELEMENT_MULTIPLE)
+        self._files = InputFiles(layouts, self._count * WIDEST)
         self._buffers = [Buffer(self._count * WIDEST) for _ in layouts]
         self._span = Buffer(self._count * WIDEST)
         self._threads = contextlib.ExitStack()
 
     def __enter__(self) -> Streams:
         self._files.__enter__()
-        self._trash = self._files.new_trash()
+        self._trash = self._files.new_trash(self._count * WIDEST)
         self._threads.enter_context(TORCH_THREADS.given_back())
         # Torch's own threads wait for each other after every portion: ten times as long where the cores are busy.
         torch.set_num_threads(1)

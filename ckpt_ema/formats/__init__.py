@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+from collections.abc import Iterator
 from pathlib import Path
 
 from ckpt_ema.assembly import AssembledTensor
@@ -17,7 +20,7 @@ from ckpt_ema.remote_store import forget_listings
 TENSOR_LEAVES = (TensorRange, AssembledTensor, PickledTensor, ShardedTensor)
 """What stands for a tensor in a tree of contents; all have a dtype and a shape."""
 
-__all__ = ["TENSOR_LEAVES", "Contents", "ModelFolder", "forget_tables", "is_weights_file_name", "read_contents"]
+__all__ = ["TENSOR_LEAVES", "Contents", "ModelFolder", "is_weights_file_name", "read_contents", "reading_tables"]
 
 
 def read_contents(path: Path) -> Contents:
@@ -25,8 +28,19 @@ def read_contents(path: Path) -> Contents:
     return read_folder(path) if path.is_dir() else read_file(path)
 
 
-def forget_tables() -> None:
-    """Free what is kept of the last table that was read, for the next one of the same run, and what was listed."""
-    forget_last_header()
-    forget_last_scan()
-    forget_listings()
+@contextlib.contextmanager
+def reading_tables() -> Iterator[None]:
+    """No garbage collection while tables are read: a million new tuples would set it off a thousand times.
+
+    What is kept of one table for the next, and what was listed, is let go at the end.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        forget_last_header()
+        forget_last_scan()
+        forget_listings()
+        if was_enabled:
+            gc.enable()

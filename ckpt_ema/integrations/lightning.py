@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from typing import Any
 
 from lightning.pytorch import Callback
 
-from ckpt_ema.errors import MisuseError
+from ckpt_ema.errors import MisuseError, warn
 from ckpt_ema.online.mean_teacher import MeanTeacher
 from ckpt_ema.online.settings import check_settings
 from ckpt_ema.online.tracking import gather_on_first_rank
@@ -48,10 +47,9 @@ class MeanTeacherCallback(Callback):
         self._take_loaded(pl_module)
         if self.teacher is None:
             if trainer.global_step:
-                warnings.warn(
+                warn(
                     f"training goes on from step {trainer.global_step} without a teacher's state: the teacher begins"
-                    " anew with a copy of the student",
-                    stacklevel=2,
+                    " anew with a copy of the student"
                 )
             self.teacher = MeanTeacher(pl_module, **self.options)
             self.teacher.num_steps = trainer.global_step
@@ -85,16 +83,15 @@ class MeanTeacherCallback(Callback):
             return
         if self.teacher is None:
             if trainer.state.fn != "fit":
-                warnings.warn(
+                warn(
                     "the module is evaluated as it is, without the mean teacher: there is none in this process, and no"
-                    " checkpoint that holds one was given",
-                    stacklevel=2,
+                    " checkpoint that holds one was given"
                 )
             return
         lacks_teacher = trainer.state.fn != "fit" and trainer.ckpt_path and not self._is_loaded
         if lacks_teacher or not self._follows(pl_module):
             why = "its checkpoint holds no teacher" if lacks_teacher else "it is not the module that was trained"
-            warnings.warn(f"the module is evaluated as it is, without the mean teacher: {why}", stacklevel=2)
+            warn(f"the module is evaluated as it is, without the mean teacher: {why}")
         else:
             self._swap.enter_context(self.teacher.swapped_into(pl_module))
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import warnings
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 
-from ckpt_ema.errors import CkptEmaError, MisuseError
+from ckpt_ema.errors import CkptEmaError, MisuseError, warn
 from ckpt_ema.online.mean_teacher import MeanTeacher
 from ckpt_ema.online.settings import check_settings
 from ckpt_ema.online.state_file import read_state, write_state
@@ -65,10 +64,9 @@ class MeanTeacherCallback(TrainerCallback):
         folder = _folder_of(args, state) if self.resume_from is None else Path(self.resume_from)
         path = folder / STATE_NAME
         if not path.is_file():
-            warnings.warn(
+            warn(
                 f"`{folder}` holds no `{STATE_NAME}`: the teacher begins anew with a copy of the student; where"
-                " training resumes from another folder, pass MeanTeacherCallback(resume_from=...)",
-                stacklevel=2,
+                " training resumes from another folder, pass MeanTeacherCallback(resume_from=...)"
             )
             self.teacher.num_steps = state.global_step
             return

@@ -8,18 +8,18 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch.utils.hooks import RemovableHandle
 
+from ckpt_ema.averages.profiles import what_is_inverted
 from ckpt_ema.averages.response_records import response_record
 from ckpt_ema.averages.responses import Ema
-from ckpt_ema.errors import CkptEmaError, MisuseError
+from ckpt_ema.errors import CkptEmaError, MisuseError, first_line, warn
 from ckpt_ema.online.offload import Offload, hold_back_all
 from ckpt_ema.online.pairs import (
     Pair,
@@ -111,8 +111,9 @@ class MeanTeacher:
             arithmetic=arithmetic,
             on_nonfinite=on_nonfinite,
             snapshots=snapshots,
-            stacklevel=2,
         )
+        if half_life is None and (inverted := what_is_inverted(self.momentum, "momentum={:g}")):
+            warn(inverted)
         self._rule = Rule(lerp=arithmetic == "lerp")
         self.num_steps = 0
         """Calls of `update` that came to their end, but for captured ones."""
@@ -145,7 +146,7 @@ class MeanTeacher:
         self._module_tracking = None if teacher is None else track(teacher, skip_buffers=skip_buffers, whose="teacher")
         if self._module_tracking is not None:
             self._pairs = pairs_of(self._tracking, self._module_tracking)
-            warn_of_stall(self._pairs, stacklevel=2)
+            warn_of_stall(self._pairs)
         elif keep_teacher:
             raise MisuseError("`keep_teacher` needs a teacher module", hint="pass MeanTeacher(student, teacher)")
         else:
@@ -207,10 +208,9 @@ class MeanTeacher:
         self._refuse_swapped("update the teacher")
         if not self._is_behind_step and any(map(_is_registered, self._handles)):
             self._handles.clear()
-            warnings.warn(
+            warn(
                 "the teacher is attached to an optimizer, which calls `update` after each of its steps: with this call"
-                " beside them a step is counted twice; leave one of the two away",
-                stacklevel=2,
+                " beside them a step is counted twice; leave one of the two away"
             )
         with torch.no_grad():
             return self._update()
@@ -344,16 +344,14 @@ class MeanTeacher:
         self._prepare_modules()  # FSDP2 may hold others since a forward
         own = {id(pair.student.tensor) for pair in self._pairs}
         if not any(id(tensor) in own for group in inner.param_groups for tensor in group["params"]):
-            warnings.warn(
+            warn(
                 "the optimizer has none of the parameters that this teacher follows; where it steps copies of them, all"
-                " is well",
-                stacklevel=2,
+                " is well"
             )
         if any(map(_is_registered, self._handles)):
-            warnings.warn(
+            warn(
                 "the teacher is attached to another optimizer as well, and counts each step of both: attach it to the"
-                " one that steps last",
-                stacklevel=2,
+                " one that steps last"
             )
         handle: RemovableHandle = inner.register_step_post_hook(_AfterStep(self))
         self._handles = [*filter(_is_registered, self._handles), handle]
@@ -374,7 +372,7 @@ class MeanTeacher:
         """
         self._begin("swap it in again")
         if self._start is None:
-            self._warn_of_beginning("is swapped in", stacklevel=3)  # past contextlib
+            self._warn_of_beginning("is swapped in")
         target = self._student if module is None else module
         tracking = track(target, skip_buffers=self.skip_buffers)
         places = places_in(tracking, self._pairs)
@@ -407,17 +405,16 @@ class MeanTeacher:
                 self._copied = None  # no formula describes it any more
                 # Where warnings are errors, what the block raised says more.
                 with contextlib.nullcontext() if ends_well else contextlib.suppress(UserWarning):
-                    self._warn_of_writes(written, stacklevel=3)  # past contextlib
+                    self._warn_of_writes(written)
             if failure is not None:
                 raise failure
 
-    def _warn_of_writes(self, names: Sequence[str], *, stacklevel: int) -> None:
+    def _warn_of_writes(self, names: Sequence[str]) -> None:
         listed = ", ".join(f"`{name}`" for name in names[:3])
-        warnings.warn(
+        warn(
             f"{listed}{' and more' if len(names) > 3 else ''} of the module were written to while the teacher's numbers"
             " were in it: the teacher holds what was written; go on from its last state (`teacher.load_state_dict`),"
-            " and write to the module outside of the `with` block",
-            stacklevel=stacklevel + 1,
+            " and write to the module outside of the `with` block"
         )
 
     def _take_back(self, tracking: Tracking, undo: list[Callable[[], object]]) -> BaseException | None:
@@ -489,23 +486,20 @@ class MeanTeacher:
         snapshots = state.get("snapshots")
         if self._tracks is not None and snapshots is not None:
             self._tracks.check_state(snapshots)
-        counters = {name: int(state[name]) for name in _COUNTERS}
-        copied, offset = state.get("copied"), state.get("offset")
-        copied = None if copied is None else (int(copied[0]), int(copied[1]))
-        offset = None if offset is None else int(offset)
+        counters, copied, offset = _counts_in(state)
+        told = [
+            f"the teacher was made with {name}={state[name]!r}, and goes on with {getattr(self, name)!r}"
+            for name in _CONFIGURATION
+            if state[name] != getattr(self, name)
+        ]
         if self._tracks is not None and snapshots is not None:
             self._tracks.load_state_dict(snapshots)
-        for name in _CONFIGURATION:
-            if state[name] != getattr(self, name):
-                warnings.warn(
-                    f"the teacher was made with {name}={state[name]!r}, and goes on with {getattr(self, name)!r}",
-                    stacklevel=3,  # past torch.no_grad
-                )
+        # From here on nothing fails, so that it is loaded as a whole; warnings, which may be errors, come last.
         if self._owns_tensors:
             other = [pair for pair in self._pairs if stored[pair.names[0]].dtype is not pair.local.dtype]
             if other:
                 dtypes = stored[other[0].names[0]].dtype, other[0].local.dtype
-                warnings.warn(f"the stored teacher is {dtypes[0]}, and goes on in {dtypes[1]}", stacklevel=3)
+                told.append(f"the stored teacher is {dtypes[0]}, and goes on in {dtypes[1]}")
             for pair in self._pairs:
                 pair.local.copy_(part_of(stored[pair.names[0]], pair.student.tensor))
         self._start = state["start"]
@@ -517,14 +511,13 @@ class MeanTeacher:
         self._offset = offset
         for name, value in counters.items():
             setattr(self, name, value)
-        if self._tracks is None:
-            if snapshots is not None:
-                warnings.warn("the state has snapshot tracks, which end here: pass snapshots=", stacklevel=3)
-        elif snapshots is None:
-            warnings.warn(
-                f"the state has no snapshot tracks: they begin anew behind step {self.num_steps}", stacklevel=3
-            )
+        if self._tracks is None and snapshots is not None:
+            told.append("the state has snapshot tracks, which end here: pass snapshots=")
+        elif self._tracks is not None and snapshots is None:
+            told.append(f"the state has no snapshot tracks: they begin anew behind step {self.num_steps}")
             self._tracks.start_anew()
+        for text in told:
+            warn(text)
 
     def save(self, path: str | os.PathLike[str], *, dtype: str = "student", overwrite: bool = True) -> Path:
         """Write the teacher as a safetensors file with all parameters and buffers of the student's state dict.
@@ -570,7 +563,7 @@ class MeanTeacher:
     def _write(self, path: Path, step: int | None, *, dtype: str, overwrite: bool) -> Path:
         self._begin("save the teacher")
         if self._start is None:
-            self._warn_of_beginning("is written", stacklevel=4)  # past torch.no_grad
+            self._warn_of_beginning("is written")
         check_file_replaceable(path, overwrite=overwrite, by_snapshot=step is not None)
         if any(is_sharded(pair.student.tensor) for pair in self._pairs):
             raise CkptEmaError(
@@ -599,9 +592,9 @@ class MeanTeacher:
             self._offset = step - self.num_steps
         return path
 
-    def _warn_of_beginning(self, what: str, *, stacklevel: int) -> None:
+    def _warn_of_beginning(self, what: str) -> None:
         whose = "the student as it was when this teacher was made" if self._owns_tensors else "the module as it is"
-        warnings.warn(f"no update has come yet: what {what} is {whose}", stacklevel=stacklevel + 1)
+        warn(f"no update has come yet: what {what} is {whose}")
 
     def _record(self, step: int | None, reasons: Mapping[str, str]) -> OnlineRecord:
         return OnlineRecord(
@@ -700,6 +693,24 @@ class MeanTeacher:
                 f"cannot {what} while the teacher's numbers are swapped into a module",
                 hint="do it after the `with teacher.swapped_into(...)` block",
             )
+
+
+def _counts_in(state: Mapping[str, Any]) -> tuple[dict[str, int], tuple[int, int] | None, int | None]:
+    """Of a state the counters, the step that was copied last with the updates of then, and the offset of its steps.
+
+    Raises CkptEmaError for what no MeanTeacher writes.
+    """
+    copied, offset = state.get("copied"), state.get("offset")
+    try:
+        if state["start"] not in (None, *get_args(Start)):
+            raise ValueError(f"start is {state['start']!r}")
+        counters = {name: int(state[name]) for name in _COUNTERS}
+        step_and_updates = None if copied is None else (int(copied[0]), int(copied[1]))
+        return counters, step_and_updates, None if offset is None else int(offset)
+    except (TypeError, ValueError, IndexError) as error:
+        raise CkptEmaError(
+            f"the state is damaged: {first_line(error)}", hint="pass what `MeanTeacher.state_dict()` returned"
+        ) from error
 
 
 class _AfterStep:

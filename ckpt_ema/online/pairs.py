@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-from ckpt_ema.errors import CkptEmaError
+from ckpt_ema.errors import CkptEmaError, warn
 from ckpt_ema.online.tracking import BEGIN_ANEW, Slot, Tracking, is_sharded, local_part
 
 
@@ -96,15 +95,14 @@ def places_in(tracking: Tracking, pairs: list[Pair]) -> list[tuple[Slot, Pair, b
     return sorted(places, key=lambda place: place[2])
 
 
-def warn_of_stall(pairs: list[Pair], *, stacklevel: int) -> None:
+def warn_of_stall(pairs: list[Pair]) -> None:
     """Warn of a teacher module in 16 bits."""
     narrow = [pair for pair in pairs if is_narrow(pair.local)]
     if narrow:
         dtype = str(narrow[0].local.dtype).removeprefix("torch.")
-        warnings.warn(
+        warn(
             f"{len(narrow)} of the teacher module's tensors are {dtype}, in which small updates are lost: make it"
-            " float32 with teacher.float(), which works with any student, or see stalled_fraction()",
-            stacklevel=stacklevel + 1,
+            " float32 with teacher.float(), which works with any student, or see stalled_fraction()"
         )
 
 

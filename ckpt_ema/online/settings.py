@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import numbers
-import warnings
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ckpt_ema.averages.profiles import check_momentum, what_is_inverted
+from ckpt_ema.averages.profiles import check_momentum
 from ckpt_ema.averages.responses import momentum_of_half_life
 from ckpt_ema.errors import MisuseError
 from ckpt_ema.online.snapshots import Snapshots
@@ -45,20 +44,13 @@ def check_settings(
     arithmetic: Arithmetic = "hook",
     on_nonfinite: OnNonfinite | None = None,
     snapshots: Snapshots | None = None,
-    stacklevel: int | None = None,
 ) -> Settings:
-    """The settings, or MisuseError for those that make no sense.
-
-    A momentum above 0.5 is warned of where `stacklevel` says who is to be named.
-    """
+    """The settings, or MisuseError for those that make no sense."""
     if type(interval) is not int or interval < 1:
         raise MisuseError(f"interval is {interval!r}, and must be a whole number from 1", hint="pass interval=1")
     if half_life is None:
         momentum = 0.001 if momentum is None else _as_number("momentum", momentum)
         check_momentum(momentum)
-        inverted = what_is_inverted(momentum, "momentum={:g}")
-        if inverted and stacklevel is not None:
-            warnings.warn(inverted, stacklevel=stacklevel + 1)
     else:
         if momentum is not None:
             raise MisuseError("momentum and half_life say the same thing twice", hint="pass one of them")

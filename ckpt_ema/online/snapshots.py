@@ -9,7 +9,6 @@ import itertools
 import math
 import os
 import re
-import warnings
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +20,8 @@ import torch
 from ckpt_ema.averages.profiles import check_momentum
 from ckpt_ema.averages.response_records import response_record
 from ckpt_ema.averages.responses import Ema, Power, Response, gamma_of, momentum_of_half_life
-from ckpt_ema.errors import CkptEmaError, MisuseError
+from ckpt_ema.errors import CkptEmaError, MisuseError, warn
+from ckpt_ema.formats import reading_tables
 from ckpt_ema.formats.safetensors import read_safetensors
 from ckpt_ema.online.increments import Increments
 from ckpt_ema.online.pairs import beside, check_fit, shadow_of
@@ -247,10 +247,9 @@ class SnapshotTracks:
             return
         later = [path for track in self._shadows for number, path in self._files_of(track) if number > step]
         if later:
-            warnings.warn(
+            warn(
                 f"{len(later)} snapshots of later steps than {step} in `{self._directory}` are called *{ABANDONED} now:"
-                " training goes on from there on another path, and a reconstruction would mix the two",
-                stacklevel=5,  # past torch.no_grad
+                " training goes on from there on another path, and a reconstruction would mix the two"
             )
         for path in later:
             names = (path.name + ABANDONED + (f"-{number}" if number else "") for number in itertools.count())
@@ -332,10 +331,9 @@ class SnapshotTracks:
             self._has_warned = True
             missed = f"missed {num_skipped} of {step - self._start} steps"
             what = missed if num_skipped > 0 else "saw the step counter set back"
-            warnings.warn(
+            warn(
                 f"the snapshot tracks {what}: which weight each step has in their files is not known any more, and"
-                " `ckpt-ema reconstruct` is going to leave them out",
-                stacklevel=2,
+                " `ckpt-ema reconstruct` is going to leave them out"
             )
         # After a step that was left out the weights are no longer those of the formula.
         response = None if num_skipped else response_record(track.response(self._start, step))
@@ -368,7 +366,7 @@ class SnapshotTracks:
             try:
                 path.unlink(missing_ok=True)
             except OSError as error:
-                warnings.warn(f"`{path}` cannot be removed: {error.strerror}", stacklevel=2)
+                warn(f"`{path}` cannot be removed: {error.strerror}")
         # Of those that were set aside none is needed where this path has come as far.
         for number, path in self._abandoned_of(track):
             if number <= step:
@@ -396,7 +394,8 @@ _WRITERS: dict[tuple[Path, str], weakref.ref[SnapshotTracks]] = {}
 def _is_own(path: Path, track: Track, step: int) -> bool:
     """Whether it is a file that was written for this track at this step, by what it says itself."""
     try:
-        record = TeacherRecord() if path.is_symlink() else read_record(read_safetensors(path).metadata)
+        with reading_tables():
+            record = TeacherRecord() if path.is_symlink() else read_record(read_safetensors(path).metadata)
     except (CkptEmaError, OSError):
         return False
     return (record.track, record.step) == (track.name, step)

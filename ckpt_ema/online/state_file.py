@@ -52,9 +52,9 @@ def read_state(path: Path, student: torch.nn.Module) -> dict[str, Any]:
     """
     stored = read_safetensors(path)
     try:
-        state = json.loads(stored.metadata[STATE_KEY])
+        state = dict(json.loads(stored.metadata[STATE_KEY]))
         checksum = state.pop(STUDENT_KEY)
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, TypeError) as error:
         raise UnreadableCheckpointError(
             f"`{path}` holds no state of a MeanTeacher", hint="pass a file that the callback wrote"
         ) from error

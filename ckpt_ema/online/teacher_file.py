@@ -16,7 +16,7 @@ from ckpt_ema.averages.profiles import POWER_RULE, RULE
 from ckpt_ema.dtypes import BY_NAME, DType
 from ckpt_ema.engine.buffers import Buffer, torch_dtype
 from ckpt_ema.errors import CkptEmaError, MisuseError
-from ckpt_ema.formats import read_contents
+from ckpt_ema.formats import read_contents, reading_tables
 from ckpt_ema.formats.contents import PROVENANCE_KEY
 from ckpt_ema.online.rule import is_finite
 from ckpt_ema.output.writer import FileParts, TeacherFile, encode_header
@@ -148,7 +148,8 @@ def check_file_replaceable(path: Path, *, overwrite: bool, by_snapshot: bool) ->
     if not overwrite:
         raise CkptEmaError(f"`{path}` exists", hint="pass overwrite=True or another path")
     try:
-        contents = read_contents(path)
+        with reading_tables():
+            contents = read_contents(path)
         is_own = contents.is_own_teacher
     except CkptEmaError:
         is_own = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,7 +21,7 @@ def learning_rates_of(contents: Contents) -> tuple[tuple[int | None, float], ...
     """
     logged = tuple(_logged(contents.trainer_state.get("log_history")))
     # A schedule has few corners, and every checkpoint brings the whole log once more.
-    logged = logged[-1 :: -max(1, len(logged) // MAX_SAMPLES)][::-1]
+    logged = logged[-1 :: -max(1, math.ceil(len(logged) / MAX_SAMPLES))][::-1]
     return logged or tuple((None, rate) for rate in _of_optimizers(contents.tree))[:1]
 
 

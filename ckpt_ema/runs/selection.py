@@ -33,11 +33,16 @@ class Selection:
     is_live: bool = False
     """Whether the run is still being written: what cannot be read is told rather than raised."""
 
+    finished: frozenset[str] = frozenset()
+    """Names of those that were folded, which are not asked for again."""
+
     has_steps: bool = False
     """Whether checkpoints of it that are not listed any more had a step, so that one without is a copy."""
 
     def is_wanted(self, path: Path) -> bool:
         """Whether its name is selected."""
+        if path.name in self.finished:
+            return False
         return (not self.include or _matches(path, self.include)) and not _matches(path, self.exclude)
 
     def is_declared(self, path: Path) -> bool:
