@@ -1028,7 +1028,9 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     (
         "engine",
         "runs.find",
-        "records",
+        "options",
+        "plans",
+        "teacher_record",
         "inspection",
         "engine.buffers",
         "engine.arithmetic",
