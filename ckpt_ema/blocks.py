@@ -159,6 +159,16 @@ class BufferSizes(NamedTuple):
         """All of them, with an accumulator for each teacher."""
         return self.raw + num_teachers * self.accumulator + self.widened + self.span
 
+    @property
+    def gap(self) -> int:
+        """Of inputs behind URLs: what is read along between two ranges of one request."""
+        return min(self.raw, RemoteFile.max_gap_bytes)
+
+    @property
+    def answer(self) -> int:
+        """Of inputs behind URLs: the store's own bytes for one request, gaps and all."""
+        return min(self.raw + GAPS_PER_REQUEST * self.gap, MAX_REQUEST_BYTES)
+
 
 @dataclass(frozen=True, slots=True)
 class BlockPlan:
@@ -184,11 +194,6 @@ class BlockPlan:
     def buffer_bytes(self) -> int:
         """What all threads' buffers take together; never above the budget."""
         return self.num_threads * self.thread_buffers.total(self.num_teachers)
-
-    @property
-    def answer_bytes(self) -> int:
-        """What a thread may ask for in one request behind a URL."""
-        return _answer_bytes(self.thread_buffers)
 
     def blocks(self) -> Iterator[Block]:
         """Every block, in the teacher's byte order, which is the files' own order as well."""
@@ -427,11 +432,6 @@ def _thread_buffers(lanes: Sequence[Lane], block_elements: int) -> BufferSizes:
     )
 
 
-def _answer_bytes(buffers: BufferSizes) -> int:
-    gap = min(buffers.raw, RemoteFile.max_gap_bytes)
-    return min(buffers.raw + GAPS_PER_REQUEST * gap, MAX_REQUEST_BYTES)
-
-
 def _largest(sizes: Iterable[BufferSizes]) -> BufferSizes:
     return BufferSizes(*map(max, zip(BufferSizes(0, 0, 0, 0), *sizes, strict=True)))
 
@@ -468,8 +468,7 @@ def _size_remote_blocks(
 
     def bytes_of_thread(elements: int) -> int:
         buffers = _thread_buffers(lanes, elements)
-        gap = min(buffers.raw, RemoteFile.max_gap_bytes)
-        return max(1, buffers.total(num_teachers) + _answer_bytes(buffers) + gap)
+        return max(1, buffers.total(num_teachers) + buffers.answer + buffers.gap)
 
     smallest = _whole_elements(REMOTE_READ_BYTES // itemsize, lanes)
     threads = max(1, min(num_threads or REMOTE_THREADS, budget // bytes_of_thread(smallest)))

@@ -262,7 +262,7 @@ def _fold_into(
     def record(block: Block) -> None:
         blocks.add(block.position, block.end_position)
 
-    with InputFiles(planned.layouts, part.answer_bytes) as files:
+    with InputFiles(planned.layouts, part.thread_buffers.answer) as files:
         try:
             timings = engine(Task(part, planned.layouts, updates, files, record), teachers, count)
         except NonFiniteBlockError as error:

@@ -33,7 +33,7 @@ def plan_again(found: Inspection, record: TeacherRecord, run: Path, memory_budge
     averages, past, copied = record.averages, record.checkpoints, record.copied_names
     paths = _locate(record.inputs, run)
     options = _options_of(record) | {
-        "accumulate": record.accumulate or "float32",
+        "accumulate": record.accumulate,
         "memory_budget_bytes": memory_budget_bytes,
     }
     held = {name: (tensor.dtype, tensor.shape) for name, tensor in found.tensors.items()}
@@ -130,10 +130,7 @@ def _with_buffers(checkpoints: Sequence[Checkpoint], copied: frozenset[str]) -> 
 
 
 def _updates(
-    checkpoints: Sequence[Checkpoint],
-    wanted: FoldOptions,
-    record: TeacherRecord,
-    run: Path,
+    checkpoints: Sequence[Checkpoint], wanted: FoldOptions, record: TeacherRecord, run: Path
 ) -> tuple[Update, ...]:
     """How the checkpoints entered the teacher; raises CkptEmaError where that cannot be told to the last bit."""
     past, shares = record.checkpoints, [item.coefficient for item in record.inputs]

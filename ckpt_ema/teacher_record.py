@@ -31,6 +31,9 @@ RULE_KEYS = (
 )
 """The entries that say how much each checkpoint brought."""
 
+Made = Literal["fold", "reconstruct"]
+Per = Literal["checkpoint", "step", "update"]
+
 SELECTION = ("state", "prefix")
 """Options that say which of a checkpoint's tensors are the student's."""
 
@@ -61,7 +64,7 @@ class TeacherRecord:
     rule: str | None = None
     """The formula, for people."""
 
-    made: Literal["fold", "reconstruct"] | None = None
+    made: Made | None = None
     """None for a teacher of the training loop."""
 
     profile: str = "ema"
@@ -70,7 +73,7 @@ class TeacherRecord:
     """In steps."""
 
     sigma_rel: float | None = None
-    per: Literal["checkpoint", "step", "update"] | None = None
+    per: Per | None = None
     """`update` for a teacher of the training loop."""
 
     interval: int = 1
@@ -204,24 +207,25 @@ def read_provenance(metadata: Mapping[str, str]) -> dict[str, Any] | None:
 
 def read_record(metadata: Mapping[str, str]) -> TeacherRecord:
     """What a file says of itself as a teacher; an empty record where it says nothing."""
-    table = read_provenance(metadata)
-    return TeacherRecord() if table is None else record_of(table)
+    return record_of(read_provenance(metadata))
 
 
-def record_of(table: Mapping[str, Any]) -> TeacherRecord:
-    """The record that a table holds, by its entries that can be read."""
+def record_of(table: Mapping[str, Any] | None) -> TeacherRecord:
+    """The record that a table holds, by its entries that can be read; an empty one where there is no table."""
+    if table is None:
+        return TeacherRecord()
     entries = _Entries(table)
     dtypes = entries.inner("dtypes")
     selection = entries.take("selection", _is_table)
     rule = entries.take("rule", _is_text)
-    per = entries.take("per", lambda value: value in ("checkpoint", "step", "update"))
+    per = entries.take("per", _one_of(get_args(Per)))
     is_online = per == "update"
     return TeacherRecord(
         table=table,
         tool=entries.take("tool", _is_text),
         version=entries.take("version", _is_text),
         rule=rule,
-        made=entries.take("made", lambda value: value in ("fold", "reconstruct")),
+        made=entries.take("made", _one_of(get_args(Made))),
         profile="power" if rule == POWER_RULE else entries.take("profile", _is_text, "ema"),
         momentum=entries.take("momentum", _is_float),
         half_life=entries.take("half_life", _is_float),
@@ -230,31 +234,31 @@ def record_of(table: Mapping[str, Any]) -> TeacherRecord:
         interval=entries.take("interval", _is_positive, 1),
         between=entries.take("between", _is_text),
         steps_per_epoch=entries.take("steps_per_epoch", _is_positive),
-        earlier_rules=tuple(entries.take("earlier_rules", _is_list_of_tables, ())),
+        earlier_rules=tuple(entries.take("earlier_rules", _list_of(_is_table), ())),
         skip_buffers=entries.take("skip_buffers", lambda value: isinstance(value, bool)),
-        accumulate=dtypes.take("accumulate", lambda value: value in get_args(Accumulate)),
-        asked_dtype=dtypes.take("asked", lambda value: value in get_args(WrittenDtype)),
-        dtypes=tuple(dtypes.take("teacher", _is_list_of_texts, ())),
+        accumulate=dtypes.take("accumulate", _one_of(get_args(Accumulate))),
+        asked_dtype=dtypes.take("asked", _one_of(get_args(WrittenDtype))),
+        dtypes=tuple(dtypes.take("teacher", _list_of(_is_text), ())),
         initial_teacher=entries.take("initial_teacher", _is_text),
         averages=entries.files("averages"),
         checkpoints=entries.files("checkpoints"),
         first_share=entries.take("first_share", _is_float),
         parts=entries.take("parts", _is_positive, 1),
-        rounded_to=dict(_shares_of(entries.take("rounded_to", _is_shares_by_dtypes, {}))),
+        rounded_to=dict(_shares_of(entries.take("rounded_to", _table_of(_table_of(_is_share)), {}))),
         origin=entries.take("origin", _is_count),
         step=entries.take("step", _is_count),
         start=None if is_online else entries.take("start", _is_count),
         predicted_error=entries.take("predicted_error", _is_float),
         nearest=entries.take("nearest", _is_text),
         state=entries.take("state", _is_text),
-        stripped=tuple(entries.take("stripped", _is_list_of_texts, ())),
+        stripped=tuple(entries.take("stripped", _list_of(_is_text), ())),
         selection=selection and {name: selection[name] for name in SELECTION if _is_text(selection.get(name))},
         num_averaged=entries.inner("averaged").take("tensors", _is_count),
         copied={
             reason: tuple(names)
-            for reason, names in entries.inner("copied").take("names", _is_table_of_lists, {}).items()
+            for reason, names in entries.inner("copied").take("names", _table_of(_list_of(_is_text)), {}).items()
         },
-        tied=tuple(map(frozenset, entries.take("tied", _is_list_of_lists, ()))),
+        tied=tuple(map(frozenset, entries.take("tied", _list_of(_list_of(_is_text)), ()))),
         has_updates="updates" in table,
         has_begun=not (is_online and "start" in table and table["start"] is None),
         num_steps=entries.take("steps", _is_count),
@@ -363,29 +367,21 @@ def _is_list(value: Any) -> bool:
     return isinstance(value, list)
 
 
-def _is_list_of_tables(value: Any) -> bool:
-    return _is_list(value) and all(map(_is_table, value))
-
-
-def _is_list_of_texts(value: Any) -> bool:
-    return _is_list(value) and all(map(_is_text, value))
-
-
 def _is_share(value: Any) -> bool:
     return _is_float(value) and 0 <= value <= 1
 
 
-def _is_shares_by_dtypes(value: Any) -> bool:
-    return _is_table(value) and all(_is_table(each) and all(map(_is_share, each.values())) for each in value.values())
-
-
-def _is_list_of_lists(value: Any) -> bool:
-    return _is_list(value) and all(map(_is_list_of_texts, value))
-
-
-def _is_table_of_lists(value: Any) -> bool:
-    return _is_table(value) and all(map(_is_list_of_texts, value.values()))
-
-
 def _is_table(value: Any) -> bool:
     return isinstance(value, dict)
+
+
+def _one_of(allowed: Collection[str]) -> Callable[[Any], bool]:
+    return lambda value: _is_text(value) and value in allowed
+
+
+def _list_of(is_right: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: _is_list(value) and all(map(is_right, value))
+
+
+def _table_of(is_right: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: _is_table(value) and all(map(is_right, value.values()))

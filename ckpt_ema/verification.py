@@ -109,10 +109,10 @@ def verify(
         return Verification(path, (Check("structure", False, _whole(error), error.hint),))
     if found.refusal or not found.tensors:
         return Verification(path, (Check("structure", False, found.refusal or "it holds no tensors"),))
-    record = TeacherRecord() if found.provenance is None else record_of(found.provenance)
+    record = record_of(found.provenance)
     copied = record.copied_names
     checks = [
-        _carried_out("structure", lambda: _check_structure(found, is_own=found.provenance is not None)),
+        _carried_out("structure", lambda: _check_structure(found, is_own=bool(record.table))),
         _carried_out("finite", lambda: _check_finite(found, copied, memory_budget_bytes)),
         _check_provenance(found, record),
     ]
@@ -296,7 +296,7 @@ def _recompute(
     chosen = random.Random(seed).sample(blocks, min(len(blocks), max(MIN_BLOCKS, math.ceil(share * len(blocks)))))
     chosen.sort(key=lambda block: block.position)
     with (
-        InputFiles(planned.layouts, planned.blocks.answer_bytes) as files,
+        InputFiles(planned.layouts, planned.blocks.thread_buffers.answer) as files,
         _Judge(found, planned, copied, tolerance) as judge,
     ):
         task = Task(planned.blocks, planned.layouts, [planned.teachers[0].updates], files)
