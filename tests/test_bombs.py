@@ -37,21 +37,22 @@ import ckpt_ema.inspection
 def peak():
     return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
 before = peak()
-begin = time.monotonic()
+begin = time.process_time()
 try:
     ckpt_ema.inspection.inspect(Path(sys.argv[2]))
     end = "read"
 except CkptEmaError as error:
     end = "refused: " + error.message[-150:]
-seconds = time.monotonic() - begin
-# What a trial took was held beside what had been scanned.
-child = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+# What a trial took came before what was read here, and was held beside what had been scanned.
+trial = resource.getrusage(resource.RUSAGE_CHILDREN)
+seconds = time.process_time() - begin + trial.ru_utime + trial.ru_stime
+child = trial.ru_maxrss
 print(seconds, max(peak() - before, child) << 10, end.encode("ascii", "replace").decode(), sep="|")
 """
 
 
 def read_apart(path: Path) -> tuple[float, int, str]:
-    """Seconds, bytes of memory and the end of reading one checkpoint in a process of its own."""
+    """Seconds of processor time, bytes of memory and the end of reading one checkpoint in a process of its own."""
     command = [sys.executable, "-c", READER, str(Path(ckpt_ema.__file__).parents[1]), str(path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr[-2000:]

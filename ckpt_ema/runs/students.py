@@ -240,7 +240,8 @@ def _candidates(tree: Any, passed_over: dict[str, Any] | None = None) -> Iterato
             yield Candidate(key, _kind_at(root or {}, key, table), table, value if depth else tree)
         if depth < MAX_DEPTH:
             for name, child in table.items():
-                if isinstance(child, TENSOR_LEAVES) or not isinstance(name, str):
+                # What can be no table is not asked for its name: a stranger's file may have a million numbers here.
+                if not isinstance(child, (dict, Inert)) or not isinstance(name, str):
                     continue
                 path = f"{key}.{name}" if key else name
                 if not is_trainers_name(name):
