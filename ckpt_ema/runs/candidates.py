@@ -31,7 +31,8 @@ def is_one_checkpoint(folder: Path) -> bool:
     children = visible_children(folder)
     return (
         not _has_numbered_files(children)
-        and not any(map(is_checkpoint_folder, children))
+        # The teacher that a callback put into each checkpoint is no checkpoint of a run.
+        and not any(is_checkpoint_folder(child) for child in children if not is_average_name(child.name))
         and _find_numbered_below(folder) is None
     )
 
@@ -41,7 +42,8 @@ def is_checkpoint_folder(path: Path) -> bool:
     if not path.is_dir() or path.name.startswith("tmp"):
         return False
     if has_weights(path) and not _has_numbered_files(visible_children(path)):
-        return True
+        # `seed_1/` with `checkpoint-500/` and the final model in it: a run by itself.
+        return has_series_name(path) or not _holds_series(path)
     if is_sharded(path):
         return not NEVER_STUDENTS.match(path.name)  # accelerate's `optimizer_0`
     # DeepSpeed's `latest` lies beside the checkpoints of a run, and in the Trainer's checkpoints, which have a number.
@@ -51,7 +53,7 @@ def is_checkpoint_folder(path: Path) -> bool:
         return False
     # checkpoint-300/ without weights is unfinished, or holds them one level down (diffusers).
     children = visible_children(path)
-    if not has_series_name(path) and any(child.is_dir() and has_series_name(child) for child in children):
+    if not has_series_name(path) and _holds_series(path):
         return False  # `lora_run_1/checkpoint-500/`: a run by itself
     return any(child.is_dir() and has_weights(child) for child in children) or (
         has_series_name(path) and not any(map(_is_candidate, children))
@@ -110,6 +112,11 @@ def has_series_name(path: Path) -> bool:
     """Whether it is called as trainers call their checkpoints: by a number, and by what it counts."""
     stem = stem_of(path.name).lower()
     return bool(steps_in_name(path.name)) and stem.startswith(SERIES_STEMS)
+
+
+def _holds_series(folder: Path) -> bool:
+    """Whether folders in it are called as trainers call their checkpoints."""
+    return any(child.is_dir() and has_series_name(child) for child in visible_children(folder))
 
 
 def _find_dead_links(folder: Path) -> list[Path]:

@@ -1,0 +1,51 @@
+"""Which folder is the run, which the checkpoint, and what must not be written where a trainer looks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+import ckpt_ema
+from tests.conftest import assert_same_bits
+from tests.test_layouts import STUDENTS, assert_folds_to, make_average, names_of, plan, refusal_of, steps_of
+
+
+def write_trainer_run(run: Path) -> None:
+    """As transformers.Trainer leaves it: numbered checkpoints, and the final model beside them."""
+    for step, student in zip((500, 1000, 1500, 2000), STUDENTS, strict=True):
+        (run / f"checkpoint-{step}").mkdir(parents=True)
+        save_file(student, run / f"checkpoint-{step}" / "model.safetensors")
+    save_file(STUDENTS[3], run / "model.safetensors")
+    (run / "config.json").write_text("{}")
+
+
+def test_a_sweep_of_runs_with_final_models_is_no_run(tmp_path: Path) -> None:
+    """`seed_1/` with a final model beside its checkpoints is a run; nothing is folded across seeds."""
+    for seed in (1, 2):
+        write_trainer_run(tmp_path / f"seed_{seed}")
+    error = refusal_of(tmp_path)
+    assert f"`{tmp_path}` holds 2 folders with checkpoints" in error.message
+    assert error.details == ("seed_1", "seed_2")
+
+
+def test_a_run_whose_name_has_a_number_is_found_below(tmp_path: Path) -> None:
+    """`run_2024/` with a final model in it is the run, and no checkpoint of step 2024."""
+    write_trainer_run(tmp_path / "outputs" / "run_2024")
+    planned = assert_folds_to(tmp_path / "outputs", tmp_path, STUDENTS)
+    assert steps_of(planned) == [500, 1000, 1500, 2000]
+
+
+def test_a_checkpoint_that_carries_its_teacher_is_one_checkpoint(tmp_path: Path) -> None:
+    """`checkpoint-500/teacher/`, which the callback writes, makes no run of `checkpoint-500/`."""
+    run = tmp_path / "run"
+    write_trainer_run(run)
+    for step in (500, 1000):
+        (run / f"checkpoint-{step}" / "teacher").mkdir()
+        save_file(make_average(step), run / f"checkpoint-{step}" / "teacher" / "model.safetensors")
+    planned = plan(run / "checkpoint-500")
+    assert names_of(planned) == ["checkpoint-500"]
+    ckpt_ema.fold(run / "checkpoint-500", tmp_path / "out.safetensors", announce=lambda planned: None)
+    assert_same_bits(load_file(tmp_path / "out.safetensors"), STUDENTS[0])
+    assert steps_of(assert_folds_to(run, tmp_path, STUDENTS)) == [500, 1000, 1500, 2000]
