@@ -562,6 +562,23 @@ def test_accelerate_project_is_folded_in_the_order_of_its_saves(
     assert_same_bits(load_file(tmp_path / "t.safetensors"), hook_teacher(students, MOMENTUM, buffers_of(students[0])))
 
 
+def test_accelerate_trains_on_beside_a_teacher(accelerator: Any, tmp_path: Path, cli: Callable[..., Outcome]) -> None:
+    """Its `save_state` and `load_state` look for a number in every name in `checkpoints/`: none of ours is put there."""
+    checkpoints = Path(accelerator.project_dir) / "checkpoints"
+    accelerator.prepare(make_net())
+    for _ in range(3):
+        accelerator.save_state()
+    refused = cli("fold", checkpoints, "-o", checkpoints / "teacher-1.safetensors")
+    assert refused.code == 2
+    assert f"hint: pass `--output {checkpoints.parent / 'teacher-1.safetensors'}`" in refused.stderr
+    assert cli("fold", checkpoints).code == 0
+    assert (checkpoints.parent / "teacher.safetensors").is_file()
+    assert sorted(path.name for path in checkpoints.iterdir()) == [f"checkpoint_{k}" for k in range(3)]
+    accelerator.project_configuration.total_limit = 3
+    accelerator.save_state()
+    accelerator.load_state()
+
+
 def test_accelerate_projects_of_two_models_ask_which_one(accelerator: Any, tmp_path: Path) -> None:
     """Two prepared models lie side by side in each save: `--state` names the one to fold."""
     project = Path(accelerator.project_dir)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -22,6 +23,8 @@ from ckpt_ema.teacher_record import is_snapshot
 
 HIDDEN_BYTES = len(Draft().name(Path("x")).name) - 1
 """By so much the hidden names beside a teacher are longer than its own."""
+
+_ACCELERATES_NAME = re.compile(r"checkpoint_\d+")
 
 
 def resolve_outputs(
@@ -43,7 +46,8 @@ def resolve_outputs(
                 f"`{run.root}` is remote and a teacher is written to a local disk, so `--output` is needed",
                 hint=f"pass `-o {own_name}`",
             )
-        return has_folder, [run.root / _fill(own_name, profile) for profile in profiles]
+        folder = _above_accelerates(run.root) or run.root
+        return has_folder, [folder / _fill(own_name, profile) for profile in profiles]
     text = os.fspath(output)
     if not text:
         raise MisuseError("`--output` is empty", hint="is a variable of your shell empty?")
@@ -114,11 +118,30 @@ def _settled(path: Path, *, is_folder: bool) -> Path:
                 f"`--output {path}` is where a disk is mounted, and cannot become another folder",
                 hint=f"pass `--output {shlex.quote(str(path / 'teacher'))}`",
             )
+    if (above := _above_accelerates(path.parent)) is not None:
+        raise MisuseError(
+            f"`--output {path}` lies among accelerate's checkpoints, and its `save_state` and `load_state` take every"
+            " name there for one of them",
+            hint=f"pass `--output {shlex.quote(str(above / path.name))}`",
+        )
     # `t/../t` leads nowhere while `t` is being replaced.
     real = os.path.realpath(path)
     if any(os.path.realpath(parent) == real for parent in path.parents):
         return Path(os.path.realpath(path.parent), path.name)
     return path
+
+
+def _above_accelerates(folder: Path) -> Path | None:
+    """What lies above `folder` where accelerate names its checkpoints in it; None for any other folder.
+
+    It looks for a number in every name there, removes the smallest and loads the largest.
+    """
+    real = Path(os.path.realpath(folder))
+    if real.name != "checkpoints" or not real.is_dir():
+        return None
+    if not any(_ACCELERATES_NAME.fullmatch(path.name) and path.is_dir() for path in real.iterdir()):
+        return None
+    return folder.parent if folder.name == real.name else real.parent
 
 
 def _obstacle(folder: Path) -> Path | None:
