@@ -268,8 +268,21 @@ def training_steps(checkpoints: Sequence[Checkpoint], options: FoldOptions) -> t
             hint="pass `--steps-per-epoch N`, the number of optimizer steps in an epoch",
         )
     if unit == "number":
+        _check_numbers_are_steps(checkpoints)
         return numbers, [f"the numbers in the names ({numbers[0]} to {numbers[-1]}) are taken for training steps"]
     return numbers, []
+
+
+def _check_numbers_are_steps(checkpoints: Sequence[Checkpoint]) -> None:
+    """Raise CkptEmaError where bare numbers in names go up by one: nobody saves after every training step."""
+    for older, newer in itertools.pairwise(checkpoints):
+        if older.step is not None and newer.step == older.step + 1:
+            raise CkptEmaError(
+                f"the numbers in the names seem to count epochs or saves, and training steps are needed:"
+                f" `{newer.label}` comes next after `{older.label}`",
+                hint="pass `--steps-per-epoch N`, the number of optimizer steps from one number to the next (1 where"
+                " they are steps)",
+            )
 
 
 def _by_hand(checkpoints: Sequence[Checkpoint], given: Any) -> Weighed:

@@ -563,7 +563,7 @@ def test_accelerate_project_is_folded_in_the_order_of_its_saves(
 
 
 def test_accelerate_trains_on_beside_a_teacher(accelerator: Any, tmp_path: Path, cli: Callable[..., Outcome]) -> None:
-    """Its `save_state` and `load_state` look for a number in every name in `checkpoints/`: none of ours is put there."""
+    """Its `save_state` and `load_state` want a number in every name in `checkpoints/`: ours is never put there."""
     checkpoints = Path(accelerator.project_dir) / "checkpoints"
     accelerator.prepare(make_net())
     for _ in range(3):

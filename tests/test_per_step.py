@@ -189,19 +189,28 @@ def test_a_student_without_a_share_is_not_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["epoch_{}.safetensors", "model_{}.safetensors"])
 def test_epochs_are_steps_when_their_length_is_known(tmp_path: Path, name: str, cli: Cli) -> None:
-    """A run of epochs asks for `--steps-per-epoch`; numbers that say nothing else are taken for steps, aloud."""
+    """A run of epochs, and one whose bare numbers go up by one, ask for `--steps-per-epoch`."""
     for epoch in range(1, 5):
         save_file(make_student(epoch), tmp_path / name.format(epoch))
     outcome = cli("plan", tmp_path, "--half-life", 100)
-    if "epoch" in name:
-        assert outcome.code == 1
-        assert "epochs only (1 to 4)" in outcome.stderr
-        assert "hint: pass `--steps-per-epoch N`" in outcome.stderr
-    else:
-        assert "the numbers in the names (1 to 4) are taken for training steps" in outcome.stdout
+    assert outcome.code == 1
+    assert ("epochs only (1 to 4)" if "epoch" in name else "seem to count epochs or saves") in outcome.stderr
+    assert "hint: pass `--steps-per-epoch N`" in outcome.stderr
     plan = ckpt_ema.plan(tmp_path, half_life=100, steps_per_epoch=50)
     expected = step_updates(Profile("ema", half_life=100), [50, 100, 150, 200])
     assert plan.teachers[0].updates == tuple(expected)
+
+
+def test_bare_numbers_far_apart_are_steps(tmp_path: Path, cli: Cli) -> None:
+    """Numbers that say nothing else are taken for steps, aloud; those that go up by one where that is said."""
+    for number in (500, 501, 1000):
+        save_file(make_student(number), tmp_path / f"model_{number}.safetensors")
+    assert "`model_501.safetensors` comes next after `model_500" in cli("plan", tmp_path, "--half-life", 100).stderr
+    planned = ckpt_ema.plan(tmp_path, half_life=100, steps_per_epoch=1)
+    assert planned.teachers[0].updates == tuple(step_updates(Profile("ema", half_life=100), [500, 501, 1000]))
+    (tmp_path / "model_501.safetensors").unlink()
+    outcome = cli("plan", tmp_path, "--half-life", 100)
+    assert "the numbers in the names (500 to 1000) are taken for training steps" in outcome.stdout
 
 
 def test_steps_that_are_not_known_or_do_not_ascend_are_named(run: Path) -> None:
