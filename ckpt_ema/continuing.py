@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ckpt_ema.catalogue import ASKED_FOR
 from ckpt_ema.errors import CkptEmaError, MisuseError, NoCheckpointError
-from ckpt_ema.formats import read_contents
+from ckpt_ema.formats import Contents, read_contents
 from ckpt_ema.formats.folder import has_weights, is_sharded
 from ckpt_ema.locations import as_path
 from ckpt_ema.options import FoldOptions
+from ckpt_ema.runs.candidates import has_series_name
 from ckpt_ema.runs.checkpoints import Checkpoint
-from ckpt_ema.runs.steps import Unit
+from ckpt_ema.runs.steps import Unit, numbers_in_name, steps_inside
 from ckpt_ema.runs.students import is_flat
 from ckpt_ema.teacher_record import RULE_KEYS, SELECTION, PastCheckpoint, TeacherRecord, printable, read_record
 
@@ -56,6 +57,9 @@ class Beginning:
 
     dtypes: frozenset[str] = frozenset()
     """Names of those of its floating-point tensors."""
+
+    numbers: Mapping[str, int] = field(default_factory=dict)
+    """What its contents and its name say of its step, by what they count, where it has no record."""
 
     @property
     def label(self) -> str:
@@ -106,6 +110,8 @@ class Beginning:
         """The training step it is of; raises MisuseError where it does not say."""
         if self.record.step is not None:
             return self.record.step
+        if (number := self._number_of("step")) is not None:
+            return number
         if self.past:
             last, per_epoch = self.past[-1], options.steps_per_epoch
             factor = {"step": 1, "number": per_epoch or 1, "epoch": per_epoch}.get(last.unit)
@@ -254,6 +260,9 @@ class Beginning:
             older = [item for step, item in steps if step <= own]
             anchor = next((item for step, item in steps if step == own), None)
             return Newer(self._some(newer), anchor, [(item.label, f"not newer than `{self.label}`") for item in older])
+        by_name = None if is_told else self._newer_by_name(checkpoints)
+        if by_name is not None:
+            return by_name
         inside = {id(item) for item in self.inside_of(checkpoints)}
         last = self.past[-1] if self.past else None
         is_unknown = any(item.step is None or last is None or item.unit != last.unit for item in checkpoints)
@@ -261,8 +270,9 @@ class Beginning:
             left_out = [(item.label, f"`{self.label}` has it") for item in checkpoints if id(item) in inside]
             newer = self._some([item for item in checkpoints if id(item) not in inside])
             unknown = f"how far `{self.label}` has come of these checkpoints it does not say"
-            notes = [] if self.past or is_told else [f"{unknown}: all {len(newer)} are folded, also those that it has"]
-            return Newer(newer, None, left_out, notes=notes)
+            all_of_them = f"all {len(newer)} are folded, also those that it has (`--from STEP` leaves them out)"
+            warnings = [] if self.past or is_told else [f"{unknown}: {all_of_them}"]
+            return Newer(newer, None, left_out, warnings)
         # A list may have been out of order; but a reconstruction of an earlier step takes later students as well.
         old = inside if self.record.made == "fold" else set()
         beyond = [
@@ -280,6 +290,24 @@ class Beginning:
         same = (item for item in checkpoints if item.step == last.step and id(item) in inside)
         anchor = next((item for item in same if item.size == last.size), None)
         return Newer(self._some(beyond), anchor, left_out)
+
+    def _number_of(self, unit: Unit) -> int | None:
+        """Its step, or epoch, by its contents or its name; a bare number counts what the run does."""
+        return self.numbers.get(unit, self.numbers.get("number"))
+
+    def _newer_by_name(self, checkpoints: Sequence[Checkpoint]) -> Newer | None:
+        """What to fold where nothing but the teacher's own contents or name tell its step; None where they do not."""
+        own = self._number_of(checkpoints[0].unit)
+        if own is None or any(item.step is None or item.unit != checkpoints[0].unit for item in checkpoints):
+            return None
+        claim = f"`{self.label}`, which is of {checkpoints[0].unit} {own} by its contents or its name"
+        newer = [item for item in checkpoints if (item.step or 0) > own]
+        if not newer:
+            raise NoCheckpointError(
+                f"nothing is newer than {claim}", hint="where it is not, say what is: `--from STEP`"
+            )
+        left_out = [(item.label, f"not newer than {claim}") for item in checkpoints if (item.step or 0) <= own]
+        return Newer(newer, None, left_out)
 
     def _some(self, checkpoints: list[Checkpoint]) -> list[Checkpoint]:
         if checkpoints:
@@ -308,7 +336,16 @@ def read_beginning(options: FoldOptions) -> Beginning | None:
     contents = read_contents(path)
     stored = contents.tree.values() if is_flat(contents) else ()
     dtypes = {tensor.dtype.name for tensor in stored if tensor.dtype.is_floating_point}
-    return Beginning(path, read_record(contents.metadata), frozenset(dtypes))
+    record = read_record(contents.metadata)
+    return Beginning(path, record, frozenset(dtypes), _numbers_of(contents) if record.tool is None else {})
+
+
+def _numbers_of(contents: Contents) -> dict[str, int]:
+    """What a teacher without a record says of its step; `checkpoint-300/teacher/` says it above."""
+    path = contents.path.absolute()
+    names = [name for name in (path, path.parent, path.parent.parent) if name is path or has_series_name(name)]
+    named = next((numbers for name in names if (numbers := numbers_in_name(name.name))), {})
+    return {**named, **{unit: number for (_, unit), number in steps_inside(contents).items()}}
 
 
 def _key(item: Checkpoint) -> tuple[str, Unit, int | None]:

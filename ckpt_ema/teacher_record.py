@@ -167,6 +167,11 @@ class TeacherRecord:
         return self.per == "update" and self.momentum is not None and 0 < self.momentum < 1
 
     @property
+    def is_of_training(self) -> bool:
+        """Whether it followed the student in training, so that nobody can make it again."""
+        return self.has_updates or self.is_snapshot
+
+    @property
     def inputs(self) -> tuple[PastCheckpoint, ...]:
         """All files in it, in the order in which they entered."""
         return (*self.averages, *self.checkpoints)

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import ckpt_ema
-from ckpt_ema.errors import CkptEmaError, MisuseError
+from ckpt_ema.errors import CkptEmaError, MisuseError, NoCheckpointError
 from tests.conftest import Outcome, assert_same_bits, hook_teacher, make_student, quiet_fold, save_students
 
 Cli = Callable[..., Outcome]
@@ -359,12 +359,68 @@ def test_a_teacher_that_does_not_say_of_which_step_it_is_asks_what_to_fold(tmp_p
     assert "--from STEP --momentum M" in (caught.value.hint or "")
     planned = ckpt_ema.plan(run, output, init=init, momentum=0.3)
     assert len(planned.checkpoints) == 13
-    assert any("all 13 are folded, also those that it has" in text for text in planned.notes)
+    assert any("all 13 are folded, also those that it has" in text for text in planned.warnings)
     planned = ckpt_ema.plan(run, output, init=run / "teacher_step_5.safetensors", momentum=0.3, from_step=2)
     assert [item.step for item in planned.checkpoints] == list(range(2, 14))
     planned = ckpt_ema.plan(run, output, init=init, momentum=0.3, from_step=12)
     assert [item.step for item in planned.checkpoints] == [12, 13]
-    assert not any("also those" in text for text in planned.notes)
+    assert not any("also those" in text for text in planned.warnings)
+
+
+def test_a_saved_teacher_that_knows_its_step_goes_on_from_it(tmp_path: Path) -> None:
+    """`save(path, step=...)`, as a snapshot does."""
+    student = torch.nn.Linear(3, 2)
+    teacher = ckpt_ema.MeanTeacher(student, momentum=0.3)
+    run = tmp_path / "run"
+    run.mkdir()
+    for step in range(1, 6):
+        torch.nn.init.normal_(student.weight)
+        teacher.update()
+        save_file(student.state_dict(), run / f"step_{step}.safetensors")
+        if step == 3:
+            teacher.save(tmp_path / "at_3.safetensors", step=step)
+    with pytest.raises(MisuseError, match="step is -1"):
+        teacher.save(tmp_path / "x.safetensors", step=-1)
+    report = quiet_fold(run, tmp_path / "t.safetensors", init=tmp_path / "at_3.safetensors")
+    assert [item.step for item in report.plan.checkpoints if item.coefficient] == [4, 5]
+    for name, tensor in load_file(teacher.save(tmp_path / "all.safetensors")).items():
+        assert torch.allclose(load_file(tmp_path / "t.safetensors")[name], tensor), name
+
+
+@pytest.mark.parametrize("place", ["run/step_200/teacher/model.safetensors", "ema_step_200.safetensors", "ema.pt"])
+def test_a_foreign_teacher_says_its_step_by_its_name_or_contents(tmp_path: Path, place: str) -> None:
+    """What is not newer is in it already; where nothing says its step, all is folded, with a warning."""
+    run = tmp_path / "run"
+    students = save_students(run, 4)
+    init = tmp_path / place
+    init.parent.mkdir(parents=True, exist_ok=True)
+    if init.suffix == ".pt":
+        torch.save({"model": students[1], "global_step": 200}, init)
+    else:
+        save_file(students[1], init)
+    options: dict[str, Any] = {"momentum": 0.25, "exclude": ["step_200"]}
+    planned = ckpt_ema.plan(run, tmp_path / "t.safetensors", init=init, **options)
+    assert [item.step for item in planned.checkpoints] == [300, 400]
+    assert any("is of step 200 by its contents or its name" in reason for _, reason in planned.left_out)
+    per_step = ckpt_ema.plan(run, tmp_path / "t.safetensors", init=init, per="step", **options)
+    assert [item.step for item in per_step.checkpoints] == [300, 400]
+    with pytest.raises(NoCheckpointError, match="nothing is newer than"):
+        ckpt_ema.plan(run, tmp_path / "t.safetensors", init=init, until_step=200, **options)
+    unknown = init.rename(tmp_path / "ema_of_somebody.safetensors")
+    if init.suffix != ".pt":
+        planned = ckpt_ema.plan(run, tmp_path / "t.safetensors", init=unknown, **options)
+        assert any("all 4 are folded, also those that it has" in text for text in planned.warnings)
+
+
+def test_a_teacher_that_followed_training_is_never_replaced(tmp_path: Path) -> None:
+    """Nobody can make it again: `--overwrite` is for teachers that can be folded again."""
+    run = tmp_path / "run"
+    save_students(run, 3)
+    written = ckpt_ema.MeanTeacher(torch.nn.Linear(2, 2), momentum=0.3).save(run / "teacher.safetensors")
+    before = written.read_bytes()
+    with pytest.raises(CkptEmaError, match="is a teacher that followed training, which nobody can make again"):
+        quiet_fold(run, None, overwrite=True)
+    assert written.read_bytes() == before
 
 
 def test_an_online_teacher_that_has_seen_nothing_is_not_gone_on_with(tmp_path: Path) -> None:
@@ -416,7 +472,7 @@ def test_where_a_run_counts_in_another_unit_than_the_teacher_that_is_said(tmp_pa
     for epoch in (1, 2):
         torch.save(torch.load(run / f"step_{epoch}.pt")["model"], epochs / f"epoch_{epoch}.pt")
     planned = ckpt_ema.plan(epochs, tmp_path / "t.safetensors", init=snapshots[4], momentum=0.1)
-    assert any("all 2 are folded, also those that it has" in text for text in planned.notes)
+    assert any("all 2 are folded, also those that it has" in text for text in planned.warnings)
 
 
 def test_checkpoints_that_come_to_count_otherwise_are_not_folded_again(tmp_path: Path) -> None:

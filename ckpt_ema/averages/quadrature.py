@@ -37,7 +37,8 @@ def _doubled(total: int) -> Iterator[int]:
     length = NUM_NODES
     while total > 0:
         count = min(length, total)
-        if total - count < count // 2:
+        # But the first ones stay exact: a narrow power profile falls by more than a polynomial of that degree can.
+        if length > NUM_NODES and total - count < count // 2:
             count = total
         yield count
         total -= count

@@ -93,7 +93,7 @@ class MeanTeacherCallback(TrainerCallback):
             if processing_class is not None:
                 processing_class.save_pretrained(filled)
             if not hasattr(model, "save_pretrained"):  # any module, whose state dict is what the Trainer saves
-                self.teacher.save(filled / "model.safetensors")
+                self.teacher.save(filled / "model.safetensors", step=state.global_step)
                 return
             # By the model itself: it knows its configuration, and under which names its weights are loaded again.
             with self.teacher.swapped_into(model):

@@ -519,15 +519,20 @@ class MeanTeacher:
         for text in told:
             warn(text)
 
-    def save(self, path: str | os.PathLike[str], *, dtype: str = "student", overwrite: bool = True) -> Path:
+    def save(
+        self, path: str | os.PathLike[str], *, step: int | None = None, dtype: str = "student", overwrite: bool = True
+    ) -> Path:
         """Write the teacher as a safetensors file with all parameters and buffers of the student's state dict.
 
-        What is not averaged is the student's, as it is now. `dtype` of averaged tensors: "student", "teacher",
+        What is not averaged is the student's, as it is now. `step`, the trainer's counter, is what a fold needs to go
+        on from it (`ckpt-ema fold --init`). `dtype` of averaged tensors: "student", "teacher",
         "float32", "bfloat16" or "float16". The file appears whole or not at all; `overwrite` replaces a teacher that
         ckpt-ema wrote, and never a snapshot or another file. Raises CkptEmaError where the teacher is not finite, and
         for a sharded one, whose `state_dict()` is for torch.distributed.checkpoint.
         """
-        return self._write(Path(path), None, dtype=dtype, overwrite=overwrite)
+        if step is not None:
+            _check_step(step)
+        return self._write(Path(path), step, is_snapshot=False, dtype=dtype, overwrite=overwrite)
 
     def save_snapshot(self, run: str | os.PathLike[str], step: int) -> Path:
         """Write `RUN/teacher_step_STEP.safetensors`, in full precision, with how it was averaged in its metadata.
@@ -537,9 +542,9 @@ class MeanTeacher:
         counts calls of `update`; where it does not from one file to the next, no response is claimed.
         Where training goes back to an earlier step, remove those of later ones: they are of another path.
         """
-        if type(step) is not int or step < 0:
-            raise MisuseError(f"step is {step!r}, and must be a whole number from 0", hint="pass the trainer's counter")
-        return self._write(Path(run) / f"teacher_step_{step}.safetensors", step, dtype="teacher", overwrite=True)
+        _check_step(step)
+        path = Path(run) / f"teacher_step_{step}.safetensors"
+        return self._write(path, step, is_snapshot=True, dtype="teacher", overwrite=True)
 
     @torch.no_grad()
     def stalled_fraction(self) -> float:
@@ -560,11 +565,11 @@ class MeanTeacher:
         return stalled / differing if differing else 0.0
 
     @torch.no_grad()
-    def _write(self, path: Path, step: int | None, *, dtype: str, overwrite: bool) -> Path:
+    def _write(self, path: Path, step: int | None, *, is_snapshot: bool, dtype: str, overwrite: bool) -> Path:
         self._begin("save the teacher")
         if self._start is None:
             self._warn_of_beginning("is written")
-        check_file_replaceable(path, overwrite=overwrite, by_snapshot=step is not None)
+        check_file_replaceable(path, overwrite=overwrite, by_snapshot=is_snapshot)
         if any(is_sharded(pair.student.tensor) for pair in self._pairs):
             raise CkptEmaError(
                 "the teacher is sharded over ranks, and no rank has all of it",
@@ -584,11 +589,12 @@ class MeanTeacher:
                 hint="go on from the last state that was saved; running statistics also move in steps that are skipped",
             )
         record = self._record(step, {name: tracking.reasons[name] for name in copied})
-        if step is not None:
+        if is_snapshot:
+            assert step is not None
             response = self._response(step)
             record = replace(record, more={"response": None if response is None else response_record(response)})
         write_teacher(path, averaged, copied, record, dtype=dtype, overwrite=overwrite)
-        if step is not None and self._offset is None:
+        if is_snapshot and step is not None and self._offset is None:
             self._offset = step - self.num_steps
         return path
 
@@ -725,6 +731,11 @@ class _AfterStep:
             self.teacher.update()
         finally:
             self.teacher._is_behind_step = False
+
+
+def _check_step(step: object) -> None:
+    if type(step) is not int or step < 0:
+        raise MisuseError(f"step is {step!r}, and must be a whole number from 0", hint="pass the trainer's counter")
 
 
 def _is_registered(handle: RemovableHandle) -> bool:

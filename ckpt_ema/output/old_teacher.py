@@ -13,7 +13,7 @@ from ckpt_ema.errors import CkptEmaError
 from ckpt_ema.formats.contents import PROVENANCE_FILE, PROVENANCE_KEY, is_plain_name, read_file, read_json
 from ckpt_ema.formats.dcp import METADATA_NAME, PIECE_SUFFIX, PIECES_NAME, own_provenance, read_metadata
 from ckpt_ema.formats.folder import MODEL_STEM, SHARD_NAME, WEIGHTS_SUFFIX
-from ckpt_ema.teacher_record import is_snapshot
+from ckpt_ema.teacher_record import read_record
 
 INDEX_SUFFIX = ".index.json"
 
@@ -86,7 +86,7 @@ def _is_own_weights(folder: Path, name: str) -> bool:
         metadata = read_file(folder / name).metadata
     except CkptEmaError:
         return False
-    return PROVENANCE_KEY in metadata and not is_snapshot(metadata)
+    return PROVENANCE_KEY in metadata and not read_record(metadata).is_of_training
 
 
 def _is_index_of(folder: Path, name: str, weights: Collection[str]) -> bool:

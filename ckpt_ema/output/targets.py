@@ -19,7 +19,7 @@ from ckpt_ema.output.teacher_folder import is_model_folder
 from ckpt_ema.output.writer import Draft
 from ckpt_ema.plans import FoldPlan
 from ckpt_ema.runs.checkpoints import Checkpoint, Run
-from ckpt_ema.teacher_record import is_snapshot
+from ckpt_ema.teacher_record import read_record
 
 HIDDEN_BYTES = len(Draft().name(Path("x")).name) - 1
 """By so much the hidden names beside a teacher are longer than its own."""
@@ -240,8 +240,10 @@ def _check_is_teacher(planned: FoldPlan, target: Path) -> None:
             f"`{target}` holds tensors that ckpt-ema did not write; it is never replaced",
             hint="pass another `--output`, or move it away",
         )
-    if is_snapshot(contents.metadata):
+    record = read_record(contents.metadata)
+    if record.is_of_training:
+        what = "a snapshot that an online teacher wrote" if record.is_snapshot else "a teacher that followed training"
         raise CkptEmaError(
-            f"`{target}` is a snapshot that an online teacher wrote, which nobody can make again; it is never replaced",
-            hint="pass another `--output`",
+            f"`{target}` is {what}, which nobody can make again; it is never replaced",
+            hint="pass another `--output`, or move it away",
         )
