@@ -1928,18 +1928,27 @@ def test_a_list_in_step_order_brings_no_warning(run: Path) -> None:
     assert planned.output == run / "teacher.safetensors"
 
 
+def folder_of(path: Path) -> Path:
+    """The checkpoint's folder of a checkpoint, or of the file in it."""
+    return path if path.is_dir() else path.parent
+
+
 @pytest.mark.parametrize("listed", ["folders", "files"])
-def test_what_a_shell_lists_as_text_brings_the_warning(tmp_path: Path, listed: str) -> None:
-    """`run/checkpoint-*` and `run/checkpoint-*/model.safetensors` put 1000 before 200: that is said."""
+def test_what_a_shell_lists_as_text_is_folded_by_step(tmp_path: Path, listed: str) -> None:
+    """`run/checkpoint-*` and `run/checkpoint-*/model.safetensors` put 1000 before 200: folded by step, and said."""
     run = tmp_path / "run"
     for step, student in zip((200, 1000, 3000), STUDENTS, strict=False):
         (run / f"checkpoint-{step}").mkdir(parents=True)
         save_file(student, run / f"checkpoint-{step}" / "model.safetensors")
-    planned = plan(
-        sorted(run.glob("checkpoint-*" if listed == "folders" else "checkpoint-*/model.safetensors")),
-        output=tmp_path / "t.safetensors",
-    )
-    assert any("number 200 comes after number 1000" in warning for warning in planned.warnings)
+    found = sorted(run.glob("checkpoint-*" if listed == "folders" else "checkpoint-*/model.safetensors"))
+    planned = plan(found, output=tmp_path / "t.safetensors")
+    assert steps_of(planned) == [200, 1000, 3000]
+    assert any("number 1000 before number 200, as a shell makes it" in warning for warning in planned.warnings)
+    # Two of them, or another order than a shell's, are somebody's wish.
+    for wished, text in ((found[:2], "number 200 comes after number 1000"), (found[::-1], "number 200 comes after number 3000")):
+        planned = plan(wished, output=tmp_path / "t.safetensors")
+        assert steps_of(planned) == [int(path.name.split("-")[-1]) for path in map(folder_of, wished)]
+        assert any(text in warning for warning in planned.warnings)
 
 
 @pytest.mark.parametrize("missing", ["first", "second"])

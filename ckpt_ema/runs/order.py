@@ -20,7 +20,10 @@ NUMBER: Origin = ("name", "number")
 
 
 def give_steps(listing: Listing) -> None:
-    """Checkpoints that were listed get their steps and keep their order; a warning where that is not by step."""
+    """Checkpoints that were listed get their steps and keep their order, but for one that a shell's pattern made.
+
+    A warning where the list is not in step order.
+    """
     origin = _common_origin(listing.checkpoints)
     unit: Unit = origin[1] if origin else "step"
     listing.checkpoints = [
@@ -30,6 +33,14 @@ def give_steps(listing: Listing) -> None:
     known = [checkpoint.step for checkpoint, _ in listing.checkpoints if checkpoint.step is not None]
     if known != sorted(known):
         older, newer = next((a, b) for a, b in itertools.pairwise(known) if a > b)
+        by_step = sorted(listing.checkpoints, key=lambda item: item[0].step or 0)
+        if _is_of_a_shell(listing.checkpoints, by_step):
+            listing.checkpoints = by_step
+            listing.warnings.append(
+                f"the list is in the order of its names, {unit} {older} before {unit} {newer}, as a shell makes it of a"
+                " pattern; it is folded in step order"
+            )
+            return
         listing.order_warnings.append(
             f"the list is not in step order: {unit} {newer} comes after {unit} {older}, and is folded so; pass the run"
             " directory to fold in step order"
@@ -39,6 +50,23 @@ def give_steps(listing: Listing) -> None:
             f"the list is not in step order, by the numbers in the names: `{pair[1]}` comes after `{pair[0]}`, and is"
             " folded so; a shell sorts 10 before 9"
         )
+
+
+def _is_of_a_shell(listed: Sequence[Numbered], by_step: Sequence[Numbered]) -> bool:
+    """Whether names that count on with the steps stand as a shell lists what a pattern matches: as texts.
+
+    Of two, or where a step is unknown or there twice, nothing is known: they may well have been typed so.
+    """
+    names = [str(checkpoint.path) for checkpoint, _ in listed]
+    steps = {checkpoint.step for checkpoint, _ in listed}
+    if len(names) < 3 or None in steps or len(steps) < len(names):
+        return False
+    counted_on = [str(checkpoint.path) for checkpoint, _ in by_step]
+    if counted_on != sorted(names, key=lambda name: [int(part) for part in re.findall(r"\d+", name)]):
+        return False  # `epoch_0_step_200`, `epoch_1_step_100`
+    # Most languages' order ignores what is neither letter nor digit.
+    plain = [re.sub(r"[\W_]", "", name).lower() for name in names]
+    return names == sorted(names) or plain == sorted(plain)
 
 
 def _descending_names(names: Sequence[str]) -> tuple[str, str] | None:
