@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from ckpt_ema.averages.profiles import Between, Profile, check_momentum
+from ckpt_ema.averages.profiles import DEFAULT_MOMENTUM, Between, Profile, check_momentum
 from ckpt_ema.averages.responses import declared_response, gamma_of, momentum_of_half_life
 from ckpt_ema.blocks import Accumulate
 from ckpt_ema.dtypes import WrittenDtype
@@ -17,7 +17,6 @@ from ckpt_ema.errors import MisuseError
 from ckpt_ema.runs.students import check_prefix
 from ckpt_ema.sizes import DEFAULT_MEMORY_BUDGET_BYTES, MAX_COUNT
 
-DEFAULT_MOMENTUM = 0.001
 _DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]{1,4})?")
 PathLike = str | os.PathLike[str]
 

@@ -61,6 +61,23 @@ COMMANDS = ("fold", "plan", "reconstruct", "follow", "inspect", "verify", "compa
 README = Path(__file__).parent.parent / "README.md"
 
 
+@pytest.mark.parametrize("command", ["fold", "follow", "inspect"])
+def test_an_option_given_twice_is_not_half_ignored(tmp_path: Path, cli: Cli, command: str) -> None:
+    """Where one value counts, a second one is a mistake."""
+    save_students(tmp_path / "run", 2)
+    outcome = cli(command, tmp_path / "run", "--state", "a", "--state", "b")
+    assert outcome.code == 2
+    assert "`--state` is given 2 times, and takes one" in outcome.stderr
+    assert not outcome.stdout
+
+
+def test_decay_is_told_apart_from_momentum(tmp_path: Path, cli: Cli) -> None:
+    """Other tools ask for the share that the teacher keeps."""
+    outcome = cli("fold", tmp_path, "--decay", "0.999")
+    assert outcome.code == 2
+    assert "a decay of D is `--momentum` 1 - D, as 0.999 is `--momentum 0.001`" in outcome.stderr
+
+
 def test_plan_shows_every_coefficient_and_reads_no_tensor(run: Path, cli: Cli) -> None:
     """A plan works on checkpoints whose tensors could not be read: it looks at their tables only."""
     outcome = cli("plan", run, "--momentum", 0.25)

@@ -15,6 +15,9 @@ from ckpt_ema.averages.quadrature import nodes_between
 from ckpt_ema.averages.responses import Ema, Power, Response, Uniform, gamma_of, momentum_of_half_life, tail_at
 from ckpt_ema.errors import MisuseError
 
+DEFAULT_MOMENTUM = 0.001
+"""MeanTeacherHook's."""
+
 RULE = "teacher = (1 - momentum) * teacher + momentum * student"
 POWER_RULE = "teacher = b * teacher + (1 - b) * student, b = (1 - 1 / step) ** (gamma + 1)"
 SMALLEST_COEFFICIENT = 1e-12

@@ -13,7 +13,16 @@ import click
 import ckpt_ema
 from ckpt_ema._version import __version__
 from ckpt_ema.cli.exits import errors_become_exits, first_signal_sets
-from ckpt_ema.cli.options import AS_JSON, MEMORY, GivenPath, follow_options, or_none, reconstruct_options, run_options
+from ckpt_ema.cli.options import (
+    AS_JSON,
+    MEMORY,
+    CommandOfOptions,
+    GivenPath,
+    follow_options,
+    or_none,
+    reconstruct_options,
+    run_options,
+)
 from ckpt_ema.cli.terminal import ProgressBar, hand_over, print_json, print_text, tell
 from ckpt_ema.sizes import counted
 
@@ -25,6 +34,8 @@ if TYPE_CHECKING:
 
 class _Group(click.Group):
     """Keeps the words as they were typed, for hints."""
+
+    command_class = CommandOfOptions
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         ctx.obj = list(args)

@@ -6,7 +6,7 @@ import numbers
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ckpt_ema.averages.profiles import check_momentum
+from ckpt_ema.averages.profiles import DEFAULT_MOMENTUM, check_momentum
 from ckpt_ema.averages.responses import momentum_of_half_life
 from ckpt_ema.errors import MisuseError
 from ckpt_ema.online.snapshots import Snapshots
@@ -49,7 +49,7 @@ def check_settings(
     if type(interval) is not int or interval < 1:
         raise MisuseError(f"interval is {interval!r}, and must be a whole number from 1", hint="pass interval=1")
     if half_life is None:
-        momentum = 0.001 if momentum is None else _as_number("momentum", momentum)
+        momentum = DEFAULT_MOMENTUM if momentum is None else _as_number("momentum", momentum)
         check_momentum(momentum)
     else:
         if momentum is not None:
