@@ -72,7 +72,9 @@ def fold(run: Path | Sequence[Path], tmp_path: Path, **options: Any) -> tuple[ck
     return report.plan, load_file(output)
 
 
-def assert_folds_to(run: Path, tmp_path: Path, students: Sequence[StateDict], **options: Any) -> ckpt_ema.FoldPlan:
+def assert_folds_to(
+    run: Path | Sequence[Path], tmp_path: Path, students: Sequence[StateDict], **options: Any
+) -> ckpt_ema.FoldPlan:
     """Folding `run` gives the hook's teacher of `students`; BatchNorm's buffers are recognised by name."""
     planned, teacher = fold(run, tmp_path, **options)
     buffers = [name for name in students[0] if name.endswith(BUFFERS)]

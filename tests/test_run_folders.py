@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import glob
+import shlex
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file, save_file
 
 import ckpt_ema
@@ -48,3 +51,19 @@ def test_a_checkpoint_that_carries_its_teacher_is_one_checkpoint(tmp_path: Path)
     ckpt_ema.fold(run / "checkpoint-500", tmp_path / "out.safetensors", announce=lambda planned: None)
     assert_same_bits(load_file(tmp_path / "out.safetensors"), STUDENTS[0])
     assert steps_of(assert_folds_to(run, tmp_path, STUDENTS)) == [500, 1000, 1500, 2000]
+
+
+def test_a_run_over_two_folders_is_folded_by_the_hint(tmp_path: Path) -> None:
+    """Lightning's `version_1` goes on where `version_0` was stopped: what the hint types is one run in step order."""
+    for version, steps in ((0, (500, 1000)), (1, (1500, 2000))):
+        folder = tmp_path / "logs" / f"version_{version}" / "checkpoints"
+        folder.mkdir(parents=True)
+        for step in steps:
+            torch.save({"state_dict": STUDENTS[step // 500 - 1], "global_step": step}, folder / f"step={step}.ckpt")
+    hint = refusal_of(tmp_path / "logs").hint
+    assert hint is not None
+    typed = hint.rpartition(": ")[2].strip("`")
+    listed = [Path(path) for pattern in shlex.split(typed) for path in sorted(glob.glob(pattern))]
+    planned = assert_folds_to(listed, tmp_path, STUDENTS)
+    assert steps_of(planned) == [500, 1000, 1500, 2000]
+    assert any("as a shell makes it of a pattern; it is folded in step order" in text for text in planned.warnings)

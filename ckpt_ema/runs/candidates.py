@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -151,7 +152,7 @@ def _descend(run: Path) -> tuple[Path, list[Path], list[tuple[str, str]]]:
             raise CkptEmaError(
                 f"`{run}` holds {len(found)} folders with checkpoints, and which is the run cannot be told",
                 details=names,
-                hint=f"pass one of them: `{found[0][0]}`",
+                hint=f"pass one of them: `{found[0][0]}`" + _as_one_run([folder for folder, _ in found]),
             )
         level = _folders_below(level)
     if snapshots:
@@ -161,6 +162,14 @@ def _descend(run: Path) -> tuple[Path, list[Path], list[tuple[str, str]]]:
         details=[f"{path.name}: {DEAD_LINK}" for path in _find_dead_links(run)],
         hint="pass the folder they lie in, or the checkpoints themselves in the order they are to be folded",
     )
+
+
+def _as_one_run(folders: Sequence[Path]) -> str:
+    """How to fold a few folders of one training run that was started again: Lightning begins another each time."""
+    if len(folders) > 3:
+        return ""
+    patterns = " ".join(f"{shlex.quote(str(folder))}/*" for folder in folders)
+    return f"; where all are of one training run, pass its checkpoints: `{patterns}`"
 
 
 def _candidates_of(directory: Path) -> list[Path]:
