@@ -594,3 +594,37 @@ def test_accelerate_projects_of_two_models_ask_which_one(accelerator: Any, tmp_p
     assert "--state" in (caught.value.hint or "")
     teacher = fold_to_tensors(project, tmp_path, state="model_1")
     assert_same_bits(teacher, hook_teacher(students, MOMENTUM))
+
+
+# loading -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_teacher_is_loaded_as_the_readme_says(tmp_path: Path) -> None:
+    """Into a module, Lightning's too; as a `.pth` by MMEngine; by torch.distributed.checkpoint."""
+    pytest.importorskip("mmengine")
+    pytest.importorskip("lightning")
+    import safetensors.torch
+    import torch.distributed.checkpoint as dcp
+    from lightning.pytorch.callbacks import ModelCheckpoint
+    from mmengine.runner import load_checkpoint
+
+    for step in (1, 2, 3):
+        torch.manual_seed(step)
+        torch.save({"model": make_net().state_dict()}, tmp_path / f"step_{step}.pt")
+    expected = load_file(quiet_fold(tmp_path, tmp_path / "teacher.safetensors").output)
+    model = make_net()
+    model.load_state_dict(safetensors.torch.load_file(tmp_path / "teacher.safetensors"))
+    assert_same_bits(bits_of(model.state_dict()), expected)
+    torch.save(safetensors.torch.load_file(tmp_path / "teacher.safetensors"), tmp_path / "teacher.pth")
+    model = make_net()
+    load_checkpoint(model, str(tmp_path / "teacher.pth"), map_location="cpu", strict=True)
+    assert_same_bits(bits_of(model.state_dict()), expected)
+    quiet_fold([tmp_path / f"step_{step}.pt" for step in (1, 2, 3)], tmp_path / "teacher", output_format="dcp")
+    model = make_net()
+    dcp.load(model.state_dict(), checkpoint_id=tmp_path / "teacher", no_dist=True)
+    assert_same_bits(bits_of(model.state_dict()), expected)
+    run = tmp_path / "lightning"
+    train_with_lightning(run, [ModelCheckpoint(run, every_n_train_steps=2, save_top_k=-1)], steps=6)
+    module = lightning_module()
+    module.load_state_dict(safetensors.torch.load_file(quiet_fold(run, tmp_path / "l.safetensors").output))
+    assert_same_bits(bits_of(module.state_dict()), load_file(tmp_path / "l.safetensors"))
