@@ -15,6 +15,7 @@ from ckpt_ema.layouts import Layout
 from ckpt_ema.options import FoldOptions
 from ckpt_ema.runs.checkpoints import Checkpoint
 from ckpt_ema.runs.steps import Unit
+from ckpt_ema.sizes import counted
 from ckpt_ema.teacher_record import PastCheckpoint
 from ckpt_ema.timings import Timings
 
@@ -77,7 +78,7 @@ class Prediction:
     """The sum of the coefficients' sizes: by how much rounding in the files is enlarged at most."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class FoldPlan:
     """All that a fold is going to do, before it reads a tensor."""
 
@@ -133,6 +134,11 @@ class FoldPlan:
     blocks: BlockPlan
     layouts: tuple[Layout, ...]
     newest: Checkpoint
+
+    def __repr__(self) -> str:
+        """One line, which a notebook or a debugger shows: with every field it has a page per checkpoint."""
+        files = counted(len(self.inputs), "file")
+        return f"<FoldPlan: {files} of {self.directory} into {', '.join(self.output_names)}>"
 
     @property
     def initial_teacher(self) -> str | None:

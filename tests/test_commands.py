@@ -71,6 +71,14 @@ def test_an_option_given_twice_is_not_half_ignored(tmp_path: Path, cli: Cli, com
     assert not outcome.stdout
 
 
+def test_a_report_is_printed_in_a_few_lines(tmp_path: Path) -> None:
+    """In a notebook the last value of a cell is shown."""
+    save_students(tmp_path, 3)
+    report = ckpt_ema.fold(tmp_path, momentum=0.3)
+    assert repr(report.plan) == f"<FoldPlan: 3 files of {tmp_path} into {tmp_path / 'teacher.safetensors'}>"
+    assert len(repr(report)) < 1000
+
+
 def test_decay_is_told_apart_from_momentum(tmp_path: Path, cli: Cli) -> None:
     """Other tools ask for the share that the teacher keeps."""
     outcome = cli("fold", tmp_path, "--decay", "0.999")
