@@ -7,6 +7,7 @@ import copy
 import gc
 import pickle
 import random
+import re
 import signal
 import time
 import warnings
@@ -1092,6 +1093,28 @@ def test_a_tie_that_is_undone_is_told(student: Student) -> None:
     student.decoder.weight = nn.Parameter(torch.zeros(7, 7))
     with pytest.raises(CkptEmaError, match="were tied when the teacher was made"):
         teacher.update()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ((torch.nn.Linear(2, 2), 0.001), "pass `momentum=0.001`"),
+        ((torch.nn.Linear(2, 2), {"a": torch.ones(2)}), "the teacher is a dict"),
+        (({"a": torch.ones(2)},), "the student is a dict"),
+    ],
+)
+def test_what_is_no_module_is_named(arguments: tuple[Any, ...], text: str) -> None:
+    """A momentum in the teacher's place, or a state dict in a module's."""
+    with pytest.raises(MisuseError, match=re.escape(text)):
+        MeanTeacher(*arguments)
+
+
+def test_a_teacher_is_saved_under_the_name_of_what_it_is(tmp_path: Path) -> None:
+    """`torch.load` would not read a `.pt` that is a safetensors file."""
+    with pytest.raises(MisuseError, match="does not end with") as caught:
+        MeanTeacher(torch.nn.Linear(2, 2)).save(tmp_path / "t.pt")
+    assert caught.value.hint == f"pass `{tmp_path / 't.safetensors'}`"
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_snapshots_step_is_a_whole_number(student: Student, tmp_path: Path) -> None:

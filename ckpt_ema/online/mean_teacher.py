@@ -101,6 +101,7 @@ class MeanTeacher:
 
         Raises MisuseError for options that make no sense and CkptEmaError where the modules do not fit.
         """
+        _check_modules(student, teacher)
         self._settings = check_settings(
             momentum=momentum,
             half_life=half_life,
@@ -532,7 +533,13 @@ class MeanTeacher:
         """
         if step is not None:
             _check_step(step)
-        return self._write(Path(path), step, is_snapshot=False, dtype=dtype, overwrite=overwrite)
+        path = Path(path)
+        if path.suffix != ".safetensors":
+            raise MisuseError(
+                f"`{path}` does not end with .safetensors, which is what it is written as",
+                hint=f"pass `{path.with_suffix('.safetensors')}`",
+            )
+        return self._write(path, step, is_snapshot=False, dtype=dtype, overwrite=overwrite)
 
     def save_snapshot(self, run: str | os.PathLike[str], step: int) -> Path:
         """Write `RUN/teacher_step_STEP.safetensors`, in full precision, with how it was averaged in its metadata.
@@ -731,6 +738,17 @@ class _AfterStep:
             self.teacher.update()
         finally:
             self.teacher._is_behind_step = False
+
+
+def _check_modules(student: object, teacher: object) -> None:
+    if not isinstance(student, torch.nn.Module):
+        raise MisuseError(f"the student is a {type(student).__name__}, and must be a torch.nn.Module")
+    if isinstance(teacher, (int, float)):
+        raise MisuseError(
+            f"the teacher is {teacher!r}, and must be a torch.nn.Module", hint=f"pass `momentum={teacher}`"
+        )
+    if teacher is not None and not isinstance(teacher, torch.nn.Module):
+        raise MisuseError(f"the teacher is a {type(teacher).__name__}, and must be a torch.nn.Module")
 
 
 def _check_step(step: object) -> None:
