@@ -123,7 +123,7 @@ class Block:
 
     @property
     def end_position(self) -> int:
-        """Behind its last byte there."""
+        """After its last byte there."""
         return self.lane.begin + self.end * self.lane.dtype.itemsize
 
 
@@ -208,7 +208,7 @@ def accumulate_dtype(student_dtype: DType, accumulate: Accumulate) -> DType:
         if student_dtype.itemsize == 1:
             raise MisuseError(
                 f"`--accumulate student` is impossible for {student_dtype}: torch has no arithmetic in it",
-                hint="leave `--accumulate` away to accumulate in float32",
+                hint="omit `--accumulate` to accumulate in float32",
             )
         return student_dtype
     if student_dtype.kind == "complex":

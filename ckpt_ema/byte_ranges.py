@@ -57,7 +57,7 @@ class TensorRange(NamedTuple):
     """Absolute offset of the first element's first byte."""
 
     end: int
-    """Offset behind the last byte that belongs to the tensor; `[begin, end)` is the span that strides reach."""
+    """Offset after the last byte that belongs to the tensor; `[begin, end)` is the span that strides reach."""
 
 
 class InputFile(Protocol):
@@ -230,7 +230,7 @@ def is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
 
 
 def span_elements(shape: tuple[int, ...], strides: tuple[int, ...] | None) -> int:
-    """Elements from the first to behind the last one that a tensor with these strides touches."""
+    """Elements from the first to after the last one that a tensor with these strides touches."""
     if strides is None:
         return count_elements(shape)
     if 0 in shape:

@@ -63,10 +63,10 @@ class Weighed:
     """The training step from which an interval counts, where no first checkpoint tells."""
 
     goes_on: bool = False
-    """Whether a teacher is gone on with, of which all was said when it was begun."""
+    """Whether a teacher is continued, of which all was said when it was begun."""
 
     past: tuple[PastCheckpoint, ...] = ()
-    """The checkpoints in the teacher that is gone on from."""
+    """The checkpoints in the teacher that is continued."""
 
     copied: frozenset[str] = frozenset()
     """The tensors of that teacher that are no average."""
@@ -92,7 +92,7 @@ def weigh(checkpoints: Sequence[Checkpoint], options: FoldOptions, beginning: Be
     """
     if options.coefficients is not None:
         if options.interval > 1:
-            raise MisuseError("`--interval` has no meaning for coefficients given by hand", hint="leave it away")
+            raise MisuseError("`--interval` has no meaning for coefficients given by hand", hint="omit it")
         return _by_hand(checkpoints, options.coefficients)
     if beginning is None:
         return _per_step(checkpoints, options) if options.per_step else _per_checkpoint(checkpoints, options)
@@ -241,7 +241,7 @@ def training_steps(checkpoints: Sequence[Checkpoint], options: FoldOptions) -> t
         raise CkptEmaError(
             "training steps are needed, and not all checkpoints have a known one",
             details=unknown,
-            hint=None if is_reconstruction else "leave `--per step` away, and pass `--momentum` per checkpoint",
+            hint=None if is_reconstruction else "omit `--per step`, and pass `--momentum` per checkpoint",
         )
     numbers = [item.step for item in checkpoints if item.step is not None]
     for older, newer in itertools.pairwise(checkpoints):
@@ -254,13 +254,11 @@ def training_steps(checkpoints: Sequence[Checkpoint], options: FoldOptions) -> t
     if unit == "date":
         raise CkptEmaError(
             f"the checkpoints know dates only ({numbers[0]} to {numbers[-1]})",
-            hint=None if is_reconstruction else "leave `--per step` away, and pass `--momentum` per checkpoint",
+            hint=None if is_reconstruction else "omit `--per step`, and pass `--momentum` per checkpoint",
         )
     if options.steps_per_epoch is not None:
         if unit == "step":
-            raise MisuseError(
-                "`--steps-per-epoch` has no use here: the checkpoints know their steps", hint="leave it away"
-            )
+            raise MisuseError("`--steps-per-epoch` has no use here: the checkpoints know their steps", hint="omit it")
         return [number * options.steps_per_epoch for number in numbers], []
     if unit == "epoch":
         raise CkptEmaError(

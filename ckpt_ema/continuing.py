@@ -38,7 +38,7 @@ class Newer:
 
 @dataclass(frozen=True, slots=True)
 class Inherited:
-    """How a teacher is gone on with."""
+    """How a teacher is continued."""
 
     options: FoldOptions
     notes: list[str]
@@ -143,7 +143,7 @@ class Beginning:
     def inherit(self, options: FoldOptions) -> Inherited:
         """`options`, with how the teacher was made and of what where they say nothing of it.
 
-        Raises MisuseError or CkptEmaError where that cannot be gone on with.
+        Raises MisuseError or CkptEmaError where that cannot be continued.
         """
         if unreadable := [name for name in self.record.unreadable if name in RULE_KEYS]:
             raise CkptEmaError(f"`{self.path}` says of itself what cannot be: {self.record.shown(unreadable[0])}")
@@ -190,7 +190,7 @@ class Beginning:
             if record.profile == "ema" or is_asked:
                 return options, [], [], False
             what = f"`{self.label}` is of profile {record.profile}"
-            return options, [], [f"{what}, and goes on as an exponential moving average"], False
+            return options, [], [f"{what}, and continues as an exponential moving average"], False
         if record.is_online and record.step is None and not is_asked:
             raise MisuseError(
                 f"`{self.label}` does not say of which step it is, so what is newer cannot be told",
@@ -200,14 +200,14 @@ class Beginning:
         if record.is_online and not record.has_begun and not is_asked:
             raise CkptEmaError(
                 f"`{self.label}` is of before its first update, which copies the student",
-                hint="fold the checkpoints behind that, without `--init`",
+                hint="fold the checkpoints after that, without `--init`",
             )
         given = {"momentum": record.momentum, "half_life": record.half_life}
         made: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         warnings = []
         if record.skip_buffers is not options.skip_buffers:
             flag = "--no-skip-buffers" if options.skip_buffers else "--skip-buffers"
-            warnings.append(f"`{self.label}` was made with `{flag}`, and goes on without")
+            warnings.append(f"`{self.label}` was made with `{flag}`, and continues without")
         options = self._with_treatment(options)
         counting: dict[str, Any] = {"per": per, "interval": record.interval}
         if per == "step":
@@ -217,7 +217,7 @@ class Beginning:
             is_other = any(asked[name] not in (None, value) for name, value in made.items())
             is_other = is_other or options.per_step != (per == "step")
             if is_other:
-                warnings.append(f"`{self.label}` was made with {_told(made, counting)}, and goes on with another rule")
+                warnings.append(f"`{self.label}` was made with {_told(made, counting)}, and continues by another rule")
             return options, [], warnings, is_other
         for name, default in (("interval", 1), ("between", None), ("steps_per_epoch", None)):
             if getattr(options, name) != default:
@@ -227,7 +227,7 @@ class Beginning:
         except MisuseError as error:
             raise self._impossible(error) from None
         written = "" if inherited.dtype == "student" else f", in {inherited.dtype}"
-        return inherited, [f"goes on as `{self.label}` was made: {_told(made, counting)}{written}"], warnings, False
+        return inherited, [f"continues as `{self.label}` was made: {_told(made, counting)}{written}"], warnings, False
 
     def _with_treatment(self, options: FoldOptions) -> FoldOptions:
         """`options`, with what was copied on request and how wide it was made where they say nothing of that."""

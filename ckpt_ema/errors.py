@@ -50,7 +50,7 @@ class NoUpdateError(NoCheckpointError):
 
 
 class LostWorkError(CkptEmaError):
-    """What an unfinished fold had done is gone: it cannot be gone on with."""
+    """What an unfinished fold had done is gone: it cannot be continued."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message, hint=BEGIN_ANEW)

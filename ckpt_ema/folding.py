@@ -70,7 +70,7 @@ def fold(
 
     Raises CkptEmaError; then nothing was written and an existing teacher is untouched. Of several teachers each
     appears whole or not at all, one after the other when all are finished. What a fold had done when it was killed,
-    or failed after ten seconds or more, stays under hidden names beside its output; `resume=True` goes on with it.
+    or failed after ten seconds or more, stays under hidden names beside its output; `resume=True` continues it.
     """
     with ranks or Ranks() as place:  # a rank that cannot plan must tell the others
         return _carry_out(plan(run, output, **options), progress, announce, place)

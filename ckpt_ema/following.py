@@ -88,7 +88,7 @@ def follow(
     """Fold each checkpoint of a run that is still training as soon as it is finished; the trainer may delete it then.
 
     `output` as in `fold`, of which `options` are, for one exponential moving average. The teacher there is whole at
-    every moment, and is gone on with where it exists: a restart goes on where the last one ended. Written in the
+    every moment, and is continued where it exists: a restart continues where the last one ended. Written in the
     students' dtype, or float32 where that has fewer bits, so that nothing is rounded on the way; with `dtype` in that.
 
     Ends when `stop` is set, after a last look; once `until_step` is folded, or passed by the run; after `idle_seconds`
@@ -108,9 +108,9 @@ def follow(
         if getattr(wanted, name) is not None:
             raise MisuseError(f"`--{name.replace('_bytes', '').replace('_', '-')}` has no meaning while following")
     if wanted.interval > 1 and not wanted.per_step:
-        raise MisuseError("`--interval` counts checkpoints, of which some may be missed", hint="leave it away")
+        raise MisuseError("`--interval` counts checkpoints, of which some may be missed", hint="omit it")
     if wanted.output_format != "safetensors":
-        raise MisuseError(f"`--output-format {wanted.output_format}` is not replaced in one step", hint="leave it away")
+        raise MisuseError(f"`--output-format {wanted.output_format}` is not replaced in one step", hint="omit it")
     path = as_path(run)
     if isinstance(path, RemotePath):
         raise MisuseError(
@@ -146,7 +146,7 @@ class _Follower:
 
     earlier: Path | None = None
     earlier_step: int | None = None
-    """A teacher that was there at the beginning, which is gone on with where it is `target`."""
+    """A teacher that was there at the beginning, which is continued where it is `target`."""
 
     done: dict[Path, Signature] = field(default_factory=dict)
     """What is not to be read again, unless it is written again."""
@@ -319,16 +319,14 @@ class _Follower:
             self._tell_of_momentum()
             return
         inherited = beginning.inherit(self.options)
-        foreign: Sequence[str] = []
+        if not beginning.past:
+            raise CkptEmaError(f"`{self.target}` does not say what it was folded from", hint="pass another `--output`")
         with contextlib.suppress(NoCheckpointError):  # nothing is newer, yet
-            foreign = beginning.newer_of(found.checkpoints).warnings
-        if not beginning.past or foreign:
-            raise CkptEmaError(
-                (*foreign, f"`{self.target}` does not say what it was folded from")[0], hint="pass another `--output`"
-            )
+            for foreign in beginning.newer_of(found.checkpoints).warnings:
+                raise CkptEmaError(foreign, hint="pass another `--output`")
         if inherited.warnings:
             given = [f"`--{name.replace('_', '-')}`" for name in inherited.clashing]
-            leave = f"leave {' and '.join(given)} away to go on with it, or " if given else ""
+            leave = f"omit {' and '.join(given)} to continue it, or " if given else ""
             raise CkptEmaError(
                 f"`{self.target}` is the teacher of other options",
                 details=inherited.warnings,

@@ -152,7 +152,7 @@ class FoldOptions:
                 option = name if name == "num_threads" else f"--{name.replace('_', '-')}"  # no option of the command
                 raise MisuseError(f"`{option}` is {value}, and must be 1 or more, below 2**53")
         if self.from_step is not None and self.until_step is not None and self.from_step > self.until_step:
-            raise MisuseError(f"`--from {self.from_step}` lies behind `--until {self.until_step}`")
+            raise MisuseError(f"`--from {self.from_step}` lies after `--until {self.until_step}`")
         for name in ("skip_buffers", "overwrite", "resume"):
             if not isinstance(getattr(self, name), bool):
                 raise MisuseError(f"`{name}` is {getattr(self, name)!r}, and must be True or False")
@@ -202,22 +202,22 @@ class FoldOptions:
         if self.sigma_rel is not None and not wants_sigma:
             raise MisuseError("`--sigma-rel` is the width of a power profile", hint="pass `--profile power` too")
         if self.profile != "ema" and (self.momentum is not None or self.half_life is not None):
-            raise MisuseError(f"`--profile {self.profile}` has no momentum", hint="leave one of them away")
+            raise MisuseError(f"`--profile {self.profile}` has no momentum", hint="omit one of them")
         if self.coefficients is not None and self.profile != "ema":
             raise MisuseError(f"`--coefficients` and `--profile {self.profile}` say different things")
         if self.per == "checkpoint" and (self.half_life is not None or wants_sigma):
             what = "a power profile" if wants_sigma else "`--half-life`"
-            raise MisuseError(f"{what} counts steps, not checkpoints", hint="leave `--per checkpoint` away")
+            raise MisuseError(f"{what} counts steps, not checkpoints", hint="omit `--per checkpoint`")
         if self.per == "step" and (self.profile == "minus-sqrt" or self.coefficients is not None):
             what = "`--coefficients`" if self.coefficients is not None else "`--profile minus-sqrt`"
-            raise MisuseError(f"{what} counts checkpoints, not steps", hint="leave `--per step` away")
+            raise MisuseError(f"{what} counts checkpoints, not steps", hint="omit `--per step`")
         if self.per_step and self.interval > 1 and self.profile != "ema":
             raise MisuseError(f"`--interval` has no meaning for `--profile {self.profile}` per step")
         if not self.per_step and (self.between is not None or self.steps_per_epoch is not None):
             option = "--between" if self.between is not None else "--steps-per-epoch"
             raise MisuseError(f"`{option}` has no meaning where checkpoints are counted", hint="pass `--per step` too")
         if self.init is not None and (self.profile != "ema" or self.coefficients is not None):
-            raise MisuseError("`--init` goes on with an exponential moving average only")
+            raise MisuseError("`--init` continues an exponential moving average only")
 
     @property
     def per_step(self) -> bool:
@@ -248,7 +248,7 @@ class ReconstructOptions(FoldOptions):
 
     averages: Mapping[str, str] = field(default_factory=dict)
     """Files of other tools that hold averages, by a pattern of their names: `power:SIGMA_REL` or `ema:MOMENTUM`, begun
-    with training; `:EVERY` behind it where it was updated every so many steps (ema-pytorch's `update_every`)."""
+    with training; `:EVERY` after it where it was updated every so many steps (ema-pytorch's `update_every`)."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.averages, Mapping):
@@ -263,7 +263,7 @@ class ReconstructOptions(FoldOptions):
         for name in ("per", "between", "init", "coefficients"):
             if getattr(self, name) is not None:
                 raise MisuseError(
-                    f"`--{name}` says how to weigh checkpoints, which a reconstruction works out", hint="leave it away"
+                    f"`--{name}` says how to weigh checkpoints, which a reconstruction works out", hint="omit it"
                 )
         if self.profile == "minus-sqrt":
             raise MisuseError("`--profile minus-sqrt` counts checkpoints, and is no average over training")

@@ -45,7 +45,7 @@ LARGEST_NEWEST_SHARE = 0.9
 """Of a teacher by steps; what is nearly its newest checkpoint is no average."""
 
 ROUNDED = "was rounded to"
-"""In the warning of what a teacher that is gone on with has lost."""
+"""In the warning of what a teacher that is continued has lost."""
 
 
 def plan_fold(run: PathLike | Sequence[PathLike], output: PathLike | None, wanted: FoldOptions) -> FoldPlan:
@@ -95,11 +95,11 @@ def _cut_off(found: Run, wanted: FoldOptions, beginning: Beginning) -> NoCheckpo
     if late:
         which = f"up to {unit} {wanted.until_step}"
         first = min((step for name in late if (step := steps[name]) is not None), default=None)
-        hint = f"pass `--until {first}`, or leave it away" if first is not None else "leave `--until` away"
+        hint = f"pass `--until {first}`, or omit it" if first is not None else "omit `--until`"
     elif unselected:
         given = {"--include": wanted.include, "--exclude": wanted.exclude}
         which = "that is selected"
-        hint = f"leave {' and '.join(f'`{name}`' for name, patterns in given.items() if patterns)} away"
+        hint = f"omit {' and '.join(f'`{name}`' for name, patterns in given.items() if patterns)}"
     else:
         return None
     return NoCheckpointError(
@@ -271,7 +271,7 @@ def _average_layout(path: Path, tensors: Sequence[TeacherTensor], pool: SchemaPo
         if wanted.init is not None:
             hint = "pass a teacher of the same model with `--init`"
         elif not wanted.skip_buffers and all(line.endswith(f": missing in `{path.name}`") for line in differences):
-            hint = "leave `--no-skip-buffers` away: these are buffers, which the online teacher did not average"
+            hint = "omit `--no-skip-buffers`: these are buffers, which the online teacher did not average"
         raise CkptEmaError(
             f"{counted(len(differences), 'difference')} between the tensors of `{path.name}` and the students'",
             details=differences,
@@ -365,7 +365,7 @@ def _lacking(newest: Checkpoint) -> Iterator[str]:
 
 
 def _treated_otherwise(weighed: Weighed, tensors: Sequence[TeacherTensor]) -> Iterator[str]:
-    """Tensors of a teacher that is gone on with which were averaged so far and are copied now, or the other way."""
+    """Tensors of a teacher that is continued which were averaged so far and are copied now, or the other way."""
     if not weighed.past:
         return
     copied = {tensor.name for tensor in tensors if tensor.action == "copy"}
@@ -382,7 +382,7 @@ def _treated_otherwise(weighed: Weighed, tensors: Sequence[TeacherTensor]) -> It
 def _rounding_dtypes(
     weighed: Weighed, layouts: Sequence[Layout], tensors: Sequence[TeacherTensor], options: FoldOptions
 ) -> list[tuple[DType, DType, DType]]:
-    """Of each tensor that was rounded in the teacher that is gone on with the student's dtype, that one, the fold's."""
+    """Of each tensor that was rounded in the teacher that is continued the student's dtype, that one, the fold's."""
     if not weighed.past:
         return []
     dtypes = [
@@ -398,7 +398,7 @@ def _rounding_dtypes(
 
 
 def _rounded(weighed: Weighed, rounding: Sequence[tuple[DType, DType, DType]]) -> Iterator[str]:
-    """What a teacher that is gone on with has lost since it was folded."""
+    """What a teacher that is continued has lost since it was folded."""
     if rounding:
         dtypes = " and ".join(sorted({stored.name for _, stored, _ in rounding}))
         hint = "; `--dtype float32` keeps all digits" if all(folded.itemsize <= 4 for _, _, folded in rounding) else ""

@@ -94,17 +94,17 @@ class FoldPlan:
     """Those that take part, oldest first; in a reconstruction the one that buffers come from is last."""
 
     past: tuple[PastCheckpoint, ...]
-    """Those that the initial teacher was folded from, where this fold goes on with the same run."""
+    """Those that the initial teacher was folded from, where this fold continues with the same run."""
 
     rules_of_past: tuple[Mapping[str, Any], ...]
     """How these entered it, as its record says, oldest first."""
 
     rounded_to: Mapping[tuple[str, str], float]
-    """Of students' dtypes, those that the teacher gone on from was rounded to, or those before it; with the share in it
+    """Of students' dtypes, those that the continued teacher was rounded to, or those before it; with the share in it
     of what was rounded so."""
 
     parts: int
-    """In how many folds the teachers are made, those counted that cost last digits: the one gone on from was rounded,
+    """In how many folds the teachers are made, those counted that cost last digits: the continued one was rounded,
     or straight lines lead from its checkpoints to these. With 1 the bits are those of one fold."""
 
     averages: tuple[FoldedCheckpoint, ...]

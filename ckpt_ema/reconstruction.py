@@ -163,7 +163,7 @@ def _check_patterns(found: Run, wanted: ReconstructOptions) -> None:
 
 
 def _nearest_checkpoint(stored: Sequence[Stored], end: int) -> Stored:
-    """Where what is not averaged comes from: the newest student up to the target's step, else the first behind it.
+    """Where what is not averaged comes from: the newest student up to the target's step, else the first after it.
 
     An average serves where no student is stored.
     """
@@ -189,7 +189,7 @@ def _end_of_target(stored: Sequence[Stored], at: int | None, start: int, last: i
     if end > last:
         raise CkptEmaError(
             f"a teacher of step {end} cannot be made: what is stored ends at step {last}",
-            hint=f"pass `--at {last}`, or leave it away",
+            hint=f"pass `--at {last}`, or omit it",
         )
     if end == start:
         what = f"a teacher of step {end} would be the student of that step: it begins there"

@@ -127,7 +127,7 @@ def read_range(url: str, begin: int, end: int) -> bytes:
     try:
         content = _ask(lambda: filesystem.cat_file(path, start=begin, end=end, **options), where)
     except CkptEmaError:
-        # A store may refuse a range behind the end rather than answer with nothing.
+        # A store may refuse a range after the end rather than answer with nothing.
         filesystem.invalidate_cache()
         if begin >= int(_ask(lambda: filesystem.info(path), where).get("size") or 0):
             return b""

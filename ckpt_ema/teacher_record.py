@@ -80,7 +80,7 @@ class TeacherRecord:
     between: str | None = None
     steps_per_epoch: int | None = None
     earlier_rules: tuple[Mapping[str, Any], ...] = ()
-    """The rules by which it was begun, where it was gone on with by others; entries of RULE_KEYS, oldest first."""
+    """The rules by which it was begun, where it was continued by others; entries of RULE_KEYS, oldest first."""
 
     skip_buffers: bool | None = None
     accumulate: Accumulate | None = None

@@ -345,7 +345,7 @@ def _hint_of_rounding(planned: FoldPlan) -> str | None:
     ):
         return None
     return (
-        "a teacher that was gone on with (`--init`, `follow`) was rounded each time, and is only near the fold of all"
+        "a teacher that was continued (`--init`, `follow`) was rounded each time, and is only near the fold of all"
         " at once: fold again, and `ckpt-ema compare` the two"
     )
 

@@ -57,14 +57,14 @@ def test_what_is_newer_and_was_left_out_is_not_taken_for_part_of_the_teacher(tmp
     assert shown.code == 1
     assert "nothing up to step 200 is newer than `t.safetensors`, which is of step 300" in shown.stderr
     assert "step_600.safetensors: after step 200" in shown.stderr
-    assert "hint: pass `--until 400`, or leave it away" in shown.stderr
+    assert "hint: pass `--until 400`, or omit it" in shown.stderr
     assert cli(*words, "--from", 100, "--until", 400).code == 0
     for by_name in (["--exclude", "*[456]00*"], ["--include", "*[123]00*"]):
         shown = cli(*words, *by_name)
         assert shown.code == 1
         assert "nothing that is selected is newer than `t.safetensors`, which is of step 300" in shown.stderr
         assert "step_400.safetensors: not selected by name" in shown.stderr
-        assert f"hint: leave `{by_name[0]}` away" in shown.stderr
+        assert f"hint: omit `{by_name[0]}`" in shown.stderr
     assert cli(*words).code == 0
 
 
@@ -216,7 +216,7 @@ def test_an_average_of_another_kind_is_told(tmp_path: Path) -> None:
     save_students(run, 3)
     on = quiet_fold(run, tmp_path / "u.safetensors", init=tmp_path / "t.safetensors")
     assert any(
-        "is of profile uniform, and goes on as an exponential moving average" in text for text in on.plan.warnings
+        "is of profile uniform, and continues as an exponential moving average" in text for text in on.plan.warnings
     )
     assert record_of(on.output)["initial_teacher"] == "t.safetensors"
     with pytest.raises(CkptEmaError, match="is of profile uniform"):
@@ -264,9 +264,9 @@ def test_another_rule_is_said(tmp_path: Path) -> None:
     quiet_fold(run, tmp_path / "t.safetensors", momentum=0.1)
     save_students(run, 4)
     planned = ckpt_ema.plan(run, tmp_path / "u.safetensors", init=tmp_path / "t.safetensors", momentum=0.2)
-    assert any("momentum 0.1 per checkpoint, and goes on with another rule" in text for text in planned.warnings)
+    assert any("momentum 0.1 per checkpoint, and continues by another rule" in text for text in planned.warnings)
     planned = ckpt_ema.plan(run, tmp_path / "u.safetensors", init=tmp_path / "t.safetensors", skip_buffers=False)
-    assert any("was made with `--skip-buffers`, and goes on without" in text for text in planned.warnings)
+    assert any("was made with `--skip-buffers`, and continues without" in text for text in planned.warnings)
     planned = ckpt_ema.plan(run, tmp_path / "u.safetensors", init=tmp_path / "t.safetensors", buffers=["fc.*"])
     assert "`fc.bias` and 1 more: averaged in `t.safetensors`, copied from now on" in planned.warnings
     quiet_fold(run, tmp_path / "c.safetensors", momentum=0.1, until_step=300, buffers=["fc.*"])
@@ -344,7 +344,7 @@ def test_an_online_teacher_goes_on_by_its_own_rule_from_its_own_step(
         ckpt_ema.plan(run, tmp_path / "t.safetensors", init=snapshots[13])
     with pytest.raises(CkptEmaError, match="nothing up to step") as cut_off:
         ckpt_ema.plan(run, tmp_path / "t.safetensors", init=snapshots[begin], until_step=named + begin)
-    assert cut_off.value.hint == f"pass `--until {named + begin + 1}`, or leave it away"
+    assert cut_off.value.hint == f"pass `--until {named + begin + 1}`, or omit it"
     asked = ckpt_ema.plan(run, tmp_path / "t.safetensors", init=snapshots[begin], momentum=0.1)
     assert [item.step for item in asked.checkpoints] == list(range(named + begin + 1, named + 14))
 
@@ -442,7 +442,7 @@ def test_what_was_left_out_on_purpose_and_is_not_newer_is_no_reason(tmp_path: Pa
         ckpt_ema.plan(run, tmp_path / "u.safetensors", init=output, **options)
     with pytest.raises(CkptEmaError, match="nothing that is selected is newer") as caught:
         ckpt_ema.plan(save_more(run), tmp_path / "u.safetensors", init=output, exclude=("best*", "step_400*"))
-    assert caught.value.hint == "leave `--exclude` away"
+    assert caught.value.hint == "omit `--exclude`"
 
 
 def save_more(run: Path) -> Path:
@@ -456,7 +456,7 @@ def test_what_differs_from_an_online_teachers_own_rule_is_taken_or_said(tmp_path
     run, output = tmp_path / "run", tmp_path / "t.safetensors"
     snapshots = online_run(run, interval=3, skip_buffers=False)
     planned = ckpt_ema.plan(run, output, init=snapshots[4])
-    assert any("was made with `--no-skip-buffers`, and goes on without" in text for text in planned.warnings)
+    assert any("was made with `--no-skip-buffers`, and continues without" in text for text in planned.warnings)
     planned = ckpt_ema.plan(run, output, init=snapshots[4], interval=2, skip_buffers=False)
     assert (planned.options.interval, planned.warnings) == (2, ())
     planned = ckpt_ema.plan(run, output, init=snapshots[4], momentum=0.1, skip_buffers=False)
@@ -553,7 +553,7 @@ def test_another_part_of_each_checkpoint_is_told(tmp_path: Path) -> None:
     assert plan.newest.state_key == "model"
     with pytest.raises(CkptEmaError, match="is the teacher of other options") as caught:
         ckpt_ema.follow(run, begun, state="model_ema", until_step=3, poll_seconds=0.01)
-    assert caught.value.hint == "leave `--state` away to go on with it, or pass another `--output`"
+    assert caught.value.hint == "omit `--state` to continue it, or pass another `--output`"
 
 
 def train(run: Path, saved: Collection[int], **options: Any) -> ckpt_ema.MeanTeacher:
@@ -639,7 +639,7 @@ def save_walk(run: Path, names: dict[str, int]) -> None:
 
 
 def test_a_reconstructions_interval_counts_from_where_it_began(tmp_path: Path) -> None:
-    """Not from the first student that has a share in it; also where what goes on from it is gone on with."""
+    """Not from the first student that has a share in it; also where what goes on from it is continued."""
     run = tmp_path / "run"
     save_walk(run, {f"step_{step}.pt": 10 for step in range(0, 1001, 10)})
     made = ckpt_ema.reconstruct(

@@ -258,7 +258,7 @@ def test_a_restart_goes_on_where_it_was_left(tmp_path: Path) -> None:
         following.wait("step_300.safetensors to step_400.safetensors folded")
         assert following.end().num_folded == 2
     assert_same_bits(load_file(run / "teacher.safetensors"), hook_teacher(students, 0.1, BUFFERS))
-    with pytest.raises(CkptEmaError, match="with another rule"):
+    with pytest.raises(CkptEmaError, match="by another rule"):
         ckpt_ema.follow(run, momentum=0.2, idle_seconds=0.1, poll_seconds=0.01)
 
 

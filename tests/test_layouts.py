@@ -2012,8 +2012,8 @@ def test_a_prefix_that_no_name_has_lists_those_there_are(run: Path) -> None:
 @pytest.mark.parametrize(
     ("names", "hint"),
     [
-        (["w"], "leave `--prefix` away"),
-        (["w", ".x"], "leave `--prefix` away"),
+        (["w"], "omit `--prefix`"),
+        (["w", ".x"], "omit `--prefix`"),
         (["a", "head.weight"], "pass `--prefix head.`"),
         (["my head.weight"], "pass `--prefix 'my head.'`"),
     ],

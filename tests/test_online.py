@@ -907,7 +907,7 @@ def test_a_state_that_does_not_fit_changes_nothing(student: Student) -> None:
 def test_a_state_of_another_momentum_is_taken_with_a_warning(student: Student) -> None:
     """The constructor's configuration holds; a silent change would be found out weeks later."""
     state = MeanTeacher(student, momentum=0.2).state_dict()
-    with pytest.warns(UserWarning, match=r"made with momentum=0.2, and goes on with 0.1") as caught:
+    with pytest.warns(UserWarning, match=r"made with momentum=0.2, and continues with 0.1") as caught:
         MeanTeacher(student, momentum=0.1).load_state_dict(state)
     assert caught[0].filename == __file__
     student = student.to(torch.bfloat16)
@@ -1345,7 +1345,7 @@ def test_a_state_is_loaded_whole_or_not_at_all(tmp_path: Path) -> None:
         assert_same_states(other.state_dict(), before)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with pytest.raises(UserWarning, match=r"goes on with 0\.2"):
+        with pytest.raises(UserWarning, match=r"continues with 0\.2"):
             other.load_state_dict(state)
     assert other.num_steps == 4
     assert_same_states(other.state_dict()["tensors"], state["tensors"])

@@ -350,7 +350,7 @@ def test_coefficients_that_make_no_sense_are_refused(run: Path, tmp_path: Path, 
         ({"steps_per_epoch": 5}, "`--steps-per-epoch` has no meaning"),
         ({"steps_per_epoch": 5, "per": "step"}, "the checkpoints know their steps"),
         ({"per": "batch"}, "must be one of checkpoint, step"),
-        ({"profile": "uniform", "init": "t.safetensors"}, "goes on with an exponential moving average only"),
+        ({"profile": "uniform", "init": "t.safetensors"}, "continues an exponential moving average only"),
     ],
 )
 def test_options_that_contradict_each_other_are_misuse(run: Path, options: dict[str, Any], message: str) -> None:

@@ -599,7 +599,7 @@ def test_buffers_that_no_snapshot_has_are_named_as_the_cause(
     run, _ = walks["even"]
     with pytest.raises(CkptEmaError, match="running_mean: missing in") as caught:
         ckpt_ema.plan_reconstruction(run, tmp_path / "t.safetensors", momentum=0.01, skip_buffers=False)
-    assert str(caught.value.hint).startswith("leave `--no-skip-buffers` away")
+    assert str(caught.value.hint).startswith("omit `--no-skip-buffers`")
 
 
 def rename_to_epochs(source: Path, run: Path) -> None:

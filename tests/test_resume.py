@@ -313,7 +313,7 @@ def assert_asks(run: Path, output: Path) -> None:
     for _ in range(2):
         with pytest.raises(CkptEmaError, match=r"an unfinished fold into .* is there, \d+% done") as caught:
             quiet_fold(run, output)
-        assert caught.value.hint == "pass `--resume` to go on with it, or `--overwrite` to begin anew"
+        assert caught.value.hint == "pass `--resume` to continue it, or `--overwrite` to begin anew"
 
 
 def test_hours_of_work_are_not_thrown_away_unasked(
@@ -541,7 +541,7 @@ def test_an_empty_folder_is_gone_on_with_as_well(long_students: Path, tmp_path: 
 def test_a_fold_that_was_killed_when_all_was_done_is_over(
     long_students: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its journal may be left; nobody is asked to go on with it, least of all a fold that began from its own output."""
+    """Its journal may be left; nobody is asked to continue it, least of all a fold that began from its own output."""
     path = tmp_path / "t.safetensors"
     quiet_fold(long_students, path, until_step=200)
 

@@ -535,7 +535,7 @@ def test_states_with_and_without_tracks(tmp_path: Path) -> None:
         plain.update()
     teacher = MeanTeacher(student, snapshots=Snapshots(tmp_path, every=5))
     teacher.update()
-    with pytest.warns(UserWarning, match="begin anew behind step 3") as caught:
+    with pytest.warns(UserWarning, match="begin anew after step 3") as caught:
         teacher.load_state_dict(plain.state_dict())
     assert caught[0].filename == __file__
     for _ in walk(student, 2, first=4):

@@ -400,7 +400,7 @@ def test_a_sub_model_that_began_with_another_teacher_fits_its_run(tmp_path: Path
 
 
 def test_a_teacher_in_parts_is_recomputed_as_one(tmp_path: Path) -> None:
-    """Folded, then gone on with: its record has all checkpoints, and they make its bits."""
+    """Folded, then continued: its record has all checkpoints, and they make its bits."""
     save_students(tmp_path / "run", 2)
     quiet_fold(tmp_path / "run", tmp_path / "t.safetensors", momentum=0.3)
     save_students(tmp_path / "run", 5)

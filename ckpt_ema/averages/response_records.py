@@ -33,7 +33,7 @@ def read_response(record: Any) -> Response | None:
         return Power(gamma, start, end) if 0 <= gamma < MAX_GAMMA and start < end else None
     if record.get("kind") == "ema":
         momentum, interval = _number(record.get("momentum")), record.get("interval", 1)
-        # Behind the last update lies no step that has a share.
+        # After the last update lies no step that has a share.
         if 0 < momentum < 1 and type(interval) is int and 0 < interval < MAX_COUNT and (end - start) % interval == 0:
             return Ema(momentum, start, end, interval)
     return None

@@ -31,7 +31,7 @@ class Response(Protocol):
 
     @property
     def end(self) -> int:
-        """P(s) is 0 behind."""
+        """P(s) is 0 after it."""
 
     def inner_tail(self, step: Any) -> Any:
         """P(s) for start < s <= end; `step` is a number or a torch tensor of any shape, in float64."""
@@ -149,7 +149,7 @@ def _log_gamma(x: Any) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Uniform:
-    """The mean over the steps behind `start` up to `end`."""
+    """The mean over the steps after `start` up to `end`."""
 
     start: int
     end: int
@@ -179,7 +179,7 @@ def declared_response(name: str, text: str, end: int) -> Response:
         if kind == "power":
             return SteppedPower(gamma_of(value), 1 + max(0, end - 1) // every * every, every)
     raise MisuseError(
-        f"`{name}` is said to be {text!r}, and must be power:SIGMA_REL or ema:MOMENTUM, with :EVERY behind it where"
+        f"`{name}` is said to be {text!r}, and must be power:SIGMA_REL or ema:MOMENTUM, with :EVERY after it where"
         " it was updated every so many steps only (of powers: ema-pytorch's `update_every`)",
         hint=f"pass for example `--average {quoted(f'{name}=power:0.1')}`",
     )

@@ -319,5 +319,5 @@ def _warn(planned: FoldPlan) -> None:
         tell(f"Warning: {text}")
     if planned.mended_options:
         command, *words = click.get_current_context().find_root().obj
-        # Behind the command's name: behind `--` an option would be a path.
+        # After the command's name: after `--` an option would be a path.
         tell(f"hint: {shlex.join(['ckpt-ema', command, *planned.mended_options, *words])}")

@@ -111,7 +111,7 @@ def reconstruct_options(command: Command) -> Command:
             "averages",
             multiple=True,
             metavar="GLOB=WHAT",
-            help="Averages of other tools: '0.*.pt=power:0.05' or 'ema_*=ema:0.001', :N behind it where updated every"
+            help="Averages of other tools: '0.*.pt=power:0.05' or 'ema_*=ema:0.001', :N after it where updated every"
             " N steps (powers: as ema-pytorch's update_every); repeatable.",
         ),
         "plan": click.option("--plan", "only_plans", is_flag=True, help="Show what would be done; read no tensor."),
@@ -163,7 +163,7 @@ def follow_options(command: Command) -> Command:
 
 
 def _with_options(command: Command, changed: dict[str, Option | None]) -> Command:
-    """Add a fold's options by name; `changed` ones in their place, or left away, or behind them."""
+    """Add a fold's options by name; `changed` ones in their place, or left out, or after them."""
     options: dict[str, Option | None] = {
         "run": click.argument("run", nargs=-1, required=True, type=GivenPath()),
         "output": click.option(

@@ -229,7 +229,7 @@ def update_all_(pairs: Sequence[Pair], keep: float, take: float, *, lerp: bool) 
     """Update what kernels serve of every pair, in torch's own threads; what is left to torch's calls comes back.
 
     As find_kernel's do. Left are other dtypes and devices, tensors that are not just elements without a gap, and of
-    each the elements behind the last whole GRAIN: how torch rounds its last few depends on where they are.
+    each the elements after the last whole GRAIN: how torch rounds its last few depends on where they are.
     """
     in_parallel = _find_torchs_parallel()
     if in_parallel is None:
@@ -292,7 +292,7 @@ def _is_plain(tensor: torch.Tensor) -> bool:
 
 
 def _behind(tensor: torch.Tensor, count: int) -> torch.Tensor:
-    """Its elements behind the first `count` in memory."""
+    """Its elements after the first `count` in memory."""
     return tensor.as_strided((tensor.numel() - count,), (1,), tensor.storage_offset() + count)
 
 
@@ -301,7 +301,7 @@ def _find_torchs_parallel() -> Callable[[int, int, int, int], None] | None:
     """What calls a function of one argument, by their addresses, in so many of torch's threads; None without OpenMP.
 
     It is what GCC makes of `#pragma omp parallel`, and every OpenMP on Linux has it. Threads of our own would have to
-    share the cores with torch's, which look for more to do for milliseconds behind each call of torch's.
+    share the cores with torch's, which look for more to do for milliseconds after each call of torch's.
     """
     # In the order in which the loader looked for torch: a preloaded OpenMP is torch's, too.
     for name in (None, torch._C.__file__):

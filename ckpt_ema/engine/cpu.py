@@ -153,7 +153,7 @@ def _add_kernel(kernels: Kernels, accumulator: DType, student: DType) -> None:
 
 
 def batches(kernels: Sequence[Kernel | None], size: int) -> Iterator[tuple[Kernel | None, list[int]]]:
-    """The inputs behind the first in their order: up to `size` together where one kernel serves them, else each alone.
+    """The inputs after the first in their order: up to `size` together where one kernel serves them, else each alone.
 
     `kernels` are the inputs' own.
     """
@@ -264,7 +264,7 @@ class _BlockFolder:
         if lane.dtype is not lane.accumulate_dtype:
             finished = self._raw
             kernel = self._kernels.get((lane.accumulate_dtype, lane.dtype))
-            # What is behind the last element may be anything; then torch looks at the others alone.
+            # What is after the last element may be anything; then torch looks at the others alone.
             if kernel is not None and kernel.narrow(buffer.address, accumulator.numel(), finished.address):
                 return finished
             target = finished.elements(lane.dtype, accumulator.numel())

@@ -76,7 +76,7 @@ def fold_blocks(
             if not is_lack_of_memory(error):
                 raise _failure(device, error) from error
             reason = first_line(error)
-        # Behind the handler: what was allocated is held by the error until then.
+        # After the handler: what was allocated is held by the error until then.
         _empty_cache()
     if pipeline is None:
         memory = _free_and_total_bytes(device)

@@ -27,7 +27,7 @@ class _TorchThreads:
 
     @contextlib.contextmanager
     def given_back(self) -> Iterator[None]:
-        """Within, `torch.set_num_threads` may be called; behind it torch has as many threads as before.
+        """Within, `torch.set_num_threads` may be called; after it torch has as many threads as before.
 
         Of several at once, as of calls beside training, only the first knows how many that were: what torch is told in
         one thread is what all later ones begin with.
@@ -130,7 +130,7 @@ class Workers:
         return ticket
 
     def dismiss(self) -> None:
-        """Let the threads end behind what was handed out; takes no lock, so that a finalizer may call it."""
+        """Let the threads end after what was handed out; takes no lock, so that a finalizer may call it."""
         self._is_dismissed = True
         for _ in range(self._count):
             self._queue.put(None)

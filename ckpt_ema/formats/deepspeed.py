@@ -3,7 +3,7 @@
 With ZeRO the optimizer holds the weights in float32, cut into partitions: those are the student, since what the model
 trains in is rounded. How partitions make parameters is DeepSpeed's own zero_to_fp32.py: with ZeRO 1 and 2 a group of
 parameters is one long vector, cut into one piece per rank; with ZeRO 3 every parameter is cut, and a rank's pieces of
-all of them lie one behind the other.
+all of them lie one after the other.
 """
 
 from __future__ import annotations
@@ -280,7 +280,7 @@ def _frozen(states: Sequence[_Table], stage: int) -> Iterator[tuple[str, StoredT
 
 
 def _cut(pieces: Sequence[TensorRange], begin: int, end: int) -> list[TensorRange]:
-    """Elements `[begin, end)` of runs that lie one behind the other."""
+    """Elements `[begin, end)` of runs that lie one after the other."""
     runs = []
     position = 0
     for piece in pieces:

@@ -36,7 +36,7 @@ class PickleScan(NamedTuple):
     """What is known of a pickle before it is loaded."""
 
     end: int
-    """Offset behind its STOP."""
+    """Offset after its STOP."""
 
     num_tuples: int
     """How many tuples it builds, at most: each may be nested in the one before it, and needs stack then."""
@@ -357,7 +357,7 @@ class _Scan:
             at = opcodes.find(b"R\x94", behind)
 
     def _pass_rare(self, opcode: int, action: int, position: int) -> int:
-        """Behind the operand of one opcode."""
+        """After the operand of one opcode."""
         content = self.content
         if action in (_PUT, _GET):
             end = position + _INDEX_SIZES[opcode]
@@ -410,7 +410,7 @@ class _Scan:
         return self._remember_name(end) if opcode in _NAMES and end - position <= MAX_NAME_BYTES else end
 
     def _remember_name(self, position: int) -> int:
-        """Behind what stores the text or class before `position` in the memo, where that follows."""
+        """After what stores the text or class before `position` in the memo, where that follows."""
         opcode = self.content[position : position + 1]
         if self.memoizes:
             if opcode != b"\x94":
@@ -493,7 +493,7 @@ class _Scan:
 
 
 def _memo_line(content: bytes, position: int) -> tuple[int, int]:
-    """A memo index written as text, and the offset behind it."""
+    """A memo index written as text, and the offset after it."""
     end = content.find(b"\n", position) + 1
     if end == 0:
         raise IncompletePickleError
@@ -530,7 +530,7 @@ _NEVER_COUNTED = bytes(set(range(256)) - set(_TUPLES + b"\x94"))
 
 
 def _changed_range(one: bytes, other: bytes) -> tuple[int, int]:
-    """The first byte in which two texts of one length differ, and the byte behind the last one."""
+    """The first byte in which two texts of one length differ, and the byte after the last one."""
     changed = int.from_bytes(one, "little") ^ int.from_bytes(other, "little")
     if not changed:
         return len(one), 0
@@ -538,7 +538,7 @@ def _changed_range(one: bytes, other: bytes) -> tuple[int, int]:
 
 
 def _skip_operation(content: bytes, position: int) -> int:
-    """Behind one opcode of a pickle that was scanned, and its operand."""
+    """After one opcode of a pickle that was scanned, and its operand."""
     opcode = content[position]
     action = _ACTIONS[opcode]
     position += 1

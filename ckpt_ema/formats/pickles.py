@@ -147,7 +147,7 @@ class Refusal(NamedTuple):
     """Why the numbers that are stored for a tensor are not its values."""
 
     what: str
-    """What it is, behind the tensor's name."""
+    """What it is, after the tensor's name."""
 
     hint: str | None = None
     """What to do about it."""
@@ -372,7 +372,7 @@ class MetadataUnpickler(pickle.Unpickler):
 
     def __init__(self, content: bytes) -> None:
         # Within one frame, so that all of it is read at once. In portions, as other frames in it or none at all would
-        # have it, an operand that a frame's end cuts is read from behind that end: not what was scanned. And each
+        # have it, an operand that a frame's end cuts is read from after that end: not what was scanned. And each
         # portion would be a call. latin-1 reads what Python 2 wrote as 8-bit strings without an error.
         frame = _FRAME + struct.pack("<Q", len(content))
         super().__init__(io.BytesIO(frame + content), encoding="latin-1")
@@ -407,7 +407,7 @@ class MetadataUnpickler(pickle.Unpickler):
         return inert
 
     def persistent_load(self, reference: Any, /) -> Any:
-        """The storage behind torch's `('storage', type, key, location, count[, view])`.
+        """The storage of torch's `('storage', type, key, location, count[, view])`.
 
         Legacy files have `('module', class, file, source)` as well, for a class whose source they carry along; the
         class alone counts, and stays inert.

@@ -70,7 +70,7 @@ def read_safetensors(path: Path) -> SafetensorsFile:
         )
     if header.data_bytes < data_bytes:
         raise UnreadableCheckpointError(
-            f"`{path}`: {data_bytes - header.data_bytes} bytes behind the last tensor belong to none"
+            f"`{path}`: {data_bytes - header.data_bytes} bytes after the last tensor belong to none"
         )
     names, dtypes, shapes, begins, ends = zip(*header.tensors, strict=True) if header.tensors else ((),) * 5
     columns = zip(

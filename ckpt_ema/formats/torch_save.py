@@ -169,7 +169,7 @@ class _LegacyPickles:
         self._source = source
         self._content = b""
         self.position = 0
-        """Where the next pickle begins, and behind the last one the storages."""
+        """Where the next pickle begins, and after the last one the storages."""
         self.storages: dict[str, PickledStorage] = {}
         """What the pickle loaded last refers to."""
 

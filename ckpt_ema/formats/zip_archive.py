@@ -80,7 +80,7 @@ class ZipArchive:
             except OSError as error:
                 raise self._refuse(f"cannot be read at byte {header_offset}: {error.strerror or error}") from error
             if len(header) < header_size:
-                raise self._refuse(f"is truncated: record `{name}` begins behind its end")
+                raise self._refuse(f"is truncated: record `{name}` begins after its end")
             magic, name_length, extra_length = unpack(header)
             if magic != ZIP_MAGIC:
                 raise self._refuse(f"has no record where its directory says `{name}` is")
@@ -95,7 +95,7 @@ class ZipArchive:
             return read_exactly(file, size, self._begin + offset)
 
         size = self._end - self._begin
-        # torch.save writes no comment behind the end record. The second try is for the longest one there can be; the
+        # torch.save writes no comment after the end record. The second try is for the longest one there can be; the
         # first mostly has the whole directory of a single tensor, of which a sharded checkpoint has thousands.
         for wanted in (TAIL_BYTES, 65557):
             tail_size = min(size, wanted)

@@ -71,7 +71,7 @@ class MeanTeacherCallback(Callback):
             if trainer.global_step > self._last_step + 1 and self.options.get("snapshots") is not None:
                 raise MisuseError(
                     "snapshots count batches, and this training's checkpoints several optimizer steps in each",
-                    hint="leave `snapshots` away: no reconstruction could tell which student belongs to which",
+                    hint="omit `snapshots`: no reconstruction could tell which student belongs to which",
                 )
             self._last_step = trainer.global_step
             self.teacher.update()
@@ -96,7 +96,7 @@ class MeanTeacherCallback(Callback):
             self._swap.enter_context(self.teacher.swapped_into(pl_module))
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        """Take the student back: behind the module's own end of the epoch, before ModelCheckpoint saves."""
+        """Take the student back: after the module's own end of the epoch, before ModelCheckpoint saves."""
         self._swap.close()
 
     on_test_epoch_start = on_predict_epoch_start = on_validation_epoch_start

@@ -54,7 +54,7 @@ class MeanTeacherHook(Hook):
         if options.get("device") is not None:
             raise MisuseError(
                 f"device is {options['device']!r}, and this hook's teacher is the model's, where that is",
-                hint="leave `device` away",
+                hint="omit `device`",
             )
         if isinstance(snapshots := options.get("snapshots"), dict):  # configurations hold no objects
             self.options["snapshots"] = Snapshots(**snapshots)

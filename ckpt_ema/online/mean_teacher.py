@@ -140,7 +140,7 @@ class MeanTeacher:
         if teacher is not None and device is not None:
             raise MisuseError(
                 "`device` is for a teacher that is kept here, and a teacher module stays where it is",
-                hint="leave one of the two away",
+                hint="omit one of the two",
             )
         self._offload = None if device is None else Offload()
         self._teacher = None if teacher is None else unwrap(teacher)
@@ -200,7 +200,7 @@ class MeanTeacher:
 
         While a CUDA graph is captured it puts one update of the teacher into the graph, whatever the interval, and
         counts nothing, nor does a replay. Keep this object as long as the graph. An update that would copy the student
-        (the first), snapshots, `on_nonfinite` and `device="cpu"` cannot be captured, and raise CkptEmaError. Behind
+        (the first), snapshots, `on_nonfinite` and `device="cpu"` cannot be captured, and raise CkptEmaError. After
         `load_state_dict` update once before: the graph would get torch's own calls, which take longer.
         """
         if torch.compiler.is_compiling():
@@ -211,7 +211,7 @@ class MeanTeacher:
             self._handles.clear()
             warn(
                 "the teacher is attached to an optimizer, which calls `update` after each of its steps: with this call"
-                " beside them a step is counted twice; leave one of the two away"
+                " beside them a step is counted twice; omit one of the two"
             )
         with torch.no_grad():
             return self._update()
@@ -283,7 +283,7 @@ class MeanTeacher:
         """Wait until the teacher has what the last `update` brought; nothing to wait for without `device="cpu"`.
 
         With it `update`, but for one that copies the student, returns while that is still being copied out. A step of
-        any optimizer of torch's comes behind that by itself, and whatever reads the teacher here waits. Call this
+        any optimizer of torch's comes after that by itself, and whatever reads the teacher here waits. Call this
         before you change the student in another way: load a state dict into it, write to a parameter, replay a CUDA
         graph with the optimizer's step.
         Raises what went wrong while that update was folded, as the next `update` does.
@@ -340,7 +340,7 @@ class MeanTeacher:
         if any(isinstance(hook, _AfterStep) and hook.teacher is self for hook in hooks):
             raise MisuseError(
                 "the teacher is attached to this optimizer already, and would count each step twice",
-                hint="call `remove()` of what the first `attach` returned, or leave this one away",
+                hint="call `remove()` of what the first `attach` returned, or omit this one",
             )
         self._prepare_modules()  # FSDP2 may hold others since a forward
         own = {id(pair.student.tensor) for pair in self._pairs}
@@ -489,7 +489,7 @@ class MeanTeacher:
             self._tracks.check_state(snapshots)
         counters, copied, offset = _counts_in(state)
         told = [
-            f"the teacher was made with {name}={state[name]!r}, and goes on with {getattr(self, name)!r}"
+            f"the teacher was made with {name}={state[name]!r}, and continues with {getattr(self, name)!r}"
             for name in _CONFIGURATION
             if state[name] != getattr(self, name)
         ]
@@ -515,7 +515,7 @@ class MeanTeacher:
         if self._tracks is None and snapshots is not None:
             told.append("the state has snapshot tracks, which end here: pass snapshots=")
         elif self._tracks is not None and snapshots is None:
-            told.append(f"the state has no snapshot tracks: they begin anew behind step {self.num_steps}")
+            told.append(f"the state has no snapshot tracks: they begin anew after step {self.num_steps}")
             self._tracks.start_anew()
         for text in told:
             warn(text)
@@ -636,7 +636,7 @@ class MeanTeacher:
         start = step - num_steps
         if num_updates != num_steps // self.interval or start < 0:  # some were skipped, or somebody set num_steps
             return None
-        # The steps behind the last update have no share in it.
+        # The steps after the last update have no share in it.
         return Ema(self.momentum, start, start + num_updates * self.interval, self.interval)
 
     def check_finite(self) -> None:
@@ -727,7 +727,7 @@ def _counts_in(state: Mapping[str, Any]) -> tuple[dict[str, int], tuple[int, int
 
 
 class _AfterStep:
-    """What an optimizer calls behind its step."""
+    """What an optimizer calls after its step."""
 
     def __init__(self, teacher: MeanTeacher) -> None:
         self.teacher = teacher

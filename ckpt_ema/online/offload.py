@@ -2,7 +2,7 @@
 
     training's stream ──> a stream beside it copies the student to page-locked memory ──> a thread changes the teacher
 
-Training goes on meanwhile; only the next step of an optimizer, which writes over the student, comes behind the copy.
+Training goes on meanwhile; only the next step of an optimizer, which writes over the student, comes after the copy.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Offload:
                 staged.copy_(source)
         copied = [(device, self._copy_from(device, copies)) for device, copies in by_device.items()]
         update = _Update(copied, sources, self._staged, fold)
-        # Before it is handed out: whoever is interrupted behind that leaves something to wait for. And again: a handler
+        # Before it is handed out: whoever is interrupted after that leaves something to wait for. And again: a handler
         # of signals that came between may have waited, for nothing.
         self._pending = update
         self._worker.submit(update.run)
@@ -114,7 +114,7 @@ class Offload:
         return event
 
     def hold_back(self) -> None:
-        """What training queues from now on comes behind the copy; the host does not wait."""
+        """What training queues from now on comes after the copy; the host does not wait."""
         pending = self._pending
         # A process that was forked has no GPU; a graph cannot wait for what is outside.
         if pending is None or os.getpid() != self._process or torch.cuda.is_current_stream_capturing():
@@ -137,7 +137,7 @@ class Offload:
                     "this process was forked while the teacher's update was under way",
                     hint="call `teacher.wait()` before what forks",
                 )
-            # Comes behind it. Where the update was interrupted before it was handed out, there is nothing to wait for.
+            # Comes after it. Where the update was interrupted before it was handed out, there is nothing to wait for.
             assert self._worker is not None
             self._worker.submit(_do_nothing).wait()
         # Whoever interrupts the above leaves something to wait for, and an error to be raised.
@@ -175,7 +175,7 @@ class _Update:
     ) -> None:
         """`staged` is folded when all is `copied` to there; `sources`, out of which, are held until then."""
         self.copied = copied
-        """Copies that the next change of the student has to come behind."""
+        """Copies that the next change of the student has to come after."""
 
         self.is_done = False
         """Or has failed; also asked in a process that was forked meanwhile."""

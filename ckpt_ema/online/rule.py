@@ -123,7 +123,7 @@ class Rule:
 def update_by_pieces_(teacher: torch.Tensor, student: torch.Tensor, keep: float, take: float) -> None:
     """`teacher.mul_(keep).add_(student, alpha=take)` for contiguous tensors of one dimension, on all threads.
 
-    The kernel that does both in one pass rounds what is left of a thread's part behind its last whole vector in
+    The kernel that does both in one pass rounds what is left of a thread's part after its last whole vector in
     another way. So it gets pieces that come out even on every thread; the rest, less than GRAIN, is done in two calls.
     """
     count = teacher.numel()

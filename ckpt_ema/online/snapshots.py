@@ -34,7 +34,7 @@ SNAPSHOT_DTYPES = ("float32", "student", "bfloat16", "float16")
 DEFAULT_SIGMA_REL = (0.05, 0.10)
 
 ABANDONED = ".abandoned"
-"""Behind the name of a snapshot whose training went on from an earlier step."""
+"""After the name of a snapshot whose training went on from an earlier step."""
 
 Numbers = float | Sequence[float]
 
@@ -144,7 +144,7 @@ class SnapshotTracks:
         if any(is_sharded(slot.tensor) for slot in tracking.averaged):
             raise MisuseError(
                 "snapshots of a sharded student cannot be written: no rank has all of it",
-                hint="leave `snapshots` away, and save the teacher's state_dict with torch.distributed.checkpoint",
+                hint="omit `snapshots`, and save the teacher's state_dict with torch.distributed.checkpoint",
             )
         self._settings = settings
         # Absolute: a trainer may change its folder later.
@@ -218,7 +218,7 @@ class SnapshotTracks:
         return {**self.__dict__, "_last_written": None}
 
     def _take_over(self, step: int) -> None:
-        """Behind `load_state_dict`, before `step` counts: what others wrote of it and later is of another path."""
+        """After `load_state_dict`, before `step` counts: what others wrote of it and later is of another path."""
         if self._is_resumed:
             self._set_aside_later(step - 1)
             _WRITERS.update({place: weakref.ref(self) for place in self._places()})
@@ -242,7 +242,7 @@ class SnapshotTracks:
         self._last_written = step
 
     def _set_aside_later(self, step: int) -> None:
-        """Rename what was written after `step`: the student took another path from there, which is not gone on with."""
+        """Rename what was written after `step`: the student took another path from there, which is not continued."""
         if not _is_first_rank():
             return
         later = [path for track in self._shadows for number, path in self._files_of(track) if number > step]
@@ -430,5 +430,5 @@ def _check_tracks(tracks: Sequence[Track]) -> None:
     if len(alike) < len(tracks):
         raise MisuseError(
             f"two of the tracks are the same: {', '.join(track.name for track in tracks)}",
-            hint="leave one of them away",
+            hint="omit one of them",
         )

@@ -1,6 +1,6 @@
 """What of a fold is done: finished blocks in, a file beside the teacher out that a later process goes on from.
 
-A line of JSON says what is folded, into which files; behind it lies a record per finished block. Blocks are recorded
+A line of JSON says what is folded, into which files; after it lies a record per finished block. Blocks are recorded
 once they are written, and now and then all is synced: after a power failure, or on another machine, only what lies
 before such a moment counts. A record is two numbers, its kind and a CRC-32 of these, little-endian:
 
@@ -85,7 +85,7 @@ class FinishedBlocks:
         self._teachers: Sequence[SpreadFiles] = ()
         self.any_finished = False
         self._is_torn = False
-        """Whether a record could not be written whole; what would stand behind it could not be read."""
+        """Whether a record could not be written whole; what would stand after it could not be read."""
 
     def begin_session(self, teachers: Sequence[SpreadFiles]) -> None:
         """A process begins to write to `teachers`."""
@@ -132,7 +132,7 @@ class FinishedBlocks:
 
     def _append(self, kind: int, first: int, second: int) -> None:
         # On a full disk, where the teacher has its space already, a fold must not fail for want of its journal: it can
-        # only not be gone on with from here.
+        # only not be continued from here.
         if self._is_torn:
             return
         try:
@@ -310,7 +310,7 @@ class Journal:
             if is_over:
                 ranges = [Range(0, header["bytes"])]
             differences = list(differences_between(header, self._fingerprint))
-            # What is over is nothing to go on with, unless it is this very fold.
+            # What is over is nothing to continue, unless it is this very fold.
             if self._resume and (ranges or written) and not (is_over and differences):
                 self._check_same(differences)
                 self.finished = ranges
@@ -323,7 +323,7 @@ class Journal:
             if done and not is_over and is_kept and not (self._resume or self._overwrite):
                 raise CkptEmaError(
                     f"an unfinished fold into `{self._targets[0]}` is there, {done / max(1, header['bytes']):.0%} done",
-                    hint="pass `--resume` to go on with it, or `--overwrite` to begin anew",
+                    hint="pass `--resume` to continue it, or `--overwrite` to begin anew",
                 )
             self._discard(header)
             self.draft.token = secrets.token_hex(4)

@@ -178,7 +178,7 @@ def check_parents(planned: FoldPlan) -> None:
 def check_outputs(planned: FoldPlan, written: Sequence[Collection[str]], draft: Draft) -> None:
     """Refuse what must not be replaced, before a tensor is read; `written` are the names of each teacher's files.
 
-    What `draft` goes on with may have its name already, and is passed over.
+    What `draft` continues may have its name already, and is passed over.
     """
     for teacher, names in zip(planned.teachers, written, strict=True):
         final = [teacher.output / name for name in names] if planned.is_folder else [teacher.output]

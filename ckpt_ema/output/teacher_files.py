@@ -91,7 +91,7 @@ def shard_files(stem: str, entries: Sequence[Entry], metadata: Mapping[str, str]
 
 
 def dcp_files(key: str, entries: Sequence[Entry], metadata: Mapping[str, str]) -> TeacherFiles:
-    """A folder for `torch.distributed.checkpoint.load`: one whole tensor behind the other, each a torch.save zip.
+    """A folder for `torch.distributed.checkpoint.load`: one whole tensor after the other, each a torch.save zip.
 
     Under `key` in the state dict that is loaded, at its root where that is empty. The zips carry no checksums, as
     those of torch itself with `set_crc32_options(False)`.
@@ -166,7 +166,7 @@ def _tensor_pickle(dtype: DType, shape: tuple[int, ...]) -> bytes:
 
 
 def tensor_zip(entry: Entry) -> tuple[bytes, bytes]:
-    """What of a torch.save zip lies before and behind the bytes of one tensor."""
+    """What of a torch.save zip lies before and after the bytes of one tensor."""
     size = entry.end - entry.begin
     before = b""
     directory = b""

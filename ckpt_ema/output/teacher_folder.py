@@ -69,7 +69,7 @@ def folder_to_fill(target: Path, draft: Draft | None = None) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def new_folder(target: Path, *, overwrite: bool, draft: Draft, written: Collection[str] = ()) -> Iterator[Path]:
-    """An empty folder that takes the place of `target` at the end, or the one that `draft` goes on with.
+    """An empty folder that takes the place of `target` at the end, or the one that `draft` continues.
 
     With `overwrite` also that of an older teacher's folder; what else lies in there stays. `written` are the files of
     the teacher itself.

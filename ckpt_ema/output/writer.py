@@ -52,7 +52,7 @@ class FileParts:
 
     @classmethod
     def of_header(cls, header: bytes, begin: int, end: int) -> FileParts:
-        """A header and behind it bytes `[begin, end)` of the data section: a safetensors file."""
+        """A header and after it bytes `[begin, end)` of the data section: a safetensors file."""
         return cls(len(header) + end - begin, ((0, header),), (Extent(begin, end, len(header)),))
 
     def are_in(self, path: Path) -> bool:
@@ -83,7 +83,7 @@ class Draft:
     """Inodes of the files of which it had written all, so that some may have their final names."""
 
     is_kept: bool = False
-    """Whether they stay where the fold fails, for another one to go on with."""
+    """Whether they stay where the fold fails, for another one to continue."""
 
     @property
     def was_committing(self) -> bool:

@@ -87,7 +87,7 @@ class Run:
     """Of `left_out`, names that were not selected."""
 
     beyond: frozenset[tuple[str, Unit]] = frozenset()
-    """Of `left_out`, names of what lies behind `until_step`, and what is counted."""
+    """Of `left_out`, names of what lies after `until_step`, and what is counted."""
 
     stepless: frozenset[str] = frozenset()
     """Of `left_out`, names of copies without a step."""

@@ -25,7 +25,7 @@ Claims = Mapping[int, Sequence[str]]
 """The names of checkpoints by the step that they claim, ascending."""
 
 Family = tuple[str, ...]
-"""What stands before, between and behind the numbers of a name."""
+"""What stands before, between and after the numbers of a name."""
 
 
 def collision_of(claims: Claims, origin: Origin, directory: Path, include: Sequence[str]) -> CkptEmaError:

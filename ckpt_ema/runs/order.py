@@ -153,7 +153,7 @@ def _check_epochs_ascend(listing: Listing, origin: Origin, directory: Path) -> N
 def _leave_out_stepless_copies(listing: Listing, *, has_steps: bool) -> None:
     """`final.pt` without a step beside checkpoints with one is the last of them again; so is `best_57.pt` beside two.
 
-    The number behind `best` is a metric, a fold or a stage, where the others count without it.
+    The number after `best` is a metric, a fold or a stage, where the others count without it.
     """
     stepless = [item for item in listing.checkpoints if not item[1] and (has_steps or is_copy_name(item[0].label))]
     numbered = [item for item in listing.checkpoints if item[1].keys() == {NUMBER} and is_copy_name(item[0].label)]

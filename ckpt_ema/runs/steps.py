@@ -77,7 +77,7 @@ NAME_PATTERNS: tuple[tuple[Unit, re.Pattern[str]], ...] = (
     ("number", re.compile(r"(?<![\d.])(?<!\d[A-Za-z])" + _NUMBER + r"$")),
     ("number", re.compile(r"^(?P<number>\d+)_(?:net_)?[A-Z](?:_[A-Z])?$")),  # the networks of a GAN: `5_net_G_A`
 )
-# Four digits behind a date may as well be a step.
+# Four digits after a date may as well be a step.
 _TIME = (
     r"[T_ .+-](?P<hour>[01]\d|2[0-3])(?P<colon>[-_.:]?)(?P<minute>[0-5]\d)"
     r"(?:(?P=colon)(?P<second>[0-5]\d)|(?<=[-_.:]\d\d))(?!\d)"
@@ -90,7 +90,7 @@ DATE_PATTERNS = (
     # Without a time `20240130` may as well be a step.
     re.compile(r"(?<!\d)(?P<year>(?:19|20)\d\d)" + _MONTH_AND_DAY.format("") + _TIME),
 )
-# But not with another number behind it.
+# But not with another number after it.
 _DAY_OF_RUN = re.compile(r"(?<!\d)(?:19|20)\d\d" + _MONTH_AND_DAY.format("") + r"(?=[-_]\d)")
 DATE_DIGITS = 14
 """Of a date: year, month, day, hour, minute and second, 0 where the name does not say."""
@@ -128,7 +128,7 @@ def steps_in_name(name: str) -> dict[Origin, int]:
         return _numbers_in(_DAY_OF_RUN.sub("", stem))
     parts = (int(date[part] or 0) for part in ("month", "day", "hour", "minute", "second"))
     moment = int(date["year"] + "".join(f"{part:02}" for part in parts))
-    # Where there are numbers beside the date, these count; and a step behind a date may look like its time.
+    # Where there are numbers beside the date, these count; and a step after a date may look like its time.
     beside = _numbers_in(stem[: date.start()] + stem[date.end() :])
     if ("name", "number") in beside:
         return {("beside", "date"): moment, **beside}

@@ -380,7 +380,7 @@ def _state_at(contents: Contents, state: str) -> Any:
             raise CkptEmaError(
                 f"`{contents.path}` has no state dict `{state}`",
                 details=[f"it has: {', '.join(found)}"] if found else ["it has only the one at its top level"],
-                hint=f"pass `--state {shlex.quote(found[0])}`" if found else "leave `--state` away",
+                hint=f"pass `--state {shlex.quote(found[0])}`" if found else "omit `--state`",
             )
         value = table[head]
         rest = rest[len(head) + 1 :]
@@ -490,7 +490,7 @@ def _take_prefix(contents: Contents, student: Student, prefix: str) -> Student:
         raise CkptEmaError(
             f"`{contents.path}`: no tensor name begins with `{prefix}`",
             details=[names],
-            hint=f"pass `--prefix {shlex.quote(tops[0])}`" if tops else "leave `--prefix` away",
+            hint=f"pass `--prefix {shlex.quote(tops[0])}`" if tops else "omit `--prefix`",
         )
     outside = [name for name in _entries_of(student) if not name.startswith(prefix)]
     rest = {name: f"not under `{prefix}`" for name in (*student.tensors, *outside) if name not in taken}
