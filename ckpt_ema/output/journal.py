@@ -33,6 +33,7 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 from ckpt_ema.errors import BEGIN_ANEW, CkptEmaError
+from ckpt_ema.output.descriptors import open_beside_streams
 from ckpt_ema.output.fingerprints import differences_between
 from ckpt_ema.output.teacher_folder import settle_old
 from ckpt_ema.output.writer import Draft, SpreadFiles, explained, sync_folder, write_all
@@ -380,8 +381,7 @@ def _open_locked(path: Path, target: Path) -> int:
     """The journal at `path`, this process's own; raises CkptEmaError where a fold into `target` has it."""
     with explained(f"cannot write `{path}`"):
         while True:
-            flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
-            descriptor = os.open(path, flags, 0o666)
+            descriptor = open_beside_streams(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
@@ -411,8 +411,8 @@ def open_finished_blocks(directory: Path, token: str, number: int) -> FinishedBl
     """The record of rank `number`, beside the journal that the first rank has."""
     path = directory / f".{token}.rank{number}"
     with explained(f"cannot write `{path}`"):
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
-        return FinishedBlocks(os.open(path, flags, 0o666), path)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
+        return FinishedBlocks(open_beside_streams(path, flags), path)
 
 
 def journal_path(targets: Iterable[Path]) -> Path:

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from ckpt_ema.dtypes import DType
 from ckpt_ema.errors import CkptEmaError, LostWorkError
+from ckpt_ema.output.descriptors import open_beside_streams
 
 HEADER_MULTIPLE = 4096
 """Bytes; the data then starts on a page."""
@@ -139,9 +140,8 @@ class TeacherFile:
                 if self._draft.resumes:
                     self._reopen()
                 else:
-                    # 0o666 without the umask's bits, as any program's output; O_EXCL: never somebody else's file.
-                    flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC
-                    self._descriptor = os.open(self.temporary, flags, 0o666)
+                    # O_EXCL: never somebody else's file.
+                    self._descriptor = open_beside_streams(self.temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
                     _reserve(self._descriptor, self._parts.size, self._needed)
                 for offset, content in self._parts.literals:
                     write_all(self._descriptor, memoryview(content), offset)
@@ -158,7 +158,7 @@ class TeacherFile:
 
     def _reopen(self) -> None:
         try:
-            self._descriptor = os.open(self.temporary, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            self._descriptor = open_beside_streams(self.temporary, os.O_WRONLY | os.O_NOFOLLOW)
         except FileNotFoundError:
             raise LostWorkError(f"the unfinished `{self.temporary}` is gone") from None
         size = os.fstat(self._descriptor).st_size
@@ -227,7 +227,7 @@ class SharedFile:
 
     def __enter__(self) -> SharedFile:
         with explained(f"cannot open `{self._path}`, which another rank made: is it on a shared file system?"):
-            self._descriptor = os.open(self._path, os.O_WRONLY | os.O_CLOEXEC)
+            self._descriptor = open_beside_streams(self._path, os.O_WRONLY)
         return self
 
     def write(self, block: memoryview, position: int) -> None:
@@ -296,8 +296,8 @@ def write_small_file(path: Path, content: bytes, draft: Draft) -> None:
         if draft.resumes and path.read_bytes() == content:
             return
     with explained(f"cannot write `{path}`"):
-        flags = os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW
-        descriptor = os.open(path, flags | (os.O_TRUNC if draft.resumes else os.O_EXCL), 0o666)
+        flags = os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW
+        descriptor = open_beside_streams(path, flags | (os.O_TRUNC if draft.resumes else os.O_EXCL))
         try:
             write_all(descriptor, memoryview(content), 0)
             os.fsync(descriptor)
