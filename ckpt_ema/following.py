@@ -27,6 +27,7 @@ from ckpt_ema.output.targets import resolve_outputs
 from ckpt_ema.planning import ROUNDED, find_run
 from ckpt_ema.plans import FoldReport
 from ckpt_ema.runs.checkpoints import STEPLESS_COPY, Checkpoint, Run
+from ckpt_ema.runs.find import check_may_be_listed
 from ckpt_ema.runs.steps import numbers_in_name
 from ckpt_ema.sizes import counted
 
@@ -124,6 +125,7 @@ def follow(
         raise MisuseError(f"`--idle` is {idle_seconds} s, and must be above 0")
     if not path.is_dir():
         raise MisuseError(f"`{path}` is no folder", hint="pass the run directory that the trainer writes to")
+    check_may_be_listed(path)
     # torch takes a second or more to import, in which a trainer may remove a checkpoint that is ready to be folded.
     import ckpt_ema.engine.choice  # noqa: F401, PLC0415
 

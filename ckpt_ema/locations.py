@@ -100,6 +100,11 @@ def children_of(folder: Path) -> list[Path]:
         raise UnreadableCheckpointError(f"cannot list `{folder}`: {error.strerror}") from error
 
 
+def may_be_listed(folder: Path) -> bool:
+    """Whether this process may look into `folder`: into a disk's `lost+found` root alone may."""
+    return isinstance(folder, RemotePath) or os.access(folder, os.R_OK | os.X_OK)
+
+
 def is_dead_link(path: Path) -> bool:
     """Whether `path` is a link whose target is missing, may not be seen, or is the link itself."""
     if not path.is_symlink():

@@ -2,11 +2,33 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-from tests.conftest import quiet_fold
+import pytest
+
+from tests.conftest import Outcome, quiet_fold, save_students
+
+Shell = Callable[..., Outcome]
+
+
+@pytest.fixture
+def shell(tmp_path: Path) -> Shell:
+    """A line of `sh` in which `ckpt_ema` is the command, in the test's folder; modes of files bind root as well."""
+    privileges = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
+
+    def call(line: str) -> Outcome:
+        line = f'ckpt_ema() {{ "{sys.executable}" -m ckpt_ema "$@"; }}\n{line}'
+        done = subprocess.run(
+            [*privileges, "sh", "-c", line], capture_output=True, text=True, cwd=tmp_path, timeout=120, check=False
+        )
+        return Outcome(done.returncode, done.stdout, done.stderr)
+
+    return call
+
 
 NOISY_SCRIPT = """
 import contextlib, os, sys
@@ -30,3 +52,40 @@ def test_what_is_written_to_closed_streams_never_comes_into_a_teacher(run: Path,
     done = subprocess.run(["sh", "-c", closed], timeout=60, check=False)
     assert done.returncode == 0
     assert (tmp_path / "teacher.safetensors").read_bytes() == (tmp_path / "expected.safetensors").read_bytes()
+
+
+def test_a_folder_that_may_not_be_listed_is_passed_over_aloud(run: Path, shell: Shell) -> None:
+    """A disk's `lost+found` in the run directory stops no command, is named, and is no news once it is excluded."""
+    closed = run / "lost+found"
+    closed.mkdir(mode=0)
+    told = shell("ckpt_ema plan run --momentum 0.5 && ckpt_ema fold run --momentum 0.5 -o t.safetensors")
+    assert told.code == 0
+    assert "left out  lost+found: a folder that may not be listed" in told.stdout
+    assert told.stderr.count("Warning: `lost+found` is passed over") == 2
+    silent = shell("ckpt_ema plan run --momentum 0.5 --exclude lost+found")
+    assert (silent.code, silent.stderr) == (0, "")
+    assert shell("ckpt_ema reconstruct run --plan --half-life 100").code == 0
+
+
+def test_a_folder_above_the_checkpoints_that_may_not_be_listed_is_named(tmp_path: Path, shell: Shell) -> None:
+    """Checkpoints are found beside and below folders that may not be listed, which are named where there are none."""
+    save_students(tmp_path / "run" / "checkpoints", 2)
+    (tmp_path / "run" / "secret").mkdir(mode=0)
+    found = shell("ckpt_ema plan run --momentum 0.5")
+    assert found.code == 0
+    assert "Warning: `secret` is passed over" in found.stderr
+    (tmp_path / "empty" / "secret").mkdir(parents=True)
+    (tmp_path / "empty" / "secret").chmod(0)
+    nothing = shell("ckpt_ema plan empty")
+    assert nothing.code == 1
+    assert "secret: a folder that may not be listed" in nothing.stderr
+
+
+@pytest.mark.parametrize("mode", [0o444, 0o311, 0])
+def test_a_run_directory_that_may_not_be_listed_is_an_error(run: Path, shell: Shell, mode: int) -> None:
+    """What was named itself and may not be looked into stops the command, with what to type."""
+    run.chmod(mode)
+    for command in ("plan run", "fold run", "follow run", "reconstruct run --half-life 9"):
+        found = shell(f"ckpt_ema {command}")
+        assert found.code == 1, (command, found.stderr)
+        assert found.stderr.startswith("Error: `run` may not be listed\n\nhint: `chmod u+rx run`")

@@ -33,7 +33,13 @@ _DURATION = _Quantity("TIME", parse_duration)
 
 
 class GivenPath(click.Path):  # type: ignore[type-arg,unused-ignore]
-    """A path that is there: "" from an unset variable would be the current folder."""
+    """A path as it was typed; "" from an unset variable would be the current folder.
+
+    Whether it may be read is told by who reads it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(readable=False)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if value == "":

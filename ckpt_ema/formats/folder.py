@@ -19,7 +19,7 @@ from ckpt_ema.formats.json_tables import parse_json
 from ckpt_ema.formats.names import is_average_name
 from ckpt_ema.formats.pickles import PickledTensor
 from ckpt_ema.formats.rank_files import is_rank_folder, read_rank_files
-from ckpt_ema.locations import children_of, is_dead_link
+from ckpt_ema.locations import children_of, is_dead_link, may_be_listed
 
 WEIGHTS_SUFFIX = re.compile(r"\.(safetensors|ckpt|bin|pt|pth|pyth|th|pth\.tar|tar|pth\.lora)$", re.IGNORECASE)
 SHARD_NAME = re.compile(r"^(?P<stem>.+)-(?P<index>\d+)-of-(?P<count>\d+)\.(safetensors|bin|pt)$")
@@ -78,7 +78,7 @@ def _read_folder(folder: Path) -> Contents:
         sharded = _read_sharded(folder)
         if sharded is not None:
             return replace(sharded, path=folder, trainer_state=_read_trainer_state(folder))
-        subfolders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+        subfolders = [path for path in _folders_in(folder) if not path.name.startswith(".")]
         parts_of_model = [path.name for path in subfolders if MODEL_PARALLEL.match(path.name)]
         if len(parts_of_model) > 1:
             raise UnreadableCheckpointError(
@@ -230,8 +230,14 @@ def _is_of_series(folder: Path, name: str) -> bool:
         and not is_average_name(stem)
         and not is_sharded(folder)
         and folder_of_latest(folder) is None
-        and not any(_find_models(child, check=False) for child in children_of(folder) if child.is_dir())
+        and not any(_find_models(child, check=False) for child in _folders_in(folder))
     )
+
+
+def _folders_in(folder: Path) -> list[Path]:
+    """The folders one level down, but for those that may not be listed."""
+    folders = [child for child in children_of(folder) if not is_dead_link(child) and child.is_dir()]
+    return [child for child in folders if may_be_listed(child)]
 
 
 def _weights_name(path: Path) -> str:
@@ -363,7 +369,7 @@ def _sharded_folder(folder: Path) -> Path | None:
     if is_dcp_folder(folder) or is_deepspeed_folder(folder) or is_rank_folder(folder):
         return folder
     for child in children_of(folder):
-        if DCP_SUBFOLDER.match(child.name) and child.is_dir() and is_dcp_folder(child):
+        if DCP_SUBFOLDER.match(child.name) and child.is_dir() and may_be_listed(child) and is_dcp_folder(child):
             return child
     return None
 

@@ -13,11 +13,12 @@ from ckpt_ema.formats import is_weights_file_name
 from ckpt_ema.formats.deepspeed import folder_of_latest
 from ckpt_ema.formats.folder import NEVER_STUDENTS, SERIES_STEMS, has_weights, is_sharded, nameless_models
 from ckpt_ema.formats.names import is_average_name
-from ckpt_ema.locations import children_of, is_dead_link
+from ckpt_ema.locations import children_of, is_dead_link, may_be_listed
 from ckpt_ema.runs.steps import is_copy_name, stem_of, steps_in_name
 
 MAX_SEARCH_DEPTH = 3
 DEAD_LINK = "a link that cannot be followed"
+CLOSED = "a folder that may not be listed"
 
 SNAPSHOT_NAME = re.compile(r"^teacher(_.+)?_step_\d+\.safetensors$")
 """How `MeanTeacher` names its files; what they hold is asked of themselves."""
@@ -42,6 +43,8 @@ def is_checkpoint_folder(path: Path) -> bool:
     """Whether a folder that lies in a run directory is one of its checkpoints."""
     if not path.is_dir() or path.name.startswith("tmp"):
         return False
+    if not may_be_listed(path):
+        return has_series_name(path)  # whoever reads it says so
     if has_weights(path) and not _has_numbered_files(visible_children(path)):
         # `seed_1/` with `checkpoint-500/` and the final model in it: a run by itself.
         return has_series_name(path) or not _holds_series(path)
@@ -56,7 +59,7 @@ def is_checkpoint_folder(path: Path) -> bool:
     children = visible_children(path)
     if not has_series_name(path) and _holds_series(path):
         return False  # `lora_run_1/checkpoint-500/`: a run by itself
-    return any(child.is_dir() and has_weights(child) for child in children) or (
+    return any(child.is_dir() and may_be_listed(child) and has_weights(child) for child in children) or (
         has_series_name(path) and not any(map(_is_candidate, children))
     )
 
@@ -64,9 +67,9 @@ def is_checkpoint_folder(path: Path) -> bool:
 def find_run_folder(run: Path) -> tuple[Path, list[Path], list[tuple[str, str]]]:
     """The one folder at or below `run` that holds checkpoints (`checkpoints/`, `lightning_logs/version_0/...`).
 
-    With what may be checkpoints in it, and with what is left out, and why: a lone model above the folder, and the
-    final one and links in it that cannot be followed. Raises NoCheckpointError where there is none, CkptEmaError
-    where there are several.
+    With what may be checkpoints in it, and with what is left out, and why: a lone model above the folder, the
+    final one and links in it that cannot be followed, and folders that may not be listed. Raises NoCheckpointError
+    where there is none, CkptEmaError where there are several.
     """
     directory, candidates, left_out = _descend(run)
     taken = set(candidates)
@@ -77,6 +80,7 @@ def find_run_folder(run: Path) -> tuple[Path, list[Path], list[tuple[str, str]]]
         if path not in taken and _is_candidate(path)
     ]
     left_out += [(path.name, DEAD_LINK) for path in _find_dead_links(directory)]
+    left_out += [(path.name, CLOSED) for path in _folders_below([directory]) if _is_closed(path)]
     return directory, candidates, left_out
 
 
@@ -91,7 +95,7 @@ def find_files_beside(run: Path, directory: Path) -> Iterator[Path]:
             seen.add(folder.resolve())
             for path in visible_children(folder):
                 if path.is_dir():
-                    if path.resolve() not in seen and not is_checkpoint_folder(path):
+                    if path.resolve() not in seen and may_be_listed(path) and not is_checkpoint_folder(path):
                         below.append(path)
                 elif is_new and path.suffix == ".safetensors":
                     yield path
@@ -118,6 +122,11 @@ def has_series_name(path: Path) -> bool:
 def _holds_series(folder: Path) -> bool:
     """Whether folders in it are called as trainers call their checkpoints."""
     return any(child.is_dir() and has_series_name(child) for child in visible_children(folder))
+
+
+def _is_closed(folder: Path) -> bool:
+    """Whether what lies in it stays unknown; what is called like a checkpoint is tried to be read."""
+    return not may_be_listed(folder) and not has_series_name(folder)
 
 
 def _find_dead_links(folder: Path) -> list[Path]:
@@ -154,12 +163,15 @@ def _descend(run: Path) -> tuple[Path, list[Path], list[tuple[str, str]]]:
                 details=names,
                 hint=f"pass one of them: `{found[0][0]}`" + _as_one_run([folder for folder, _ in found]),
             )
-        level = _folders_below(level)
+        below = _folders_below(level)
+        passed_over += [(os.path.relpath(folder, run), CLOSED) for folder in below if _is_closed(folder)]
+        level = [folder for folder in below if may_be_listed(folder)]
     if snapshots:
         return *snapshots[0], passed_over
     raise NoCheckpointError(
         f"`{run}` holds no checkpoints",
-        details=[f"{path.name}: {DEAD_LINK}" for path in _find_dead_links(run)],
+        details=[f"{name}: {why}" for name, why in passed_over if why == CLOSED]
+        + [f"{path.name}: {DEAD_LINK}" for path in _find_dead_links(run)],
         hint="pass the folder they lie in, or the checkpoints themselves in the order they are to be folded",
     )
 
@@ -178,7 +190,7 @@ def _candidates_of(directory: Path) -> list[Path]:
     if any(path.is_dir() for path in found) or _has_numbered_files(children):
         # Trainers put the final model beside the checkpoints; it has no step, and is the last one again.
         nameless = nameless_models([path.name for path in children])
-        folders = [path for path in found if path.is_dir()]
+        folders = [path for path in found if path.is_dir() and may_be_listed(path)]
         found = [
             path
             for path in found
@@ -216,7 +228,7 @@ def _find_numbered_below(folder: Path, *, is_by_custom: bool = False) -> Path | 
     is_numbered = has_series_name if is_by_custom else lambda path: bool(steps_in_name(path.name))
     level = [folder]
     for _ in range(MAX_SEARCH_DEPTH):
-        level = _folders_below(level)
+        level = [child for child in _folders_below(level) if may_be_listed(child)]
         numbered = (path for child in level for path in _candidates_of(child) if is_numbered(path))
         if (found := next(numbered, None)) is not None:
             return found

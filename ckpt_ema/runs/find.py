@@ -12,8 +12,9 @@ from pathlib import Path
 from ckpt_ema.byte_ranges import expect_tables
 from ckpt_ema.errors import AverageAloneError, CkptEmaError, MisuseError, UnreadableCheckpointError, quoted
 from ckpt_ema.formats import Contents, read_contents
-from ckpt_ema.locations import common_folder, name_within
+from ckpt_ema.locations import common_folder, may_be_listed, name_within
 from ckpt_ema.runs.candidates import (
+    CLOSED,
     SNAPSHOT_NAME,
     find_files_beside,
     find_run_folder,
@@ -37,6 +38,7 @@ def find_checkpoints(paths: Sequence[Path], selection: Selection) -> Run:
     for path in paths:
         if not path.exists():
             raise MisuseError(f"`{path}` does not exist", hint="pass a run directory, or checkpoints")
+        check_may_be_listed(path)
     if len(paths) == 1 and paths[0].is_dir() and not is_one_checkpoint(paths[0]):
         directory, listing = _read_run_directory(paths[0], selection)
         root: Path | None = paths[0]
@@ -61,10 +63,21 @@ def find_checkpoints(paths: Sequence[Path], selection: Selection) -> Run:
     )
 
 
+def check_may_be_listed(path: Path) -> None:
+    """Raise CkptEmaError for a folder that this process may not look into."""
+    if path.is_dir() and not may_be_listed(path):
+        raise CkptEmaError(f"`{path}` may not be listed", hint=f"`chmod u+rx {shlex.quote(str(path))}`, if it is yours")
+
+
 def _read_run_directory(run: Path, selection: Selection) -> tuple[Path, Listing]:
     """The checkpoints of a run directory in step order, and the folder that they lie in."""
     directory, candidates, left_out = find_run_folder(run)
     listing = Listing(left_out=left_out)
+    listing.warnings += [
+        f"`{name}` is passed over: it is {why}"
+        for name, why in left_out
+        if why == CLOSED and selection.is_wanted(directory / name)
+    ]
     reader = CheckpointReader(selection)
     # Numbered names first, so that of two names for one file the telling one stays.
     candidates.sort(key=lambda path: (is_copy_name(path.name), path.is_symlink(), path.name))
