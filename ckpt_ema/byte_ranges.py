@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from ckpt_ema.dtypes import DType
-from ckpt_ema.errors import CkptEmaError, UnreadableCheckpointError
+from ckpt_ema.errors import CkptEmaError, UnreadableCheckpointError, hint_of_permission
 from ckpt_ema.locations import RemotePath
 from ckpt_ema.remote_store import MAX_REQUEST_BYTES, PAGE_BYTES, find_entry, prefetch, read_kept, read_range
 
@@ -169,7 +169,9 @@ def open_input(path: Path) -> InputFile:
         # O_NONBLOCK: opening a named pipe must not wait for a writer that never comes.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
-        raise UnreadableCheckpointError(f"cannot open `{path}`: {error.strerror or error}") from error
+        raise UnreadableCheckpointError(
+            f"cannot open `{path}`: {error.strerror or error}", hint=hint_of_permission(error, path)
+        ) from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise UnreadableCheckpointError(f"`{path}` is not a regular file")

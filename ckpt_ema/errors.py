@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 
 BEGIN_ANEW = "pass `--overwrite` without `--resume` to begin anew"
 
@@ -74,6 +77,13 @@ def warn(text: str) -> None:
 def quoted(text: str) -> str:
     """`text` as one word of a shell, in quotes."""
     return "'" + text.replace("'", "'\"'\"'") + "'"
+
+
+def hint_of_permission(error: OSError, path: Path) -> str | None:
+    """What to type where `path` may not be read; None where `error` is another one."""
+    if not isinstance(error, PermissionError):
+        return None
+    return f"`chmod u+r{'x' if os.path.isdir(path) else ''} {shlex.quote(str(path))}`, if it is yours"
 
 
 def first_line(error: BaseException) -> str:

@@ -9,7 +9,7 @@ import stat
 from collections.abc import Generator, Hashable, Sequence
 from pathlib import Path, PosixPath
 
-from ckpt_ema.errors import MisuseError, UnreadableCheckpointError
+from ckpt_ema.errors import MisuseError, UnreadableCheckpointError, hint_of_permission
 from ckpt_ema.remote_store import URL, find_entry, list_folder, read_range
 
 LOCAL_SCHEMES = ("file", "local")
@@ -97,7 +97,9 @@ def children_of(folder: Path) -> list[Path]:
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
-        raise UnreadableCheckpointError(f"cannot list `{folder}`: {error.strerror}") from error
+        raise UnreadableCheckpointError(
+            f"cannot list `{folder}`: {error.strerror}", hint=hint_of_permission(error, folder)
+        ) from error
 
 
 def may_be_listed(folder: Path) -> bool:

@@ -89,3 +89,44 @@ def test_a_run_directory_that_may_not_be_listed_is_an_error(run: Path, shell: Sh
         found = shell(f"ckpt_ema {command}")
         assert found.code == 1, (command, found.stderr)
         assert found.stderr.startswith("Error: `run` may not be listed\n\nhint: `chmod u+rx run`")
+
+
+def test_a_teacher_goes_to_a_folder_that_may_be_written_to_but_not_listed(
+    run: Path, tmp_path: Path, shell: Shell
+) -> None:
+    """Nothing but the teacher is left in it, and the next fold replaces that."""
+    folder = tmp_path / "box"
+    folder.mkdir()
+    folder.chmod(0o333)
+    command = "ckpt_ema fold run --momentum 0.5 -q -o box/t.safetensors"
+    first, second = shell(command), shell(f"{command} --overwrite")
+    assert (first.code, first.stderr) == (second.code, second.stderr) == (0, "")
+    folder.chmod(0o755)
+    assert [path.name for path in folder.iterdir()] == ["t.safetensors"]
+
+
+@pytest.mark.parametrize("given", ["run", "run/step_400.safetensors run/step_500.safetensors -o t.safetensors"])
+def test_a_newest_checkpoint_that_may_not_be_read_is_no_unfinished_one(run: Path, shell: Shell, given: str) -> None:
+    """Permission is refused for good: an error that names the file and what to type, and no teacher without it."""
+    (run / "step_500.safetensors").chmod(0)
+    found = shell(f"ckpt_ema fold {given} --momentum 0.5")
+    assert found.code == 1
+    assert "Error: cannot open `run/step_500.safetensors`: Permission denied" in found.stderr
+    assert "hint: `chmod u+r run/step_500.safetensors`" in found.stderr
+    if given == "run":
+        assert "`--exclude 'step_500.safetensors'`" in found.stderr
+        assert shell("ckpt_ema fold run --momentum 0.5 -q --exclude step_500.safetensors").code == 0
+
+
+def test_a_newest_folder_that_may_not_be_read_is_no_unfinished_one(tmp_path: Path, shell: Shell) -> None:
+    """So it is with a checkpoint that is a folder."""
+    for step in (100, 200):
+        save_students(tmp_path / "run" / f"checkpoint-{step}", 1)
+        (tmp_path / "run" / f"checkpoint-{step}" / "step_100.safetensors").rename(
+            tmp_path / "run" / f"checkpoint-{step}" / "model.safetensors"
+        )
+    (tmp_path / "run" / "checkpoint-200").chmod(0)
+    found = shell("ckpt_ema fold run --momentum 0.5")
+    assert found.code == 1
+    assert "`run/checkpoint-200`: Permission denied" in found.stderr
+    assert "`chmod u+rx run/checkpoint-200`" in found.stderr

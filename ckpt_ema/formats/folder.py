@@ -11,7 +11,7 @@ from typing import Any
 
 from ckpt_ema.assembly import AssemblyError, StoredTensor, assemble_boxes
 from ckpt_ema.byte_ranges import SourceFile, TensorRange, expect_tables
-from ckpt_ema.errors import UnreadableCheckpointError
+from ckpt_ema.errors import UnreadableCheckpointError, hint_of_permission
 from ckpt_ema.formats.contents import Contents, ModelFolder, is_plain_name, read_file, read_json
 from ckpt_ema.formats.dcp import is_dcp_folder, read_dcp
 from ckpt_ema.formats.deepspeed import folder_of_latest, is_deepspeed_folder, read_deepspeed
@@ -69,7 +69,9 @@ def read_folder(folder: Path) -> Contents:
     try:
         return _read_folder(folder)
     except OSError as error:
-        raise UnreadableCheckpointError(f"cannot read `{folder}`: {error.strerror}") from error
+        raise UnreadableCheckpointError(
+            f"cannot read `{folder}`: {error.strerror}", hint=hint_of_permission(error, folder)
+        ) from error
 
 
 def _read_folder(folder: Path) -> Contents:

@@ -10,7 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from ckpt_ema.byte_ranges import expect_tables
-from ckpt_ema.errors import AverageAloneError, CkptEmaError, MisuseError, UnreadableCheckpointError, quoted
+from ckpt_ema.errors import (
+    AverageAloneError,
+    CkptEmaError,
+    MisuseError,
+    UnreadableCheckpointError,
+    hint_of_permission,
+    quoted,
+)
 from ckpt_ema.formats import Contents, read_contents
 from ckpt_ema.locations import common_folder, may_be_listed, name_within
 from ckpt_ema.runs.candidates import (
@@ -66,7 +73,7 @@ def find_checkpoints(paths: Sequence[Path], selection: Selection) -> Run:
 def check_may_be_listed(path: Path) -> None:
     """Raise CkptEmaError for a folder that this process may not look into."""
     if path.is_dir() and not may_be_listed(path):
-        raise CkptEmaError(f"`{path}` may not be listed", hint=f"`chmod u+rx {shlex.quote(str(path))}`, if it is yours")
+        raise CkptEmaError(f"`{path}` may not be listed", hint=hint_of_permission(PermissionError(), path))
 
 
 def _read_run_directory(run: Path, selection: Selection) -> tuple[Path, Listing]:
@@ -132,7 +139,9 @@ def _read_candidate(listing: Listing, path: Path, selection: Selection, reader: 
             listing.leave_out_average(path.name, error)
             return
         if not is_average:
-            error.hint = error.hint or f"leave it out: `--exclude {quoted(glob.escape(path.name))}`"
+            leave_out = f"leave it out: `--exclude {quoted(glob.escape(path.name))}`"
+            is_refused = isinstance(error.__cause__, PermissionError)
+            error.hint = f"{error.hint}; or {leave_out}" if error.hint and is_refused else error.hint or leave_out
             listing.unreadable.append((path, error))
             return
     if is_average:

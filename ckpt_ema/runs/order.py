@@ -195,6 +195,8 @@ def _forgive_newest(listing: Listing, origin: Origin | None) -> None:
             readable[unit] = max(readable[unit], number)
     numbered = []
     for path, error in listing.unreadable:
+        if isinstance(error.__cause__, PermissionError):
+            raise error  # which waiting does not mend
         names = numbers_in_name(path.name)
         if is_copy_name(path.name) and not names:
             if "best" in path.name.lower() or not listing.checkpoints:
