@@ -9,8 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
-from tests.conftest import Outcome, quiet_fold, save_students
+from tests.conftest import Outcome, make_student, quiet_fold, save_students
 
 Shell = Callable[..., Outcome]
 
@@ -130,3 +131,35 @@ def test_a_newest_folder_that_may_not_be_read_is_no_unfinished_one(tmp_path: Pat
     assert found.code == 1
     assert "`run/checkpoint-200`: Permission denied" in found.stderr
     assert "`chmod u+rx run/checkpoint-200`" in found.stderr
+
+
+@pytest.mark.parametrize("stderr", ["2>/dev/full", "2>&1 | true", "2>&-"])
+def test_a_stderr_that_takes_nothing_changes_no_fold(run: Path, tmp_path: Path, shell: Shell, stderr: str) -> None:
+    """Warnings and the summary are lost; the teacher, its path on stdout and exit code 0 are not."""
+    done = shell(f"({{ sleep 1; ckpt_ema fold run -o t.safetensors >path; echo $? >code; }} {stderr})")
+    assert done.stderr == ""
+    assert (tmp_path / "code").read_text() == "0\n"
+    assert (tmp_path / "path").read_text() == "t.safetensors\n"
+    assert set(load_file(tmp_path / "t.safetensors")) == set(make_student(1))
+
+
+def test_an_error_that_cannot_be_told_keeps_its_exit_code(run: Path, shell: Shell) -> None:
+    """Misuse is 2 and failure 1, whatever becomes of the message."""
+    assert shell("ckpt_ema fold run --momentum 7 2>/dev/full").code == 2
+    assert shell("ckpt_ema fold --none 2>/dev/full").code == 2
+    assert shell("mkdir empty; ckpt_ema fold empty 2>/dev/full").code == 1
+
+
+def test_a_broken_stdout_behind_the_commit_is_told(run: Path, tmp_path: Path, shell: Shell) -> None:
+    """The path has no reader any more: exit 1, and one line says that the teacher is written."""
+    shell("({ sleep 1; ckpt_ema fold run --momentum 0.5 -q -o t.safetensors 2>told; echo $? >code; } | true)")
+    assert (tmp_path / "code").read_text() == "1\n"
+    told = (tmp_path / "told").read_text().splitlines()
+    assert told == ["Error: cannot write to stdout: Broken pipe", "  `t.safetensors` is written all the same"]
+
+
+@pytest.mark.parametrize("words", ["--help", "--version", "fold --help"])
+def test_help_that_cannot_be_written_is_no_traceback(shell: Shell, words: str) -> None:
+    """Exit 1 and one line, as for everything else on a full stdout."""
+    done = shell(f"ckpt_ema {words} >/dev/full")
+    assert (done.code, done.stderr) == (1, "Error: cannot write to stdout: No space left on device\n")

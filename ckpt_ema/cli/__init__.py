@@ -23,7 +23,15 @@ from ckpt_ema.cli.options import (
     reconstruct_options,
     run_options,
 )
-from ckpt_ema.cli.terminal import ProgressBar, hand_over, print_json, print_text, tell
+from ckpt_ema.cli.terminal import (
+    ProgressBar,
+    hand_over,
+    print_json,
+    print_text,
+    silence_stderr,
+    silence_stdout,
+    tell,
+)
 from ckpt_ema.sizes import counted
 
 if TYPE_CHECKING:
@@ -40,6 +48,24 @@ class _Group(click.Group):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         ctx.obj = list(args)
         return super().parse_args(ctx, args)
+
+    def main(self, *arguments: Any, **settings: Any) -> Any:
+        """Run a command; help and misuse that cannot be printed are no traceback."""
+        try:
+            sys.exit(super().main(*arguments, **{**settings, "standalone_mode": False}))
+        except click.ClickException as misuse:
+            try:
+                misuse.show()
+            except OSError:
+                silence_stderr()
+            sys.exit(misuse.exit_code)
+        except click.Abort:
+            tell("Aborted!")
+            sys.exit(1)
+        except OSError as error:
+            silence_stdout()
+            tell(f"Error: cannot write to stdout: {error.strerror}")
+            sys.exit(1)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})

@@ -72,8 +72,10 @@ def _leave_if_among_ranks(code: Any) -> None:
     """End a rank at once that failed: all is said, and torch's store may abort a process that ends in order."""
     ranks = sys.modules.get("ckpt_ema.ranks")
     if ranks is not None and ranks.has_met_others():
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:  # closed
+                with contextlib.suppress(OSError):
+                    stream.flush()
         os._exit(code if isinstance(code, int) else 1)
 
 

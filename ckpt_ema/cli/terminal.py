@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import io
 import json
 import os
@@ -51,8 +52,11 @@ def _is_utf8(stream: Any) -> bool:
 
 
 def tell(text: str) -> None:
-    """Print on stderr, as `print_text`."""
-    click.echo(_printable(text), err=True)
+    """Print on stderr, as `print_text`; what that does not take is lost, and nothing else."""
+    try:
+        click.echo(_printable(text), err=True)
+    except OSError:
+        silence_stderr()
 
 
 def print_text(text: str) -> None:
@@ -72,9 +76,9 @@ def hand_over(text: str, written: Sequence[str] = ()) -> None:
     """Write on stdout, as it is; where that fails, it is said to be that, and `written` to be there."""
     try:
         click.echo(text)
-    except BrokenPipeError:
-        raise
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and not written:  # `| head`
+            raise
         silence_stdout()
         raise CkptEmaError(
             f"cannot write to stdout: {error.strerror}",
@@ -84,7 +88,19 @@ def hand_over(text: str, written: Sequence[str] = ()) -> None:
 
 def silence_stdout() -> None:
     """Send to nowhere what could not be written: on the way out Python would try again, and end with another code."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    _silence(1)
+
+
+def silence_stderr() -> None:
+    """The same for stderr, where it can be written to no more."""
+    _silence(2)
+
+
+def _silence(stream: int) -> None:
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    if nowhere != stream:
+        os.dup2(nowhere, stream)
+        os.close(nowhere)
 
 
 def _printable(text: str) -> str:
@@ -106,6 +122,13 @@ class ProgressBar:
         """Draw the bar at `done` of `total` bytes."""
         if not self._shown:
             return
+        try:
+            self._draw(done, total)
+        except OSError:  # the terminal is gone
+            self._shown = False
+            silence_stderr()
+
+    def _draw(self, done: int, total: int) -> None:
         if self._bar is None:
             from tqdm import tqdm  # noqa: PLC0415  (30 ms that `--help` must not wait for)
 
@@ -116,4 +139,5 @@ class ProgressBar:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if self._bar is not None:
-            self._bar.close()
+            with contextlib.suppress(OSError):
+                self._bar.close()
