@@ -97,7 +97,8 @@ def follow(
     read and was the same in two looks, `poll_seconds` apart. Of older ones that cannot be read the newer ones wait for
     `patience_seconds` after the last write to them. `tell` gets a line for whatever happens, which begins with
     "Warning: " or "missed " where somebody should look. A fold that fails for a reason that may pass, such as a full
-    disk, is tried again, at last once a minute, until following ends.
+    disk, is tried again, at last once a minute, until following ends; a run directory that is out of reach is waited
+    for.
 
     Raises CkptEmaError as `fold` does, and the teacher is that of the last fold then; NoCheckpointError where there is
     none at the end. What was missed is in the report, and no error.
@@ -178,6 +179,9 @@ class _Follower:
     is_seen: bool = False
     """Whether the last look found a checkpoint that can be read and is not done."""
 
+    unreached: str = ""
+    """Why the last look could not be taken; "" where it could."""
+
     num_failures: int = 0
     """Folds in a row that failed for a reason that may pass; told once."""
 
@@ -200,6 +204,8 @@ class _Follower:
             # Not beyond the time that it may be idle.
             rest = self.poll_seconds if idle_seconds is None else min(self.poll_seconds, idle_seconds)
             stop.wait(rest)
+        if self.unreached:
+            raise CkptEmaError(f"`{self.path}` is out of reach: {self.unreached}", hint="follow again when it is back")
         for path in self.waiting:
             self._miss(path, "was not finished when following ended")
         target = self.target or self.earlier
@@ -225,6 +231,31 @@ class _Follower:
 
     def look(self, *, is_last: bool) -> bool:
         """Fold what is new and finished; whether there was anything."""
+        if self._is_out_of_reach():
+            return False
+        try:
+            return self._look(is_last=is_last)
+        except (CkptEmaError, OSError):
+            if not self._is_out_of_reach():
+                raise
+            return False
+
+    def _is_out_of_reach(self) -> bool:
+        """Whether the run directory cannot be looked into just now, as one on a network; told once."""
+        try:
+            os.listdir(self.path)
+            os.stat(os.path.join(self.path, "."))
+        except OSError as error:
+            if not self.unreached:
+                self._warn(f"`{self.path}` is out of reach: {error.strerror}; it is waited for")
+            self.unreached = error.strerror or str(error)
+            return True
+        if self.unreached:
+            self.tell(f"`{self.path}` is there again")
+        self.unreached = ""
+        return False
+
+    def _look(self, *, is_last: bool) -> bool:
         found = self._list()
         self.is_seen = found is not None and bool(found.checkpoints)
         ready = self._ready(found, is_last=is_last) if found is not None else []

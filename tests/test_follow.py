@@ -69,6 +69,39 @@ class Following:
         return self.report
 
 
+def test_a_run_directory_that_is_out_of_reach_is_waited_for(tmp_path: Path) -> None:
+    """As a network's is now and then: told once, nothing is missed or folded twice, and what came meanwhile goes in."""
+    run, teacher = tmp_path / "run", tmp_path / "t.safetensors"
+    save(run, 1)
+    with Following(run, teacher) as following:
+        following.wait("folded in")
+        run.rename(tmp_path / "away")
+        following.wait("Warning: ")
+        time.sleep(0.3)
+        save(tmp_path / "away", 2)
+        (tmp_path / "away").rename(run)
+        following.wait("folded in", 2)
+        report = following.end()
+    assert (report.num_folded, report.missed) == (2, ())
+    assert [line for line in following.lines if "folded in" not in line] == [
+        f"Warning: `{run}` is out of reach: No such file or directory; it is waited for",
+        f"`{run}` is there again",
+    ]
+    assert_same_bits(load_file(teacher), hook_teacher([make_student(1), make_student(2)], 0.1, BUFFERS))
+
+
+def test_following_that_ends_out_of_reach_says_so(tmp_path: Path) -> None:
+    """What is there at the end nobody knows: an error, and no claim that nothing was."""
+    run = tmp_path / "run"
+    save(run, 1)
+    with Following(run, tmp_path / "t.safetensors") as following:
+        following.wait("folded in")
+        run.rename(tmp_path / "away")
+        following.wait("Warning: ")
+        with pytest.raises(CkptEmaError, match="is out of reach: No such file"):
+            following.end()
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
