@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+import ckpt_ema
 from tests.conftest import Outcome, make_student, quiet_fold, save_students
 
 Shell = Callable[..., Outcome]
@@ -163,3 +164,32 @@ def test_help_that_cannot_be_written_is_no_traceback(shell: Shell, words: str) -
     """Exit 1 and one line, as for everything else on a full stdout."""
     done = shell(f"ckpt_ema {words} >/dev/full")
     assert (done.code, done.stderr) == (1, "Error: cannot write to stdout: No space left on device\n")
+
+
+RECONSTRUCTING = """
+import sys, torch
+import ckpt_ema
+torch.set_default_device("meta")
+torch.set_default_dtype(torch.float16)
+ckpt_ema.reconstruct(sys.argv[1], sys.argv[2], half_life=100.0, announce=lambda plan: None)
+ckpt_ema.fold(sys.argv[1], sys.argv[3], momentum=0.5, device="cpu")
+ckpt_ema.verify(sys.argv[3], sys.argv[1], share=1.0)
+ckpt_ema.compare(sys.argv[2], sys.argv[3])
+"""
+
+
+def test_torch_defaults_decide_nothing(run: Path, tmp_path: Path) -> None:
+    """Whatever device and dtype a program has made torch's default, all is computed on the CPU, to the same bytes."""
+    paths = [tmp_path / name for name in ("r.safetensors", "f.safetensors")]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", RECONSTRUCTING, run, *paths],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    ckpt_ema.reconstruct(run, tmp_path / "r2.safetensors", half_life=100.0, announce=lambda plan: None)
+    quiet_fold(run, tmp_path / "f2.safetensors", momentum=0.5, device="cpu")
+    assert paths[0].read_bytes() == (tmp_path / "r2.safetensors").read_bytes()
+    assert paths[1].read_bytes() == (tmp_path / "f2.safetensors").read_bytes()

@@ -138,12 +138,14 @@ class _Problem:
         self._students = [i for i, item in enumerate(items) if isinstance(item.response, Impulse)]
         if nodes:
             steps, weights, begins, ends = (
-                torch.tensor(column, dtype=torch.float64) for column in zip(*nodes, strict=True)
+                torch.tensor(column, dtype=torch.float64, device="cpu") for column in zip(*nodes, strict=True)
             )
         else:
-            steps = weights = begins = ends = torch.zeros(0, dtype=torch.float64)
+            steps = weights = begins = ends = torch.zeros(0, dtype=torch.float64, device="cpu")
         # Of the middle of what counts as one step.
-        values = torch.tensor([variance.at(float(step) * unit - (unit - 1) / 2) for step in steps], dtype=torch.float64)
+        values = torch.tensor(
+            [variance.at(float(step) * unit - (unit - 1) / 2) for step in steps], dtype=torch.float64, device="cpu"
+        )
         values = values.clamp(min=0.0)
         total = float((values * weights).sum())
         values = values + (FLOOR * total / max(float(weights.sum()), 1.0) or 1.0)
@@ -152,7 +154,7 @@ class _Problem:
         scales = (values * weights / total).sqrt()[:, None]
         # Rows need not be kept: a rotation makes a triangle of them, some at a time. Squaring the matrix, as normal
         # equations do, would square its condition.
-        triangle = torch.zeros(0, len(responses), dtype=torch.float64)
+        triangle = torch.zeros(0, len(responses), dtype=torch.float64, device="cpu")
         for begin in range(0, len(scales), ROWS_AT_ONCE):
             rows = slice(begin, begin + ROWS_AT_ONCE)
             tails = [_tails(each, steps[rows], begins[rows], ends[rows]) for each in responses]
@@ -165,7 +167,9 @@ class _Problem:
         size = 1.0 if variance.squared_norm is None else variance.squared_norm / (total * unit)
         roundings = [item.rounding**2 * size / 3 for item in items]
         # What a stored average differs by from its own smooth tails is an error of the file as rounding is.
-        self._penalties = torch.tensor(list(map(float.__add__, roundings, jumps)), dtype=torch.float64).sqrt()
+        self._penalties = torch.tensor(
+            list(map(float.__add__, roundings, jumps)), dtype=torch.float64, device="cpu"
+        ).sqrt()
 
     def solve(self, number: int) -> Solution:
         """The best coefficients for one target, of as few items as do."""
@@ -204,10 +208,12 @@ class _Problem:
         rows = self._matrix[:, others] - self._matrix[:, last : last + 1]
         target = wanted - self._matrix[:, last]
         penalties = torch.diag(self._penalties[others])
-        closing = -self._penalties[last] * torch.ones(1, len(others), dtype=torch.float64)
+        closing = -self._penalties[last] * torch.ones(1, len(others), dtype=torch.float64, device="cpu")
         system = torch.cat([rows, penalties, closing])
-        right = torch.cat([target, torch.zeros(len(others), dtype=torch.float64), -self._penalties[last : last + 1]])
-        found = torch.zeros(0, dtype=torch.float64)
+        right = torch.cat(
+            [target, torch.zeros(len(others), dtype=torch.float64, device="cpu"), -self._penalties[last : last + 1]]
+        )
+        found = torch.zeros(0, dtype=torch.float64, device="cpu")
         if others:
             # By singular values: two files may hold the same, and torch's other drivers fail on that.
             found = torch.linalg.lstsq(system, right[:, None], rcond=1e-13, driver="gelsd").solution[:, 0]

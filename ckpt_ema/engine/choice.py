@@ -119,7 +119,7 @@ class Checksum:
         for begin in range(0, len(block), SUMMED_BYTES):
             part = torch.frombuffer(block[begin : begin + SUMMED_BYTES], dtype=torch.uint8).to(torch.int64)
             # Odd weights below 2**20: the sum of a part stays below 2**63.
-            places = torch.arange(position + begin, position + begin + len(part)) * 2654435761 % (1 << 20)
+            places = torch.arange(position + begin, position + begin + len(part), device="cpu") * 2654435761 % (1 << 20)
             total += int((part * (places | 1)).sum())
         with self._lock:
             self.total += total

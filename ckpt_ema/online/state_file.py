@@ -69,7 +69,7 @@ def read_state(path: Path, student: torch.nn.Module) -> dict[str, Any]:
         for name, item in stored.tensors.items():
             content = bytearray(read_exactly(file, item.end - item.begin, item.begin))
             dtype = torch_dtype(item.dtype)
-            flat = torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype)
+            flat = torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype, device="cpu")
             tensors[name] = flat.view(item.shape)
     finally:
         file.close()
