@@ -193,3 +193,23 @@ def test_torch_defaults_decide_nothing(run: Path, tmp_path: Path) -> None:
     quiet_fold(run, tmp_path / "f2.safetensors", momentum=0.5, device="cpu")
     assert paths[0].read_bytes() == (tmp_path / "r2.safetensors").read_bytes()
     assert paths[1].read_bytes() == (tmp_path / "f2.safetensors").read_bytes()
+
+
+def test_memory_too_scarce_for_torch_is_one_line(run: Path, tmp_path: Path, shell: Shell) -> None:
+    """Under a low `ulimit -v` torch cannot be loaded: exit 1, no traceback, and no journal stays."""
+    done = shell("ulimit -v 200000; OMP_NUM_THREADS=1 ckpt_ema fold run --momentum 0.5 -o t.safetensors")
+    assert done.code == 1
+    assert done.stderr.startswith("Error: cannot load ")
+    assert done.stderr.endswith("\n\nhint: is there too little memory (`ulimit -v`), or is the installation damaged?\n")
+    assert "Traceback" not in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+
+def test_memory_that_runs_out_is_one_line() -> None:
+    """So is what is refused later."""
+    body = "from ckpt_ema.cli.exits import errors_become_exits\n@errors_become_exits\ndef f(): bytes(1 << 60)\nf()"
+    done = subprocess.run([sys.executable, "-c", body], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (
+        1,
+        "Error: out of memory\n\nhint: raise `ulimit -v`, or pass a smaller `--memory`\n",
+    )

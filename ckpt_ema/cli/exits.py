@@ -15,7 +15,7 @@ from types import FrameType
 from typing import Any
 
 from ckpt_ema.cli.terminal import prepare_streams, silence_numpy_warning, silence_stdout, tell
-from ckpt_ema.errors import CkptEmaError, MisuseError
+from ckpt_ema.errors import CkptEmaError, MisuseError, first_line
 
 Command = Callable[..., Any]
 Handler = Callable[[int, FrameType | None], None]
@@ -65,6 +65,13 @@ def _run(command: Command, arguments: tuple[Any, ...], options: dict[str, Any]) 
         sys.exit(1)
     except OSError as error:
         tell(f"Error: {error.strerror or error}: {error.filename or ''}".rstrip(": "))
+        sys.exit(1)
+    except MemoryError:
+        tell("Error: out of memory\n\nhint: raise `ulimit -v`, or pass a smaller `--memory`")
+        sys.exit(1)
+    except ImportError as error:
+        tell(f"Error: cannot load {error.name or 'a library'}: {first_line(error)}")
+        tell("\nhint: is there too little memory (`ulimit -v`), or is the installation damaged?")
         sys.exit(1)
 
 
