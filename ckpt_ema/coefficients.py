@@ -22,7 +22,8 @@ from ckpt_ema.averages.profiles import (
 )
 from ckpt_ema.continuing import Beginning
 from ckpt_ema.errors import CkptEmaError, MisuseError, NoUpdateError
-from ckpt_ema.locations import as_path
+from ckpt_ema.formats.contents import MAX_JSON_BYTES
+from ckpt_ema.locations import RemotePath, as_path
 from ckpt_ema.options import FoldOptions, ReconstructOptions
 from ckpt_ema.plans import Prediction
 from ckpt_ema.runs.checkpoints import Checkpoint
@@ -311,7 +312,7 @@ def read_coefficients(given: Any) -> dict[str, float]:
         path = as_path(given)
         where = f"`{path}`"
         try:
-            table = json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=_without_repeated_names)
+            table = json.loads(_read_table(path).decode("utf-8"), object_pairs_hook=_without_repeated_names)
         except OSError as error:
             raise MisuseError(f"cannot read `{path}`: {error.strerror}") from error
         except (ValueError, RecursionError) as error:
@@ -332,6 +333,16 @@ def read_coefficients(given: Any) -> dict[str, float]:
     if abs(total - 1) > SUM_TOLERANCE:
         raise CkptEmaError(f"{where} sum to {total:g}, and must sum to 1", hint="divide each by their sum")
     return {str(name): float(share) for name, share in table.items()}
+
+
+def _read_table(path: Path) -> bytes:
+    if isinstance(path, RemotePath):
+        return path.read_bytes()
+    with path.open("rb") as file:  # a pipe as well, which has no size: `--coefficients <(command)`
+        content = file.read(MAX_JSON_BYTES + 1)
+    if len(content) > MAX_JSON_BYTES:
+        raise MisuseError(f"`{path}` has more than {MAX_JSON_BYTES} bytes, too many for a table")
+    return content
 
 
 def _without_repeated_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

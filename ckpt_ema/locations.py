@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import re
@@ -9,7 +10,7 @@ import stat
 from collections.abc import Generator, Hashable, Sequence
 from pathlib import Path, PosixPath
 
-from ckpt_ema.errors import MisuseError, UnreadableCheckpointError, hint_of_permission
+from ckpt_ema.errors import CkptEmaError, MisuseError, UnreadableCheckpointError, hint_of_permission
 from ckpt_ema.remote_store import URL, find_entry, list_folder, read_range
 
 LOCAL_SCHEMES = ("file", "local")
@@ -72,10 +73,18 @@ class RemotePath(PosixPath):
 
 
 def as_path(given: str | os.PathLike[str]) -> Path:
-    """The path that a user's word names; a RemotePath for a URL. Raises MisuseError for a URL of nothing."""
-    text = os.fspath(given)
+    """The path that a user's word names; a RemotePath for a URL.
+
+    Raises MisuseError for what is no word, for a URL of nothing, and for what no file here can be called.
+    """
+    text = os.fspath(given) if isinstance(given, (str, os.PathLike)) else given
+    if not isinstance(text, str):
+        raise MisuseError(
+            f"{given!r:.80} is a {type(given).__name__}, and no path", hint="pass a str or a pathlib.Path"
+        )
     url = URL.match(text)
     if url is None:
+        _check_nameable(text)
         return Path(text)
     scheme, rest = url["scheme"].lower(), text[url.end() :]
     if scheme in LOCAL_SCHEMES:
@@ -85,6 +94,27 @@ def as_path(given: str | os.PathLike[str]) -> Path:
     if VERSION.search(rest):
         raise MisuseError(f"`{text}` asks for a version of an object, and only the newest are read")
     return RemotePath(f"{scheme}://{rest}")
+
+
+def _check_nameable(text: str) -> None:
+    """Raise MisuseError for a name that is too long, CkptEmaError for one in a current folder that was removed."""
+    try:
+        os.lstat(text)
+        is_found = True
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise MisuseError(f"`{text[:80]}...`: {error.strerror}", hint="pass a shorter path") from error
+        is_found = False
+    except ValueError:  # a zero byte
+        is_found = False
+    if not is_found and not os.path.isabs(text):
+        try:
+            os.getcwd()
+        except FileNotFoundError as error:
+            raise CkptEmaError(
+                f"`{text}` is a relative path, and the current folder was removed",
+                hint="`cd` to a folder that is there, or pass whole paths",
+            ) from error
 
 
 def children_of(folder: Path) -> list[Path]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -110,8 +110,8 @@ def _cut_off(found: Run, wanted: FoldOptions, beginning: Beginning) -> NoCheckpo
 
 
 def _as_paths(run: PathLike | Sequence[PathLike]) -> list[Path]:
-    given = [run] if isinstance(run, (str, os.PathLike)) else list(run)
-    if not given or not all(os.fspath(path) for path in given):
+    given = list(run) if isinstance(run, Iterable) and not isinstance(run, (str, bytes, os.PathLike)) else [run]
+    if not given or "" in given:
         raise MisuseError("no run directory and no checkpoint was given", hint="is a variable of your shell empty?")
     return [as_path(path) for path in given]
 

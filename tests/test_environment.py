@@ -9,9 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 import ckpt_ema
+from ckpt_ema.errors import CkptEmaError, MisuseError
 from tests.conftest import Outcome, make_student, quiet_fold, save_students
 
 Shell = Callable[..., Outcome]
@@ -213,3 +215,54 @@ def test_memory_that_runs_out_is_one_line() -> None:
         1,
         "Error: out of memory\n\nhint: raise `ulimit -v`, or pass a smaller `--memory`\n",
     )
+
+
+CALLS = {
+    "fold": ckpt_ema.fold,
+    "fold a list": lambda given: ckpt_ema.fold([given]),
+    "inspect": ckpt_ema.inspect,
+    "compare": lambda given: ckpt_ema.compare(given, given),
+    "verify": ckpt_ema.verify,
+    "follow": ckpt_ema.follow,
+    "save": lambda given: ckpt_ema.MeanTeacher(torch.nn.Linear(2, 2)).save(given),
+    "save_snapshot": lambda given: ckpt_ema.MeanTeacher(torch.nn.Linear(2, 2)).save_snapshot(given, 1),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_what_is_no_path_is_misuse(call: str) -> None:
+    """None, a number and bytes are named as what they are; a name that no file can have is too long."""
+    for given in (None, 7, b"run"):
+        with pytest.raises(MisuseError, match=rf"is a {type(given).__name__}, and no path"):
+            CALLS[call](given)
+    with pytest.raises(MisuseError, match=r"^`aaa.*\.\.\.`: File name too long\n\nhint: pass a shorter path"):
+        CALLS[call]("a" * 300 + ".safetensors")
+
+
+def test_an_output_that_is_no_path_is_misuse(run: Path, tmp_path: Path) -> None:
+    """As an input is; of a name that leaves no room for the hidden one, how long it may be is said."""
+    with pytest.raises(MisuseError, match="7 is a int, and no path"):
+        quiet_fold(run, 7)
+    with pytest.raises(MisuseError, match="File name too long"):
+        quiet_fold(run, tmp_path / f"{'a' * 300}.safetensors")
+    with pytest.raises(CkptEmaError, match="has a name of 252 bytes, and may have"):
+        quiet_fold(run, tmp_path / f"{'a' * 240}.safetensors", momentum=0.5)
+
+
+def test_a_current_folder_that_was_removed_is_told(run: Path, shell: Shell) -> None:
+    """Relative paths lead nowhere then; whole ones are served."""
+    gone = "mkdir gone; cd gone; rmdir ../gone; ckpt_ema"
+    done = shell(f"{gone} fold {run} --momentum 0.5 -o t.safetensors")
+    assert done.code == 1
+    assert done.stderr.startswith(
+        "Error: `t.safetensors` is a relative path, and the current folder was removed\n\nhint:"
+    )
+    assert shell(f"{gone} plan {run} --momentum 0.5").code == 0
+
+
+def test_coefficients_are_not_read_for_ever(run: Path, shell: Shell) -> None:
+    """A device that never ends is refused, and a pipe is read."""
+    endless = shell("ckpt_ema plan run --coefficients /dev/zero")
+    assert (endless.code, endless.stderr[:28]) == (2, "Error: `/dev/zero` has more ")
+    table = '{"step_400.safetensors": 0.5, "step_500.safetensors": 0.5}'
+    assert shell(f"echo '{table}' | ckpt_ema plan run --coefficients /dev/stdin").code == 0

@@ -20,6 +20,7 @@ from ckpt_ema.averages.profiles import what_is_inverted
 from ckpt_ema.averages.response_records import response_record
 from ckpt_ema.averages.responses import Ema
 from ckpt_ema.errors import CkptEmaError, MisuseError, first_line, warn
+from ckpt_ema.locations import as_path
 from ckpt_ema.online.offload import Offload, hold_back_all
 from ckpt_ema.online.pairs import (
     Pair,
@@ -533,7 +534,7 @@ class MeanTeacher:
         """
         if step is not None:
             _check_step(step)
-        path = Path(path)
+        path = as_path(path)
         if path.suffix != ".safetensors":
             raise MisuseError(
                 f"`{path}` does not end with .safetensors, which is what it is written as",
@@ -550,7 +551,7 @@ class MeanTeacher:
         Where training goes back to an earlier step, remove those of later ones: they are of another path.
         """
         _check_step(step)
-        path = Path(run) / f"teacher_step_{step}.safetensors"
+        path = as_path(run) / f"teacher_step_{step}.safetensors"
         return self._write(path, step, is_snapshot=True, dtype="teacher", overwrite=True)
 
     @torch.no_grad()

@@ -48,10 +48,11 @@ def resolve_outputs(
             )
         folder = _above_accelerates(run.root) or run.root
         return has_folder, [folder / _fill(own_name, profile) for profile in profiles]
-    text = os.fspath(output)
-    if not text:
+    if output == "":
         raise MisuseError("`--output` is empty", hint="is a variable of your shell empty?")
-    if isinstance(as_path(text), RemotePath):
+    is_remote = isinstance(as_path(output), RemotePath)
+    text = os.fspath(output)
+    if is_remote:
         raise MisuseError(
             f"`--output {text}` is a URL, and a teacher is written to a local disk", hint=f"pass `-o {own_name}`"
         )
