@@ -365,3 +365,36 @@ def test_hints_of_the_library_are_in_its_words(tmp_path: Path) -> None:
     with pytest.raises(CkptEmaError) as caught:
         teacher.save(tmp_path / "missing" / "teacher.safetensors")
     assert caught.value.hint == "create the folder first, or pass another path"
+
+
+class Odd(torch.nn.Module):
+    """A student with one plain parameter, and one odd tensor."""
+
+    def __init__(self, odd: torch.Tensor, *, is_parameter: bool) -> None:
+        super().__init__()
+        self.plain = torch.nn.Parameter(torch.ones(2))
+        if is_parameter:
+            self.odd = torch.nn.Parameter(odd, requires_grad=False)
+        else:
+            self.register_buffer("odd", odd)
+
+
+ODD_TENSORS = {
+    "torch.sparse_coo": lambda: torch.eye(3).to_sparse(),
+    "torch.sparse_csr": lambda: torch.eye(3).to_sparse_csr(),
+    "a nested tensor": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+    "an MKL-DNN tensor": lambda: torch.ones(3, 3).to_mkldnn(),
+    "quantised (torch.qint8)": lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
+}
+
+
+@pytest.mark.parametrize("kind", ODD_TENSORS)
+@pytest.mark.filterwarnings("ignore:.*(nested tensors|Sparse CSR).*:UserWarning")
+def test_a_tensor_that_is_no_plain_array_is_told_when_the_teacher_is_made(kind: str) -> None:
+    """As a parameter it is refused by name; as a buffer, which an update leaves alone, it is warned of."""
+    odd = ODD_TENSORS[kind]()
+    with pytest.raises(CkptEmaError, match=rf"`odd` is {re.escape(kind)}, of which no average is made"):
+        MeanTeacher(Odd(odd, is_parameter=True))
+    with pytest.warns(UserWarning, match=rf"`odd` is {re.escape(kind)}.*persistent=False"):
+        teacher = MeanTeacher(Odd(odd, is_parameter=False))
+    assert teacher.update()

@@ -46,7 +46,7 @@ from ckpt_ema.online.swap import (
     written_in,
 )
 from ckpt_ema.online.teacher_file import OnlineRecord, check_file_replaceable, write_teacher
-from ckpt_ema.online.tracking import Tracking, is_sharded, part_of, track, unwrap
+from ckpt_ema.online.tracking import Tracking, is_sharded, odd_kind_of, part_of, track, unwrap
 
 STATE_VERSION = 1
 
@@ -160,6 +160,11 @@ class MeanTeacher:
                     hint='pass dtype="float32", or make the teacher module float32',
                 )
         self._tracks = None if snapshots is None else SnapshotTracks(snapshots, self._tracking)
+        if odd := [slot for slot in self._tracking.copied if odd_kind_of(slot.tensor)]:
+            warn(
+                f"`{odd[0].name}` is {odd_kind_of(odd[0].tensor)}, which no safetensors file holds: `save` is going to"
+                " fail; register it with persistent=False"
+            )
 
     @property
     def student(self) -> torch.nn.Module:

@@ -158,6 +158,8 @@ def track(module: torch.nn.Module, *, skip_buffers: bool, whose: Whose = "studen
     for group in groups.values():
         names, places, are_parameters = zip(*group, strict=True)
         slot = Slot(names, places)
+        if any(are_parameters) or (not skip_buffers and slot.tensor.dtype.is_floating_point):
+            _check_dense(slot)
         # A buffer that is a parameter as well is trained.
         reason = _reason_to_copy(slot.tensor, is_parameter=any(are_parameters), skip_buffers=skip_buffers)
         if reason:
@@ -275,10 +277,27 @@ def _check_exists(name: str, tensor: torch.Tensor) -> None:
         )
 
 
+def _check_dense(slot: Slot) -> None:
+    if kind := odd_kind_of(slot.tensor):
+        raise CkptEmaError(
+            f"`{slot.name}` is {kind}, of which no average is made",
+            hint="make it dense, or follow the student without that module",
+        )
+
+
+def odd_kind_of(tensor: torch.Tensor) -> str:
+    """What a tensor is that is no plain array of numbers; "" for one that is."""
+    if tensor.is_nested:
+        return "a nested tensor"
+    if tensor.layout is not torch.strided:
+        return str(tensor.layout).replace("torch._mkldnn", "an MKL-DNN tensor")
+    return f"quantised ({tensor.dtype})" if tensor.is_quantized else ""
+
+
 def _identity(tensor: torch.Tensor) -> object:
     """Equal for tensors that are the same memory, however they came to be tied."""
     local = local_part(tensor)
-    if not local.numel() or local.layout != torch.strided:
+    if odd_kind_of(local) or not local.numel():
         return id(tensor)
     return local.device, local.data_ptr(), local.dtype, local.shape, local.stride()
 
