@@ -78,6 +78,9 @@ class InputFiles:
 SPARE_FILES = 64
 """That may be open beside the inputs."""
 
+FEWEST_SPARE_FILES = 24
+"""With which a fold still gets by: the streams, the journals, what is loaded meanwhile."""
+
 
 def allow_open_files(count: int) -> None:
     """50 checkpoints of 30 shards are more files than a shell allows by default; raise our own soft limit."""
@@ -86,10 +89,14 @@ def allow_open_files(count: int) -> None:
     if soft == resource.RLIM_INFINITY or wanted <= soft:
         return
     if hard != resource.RLIM_INFINITY and wanted > hard:
-        raise CkptEmaError(
-            f"{count} input files and {SPARE_FILES} others are more than this process may open ({hard})",
-            hint="fold fewer checkpoints at once (`--last 20`), or have an administrator raise `ulimit -Hn`",
-        )
+        needed, room = count + FEWEST_SPARE_FILES, hard - FEWEST_SPARE_FILES
+        if needed > hard:
+            fewer = "fold fewer checkpoints at once (`--last N`), or " if room > 1 else ""
+            raise CkptEmaError(
+                f"{count} files and {FEWEST_SPARE_FILES} others are more than this process may open ({hard})",
+                hint=f"{fewer}raise the limit to {needed} (`ulimit -Hn`, which takes an administrator)",
+            )
+        wanted = hard
     resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
