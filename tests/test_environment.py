@@ -266,3 +266,45 @@ def test_coefficients_are_not_read_for_ever(run: Path, shell: Shell) -> None:
     assert (endless.code, endless.stderr[:28]) == (2, "Error: `/dev/zero` has more ")
     table = '{"step_400.safetensors": 0.5, "step_500.safetensors": 0.5}'
     assert shell(f"echo '{table}' | ckpt_ema plan run --coefficients /dev/stdin").code == 0
+
+
+@pytest.mark.parametrize(("limit", "code"), [(64, 0), (32, 0), (28, 1), (20, 1)])
+def test_few_files_that_may_be_open_suffice_or_are_told(run: Path, shell: Shell, limit: int, code: int) -> None:
+    """Five checkpoints fold under a low `ulimit -n`; where they cannot, the hint says what would do."""
+    done = shell(f"ulimit -n {limit}; ckpt_ema fold run --momentum 0.5 -q -o t.safetensors")
+    assert done.code == code, done.stderr
+    assert code == 0 or "raise the limit to 30 (`ulimit -Hn`" in done.stderr
+    assert ("--last N" in done.stderr) == (limit == 28)
+
+
+def test_a_teacher_is_overwritten_as_it_was_named_and_may_be_read(run: Path, tmp_path: Path) -> None:
+    """A link stays one, its target is replaced; the new teacher has the mode and the group of the old one."""
+    real, link = tmp_path / "disk" / "t.safetensors", tmp_path / "t.safetensors"
+    real.parent.mkdir()
+    quiet_fold(run, real, momentum=0.5)
+    link.symlink_to(real)
+    real.chmod(0o640)
+    group = 4 if os.geteuid() == 0 else real.stat().st_gid
+    os.chown(real, -1, group)
+    student = torch.nn.Linear(2, 2)
+    for write in (
+        lambda: quiet_fold(run, link, momentum=0.25, overwrite=True),
+        lambda: ckpt_ema.MeanTeacher(student).save(link),
+    ):
+        before = real.read_bytes()
+        write()
+        assert link.is_symlink()
+        assert real.read_bytes() != before
+        assert (real.stat().st_mode & 0o777, real.stat().st_gid) == (0o640, group)
+
+
+@pytest.mark.parametrize("output", ["pipe.safetensors", "null.safetensors", "/dev/null"])
+def test_a_pipe_or_a_device_is_never_replaced(run: Path, tmp_path: Path, shell: Shell, output: str) -> None:
+    """Whatever its name: exit 2, and what shows a fold without writing is named."""
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    (tmp_path / "null.safetensors").symlink_to("/dev/null")
+    done = shell(f"ckpt_ema fold run --momentum 0.5 --overwrite -o {output}")
+    assert done.code == 2
+    assert "is a device or a pipe, and is never replaced" in done.stderr
+    assert "`ckpt-ema plan`" in done.stderr
+    assert (tmp_path / "pipe.safetensors").is_fifo()

@@ -606,7 +606,9 @@ class MeanTeacher:
             assert step is not None
             response = self._response(step)
             record = replace(record, more={"response": None if response is None else response_record(response)})
-        write_teacher(path, averaged, copied, record, dtype=dtype, overwrite=overwrite)
+        # Through a link, which stays.
+        written = Path(os.path.realpath(path)) if overwrite and path.is_symlink() else path
+        write_teacher(written, averaged, copied, record, dtype=dtype, overwrite=overwrite)
         if is_snapshot and step is not None and self._offset is None:
             self._offset = step - self.num_steps
         return path

@@ -79,6 +79,8 @@ def resolve_outputs(
     if wanted.writes_folder:
         return True, [_settled(Path(_fill(text, profile)), is_folder=True) for profile in profiles]
     resolved = [_resolve(text, profile, has_folder) for profile in profiles]
+    if wanted.overwrite:  # the link stays, and its target is replaced
+        resolved = [(is_folder, Path(os.path.realpath(p)) if p.is_symlink() else p) for is_folder, p in resolved]
     return resolved[0][0], [_settled(path, is_folder=is_folder) for is_folder, path in resolved]
 
 
@@ -89,6 +91,11 @@ def _fill(text: str, profile: Profile) -> str:
 
 def _resolve(pattern: str, profile: Profile, has_folder: bool) -> tuple[bool, Path]:
     path = Path(_fill(pattern, profile))
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise MisuseError(
+            f"`--output {path}` is a device or a pipe, and is never replaced",
+            hint="pass a file; `ckpt-ema plan` shows what would be done, and writes nothing",
+        )
     if path.suffix == ".safetensors" and not path.is_dir():
         return False, path
     if has_folder and not WEIGHTS_SUFFIX.search(path.name):

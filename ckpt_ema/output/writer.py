@@ -8,6 +8,7 @@ import errno
 import json
 import os
 import secrets
+import stat
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -185,6 +186,8 @@ class TeacherFile:
             return
         try:
             with explained(f"cannot write `{self._target}`"):
+                if self._overwrite:
+                    _take_over_mode(self._descriptor, self._target)
                 os.fsync(self._descriptor)
                 os.close(self._descriptor)
                 self._descriptor = -1
@@ -320,6 +323,21 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def _take_over_mode(descriptor: int, target: Path) -> None:
+    """Let the file have the group and the mode of `target`, whose place it takes, as far as this process may."""
+    try:
+        old = os.stat(target)
+    except OSError:
+        return
+    mode = stat.S_IMODE(old.st_mode) & 0o777
+    try:
+        os.fchown(descriptor, -1, old.st_gid)
+    except OSError:  # of another group, which gets what all get
+        mode = (mode & 0o707) | (mode & 0o007) << 3
+    with contextlib.suppress(OSError):
+        os.fchmod(descriptor, mode)
+
+
 def _commit(temporary: Path, target: Path, *, overwrite: bool) -> None:
     if overwrite:
         os.replace(temporary, target)
@@ -402,6 +420,7 @@ def explained(what: str) -> Iterator[None]:
             errno.ENOSPC: "free some space, or pass an `--output` on another disk",
             errno.EDQUOT: "free some of your quota, or pass an `--output` on another disk",
             errno.EACCES: "pass an `--output` in a folder you may write to",
+            errno.EPERM: "is it immutable (`lsattr`)? If so, pass another `--output`",
             errno.EROFS: "pass an `--output` in a folder you may write to",
             errno.ENOENT: "create the folder first, or pass another `--output`",
         }
