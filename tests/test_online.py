@@ -1114,6 +1114,8 @@ def test_a_teacher_is_saved_under_the_name_of_what_it_is(tmp_path: Path) -> None
     with pytest.raises(MisuseError, match="does not end with") as caught:
         MeanTeacher(torch.nn.Linear(2, 2)).save(tmp_path / "t.pt")
     assert caught.value.hint == f"pass `{tmp_path / 't.safetensors'}`"
+    with pytest.raises(MisuseError, match="is a URL, and a teacher is written to a local disk"):
+        MeanTeacher(torch.nn.Linear(2, 2)).save("s3://bucket/t.safetensors")
     assert not list(tmp_path.iterdir())
 
 

@@ -20,7 +20,7 @@ from ckpt_ema.averages.profiles import what_is_inverted
 from ckpt_ema.averages.response_records import response_record
 from ckpt_ema.averages.responses import Ema
 from ckpt_ema.errors import CkptEmaError, MisuseError, first_line, warn
-from ckpt_ema.locations import as_path
+from ckpt_ema.locations import RemotePath, as_path
 from ckpt_ema.online.offload import Offload, hold_back_all
 from ckpt_ema.online.pairs import (
     Pair,
@@ -162,7 +162,7 @@ class MeanTeacher:
         self._tracks = None if snapshots is None else SnapshotTracks(snapshots, self._tracking)
         if odd := [slot for slot in self._tracking.copied if odd_kind_of(slot.tensor)]:
             warn(
-                f"`{odd[0].name}` is {odd_kind_of(odd[0].tensor)}, which no safetensors file holds: `save` is going to"
+                f"`{odd[0].name}` is {odd_kind_of(odd[0].tensor)}, which no safetensors file holds, so that `save` will"
                 " fail; register it with persistent=False"
             )
 
@@ -579,6 +579,8 @@ class MeanTeacher:
 
     @torch.no_grad()
     def _write(self, path: Path, step: int | None, *, is_snapshot: bool, dtype: str, overwrite: bool) -> Path:
+        if isinstance(path, RemotePath):
+            raise MisuseError(f"`{path}` is a URL, and a teacher is written to a local disk", hint="pass a local path")
         self._begin("save the teacher")
         if self._start is None:
             self._warn_of_beginning("is written")

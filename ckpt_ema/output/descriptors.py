@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 FIRST_FREE = 3
-"""Behind stdin, stdout and stderr."""
+"""After stdin, stdout and stderr."""
 
 
 def open_beside_streams(path: Path, flags: int) -> int:

@@ -12,7 +12,7 @@ from ckpt_ema.averages.profiles import Profile
 from ckpt_ema.errors import CkptEmaError, MisuseError, quoted
 from ckpt_ema.formats import read_contents
 from ckpt_ema.formats.folder import WEIGHTS_SUFFIX
-from ckpt_ema.locations import RemotePath, as_path, identity_of
+from ckpt_ema.locations import RemotePath, as_path, identity_of, may_be_listed
 from ckpt_ema.options import FoldOptions, PathLike
 from ckpt_ema.output.old_teacher import check_folder_replaceable
 from ckpt_ema.output.teacher_folder import is_model_folder
@@ -145,7 +145,7 @@ def _above_accelerates(folder: Path) -> Path | None:
     It looks for a number in every name there, removes the smallest and loads the largest.
     """
     real = Path(os.path.realpath(folder))
-    if real.name != "checkpoints" or not real.is_dir():
+    if real.name != "checkpoints" or not real.is_dir() or not may_be_listed(real):
         return None
     if not any(_ACCELERATES_NAME.fullmatch(path.name) and path.is_dir() for path in real.iterdir()):
         return None
