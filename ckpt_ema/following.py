@@ -84,6 +84,7 @@ def follow(
     patience_seconds: float = PATIENCE_SECONDS,
     stop: threading.Event | None = None,
     tell: Callable[[str], None] | None = None,
+    warn: Callable[[str], None] | None = None,
     **options: Any,
 ) -> FollowReport:
     """Fold each checkpoint of a run that is still training as soon as it is finished; the trainer may delete it then.
@@ -95,10 +96,10 @@ def follow(
     Ends when `stop` is set, after a last look; once `until_step` is folded, or passed by the run; after `idle_seconds`
     in which nothing was folded and no checkpoint written to; else never. A checkpoint counts as finished when it can be
     read and was the same in two looks, `poll_seconds` apart. Of older ones that cannot be read the newer ones wait for
-    `patience_seconds` after the last write to them. `tell` gets a line for whatever happens, which begins with
-    "Warning: " or "missed " where somebody should look. A fold that fails for a reason that may pass, such as a full
-    disk, is tried again, at last once a minute, until following ends; a run directory that is out of reach is waited
-    for.
+    `patience_seconds` after the last write to them. `tell` gets a line for whatever happens, `warn`
+    (`tell` where it is not given) one where somebody should look: "Warning: ...", "missed ...". A fold that fails for a
+    reason that may pass, such as a full disk, is tried again, at last once a minute, until following ends; a run
+    directory that is out of reach is waited for.
 
     Raises CkptEmaError as `fold` does, and the teacher is that of the last fold then; NoCheckpointError where there is
     none at the end. What was missed is in the report, and no error.
@@ -130,7 +131,8 @@ def follow(
     # torch takes a second or more to import, in which a trainer may remove a checkpoint that is ready to be folded.
     import ckpt_ema.engine.choice  # noqa: F401, PLC0415
 
-    follower = _Follower(path, output, wanted, poll_seconds, patience_seconds, tell or (lambda text: None))
+    tell = tell or (lambda text: None)
+    follower = _Follower(path, output, wanted, poll_seconds, patience_seconds, tell, warn or tell)
     return follower.run(stop or threading.Event(), idle_seconds)
 
 
@@ -144,6 +146,7 @@ class _Follower:
     poll_seconds: float
     patience_seconds: float
     tell: Callable[[str], None]
+    warn: Callable[[str], None]
     target: Path | None = None
     """Where the teacher goes; known once there is a checkpoint."""
 
@@ -460,7 +463,7 @@ class _Follower:
         return True
 
     def _warn(self, text: str) -> None:
-        self.tell(f"Warning: {text}")
+        self.warn(f"Warning: {text}")
 
     def _give_up(self, path: Path, why: str) -> None:
         self._miss(path, why)
@@ -471,7 +474,7 @@ class _Follower:
             return
         if path.name not in self.missed:
             self.missed.append(path.name)
-        self.tell(f"missed {path.name}: it {why}")
+        self.warn(f"missed {path.name}: it {why}")
 
     def _forget(self, path: Path) -> None:
         self.done[path] = _signature_below(path)

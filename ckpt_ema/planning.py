@@ -249,13 +249,13 @@ def _average_layout(path: Path, tensors: Sequence[TeacherTensor], pool: SchemaPo
     contents = read_contents(path)
     # A teacher may be one of ours, or a state dict by itself, whose names look like an average's.
     teacher = choose_student(contents, state="" if is_flat(contents) else None)
-    differences = []
+    missing, differences = [], []
     for tensor in tensors:
         stored = teacher.tensors.get(tensor.name)
         if tensor.action == "copy":
             continue
         if stored is None:
-            differences.append(f"{tensor.name}: missing in `{path.name}`")
+            missing.append(f"{tensor.name}: missing in `{path.name}`")
         elif stored.shape != tensor.shape:
             differences.append(f"{tensor.name}: shape {list(stored.shape)}, the students' is {list(tensor.shape)}")
         elif stored.dtype.kind != tensor.student_dtype.kind:
@@ -263,18 +263,19 @@ def _average_layout(path: Path, tensors: Sequence[TeacherTensor], pool: SchemaPo
     averaged = {tensor.name for tensor in tensors}
     averaged |= read_record(contents.metadata).aliases_in(averaged)
     differences += [f"{name}: missing in the students" for name in teacher.tensors if name not in averaged]
-    if differences:
+    if missing or differences:
         hint = (
             f"leave it out: `--exclude {quoted(glob.escape(path.name))}`; snapshots hold what the online teacher"
             " averaged, mostly parameters alone, under the names of the student that was followed (`--prefix`)"
         )
         if wanted.init is not None:
             hint = "pass a teacher of the same model with `--init`"
-        elif not wanted.skip_buffers and all(line.endswith(f": missing in `{path.name}`") for line in differences):
+        elif not wanted.skip_buffers and not differences:
             hint = "omit `--no-skip-buffers`: these are buffers, which the online teacher did not average"
         raise CkptEmaError(
-            f"{counted(len(differences), 'difference')} between the tensors of `{path.name}` and the students'",
-            details=differences,
+            f"{counted(len(missing) + len(differences), 'difference')} between the tensors of `{path.name}` and the"
+            " students'",
+            details=[*missing, *differences],
             hint=hint,
         )
     # Copied tensors come from the newest student; the initial teacher's are never read, and need not exist.

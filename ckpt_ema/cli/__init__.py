@@ -157,11 +157,11 @@ def follow(run: str, output: str | None, quiet: bool, **options: Any) -> None:
     from datetime import datetime  # noqa: PLC0415
 
     def tell_with_time(text: str) -> None:
-        if not quiet or text.startswith(("Warning: ", "missed ")):
-            tell(f"{datetime.now():%H:%M:%S} {text}")
+        tell(f"{datetime.now():%H:%M:%S} {text}")
 
     with contextlib.redirect_stdout(sys.stderr), first_signal_sets() as stop:
-        done = ckpt_ema.follow(run, output, stop=stop, tell=tell_with_time, **options)
+        told = None if quiet else tell_with_time
+        done = ckpt_ema.follow(run, output, stop=stop, tell=told, warn=tell_with_time, **options)
     if not quiet:
         missed = f", missed {len(done.missed)}: {', '.join(done.missed)}" if done.missed else ""
         tell(f"folded {counted(done.num_folded, 'checkpoint')}{missed}")
