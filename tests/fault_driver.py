@@ -32,7 +32,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "file": {},
     "overwritten": {"overwrite": True},
     "several": {"momentum": [0.1, 0.3]},
-    "shards": {"overwrite": True, "shard_size_bytes": 6000},
+    "shards": {"overwrite": True, "shard_size_bytes": 12_000},
     "apart": {"overwrite": True, "shard_size_bytes": 30_000},
     "joined": {"overwrite": True, "shard_size_bytes": 10**9},
     "new": {"shard_size_bytes": 10**9},
