@@ -267,21 +267,31 @@ def training_steps(checkpoints: Sequence[Checkpoint], options: FoldOptions) -> t
             hint="pass `--steps-per-epoch N`, the number of optimizer steps in an epoch",
         )
     if unit == "number":
-        _check_numbers_are_steps(checkpoints)
         return numbers, [f"the numbers in the names ({numbers[0]} to {numbers[-1]}) are taken for training steps"]
     return numbers, []
 
 
-def _check_numbers_are_steps(checkpoints: Sequence[Checkpoint]) -> None:
-    """Raise CkptEmaError where bare numbers in names go up by one: nobody saves after every training step."""
-    for older, newer in itertools.pairwise(checkpoints):
-        if older.step is not None and newer.step == older.step + 1:
-            raise CkptEmaError(
-                f"the numbers in the names seem to count epochs or saves, and training steps are needed:"
-                f" `{newer.label}` comes next after `{older.label}`",
-                hint="pass `--steps-per-epoch N`, the number of optimizer steps from one number to the next (1 where"
-                " they are steps)",
-            )
+def check_numbers_are_steps(
+    checkpoints: Sequence[Checkpoint], options: FoldOptions, past: Sequence[PastCheckpoint] = ()
+) -> None:
+    """Raise CkptEmaError where bare numbers in names mostly go up by one: nobody saves after every training step.
+
+    `past` are the checkpoints of the teacher that is continued.
+    """
+    if not options.per_step or options.steps_per_epoch is not None or options.coefficients is not None:
+        return
+    known = {item.step: item.name for item in past if item.unit == "number" and item.step is not None}
+    known |= {item.step: item.label for item in checkpoints if item.unit == "number" and item.step is not None}
+    pairs = list(itertools.pairwise(sorted(known.items())))
+    close = [(older, newer) for (number, older), (next_number, newer) in pairs if next_number == number + 1]
+    if 2 * len(close) > len(pairs):
+        per = "--per step --momentum M " if options.init is not None else ""
+        raise CkptEmaError(
+            "the numbers in the names seem to count epochs or saves, and training steps are needed:"
+            f" `{close[0][1]}` comes next after `{close[0][0]}`",
+            hint=f"pass `{per}--steps-per-epoch N`, the number of optimizer steps from one number to the next (1 where"
+            " they are steps)",
+        )
 
 
 def _by_hand(checkpoints: Sequence[Checkpoint], given: Any) -> Weighed:

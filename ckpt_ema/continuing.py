@@ -16,8 +16,9 @@ from ckpt_ema.locations import as_path
 from ckpt_ema.options import FoldOptions
 from ckpt_ema.runs.candidates import has_series_name
 from ckpt_ema.runs.checkpoints import Checkpoint
-from ckpt_ema.runs.steps import Unit, numbers_in_name, steps_inside
+from ckpt_ema.runs.steps import Unit, steps_in_name, steps_inside
 from ckpt_ema.runs.students import is_flat
+from ckpt_ema.sizes import counted
 from ckpt_ema.teacher_record import RULE_KEYS, SELECTION, PastCheckpoint, TeacherRecord, printable, read_record
 
 
@@ -58,7 +59,7 @@ class Beginning:
     dtypes: frozenset[str] = frozenset()
     """Names of those of its floating-point tensors."""
 
-    numbers: Mapping[str, int] = field(default_factory=dict)
+    numbers: Mapping[Unit, int] = field(default_factory=dict)
     """What its contents and its name say of its step, by what they count, where it has no record."""
 
     @property
@@ -81,6 +82,8 @@ class Beginning:
         """Unit and number of its newest checkpoint, or its own step where it lists none; None where that is unknown."""
         if self.past and self.record.made != "reconstruct":
             return self.past[-1].unit, self.past[-1].step
+        if self.numbers:
+            return next(iter(self.numbers.items()))
         return "step", self.record.step
 
     def inside_of(self, checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
@@ -110,7 +113,8 @@ class Beginning:
         """The training step it is of; raises MisuseError where it does not say."""
         if self.record.step is not None:
             return self.record.step
-        if (number := self._number_of("step")) is not None:
+        number = self._number_of("step")
+        if number is not None and options.from_step is None:
             return number
         if self.past:
             last, per_epoch = self.past[-1], options.steps_per_epoch
@@ -195,7 +199,7 @@ class Beginning:
             raise MisuseError(
                 f"`{self.label}` does not say of which step it is, so what is newer cannot be told",
                 hint="say what to fold, and with which momentum per checkpoint: `--from STEP --momentum M`; what"
-                " `teacher.save_snapshot(run, step)` writes knows its step",
+                " `teacher.save(path, step=STEP)` writes knows its step",
             )
         if record.is_online and not record.has_begun and not is_asked:
             raise CkptEmaError(
@@ -300,14 +304,16 @@ class Beginning:
         own = self._number_of(checkpoints[0].unit)
         if own is None or any(item.step is None or item.unit != checkpoints[0].unit for item in checkpoints):
             return None
-        claim = f"`{self.label}`, which is of {checkpoints[0].unit} {own} by its contents or its name"
+        claim = f"of {checkpoints[0].unit} {own} by its contents or its name"
         newer = [item for item in checkpoints if (item.step or 0) > own]
         if not newer:
             raise NoCheckpointError(
-                f"nothing is newer than {claim}", hint="where it is not, say what is: `--from STEP`"
+                f"nothing is newer than `{self.label}`, which is {claim}",
+                hint="where it is of another step, say what is newer: `--from STEP`",
             )
-        left_out = [(item.label, f"not newer than {claim}") for item in checkpoints if (item.step or 0) <= own]
-        return Newer(newer, None, left_out)
+        left_out = [(item.label, f"not newer than `{self.label}`") for item in checkpoints if (item.step or 0) <= own]
+        text = f"`{self.label}` is taken to be {claim}, and {counted(len(left_out), 'checkpoint')} to be in it"
+        return Newer(newer, None, left_out, [f"{text}; `--from STEP` says otherwise"])
 
     def _some(self, checkpoints: list[Checkpoint]) -> list[Checkpoint]:
         if checkpoints:
@@ -340,12 +346,19 @@ def read_beginning(options: FoldOptions) -> Beginning | None:
     return Beginning(path, record, frozenset(dtypes), _numbers_of(contents) if record.tool is None else {})
 
 
-def _numbers_of(contents: Contents) -> dict[str, int]:
-    """What a teacher without a record says of its step; `checkpoint-300/teacher/` says it above."""
+def _numbers_of(contents: Contents) -> dict[Unit, int]:
+    """What a teacher without a record says of its step; `checkpoint-300/teacher/` says it above.
+
+    A bare number counts in a name of a series alone: the 50 of `resnet50` is none.
+    """
     path = contents.path.absolute()
-    names = [name for name in (path, path.parent, path.parent.parent) if name is path or has_series_name(name)]
-    named = next((numbers for name in names if (numbers := numbers_in_name(name.name))), {})
-    return {**named, **{unit: number for (_, unit), number in steps_inside(contents).items()}}
+    found: dict[Unit, int] = {}
+    for place in (path, path.parent, path.parent.parent):
+        numbers = {unit: number for (_, unit), number in steps_in_name(place.name).items()}
+        if has_series_name(place) or (place is path and "number" not in numbers):
+            found = found or numbers
+    inside = {unit: number for (_, unit), number in steps_inside(contents).items()}
+    return {**inside, **{unit: number for unit, number in found.items() if unit not in inside}}
 
 
 def _key(item: Checkpoint) -> tuple[str, Unit, int | None]:

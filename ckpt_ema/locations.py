@@ -80,7 +80,7 @@ def as_path(given: str | os.PathLike[str]) -> Path:
     text = os.fspath(given) if isinstance(given, (str, os.PathLike)) else given
     if not isinstance(text, str):
         raise MisuseError(
-            f"{given!r:.80} is a {type(given).__name__}, and no path", hint="pass a str or a pathlib.Path"
+            f"{given!r:.80} is of type {type(given).__name__}, and no path", hint="pass a str or a pathlib.Path"
         )
     url = URL.match(text)
     if url is None:
@@ -105,8 +105,8 @@ def _check_nameable(text: str) -> None:
         if error.errno == errno.ENAMETOOLONG:
             raise MisuseError(f"`{text[:80]}...`: {error.strerror}", hint="pass a shorter path") from error
         is_found = False
-    except ValueError:  # a zero byte
-        is_found = False
+    except ValueError as error:
+        raise MisuseError(f"{text[:80]!r} is no path: {error}") from error
     if not is_found and not os.path.isabs(text):
         try:
             os.getcwd()

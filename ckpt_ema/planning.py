@@ -22,7 +22,7 @@ from ckpt_ema.averages.responses import half_life_of
 from ckpt_ema.blocks import accumulate_dtype, plan_blocks
 from ckpt_ema.byte_ranges import TensorRange
 from ckpt_ema.catalogue import TeacherTensor, Treatment, build_catalogue
-from ckpt_ema.coefficients import Weighed, weigh
+from ckpt_ema.coefficients import Weighed, check_numbers_are_steps, weigh
 from ckpt_ema.continuing import Beginning, read_beginning
 from ckpt_ema.dtypes import DType, is_rounded
 from ckpt_ema.errors import CkptEmaError, MisuseError, NoCheckpointError, NoUpdateError, quoted
@@ -53,10 +53,12 @@ def plan_fold(run: PathLike | Sequence[PathLike], output: PathLike | None, wante
     beginning = read_beginning(wanted)
     if beginning is None:
         found = find_run(run, wanted)
+        check_numbers_are_steps(found.checkpoints, wanted)
         return plan_weighed(found, weigh(found.checkpoints, wanted), output, wanted)
     inherited = beginning.inherit(wanted)
     wanted = inherited.options
     found = find_run(run, wanted)
+    check_numbers_are_steps(found.checkpoints, wanted, beginning.past)
     weighed = _weigh_newer(found, wanted, beginning)
     weighed = replace(
         weighed,

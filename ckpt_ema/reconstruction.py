@@ -13,7 +13,7 @@ from pathlib import Path
 from ckpt_ema.averages.profiles import updates_of
 from ckpt_ema.averages.responses import Ema, Impulse, Power, Response, SteppedPower, declared_response, tail_at
 from ckpt_ema.averages.solver import EVEN, Item, Solution, Variance, interpolated, solve
-from ckpt_ema.coefficients import Average, Weighed, training_steps
+from ckpt_ema.coefficients import Average, Weighed, check_numbers_are_steps, training_steps
 from ckpt_ema.dtypes import DType
 from ckpt_ema.errors import CkptEmaError, MisuseError, quoted
 from ckpt_ema.formats import read_contents
@@ -116,6 +116,7 @@ def _in_steps(found: Run, wanted: ReconstructOptions) -> tuple[Run, tuple[int, f
     checkpoints = found.checkpoints
     if len({item.unit for item in checkpoints}) == 1 and all(item.step is not None for item in checkpoints):
         checkpoints = tuple(sorted(checkpoints, key=lambda item: item.step or 0))
+    check_numbers_are_steps(checkpoints, wanted)
     steps, notes = training_steps(checkpoints, wanted) if checkpoints else ([], [])
     factor = wanted.steps_per_epoch or 1
     # Epochs where the checkpoints know epochs, as for a fold.

@@ -401,15 +401,28 @@ def test_a_foreign_teacher_says_its_step_by_its_name_or_contents(tmp_path: Path,
     options: dict[str, Any] = {"momentum": 0.25, "exclude": ["step_200"]}
     planned = ckpt_ema.plan(run, tmp_path / "t.safetensors", init=init, **options)
     assert [item.step for item in planned.checkpoints] == [300, 400]
-    assert any("is of step 200 by its contents or its name" in reason for _, reason in planned.left_out)
+    assert any("is taken to be of step 200 by its contents or its name" in text for text in planned.warnings)
     per_step = ckpt_ema.plan(run, tmp_path / "t.safetensors", init=init, per="step", **options)
     assert [item.step for item in per_step.checkpoints] == [300, 400]
-    with pytest.raises(NoCheckpointError, match="nothing is newer than"):
+    with pytest.raises(NoCheckpointError, match="nothing up to step 200 is newer"):
         ckpt_ema.plan(run, tmp_path / "t.safetensors", init=init, until_step=200, **options)
     unknown = init.rename(tmp_path / "ema_of_somebody.safetensors")
     if init.suffix != ".pt":
         planned = ckpt_ema.plan(run, tmp_path / "t.safetensors", init=unknown, **options)
         assert any("all 4 are folded, also those that it has" in text for text in planned.warnings)
+
+
+@pytest.mark.parametrize("name", ["resnet50.safetensors", "vit_patch16_224.safetensors", "teacher_2024.safetensors"])
+def test_a_number_in_a_foreign_teachers_name_is_no_step(tmp_path: Path, name: str) -> None:
+    """Unless the name says what it counts, or is a series' own: all is folded, with a warning."""
+    run = tmp_path / "run"
+    save_students(run, 3)
+    save_file(make_student(1), tmp_path / name)
+    planned = ckpt_ema.plan(run, tmp_path / "t.safetensors", init=tmp_path / name, momentum=0.3)
+    assert [item.step for item in planned.checkpoints] == [100, 200, 300]
+    assert any("all 3 are folded, also those that it has" in text for text in planned.warnings)
+    with pytest.raises(MisuseError, match="does not say of which step it is"):
+        ckpt_ema.plan(run, tmp_path / "t.safetensors", init=tmp_path / name, half_life=50)
 
 
 def test_a_teacher_that_followed_training_is_never_replaced(tmp_path: Path) -> None:
@@ -421,6 +434,10 @@ def test_a_teacher_that_followed_training_is_never_replaced(tmp_path: Path) -> N
     with pytest.raises(CkptEmaError, match="is a teacher that followed training, which nobody can make again"):
         quiet_fold(run, None, overwrite=True)
     assert written.read_bytes() == before
+    online_run(tmp_path / "other")
+    snapshot = tmp_path / "other" / "teacher_step_5.safetensors"
+    with pytest.raises(CkptEmaError, match="which nobody can make again; it is never replaced"):
+        quiet_fold(tmp_path / "other", snapshot, init=snapshot, overwrite=True)
 
 
 def test_an_online_teacher_that_has_seen_nothing_is_not_gone_on_with(tmp_path: Path) -> None:

@@ -233,7 +233,7 @@ CALLS = {
 def test_what_is_no_path_is_misuse(call: str) -> None:
     """None, a number and bytes are named as what they are; a name that no file can have is too long."""
     for given in (None, 7, b"run"):
-        with pytest.raises(MisuseError, match=rf"is a {type(given).__name__}, and no path"):
+        with pytest.raises(MisuseError, match=rf"is of type {type(given).__name__}, and no path"):
             CALLS[call](given)
     with pytest.raises(MisuseError, match=r"^`aaa.*\.\.\.`: File name too long\n\nhint: pass a shorter path"):
         CALLS[call]("a" * 300 + ".safetensors")
@@ -241,7 +241,7 @@ def test_what_is_no_path_is_misuse(call: str) -> None:
 
 def test_an_output_that_is_no_path_is_misuse(run: Path, tmp_path: Path) -> None:
     """As an input is; of a name that leaves no room for the hidden one, how long it may be is said."""
-    with pytest.raises(MisuseError, match="7 is a int, and no path"):
+    with pytest.raises(MisuseError, match="7 is of type int, and no path"):
         quiet_fold(run, 7)
     with pytest.raises(MisuseError, match="File name too long"):
         quiet_fold(run, tmp_path / f"{'a' * 300}.safetensors")
@@ -296,6 +296,62 @@ def test_a_teacher_is_overwritten_as_it_was_named_and_may_be_read(run: Path, tmp
         assert link.is_symlink()
         assert real.read_bytes() != before
         assert (real.stat().st_mode & 0o777, real.stat().st_gid) == (0o640, group)
+
+
+def test_a_link_at_the_default_output_stays_and_two_to_one_file_are_misuse(run: Path, tmp_path: Path) -> None:
+    """As a link that was named; two teachers do not fit into one file. A link to no teacher's file is replaced."""
+    real, link = tmp_path / "real.safetensors", run / "teacher.safetensors"
+    quiet_fold(run, real, momentum=0.5)
+    link.symlink_to(real)
+    before = real.read_bytes()
+    quiet_fold(run, None, momentum=0.25, overwrite=True)
+    assert link.is_symlink()
+    assert real.read_bytes() != before
+    for momentum in (0.1, 0.3):
+        (tmp_path / f"k-{momentum}.safetensors").symlink_to(real)
+    with pytest.raises(MisuseError, match="are links to one file"):
+        quiet_fold(run, tmp_path / "k-{momentum}.safetensors", momentum=[0.1, 0.3], overwrite=True)
+    (tmp_path / "cache.bin").write_bytes(b"broken")
+    other = tmp_path / "other.safetensors"
+    other.symlink_to(tmp_path / "cache.bin")
+    quiet_fold(run, other, momentum=0.5, overwrite=True)
+    assert not other.is_symlink()
+    assert (tmp_path / "cache.bin").read_bytes() == b"broken"
+
+
+def test_a_pipe_at_the_default_output_is_never_replaced(run: Path) -> None:
+    """As one that was named."""
+    os.mkfifo(run / "teacher.safetensors")
+    with pytest.raises(MisuseError, match="is a device or a pipe"):
+        quiet_fold(run, None, momentum=0.5, overwrite=True)
+
+
+def test_what_may_not_be_read_is_not_replaced(run: Path, tmp_path: Path, shell: Shell) -> None:
+    """It may be a checkpoint; of a file that cannot be read for its contents the new teacher can be."""
+    target = tmp_path / "t.safetensors"
+    target.write_bytes(b"somebody's")
+    target.chmod(0)
+    refused = shell("ckpt_ema fold run --momentum 0.5 --overwrite -o t.safetensors")
+    assert refused.code == 1
+    assert "cannot open `t.safetensors`: Permission denied" in refused.stderr
+    target.chmod(0o040)
+    quiet_fold(run, target, momentum=0.5, overwrite=True)  # by whom it may be read
+    assert target.stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.parametrize("names", ["ckpt-{}", "{}"])
+def test_a_checkpoint_that_may_not_be_listed_is_an_error(tmp_path: Path, shell: Shell, names: str) -> None:
+    """No teacher is made without it, whatever its folder is called."""
+    for step in (100, 200, 300):
+        save_students(tmp_path / "run" / names.format(step), 1)
+        (tmp_path / "run" / names.format(step) / "step_100.safetensors").rename(
+            tmp_path / "run" / names.format(step) / "model.safetensors"
+        )
+    (tmp_path / "run" / names.format(200)).chmod(0)
+    found = shell("ckpt_ema fold run --momentum 0.5")
+    assert found.code == 1
+    assert "Permission denied" in found.stderr
+    assert not (tmp_path / "run" / "teacher.safetensors").exists()
 
 
 @pytest.mark.parametrize("output", ["pipe.safetensors", "null.safetensors", "/dev/null"])

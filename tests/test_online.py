@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -1114,6 +1115,12 @@ def test_a_teacher_is_saved_under_the_name_of_what_it_is(tmp_path: Path) -> None
     with pytest.raises(MisuseError, match="does not end with") as caught:
         MeanTeacher(torch.nn.Linear(2, 2)).save(tmp_path / "t.pt")
     assert caught.value.hint == f"pass `{tmp_path / 't.safetensors'}`"
+    for path in ("", "/", "ema_0.999"):
+        with pytest.raises(MisuseError, match="does not end with") as caught:
+            MeanTeacher(torch.nn.Linear(2, 2)).save(path)
+        assert str(caught.value.hint).endswith(("teacher.safetensors`", "ema_0.999.safetensors`"))
+    with pytest.raises(MisuseError, match="is no path: embedded null byte"):
+        MeanTeacher(torch.nn.Linear(2, 2)).save("a\0b.safetensors")
     with pytest.raises(MisuseError, match="is a URL, and a teacher is written to a local disk"):
         MeanTeacher(torch.nn.Linear(2, 2)).save("s3://bucket/t.safetensors")
     assert not list(tmp_path.iterdir())
@@ -1125,6 +1132,7 @@ def test_a_snapshots_step_is_a_whole_number(student: Student, tmp_path: Path) ->
         with pytest.raises(MisuseError, match="must be a whole number from 0"):
             MeanTeacher(student).save_snapshot(tmp_path, step)  # type: ignore[arg-type]
     assert not list(tmp_path.iterdir())
+    assert MeanTeacher(student).save_snapshot(tmp_path, np.int64(3)).name == "teacher_step_3.safetensors"
 
 
 def test_an_inverted_momentum_is_warned_of(student: Student) -> None:

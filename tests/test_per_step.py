@@ -204,14 +204,36 @@ def test_epochs_are_steps_when_their_length_is_known(tmp_path: Path, name: str, 
 
 def test_bare_numbers_far_apart_are_steps(tmp_path: Path, cli: Cli) -> None:
     """Numbers that say nothing else are taken for steps, aloud; those that go up by one where that is said."""
-    for number in (500, 501, 1000):
+    for number in (500, 501, 502, 1000):
         save_file(make_student(number), tmp_path / f"model_{number}.safetensors")
     assert "`model_501.safetensors` comes next after `model_500" in cli("plan", tmp_path, "--half-life", 100).stderr
     planned = ckpt_ema.plan(tmp_path, half_life=100, steps_per_epoch=1)
-    assert planned.teachers[0].updates == tuple(step_updates(Profile("ema", half_life=100), [500, 501, 1000]))
+    assert planned.teachers[0].updates == tuple(step_updates(Profile("ema", half_life=100), [500, 501, 502, 1000]))
     (tmp_path / "model_501.safetensors").unlink()
+    (tmp_path / "model_502.safetensors").unlink()
     outcome = cli("plan", tmp_path, "--half-life", 100)
     assert "the numbers in the names (500 to 1000) are taken for training steps" in outcome.stdout
+
+
+def test_one_save_right_after_another_is_no_count_of_saves(tmp_path: Path) -> None:
+    """`model_3001` at the end of a run that saved every 1000 steps."""
+    for number in (1000, 2000, 3000, 3001):
+        save_file(make_student(number), tmp_path / f"model_{number}.safetensors")
+    assert [item.step for item in ckpt_ema.plan(tmp_path, half_life=500).checkpoints] == [1000, 2000, 3000, 3001]
+
+
+def test_saves_that_come_one_by_one_are_refused_as_together(tmp_path: Path) -> None:
+    """A teacher of `model_1` alone, which nothing is said against, is not continued per step with `model_2`."""
+    run, output = tmp_path / "run", tmp_path / "t.safetensors"
+    run.mkdir()
+    save_file(make_student(1), run / "model_1.safetensors")
+    quiet_fold(run, output, half_life=5)
+    save_file(make_student(2), run / "model_2.safetensors")
+    with pytest.raises(CkptEmaError, match="seem to count epochs or saves") as caught:
+        ckpt_ema.plan(run, tmp_path / "u.safetensors", init=output)
+    assert "--per step --momentum M --steps-per-epoch N" in str(caught.value.hint)
+    quiet_fold(run, output, half_life=5, steps_per_epoch=1, overwrite=True)
+    assert all(check.is_ok for check in ckpt_ema.verify(output, run).checks)
 
 
 def test_steps_that_are_not_known_or_do_not_ascend_are_named(run: Path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import numbers
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -20,6 +21,7 @@ from ckpt_ema.averages.profiles import what_is_inverted
 from ckpt_ema.averages.response_records import response_record
 from ckpt_ema.averages.responses import Ema
 from ckpt_ema.errors import CkptEmaError, MisuseError, first_line, warn
+from ckpt_ema.formats.folder import WEIGHTS_SUFFIX
 from ckpt_ema.locations import RemotePath, as_path
 from ckpt_ema.online.offload import Offload, hold_back_all
 from ckpt_ema.online.pairs import (
@@ -537,13 +539,13 @@ class MeanTeacher:
         ckpt-ema wrote, and never a snapshot or another file. Raises CkptEmaError where the teacher is not finite, and
         for a sharded one, whose `state_dict()` is for torch.distributed.checkpoint.
         """
-        if step is not None:
-            _check_step(step)
+        step = None if step is None else _as_step(step)
         path = as_path(path)
         if path.suffix != ".safetensors":
+            stem = WEIGHTS_SUFFIX.sub("", str(path)) if path.name else str(path / "teacher")
             raise MisuseError(
                 f"`{path}` does not end with .safetensors, which is what it is written as",
-                hint=f"pass `{path.with_suffix('.safetensors')}`",
+                hint=f"pass `{stem}.safetensors`",
             )
         return self._write(path, step, is_snapshot=False, dtype=dtype, overwrite=overwrite)
 
@@ -555,7 +557,7 @@ class MeanTeacher:
         counts calls of `update`; where it does not from one file to the next, no response is claimed.
         Where training goes back to an earlier step, remove those of later ones: they are of another path.
         """
-        _check_step(step)
+        step = _as_step(step)
         path = as_path(run) / f"teacher_step_{step}.safetensors"
         return self._write(path, step, is_snapshot=True, dtype="teacher", overwrite=True)
 
@@ -761,9 +763,11 @@ def _check_modules(student: object, teacher: object) -> None:
         raise MisuseError(f"the teacher is a {type(teacher).__name__}, and must be a torch.nn.Module")
 
 
-def _check_step(step: object) -> None:
-    if type(step) is not int or step < 0:
+def _as_step(step: Any) -> int:
+    # numpy's integers as well.
+    if isinstance(step, bool) or not isinstance(step, numbers.Integral) or step < 0:
         raise MisuseError(f"step is {step!r}, and must be a whole number from 0", hint="pass the trainer's counter")
+    return int(step)
 
 
 def _is_registered(handle: RemovableHandle) -> bool:

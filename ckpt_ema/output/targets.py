@@ -47,7 +47,8 @@ def resolve_outputs(
                 hint=f"pass `-o {own_name}`",
             )
         folder = _above_accelerates(run.root) or run.root
-        return has_folder, [folder / _fill(own_name, profile) for profile in profiles]
+        targets = [(has_folder, folder / _fill(own_name, profile)) for profile in profiles]
+        return has_folder, [path for _, path in _through_links(targets, wanted)]
     if output == "":
         raise MisuseError("`--output` is empty", hint="is a variable of your shell empty?")
     is_remote = isinstance(as_path(output), RemotePath)
@@ -79,9 +80,36 @@ def resolve_outputs(
     if wanted.writes_folder:
         return True, [_settled(Path(_fill(text, profile)), is_folder=True) for profile in profiles]
     resolved = [_resolve(text, profile, has_folder) for profile in profiles]
-    if wanted.overwrite:  # the link stays, and its target is replaced
-        resolved = [(is_folder, Path(os.path.realpath(p)) if p.is_symlink() else p) for is_folder, p in resolved]
+    resolved = _through_links(resolved, wanted)
     return resolved[0][0], [_settled(path, is_folder=is_folder) for is_folder, path in resolved]
+
+
+def _through_links(targets: list[tuple[bool, Path]], wanted: FoldOptions) -> list[tuple[bool, Path]]:
+    """The same where an output is a link to a teacher's file and is to be replaced: the link stays, its target goes.
+
+    Raises MisuseError for what is no file, and where two links lead to one.
+    """
+    found = []
+    for is_folder, path in targets:
+        _check_no_device(path)
+        real = Path(os.path.realpath(path))
+        is_followed = wanted.overwrite and path.is_symlink() and real.suffix == ".safetensors" and real.is_file()
+        found.append((is_folder, real if is_followed else path))
+    paths = [path for _, path in found]
+    if len(set(paths)) < len(paths):
+        twice = [str(path) for (_, path), real in zip(targets, paths, strict=True) if paths.count(real) > 1]
+        raise MisuseError(
+            f"`{twice[0]}` and `{twice[1]}` are links to one file", hint="pass another `--output`, or remove a link"
+        )
+    return found
+
+
+def _check_no_device(path: Path) -> None:
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise MisuseError(
+            f"`--output {path}` is a device or a pipe, and is never replaced",
+            hint="pass a file; `ckpt-ema plan` shows what would be done, and writes nothing",
+        )
 
 
 def _fill(text: str, profile: Profile) -> str:
@@ -91,11 +119,7 @@ def _fill(text: str, profile: Profile) -> str:
 
 def _resolve(pattern: str, profile: Profile, has_folder: bool) -> tuple[bool, Path]:
     path = Path(_fill(pattern, profile))
-    if path.exists() and not (path.is_file() or path.is_dir()):
-        raise MisuseError(
-            f"`--output {path}` is a device or a pipe, and is never replaced",
-            hint="pass a file; `ckpt-ema plan` shows what would be done, and writes nothing",
-        )
+    _check_no_device(path)
     if path.suffix == ".safetensors" and not path.is_dir():
         return False, path
     if has_folder and not WEIGHTS_SUFFIX.search(path.name):
@@ -235,15 +259,18 @@ def _check_is_teacher(planned: FoldPlan, target: Path) -> None:
     """Raise CkptEmaError unless `target` is a teacher that ckpt-ema wrote, or cannot be read."""
     inputs = {file.identity for file in planned.input_files}
     identity = identity_of(target)
-    if planned.options.init is not None and identity_of(as_path(planned.options.init)) == identity:
-        return  # going on from a teacher in its own place
-    if identity in inputs:
+    is_continued = planned.options.init is not None and identity_of(as_path(planned.options.init)) == identity
+    if identity in inputs and not is_continued:
         raise CkptEmaError(f"`{target}` is one of the inputs, and is never replaced", hint="pass another `--output`")
     try:
         contents = read_contents(target)
-    except CkptEmaError:
+    except CkptEmaError as error:
+        if isinstance(error.__cause__, PermissionError):
+            raise  # it may be anything
         return
     if not contents.is_own_teacher:
+        if is_continued:
+            return
         raise CkptEmaError(
             f"`{target}` holds tensors that ckpt-ema did not write; it is never replaced",
             hint="pass another `--output`, or move it away",

@@ -329,7 +329,7 @@ def _take_over_mode(descriptor: int, target: Path) -> None:
         old = os.stat(target)
     except OSError:
         return
-    mode = stat.S_IMODE(old.st_mode) & 0o777
+    mode = stat.S_IMODE(old.st_mode) & 0o777 | 0o600  # whose owner wrote it
     try:
         os.fchown(descriptor, -1, old.st_gid)
     except OSError:  # of another group, which gets what all get

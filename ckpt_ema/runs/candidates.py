@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import os
 import re
 import shlex
@@ -20,6 +21,9 @@ MAX_SEARCH_DEPTH = 3
 DEAD_LINK = "a link that cannot be followed"
 CLOSED = "a folder that may not be listed"
 
+# What a shell takes for nothing but a pattern.
+_UNQUOTED = re.compile(r"[\w.*=+@%:,-]+")
+
 SNAPSHOT_NAME = re.compile(r"^teacher(_.+)?_step_\d+\.safetensors$")
 """How `MeanTeacher` names its files; what they hold is asked of themselves."""
 
@@ -31,10 +35,12 @@ def is_one_checkpoint(folder: Path) -> bool:
     if not has_weights(folder):
         return False
     children = visible_children(folder)
+    below = children
+    if has_series_name(folder):  # the teacher that a callback put into each checkpoint is no checkpoint of a run
+        below = [child for child in children if not is_average_name(child.name)]
     return (
         not _has_numbered_files(children)
-        # The teacher that a callback put into each checkpoint is no checkpoint of a run.
-        and not any(is_checkpoint_folder(child) for child in children if not is_average_name(child.name))
+        and not any(map(is_checkpoint_folder, below))
         and _find_numbered_below(folder) is None
     )
 
@@ -44,10 +50,9 @@ def is_checkpoint_folder(path: Path) -> bool:
     if not path.is_dir() or path.name.startswith("tmp"):
         return False
     if not may_be_listed(path):
-        return has_series_name(path)  # whoever reads it says so
+        return bool(steps_in_name(path.name))  # whoever reads it says so
     if has_weights(path) and not _has_numbered_files(visible_children(path)):
-        # `seed_1/` with `checkpoint-500/` and the final model in it: a run by itself.
-        return has_series_name(path) or not _holds_series(path)
+        return has_series_name(path) or not _is_run_with_its_final_model(path)
     if is_sharded(path):
         return not NEVER_STUDENTS.match(path.name)  # accelerate's `optimizer_0`
     # DeepSpeed's `latest` lies beside the checkpoints of a run, and in the Trainer's checkpoints, which have a number.
@@ -57,7 +62,7 @@ def is_checkpoint_folder(path: Path) -> bool:
         return False
     # checkpoint-300/ without weights is unfinished, or holds them one level down (diffusers).
     children = visible_children(path)
-    if not has_series_name(path) and _holds_series(path):
+    if not has_series_name(path) and any(child.is_dir() and has_series_name(child) for child in children):
         return False  # `lora_run_1/checkpoint-500/`: a run by itself
     return any(child.is_dir() and may_be_listed(child) and has_weights(child) for child in children) or (
         has_series_name(path) and not any(map(_is_candidate, children))
@@ -119,14 +124,23 @@ def has_series_name(path: Path) -> bool:
     return bool(steps_in_name(path.name)) and stem.startswith(SERIES_STEMS)
 
 
-def _holds_series(folder: Path) -> bool:
-    """Whether folders in it are called as trainers call their checkpoints."""
-    return any(child.is_dir() and has_series_name(child) for child in visible_children(folder))
+def _is_run_with_its_final_model(folder: Path) -> bool:
+    """Whether a folder with weights also holds checkpoints: `seed_1/checkpoint-500/` beside a model.
+
+    `ckpt-100/` with its own `global_step100/` is a checkpoint.
+    """
+    own = set(steps_in_name(folder.name).values())
+    inside = [child for child in visible_children(folder) if has_series_name(child) and child.is_dir()]
+    return folder_of_latest(folder) is None and any(
+        not own & set(steps_in_name(child.name).values()) and (has_weights(child) or is_sharded(child))
+        for child in inside
+        if may_be_listed(child)
+    )
 
 
 def _is_closed(folder: Path) -> bool:
     """Whether what lies in it stays unknown; what is called like a checkpoint is tried to be read."""
-    return not may_be_listed(folder) and not has_series_name(folder)
+    return not may_be_listed(folder) and not steps_in_name(folder.name)
 
 
 def _find_dead_links(folder: Path) -> list[Path]:
@@ -161,7 +175,7 @@ def _descend(run: Path) -> tuple[Path, list[Path], list[tuple[str, str]]]:
             raise CkptEmaError(
                 f"`{run}` holds {len(found)} folders with checkpoints, and which is the run cannot be told",
                 details=names,
-                hint=f"pass one of them: `{found[0][0]}`" + _as_one_run([folder for folder, _ in found]),
+                hint=f"pass one of them: `{found[0][0]}`" + _as_one_run(found),
             )
         below = _folders_below(level)
         passed_over += [(os.path.relpath(folder, run), CLOSED) for folder in below if _is_closed(folder)]
@@ -176,12 +190,23 @@ def _descend(run: Path) -> tuple[Path, list[Path], list[tuple[str, str]]]:
     )
 
 
-def _as_one_run(folders: Sequence[Path]) -> str:
-    """How to fold a few folders of one training run that was started again: Lightning begins another each time."""
-    if len(folders) > 3:
+def _as_one_run(found: Sequence[tuple[Path, Sequence[Path]]]) -> str:
+    """How to fold a few folders that may be one training run, started again: Lightning begins another each time.
+
+    Nothing where a step is in two of them, or where no pattern takes the numbered checkpoints and nothing else.
+    """
+    patterns, steps = [], []
+    for folder, candidates in found:
+        names = sorted(path.name for path in candidates if not is_copy_name(path.name))
+        steps += [tuple(sorted(steps_in_name(name).items())) for name in names]
+        pattern = re.sub(r"\d+", "*", names[0]) if names else ""
+        matching = fnmatch.filter([path.name for path in visible_children(folder)], pattern)
+        if sorted(matching) != names or not _UNQUOTED.fullmatch(pattern):
+            return ""
+        patterns.append(f"{shlex.quote(str(folder))}/{pattern}")
+    if len(found) > 3 or () in steps or len(set(steps)) < len(steps):
         return ""
-    patterns = " ".join(f"{shlex.quote(str(folder))}/*" for folder in folders)
-    return f"; where all are of one training run, pass its checkpoints: `{patterns}`"
+    return f"; where all are of one training run, pass its checkpoints: `{' '.join(patterns)}`"
 
 
 def _candidates_of(directory: Path) -> list[Path]:

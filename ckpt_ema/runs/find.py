@@ -46,7 +46,8 @@ def find_checkpoints(paths: Sequence[Path], selection: Selection) -> Run:
         if not path.exists():
             raise MisuseError(f"`{path}` does not exist", hint="pass a run directory, or checkpoints")
         check_may_be_listed(path)
-    if len(paths) == 1 and paths[0].is_dir() and not is_one_checkpoint(paths[0]):
+    is_run = len(paths) == 1 and paths[0].is_dir() and (selection.is_live or not is_one_checkpoint(paths[0]))
+    if is_run:
         directory, listing = _read_run_directory(paths[0], selection)
         root: Path | None = paths[0]
     else:
