@@ -232,7 +232,7 @@ def is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
 
 
 def span_elements(shape: tuple[int, ...], strides: tuple[int, ...] | None) -> int:
-    """Elements from the first to after the last one that a tensor with these strides touches."""
+    """How many elements lie from the first to the last one, both counted, that a tensor with these strides touches."""
     if strides is None:
         return count_elements(shape)
     if 0 in shape:

@@ -118,7 +118,6 @@ def weigh(checkpoints: Sequence[Checkpoint], options: FoldOptions, beginning: Be
         averages=(Average(beginning.path, beginning.label, None),),
         left_out=(*newer.left_out, *weighed.left_out),
         warnings=(*newer.warnings, *beginning.changed_of(checkpoints), *weighed.warnings),
-        notes=(*weighed.notes, *newer.notes),
         goes_on=bool(past),
         past=past,
         origin=None if past and beginning.knows_origin else weighed.origin,
@@ -233,7 +232,7 @@ def _without_idle(
 def training_steps(checkpoints: Sequence[Checkpoint], options: FoldOptions) -> tuple[list[int], list[str]]:
     """The training step of each checkpoint, and what is to be said of them.
 
-    Raises CkptEmaError where one is unknown, or where they do not ascend.
+    Raises CkptEmaError where one is unknown, or where they do not ascend; `check_numbers_are_steps` comes before.
     """
     unit = checkpoints[0].unit
     is_reconstruction = isinstance(options, ReconstructOptions)
@@ -272,11 +271,15 @@ def training_steps(checkpoints: Sequence[Checkpoint], options: FoldOptions) -> t
 
 
 def check_numbers_are_steps(
-    checkpoints: Sequence[Checkpoint], options: FoldOptions, past: Sequence[PastCheckpoint] = ()
+    checkpoints: Sequence[Checkpoint],
+    options: FoldOptions,
+    past: Sequence[PastCheckpoint] = (),
+    *,
+    is_inherited: bool = False,
 ) -> None:
-    """Raise CkptEmaError where bare numbers in names mostly go up by one: nobody saves after every training step.
+    """Raise CkptEmaError where bare numbers in names mostly go up by one: they hardly count training steps.
 
-    `past` are the checkpoints of the teacher that is continued.
+    `past` are the checkpoints of the teacher that is continued, by its own rule where `is_inherited`.
     """
     if not options.per_step or options.steps_per_epoch is not None or options.coefficients is not None:
         return
@@ -285,11 +288,11 @@ def check_numbers_are_steps(
     pairs = list(itertools.pairwise(sorted(known.items())))
     close = [(older, newer) for (number, older), (next_number, newer) in pairs if next_number == number + 1]
     if 2 * len(close) > len(pairs):
-        per = "--per step --momentum M " if options.init is not None else ""
+        rule = "--per step --momentum M " if is_inherited else ""
         raise CkptEmaError(
             "the numbers in the names seem to count epochs or saves, and training steps are needed:"
             f" `{close[0][1]}` comes next after `{close[0][0]}`",
-            hint=f"pass `{per}--steps-per-epoch N`, the number of optimizer steps from one number to the next (1 where"
+            hint=f"pass `{rule}--steps-per-epoch N`, the number of optimizer steps from one number to the next (1 where"
             " they are steps)",
         )
 

@@ -11,7 +11,7 @@ from typing import Any
 from ckpt_ema.catalogue import ASKED_FOR
 from ckpt_ema.errors import CkptEmaError, MisuseError, NoCheckpointError
 from ckpt_ema.formats import Contents, read_contents
-from ckpt_ema.formats.folder import has_weights, is_sharded
+from ckpt_ema.formats.folder import SERIES_NAME, has_weights, is_sharded
 from ckpt_ema.locations import as_path
 from ckpt_ema.options import FoldOptions
 from ckpt_ema.runs.candidates import has_series_name
@@ -34,7 +34,6 @@ class Newer:
     """Names of what is not folded, each with the reason."""
 
     warnings: Sequence[str] = ()
-    notes: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,14 +112,14 @@ class Beginning:
         """The training step it is of; raises MisuseError where it does not say."""
         if self.record.step is not None:
             return self.record.step
-        number = self._number_of("step")
-        if number is not None and options.from_step is None:
-            return number
-        if self.past:
-            last, per_epoch = self.past[-1], options.steps_per_epoch
-            factor = {"step": 1, "number": per_epoch or 1, "epoch": per_epoch}.get(last.unit)
-            if last.step is not None and factor:
-                return last.step * factor
+        per_epoch = options.steps_per_epoch
+        known: list[tuple[Unit, int | None]] = [(past.unit, past.step) for past in self.past[-1:]]
+        if options.from_step is None:
+            known = [*self.numbers.items(), *known]
+        for unit, number in known:
+            factor = {"step": 1, "number": per_epoch or 1, "epoch": per_epoch}.get(unit)
+            if number is not None and factor:
+                return number * factor
         raise MisuseError(
             f"`{self.path}` does not say of which step it is, so the gap to the first checkpoint is unknown",
             hint="count checkpoints instead: `--momentum M` without `--per step` and `--half-life`",
@@ -273,8 +272,8 @@ class Beginning:
         if last is None or last.step is None or is_unknown:
             left_out = [(item.label, f"`{self.label}` has it") for item in checkpoints if id(item) in inside]
             newer = self._some([item for item in checkpoints if id(item) not in inside])
-            unknown = f"how far `{self.label}` has come of these checkpoints it does not say"
-            all_of_them = f"all {len(newer)} are folded, also those that it has (`--from STEP` leaves them out)"
+            unknown = f"`{self.label}` does not say which of these checkpoints it has"
+            all_of_them = f"all {len(newer)} are folded, even those (`--from STEP` leaves older ones out)"
             warnings = [] if self.past or is_told else [f"{unknown}: {all_of_them}"]
             return Newer(newer, None, left_out, warnings)
         # A list may have been out of order; but a reconstruction of an earlier step takes later students as well.
@@ -347,18 +346,20 @@ def read_beginning(options: FoldOptions) -> Beginning | None:
 
 
 def _numbers_of(contents: Contents) -> dict[Unit, int]:
-    """What a teacher without a record says of its step; `checkpoint-300/teacher/` says it above.
+    """The step of a teacher without a record, by its contents, its name or its checkpoint (`checkpoint-300/teacher/`).
 
-    A bare number counts in a name of a series alone: the 50 of `resnet50` is none.
+    Steps first. A bare number counts only in names such as `checkpoint-300`: the 50 of `resnet50` is no step.
     """
     path = contents.path.absolute()
-    found: dict[Unit, int] = {}
-    for place in (path, path.parent, path.parent.parent):
+    places = [path, *(folder for folder in (path.parent, path.parent.parent) if SERIES_NAME.match(folder.name))]
+    found = {unit: number for (_, unit), number in steps_inside(contents).items()}
+    for place in places:
         numbers = {unit: number for (_, unit), number in steps_in_name(place.name).items()}
-        if has_series_name(place) or (place is path and "number" not in numbers):
-            found = found or numbers
-    inside = {unit: number for (_, unit), number in steps_inside(contents).items()}
-    return {**inside, **{unit: number for unit, number in found.items() if unit not in inside}}
+        if numbers and ("number" not in numbers or has_series_name(place)):
+            found = {**numbers, **found}
+            break
+    order: tuple[Unit, ...] = ("step", "epoch", "date", "number")
+    return {unit: found[unit] for unit in order if unit in found}
 
 
 def _key(item: Checkpoint) -> tuple[str, Unit, int | None]:

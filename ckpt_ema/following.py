@@ -96,13 +96,14 @@ def follow(
     Ends when `stop` is set, after a last look; once `until_step` is folded, or passed by the run; after `idle_seconds`
     in which nothing was folded and no checkpoint written to; else never. A checkpoint counts as finished when it can be
     read and was the same in two looks, `poll_seconds` apart. Of older ones that cannot be read the newer ones wait for
-    `patience_seconds` after the last write to them. `tell` gets a line for whatever happens, `warn`
-    (`tell` where it is not given) one where somebody should look: "Warning: ...", "missed ...". A fold that fails for a
-    reason that may pass, such as a full disk, is tried again, at last once a minute, until following ends; a run
-    directory that is out of reach is waited for.
+    `patience_seconds` after the last write to them. `tell` gets a line for what happens, `warn` (by
+    default `tell`) one where somebody should look: "Warning: ...", "missed ...". A fold that fails for a reason that
+    may pass, such as a full disk, is tried again, at last once a minute, until following ends; a run directory that is
+    out of reach is waited for.
 
-    Raises CkptEmaError as `fold` does, and the teacher is that of the last fold then; NoCheckpointError where there is
-    none at the end. What was missed is in the report, and no error.
+    Raises CkptEmaError as `fold` does, and where the run directory is out of reach at the end, and the teacher is that
+    of the last fold then; NoCheckpointError where there is none at the end. What was missed is in the report, and no
+    error.
     """
     wanted = FoldOptions(**options)
     if len(wanted.profiles) > 1 or wanted.profile != "ema" or wanted.coefficients is not None:
@@ -234,24 +235,24 @@ class _Follower:
 
     def look(self, *, is_last: bool) -> bool:
         """Fold what is new and finished; whether there was anything."""
-        if self._is_out_of_reach():
+        if self._has_lost_reach():
             return False
         try:
             return self._look(is_last=is_last)
         except (CkptEmaError, OSError):
-            if not self._is_out_of_reach():
+            if not self._has_lost_reach():
                 raise
             return False
 
-    def _is_out_of_reach(self) -> bool:
+    def _has_lost_reach(self) -> bool:
         """Whether the run directory cannot be looked into just now, as one on a network; told once."""
         try:
             os.listdir(self.path)
-            os.stat(os.path.join(self.path, "."))
+            os.stat(os.path.join(self.path, "."))  # what may be listed may not be entered
         except OSError as error:
-            if not self.unreached:
-                self._warn(f"`{self.path}` is out of reach: {error.strerror}; it is waited for")
-            self.unreached = error.strerror or str(error)
+            is_news, self.unreached = not self.unreached, error.strerror or str(error)
+            if is_news:
+                self._warn(f"`{self.path}` is out of reach: {self.unreached}; it is waited for")
             return True
         if self.unreached:
             self.tell(f"`{self.path}` is there again")
@@ -357,9 +358,12 @@ class _Follower:
         inherited = beginning.inherit(self.options)
         if not beginning.past:
             raise CkptEmaError(f"`{self.target}` does not say what it was folded from", hint="pass another `--output`")
-        with contextlib.suppress(NoCheckpointError):  # nothing is newer, yet
-            for foreign in beginning.newer_of(found.checkpoints).warnings:
-                raise CkptEmaError(foreign, hint="pass another `--output`")
+        try:
+            foreign = beginning.newer_of(found.checkpoints).warnings
+        except NoCheckpointError:  # nothing is newer, yet
+            foreign = ()
+        if foreign:
+            raise CkptEmaError(foreign[0], hint="pass another `--output`")
         if inherited.warnings:
             given = [f"`--{name.replace('_', '-')}`" for name in inherited.clashing]
             leave = f"omit {' and '.join(given)} to continue it, or " if given else ""

@@ -75,7 +75,8 @@ class RemotePath(PosixPath):
 def as_path(given: str | os.PathLike[str]) -> Path:
     """The path that a user's word names; a RemotePath for a URL.
 
-    Raises MisuseError for what is no word, for a URL of nothing, and for what no file here can be called.
+    Raises MisuseError for what is neither a str nor a path, for a URL of nothing and for what no file can be called;
+    CkptEmaError for a relative path where the current folder was removed.
     """
     text = os.fspath(given) if isinstance(given, (str, os.PathLike)) else given
     if not isinstance(text, str):
@@ -100,20 +101,20 @@ def _check_nameable(text: str) -> None:
     """Raise MisuseError for a name that is too long, CkptEmaError for one in a current folder that was removed."""
     try:
         os.lstat(text)
-        is_found = True
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
             raise MisuseError(f"`{text[:80]}...`: {error.strerror}", hint="pass a shorter path") from error
-        is_found = False
     except ValueError as error:
         raise MisuseError(f"{text[:80]!r} is no path: {error}") from error
-    if not is_found and not os.path.isabs(text):
+    else:
+        return
+    if not os.path.isabs(text):
         try:
             os.getcwd()
         except FileNotFoundError as error:
             raise CkptEmaError(
                 f"`{text}` is a relative path, and the current folder was removed",
-                hint="`cd` to a folder that is there, or pass whole paths",
+                hint="`cd` to a folder that exists, or pass absolute paths",
             ) from error
 
 

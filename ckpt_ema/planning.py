@@ -55,10 +55,11 @@ def plan_fold(run: PathLike | Sequence[PathLike], output: PathLike | None, wante
         found = find_run(run, wanted)
         check_numbers_are_steps(found.checkpoints, wanted)
         return plan_weighed(found, weigh(found.checkpoints, wanted), output, wanted)
+    has_rule = wanted.momentum is not None or wanted.half_life is not None
     inherited = beginning.inherit(wanted)
     wanted = inherited.options
     found = find_run(run, wanted)
-    check_numbers_are_steps(found.checkpoints, wanted, beginning.past)
+    check_numbers_are_steps(found.checkpoints, wanted, beginning.past, is_inherited=not has_rule)
     weighed = _weigh_newer(found, wanted, beginning)
     weighed = replace(
         weighed,
@@ -385,7 +386,7 @@ def _treated_otherwise(weighed: Weighed, tensors: Sequence[TeacherTensor]) -> It
 def _rounding_dtypes(
     weighed: Weighed, layouts: Sequence[Layout], tensors: Sequence[TeacherTensor], options: FoldOptions
 ) -> list[tuple[DType, DType, DType]]:
-    """Of each tensor that was rounded in the teacher that is continued the student's dtype, that one, the fold's."""
+    """For each tensor that was rounded in the continued teacher: the student's dtype, the teacher's, the fold's."""
     if not weighed.past:
         return []
     dtypes = [

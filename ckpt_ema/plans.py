@@ -136,7 +136,7 @@ class FoldPlan:
     newest: Checkpoint
 
     def __repr__(self) -> str:
-        """One line, which a notebook or a debugger shows: with every field it has a page per checkpoint."""
+        """One line for notebooks and debuggers; with every field it would be a page per checkpoint."""
         files = counted(len(self.inputs), "file")
         return f"<FoldPlan: {files} of {self.directory} into {', '.join(self.output_names)}>"
 

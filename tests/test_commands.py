@@ -67,7 +67,7 @@ def test_an_option_given_twice_is_not_half_ignored(tmp_path: Path, cli: Cli, com
     save_students(tmp_path / "run", 2)
     outcome = cli(command, tmp_path / "run", "--state", "a", "--state", "b")
     assert outcome.code == 2
-    assert "`--state` is given 2 times, and takes one" in outcome.stderr
+    assert "`--state` is given 2 times, and takes one value" in outcome.stderr
     assert not outcome.stdout
 
 
@@ -83,7 +83,7 @@ def test_decay_is_told_apart_from_momentum(tmp_path: Path, cli: Cli) -> None:
     """Other tools ask for the share that the teacher keeps."""
     outcome = cli("fold", tmp_path, "--decay", "0.999")
     assert outcome.code == 2
-    assert "a decay of D is `--momentum` 1 - D, as 0.999 is `--momentum 0.001`" in outcome.stderr
+    assert "a decay of 0.999 is `--momentum 0.001`: momentum = 1 - decay" in outcome.stderr
 
 
 def test_plan_shows_every_coefficient_and_reads_no_tensor(run: Path, cli: Cli) -> None:

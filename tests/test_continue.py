@@ -359,7 +359,7 @@ def test_a_teacher_that_does_not_say_of_which_step_it_is_asks_what_to_fold(tmp_p
     assert "--from STEP --momentum M" in (caught.value.hint or "")
     planned = ckpt_ema.plan(run, output, init=init, momentum=0.3)
     assert len(planned.checkpoints) == 13
-    assert any("all 13 are folded, also those that it has" in text for text in planned.warnings)
+    assert any("all 13 are folded, even those" in text for text in planned.warnings)
     planned = ckpt_ema.plan(run, output, init=run / "teacher_step_5.safetensors", momentum=0.3, from_step=2)
     assert [item.step for item in planned.checkpoints] == list(range(2, 14))
     planned = ckpt_ema.plan(run, output, init=init, momentum=0.3, from_step=12)
@@ -409,7 +409,24 @@ def test_a_foreign_teacher_says_its_step_by_its_name_or_contents(tmp_path: Path,
     unknown = init.rename(tmp_path / "ema_of_somebody.safetensors")
     if init.suffix != ".pt":
         planned = ckpt_ema.plan(run, tmp_path / "t.safetensors", init=unknown, **options)
-        assert any("all 4 are folded, also those that it has" in text for text in planned.warnings)
+        assert any("all 4 are folded, even those" in text for text in planned.warnings)
+
+
+@pytest.mark.parametrize(("name", "init"), [("epoch_{}", "ema_epoch_3"), ("model_{}", "checkpoint_3")])
+def test_a_foreign_teachers_epoch_is_as_long_as_the_runs(tmp_path: Path, name: str, init: str) -> None:
+    """With `--steps-per-epoch` its number counts steps as the checkpoints' do."""
+    run = tmp_path / "run"
+    run.mkdir()
+    for number in range(1, 7):
+        save_file(make_student(number), run / f"{name.format(number)}.safetensors")
+    options: dict[str, Any] = {"half_life": 5000, "steps_per_epoch": 1250}
+    own = quiet_fold(run, tmp_path / "own.safetensors", until_step=3, **options).output
+    save_file(load_file(own), tmp_path / f"{init}.safetensors")
+    expected = ckpt_ema.plan(run, tmp_path / "t.safetensors", init=own, **options)
+    planned = ckpt_ema.plan(run, tmp_path / "t.safetensors", init=tmp_path / f"{init}.safetensors", **options)
+    assert [item.step for item in planned.checkpoints if item.step != 3] == [4, 5, 6]
+    assert planned.first_share == pytest.approx(0.5 ** (3 * 1250 / 5000), rel=0.2)
+    assert planned.first_share == pytest.approx(expected.first_share, rel=0.2)
 
 
 @pytest.mark.parametrize("name", ["resnet50.safetensors", "vit_patch16_224.safetensors", "teacher_2024.safetensors"])
@@ -420,7 +437,7 @@ def test_a_number_in_a_foreign_teachers_name_is_no_step(tmp_path: Path, name: st
     save_file(make_student(1), tmp_path / name)
     planned = ckpt_ema.plan(run, tmp_path / "t.safetensors", init=tmp_path / name, momentum=0.3)
     assert [item.step for item in planned.checkpoints] == [100, 200, 300]
-    assert any("all 3 are folded, also those that it has" in text for text in planned.warnings)
+    assert any("all 3 are folded, even those" in text for text in planned.warnings)
     with pytest.raises(MisuseError, match="does not say of which step it is"):
         ckpt_ema.plan(run, tmp_path / "t.safetensors", init=tmp_path / name, half_life=50)
 
@@ -489,7 +506,7 @@ def test_where_a_run_counts_in_another_unit_than_the_teacher_that_is_said(tmp_pa
     for epoch in (1, 2):
         torch.save(torch.load(run / f"step_{epoch}.pt")["model"], epochs / f"epoch_{epoch}.pt")
     planned = ckpt_ema.plan(epochs, tmp_path / "t.safetensors", init=snapshots[4], momentum=0.1)
-    assert any("all 2 are folded, also those that it has" in text for text in planned.warnings)
+    assert any("all 2 are folded, even those" in text for text in planned.warnings)
 
 
 def test_checkpoints_that_come_to_count_otherwise_are_not_folded_again(tmp_path: Path) -> None:

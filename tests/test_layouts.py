@@ -1945,7 +1945,7 @@ def test_what_a_shell_lists_as_text_is_folded_by_step(tmp_path: Path, listed: st
     found = sorted(run.glob("checkpoint-*" if listed == "folders" else "checkpoint-*/model.safetensors"))
     planned = plan(found, output=tmp_path / "t.safetensors")
     assert steps_of(planned) == [200, 1000, 3000]
-    assert any("number 1000 before number 200, as a shell makes it" in warning for warning in planned.warnings)
+    assert any("(number 1000 before number 200), as a shell sorts" in warning for warning in planned.warnings)
     # Two of them, or another order than a shell's, are somebody's wish.
     for wished, text in (
         (found[:2], "number 200 comes after number 1000"),

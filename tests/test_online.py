@@ -1100,8 +1100,8 @@ def test_a_tie_that_is_undone_is_told(student: Student) -> None:
     ("arguments", "text"),
     [
         ((torch.nn.Linear(2, 2), 0.001), "pass `momentum=0.001`"),
-        ((torch.nn.Linear(2, 2), {"a": torch.ones(2)}), "the teacher is a dict"),
-        (({"a": torch.ones(2)},), "the student is a dict"),
+        ((torch.nn.Linear(2, 2), {"a": torch.ones(2)}), "the teacher is of type dict"),
+        (({"a": torch.ones(2)},), "the student is of type dict"),
     ],
 )
 def test_what_is_no_module_is_named(arguments: tuple[Any, ...], text: str) -> None:

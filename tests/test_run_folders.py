@@ -71,7 +71,9 @@ def test_a_run_over_two_folders_is_folded_by_the_hint(tmp_path: Path) -> None:
     listed = [Path(path) for pattern in shlex.split(typed) for path in sorted(glob.glob(pattern))]
     planned = assert_folds_to(listed, tmp_path, STUDENTS)
     assert steps_of(planned) == [500, 1000, 1500, 2000]
-    assert any("as a shell makes it of a pattern; it is folded in step order" in text for text in planned.warnings)
+    assert any(
+        "as a shell sorts what a pattern matches; it is folded in step order" in text for text in planned.warnings
+    )
 
 
 def test_runs_that_overlap_are_not_hinted_at_as_one(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def _doubled(total: int) -> Iterator[int]:
     length = NUM_NODES
     while total > 0:
         count = min(length, total)
-        # But the first ones stay exact: a narrow power profile falls by more than a polynomial of that degree can.
+        # But the first ones stay exact: a narrow power profile falls faster than a polynomial can follow.
         if length > NUM_NODES and total - count < count // 2:
             count = total
         yield count

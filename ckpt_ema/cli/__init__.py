@@ -16,8 +16,8 @@ from ckpt_ema.cli.exits import errors_become_exits, first_signal_sets
 from ckpt_ema.cli.options import (
     AS_JSON,
     MEMORY,
-    CommandOfOptions,
     GivenPath,
+    StrictCommand,
     follow_options,
     or_none,
     reconstruct_options,
@@ -41,9 +41,9 @@ if TYPE_CHECKING:
 
 
 class _Group(click.Group):
-    """Keeps the words as they were typed, for hints."""
+    """Keeps the words as they were typed, for hints; whatever click raises ends in a line and an exit code."""
 
-    command_class = CommandOfOptions
+    command_class = StrictCommand
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         ctx.obj = list(args)
@@ -345,5 +345,5 @@ def _warn(planned: FoldPlan) -> None:
         tell(f"Warning: {text}")
     if planned.mended_options:
         command, *words = click.get_current_context().find_root().obj
-        # After the command's name: after `--` an option would be a path.
+        # Right after the command's name: behind a `--` typed there an option would be a path.
         tell(f"hint: {shlex.join(['ckpt-ema', command, *planned.mended_options, *words])}")

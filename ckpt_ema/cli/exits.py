@@ -27,7 +27,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def errors_become_exits(command: Command) -> Command:
-    """Print a CkptEmaError with its hint instead of a traceback: exit 1 failed, 2 misused."""
+    """Print what went wrong, with its hint, instead of a traceback: exit 1 failed, 2 misused."""
 
     @wraps(command)
     def wrapped(*arguments: Any, **options: Any) -> None:
@@ -67,11 +67,12 @@ def _run(command: Command, arguments: tuple[Any, ...], options: dict[str, Any]) 
         tell(f"Error: {error.strerror or error}: {error.filename or ''}".rstrip(": "))
         sys.exit(1)
     except MemoryError:
-        tell("Error: out of memory\n\nhint: raise `ulimit -v`, or pass a smaller `--memory`")
+        smaller = ", or pass a smaller `--memory`" if "memory_budget_bytes" in options else ""
+        tell(f"Error: out of memory\n\nhint: raise `ulimit -v`{smaller}")
         sys.exit(1)
     except ImportError as error:
         tell(f"Error: cannot load {error.name or 'a library'}: {first_line(error)}")
-        tell("\nhint: is there too little memory (`ulimit -v`), or is the installation damaged?")
+        tell("\nhint: raise `ulimit -v`, or install again")
         sys.exit(1)
 
 

@@ -47,22 +47,24 @@ class GivenPath(click.Path):  # type: ignore[type-arg,unused-ignore]
         return super().convert(value, param, ctx)
 
 
-class CommandOfOptions(click.Command):
+class StrictCommand(click.Command):
     """Refuses an option that is given twice where one value counts, and knows momentum by its other name."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Raises click.UsageError, before a value is converted."""
+        """Parses twice, first only to see which options were given; raises click.UsageError."""
         try:
             _, _, given = self.make_parser(ctx).parse_args(args=list(args))
         except click.NoSuchOption as error:
             if error.option_name not in ("--decay", "--ema-decay"):
                 raise
-            text = f"{error.message.rstrip('.')}; a decay of D is `--momentum` 1 - D, as 0.999 is `--momentum 0.001`"
+            text = f"{error.message.rstrip('.')}; a decay of 0.999 is `--momentum 0.001`: momentum = 1 - decay"
             raise click.UsageError(text, ctx) from error
         for option in given:
             takes_one = isinstance(option, click.Option) and not option.multiple and not option.is_flag
             if takes_one and given.count(option) > 1:
-                raise click.UsageError(f"`{option.opts[-1]}` is given {given.count(option)} times, and takes one", ctx)
+                raise click.UsageError(
+                    f"`{option.opts[-1]}` is given {given.count(option)} times, and takes one value", ctx
+                )
         return super().parse_args(ctx, args)
 
 

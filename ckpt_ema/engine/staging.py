@@ -37,7 +37,7 @@ class StagingBuffers:
     def upload(self, target: torch.Tensor, fill: Callable[[memoryview, int], None]) -> None:
         """Fill `target`, bytes on the device of shape [n]: `fill(buffer, position)` is called for each portion of it.
 
-        Its portions may still be on their way when it returns: what is queued after them on the stream comes after
+        Its portions may still be on their way when it returns: what is queued on the stream from then on waits for
         them.
         """
         size = len(target)

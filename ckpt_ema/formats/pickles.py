@@ -372,7 +372,7 @@ class MetadataUnpickler(pickle.Unpickler):
 
     def __init__(self, content: bytes) -> None:
         # Within one frame, so that all of it is read at once. In portions, as other frames in it or none at all would
-        # have it, an operand that a frame's end cuts is read from after that end: not what was scanned. And each
+        # have it, an operand that a frame's end cuts is read from beyond that end: not what was scanned. And each
         # portion would be a call. latin-1 reads what Python 2 wrote as 8-bit strings without an error.
         frame = _FRAME + struct.pack("<Q", len(content))
         super().__init__(io.BytesIO(frame + content), encoding="latin-1")

@@ -80,7 +80,7 @@ class ZipArchive:
             except OSError as error:
                 raise self._refuse(f"cannot be read at byte {header_offset}: {error.strerror or error}") from error
             if len(header) < header_size:
-                raise self._refuse(f"is truncated: record `{name}` begins after its end")
+                raise self._refuse(f"is truncated: record `{name}` begins beyond the end of the file")
             magic, name_length, extra_length = unpack(header)
             if magic != ZIP_MAGIC:
                 raise self._refuse(f"has no record where its directory says `{name}` is")

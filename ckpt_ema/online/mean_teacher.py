@@ -49,6 +49,7 @@ from ckpt_ema.online.swap import (
 )
 from ckpt_ema.online.teacher_file import OnlineRecord, check_file_replaceable, write_teacher
 from ckpt_ema.online.tracking import Tracking, is_sharded, odd_kind_of, part_of, track, unwrap
+from ckpt_ema.output.writer import behind_link
 
 STATE_VERSION = 1
 
@@ -164,7 +165,7 @@ class MeanTeacher:
         self._tracks = None if snapshots is None else SnapshotTracks(snapshots, self._tracking)
         if odd := [slot for slot in self._tracking.copied if odd_kind_of(slot.tensor)]:
             warn(
-                f"`{odd[0].name}` is {odd_kind_of(odd[0].tensor)}, which no safetensors file holds, so that `save` will"
+                f"`{odd[0].name}` is {odd_kind_of(odd[0].tensor)}, which no safetensors file holds, so `save` will"
                 " fail; register it with persistent=False"
             )
 
@@ -533,8 +534,8 @@ class MeanTeacher:
     ) -> Path:
         """Write the teacher as a safetensors file with all parameters and buffers of the student's state dict.
 
-        What is not averaged is the student's, as it is now. `step`, the trainer's counter, is what a fold needs to go
-        on from it (`ckpt-ema fold --init`). `dtype` of averaged tensors: "student", "teacher",
+        What is not averaged is the student's, as it is now. `step`, the trainer's counter, is what a fold needs to
+        continue it (`ckpt-ema fold --init`). `dtype` of averaged tensors: "student", "teacher",
         "float32", "bfloat16" or "float16". The file appears whole or not at all; `overwrite` replaces a teacher that
         ckpt-ema wrote, and never a snapshot or another file. Raises CkptEmaError where the teacher is not finite, and
         for a sharded one, whose `state_dict()` is for torch.distributed.checkpoint.
@@ -559,7 +560,10 @@ class MeanTeacher:
         """
         step = _as_step(step)
         path = as_path(run) / f"teacher_step_{step}.safetensors"
-        return self._write(path, step, is_snapshot=True, dtype="teacher", overwrite=True)
+        written = self._write(path, step, is_snapshot=True, dtype="teacher", overwrite=True)
+        if self._offset is None:
+            self._offset = step - self.num_steps
+        return written
 
     @torch.no_grad()
     def stalled_fraction(self) -> float:
@@ -610,11 +614,9 @@ class MeanTeacher:
             assert step is not None
             response = self._response(step)
             record = replace(record, more={"response": None if response is None else response_record(response)})
-        # Through a link, which stays.
-        written = Path(os.path.realpath(path)) if overwrite and path.is_symlink() else path
-        write_teacher(written, averaged, copied, record, dtype=dtype, overwrite=overwrite)
-        if is_snapshot and step is not None and self._offset is None:
-            self._offset = step - self.num_steps
+        write_teacher(
+            behind_link(path) if overwrite else path, averaged, copied, record, dtype=dtype, overwrite=overwrite
+        )
         return path
 
     def _warn_of_beginning(self, what: str) -> None:
@@ -754,13 +756,13 @@ class _AfterStep:
 
 def _check_modules(student: object, teacher: object) -> None:
     if not isinstance(student, torch.nn.Module):
-        raise MisuseError(f"the student is a {type(student).__name__}, and must be a torch.nn.Module")
+        raise MisuseError(f"the student is of type {type(student).__name__}, and must be a torch.nn.Module")
     if isinstance(teacher, (int, float)):
         raise MisuseError(
             f"the teacher is {teacher!r}, and must be a torch.nn.Module", hint=f"pass `momentum={teacher}`"
         )
     if teacher is not None and not isinstance(teacher, torch.nn.Module):
-        raise MisuseError(f"the teacher is a {type(teacher).__name__}, and must be a torch.nn.Module")
+        raise MisuseError(f"the teacher is of type {type(teacher).__name__}, and must be a torch.nn.Module")
 
 
 def _as_step(step: Any) -> int:

@@ -280,7 +280,7 @@ def _check_exists(name: str, tensor: torch.Tensor) -> None:
 def _check_dense(slot: Slot) -> None:
     if kind := odd_kind_of(slot.tensor):
         raise CkptEmaError(
-            f"`{slot.name}` is {kind}, of which no average is made",
+            f"`{slot.name}` is {kind}, which cannot be averaged",
             hint="make it dense, or follow the student without that module",
         )
 

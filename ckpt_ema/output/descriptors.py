@@ -1,4 +1,4 @@
-"""Descriptors of what is written: a path in, a number that no standard stream has out."""
+"""Opening what is written: a path in, a descriptor that is no standard stream's out."""
 
 from __future__ import annotations
 
@@ -6,19 +6,20 @@ import fcntl
 import os
 from pathlib import Path
 
-FIRST_FREE = 3
-"""After stdin, stdout and stderr."""
+FIRST_BESIDE_STREAMS = 3
+"""The first number after stdin, stdout and stderr."""
 
 
 def open_beside_streams(path: Path, flags: int) -> int:
-    """Open `path` as `os.open`, closed on exec, readable and writable as the umask lets; never as a standard stream.
+    """Open `path` as `os.open` does, closed on exec, with the mode that the umask leaves; above the standard streams.
 
-    In a process that was started without one, the next file gets its number, and all that libraries say.
+    Where one of these is closed, the next file to be opened gets its number, and with it whatever libraries print.
+    Raises OSError.
     """
     descriptor = os.open(path, flags | os.O_CLOEXEC, 0o666)
-    if descriptor >= FIRST_FREE:
+    if descriptor >= FIRST_BESIDE_STREAMS:
         return descriptor
     try:
-        return fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, FIRST_FREE)
+        return fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, FIRST_BESIDE_STREAMS)
     finally:
         os.close(descriptor)

@@ -16,7 +16,7 @@ from ckpt_ema.locations import RemotePath, as_path, identity_of, may_be_listed
 from ckpt_ema.options import FoldOptions, PathLike
 from ckpt_ema.output.old_teacher import check_folder_replaceable
 from ckpt_ema.output.teacher_folder import is_model_folder
-from ckpt_ema.output.writer import Draft
+from ckpt_ema.output.writer import Draft, behind_link
 from ckpt_ema.plans import FoldPlan
 from ckpt_ema.runs.checkpoints import Checkpoint, Run
 from ckpt_ema.teacher_record import read_record
@@ -51,9 +51,9 @@ def resolve_outputs(
         return has_folder, [path for _, path in _through_links(targets, wanted)]
     if output == "":
         raise MisuseError("`--output` is empty", hint="is a variable of your shell empty?")
-    is_remote = isinstance(as_path(output), RemotePath)
+    given = as_path(output)  # refuses what is no path
     text = os.fspath(output)
-    if is_remote:
+    if isinstance(given, RemotePath):
         raise MisuseError(
             f"`--output {text}` is a URL, and a teacher is written to a local disk", hint=f"pass `-o {own_name}`"
         )
@@ -85,21 +85,19 @@ def resolve_outputs(
 
 
 def _through_links(targets: list[tuple[bool, Path]], wanted: FoldOptions) -> list[tuple[bool, Path]]:
-    """The same where an output is a link to a teacher's file and is to be replaced: the link stays, its target goes.
+    """`targets`, but where one is a link to a teacher's file that is to be replaced, what it leads to: the link stays.
 
-    Raises MisuseError for what is no file, and where two links lead to one.
+    Raises MisuseError for devices and pipes, and where two outputs lead to one file.
     """
     found = []
     for is_folder, path in targets:
         _check_no_device(path)
-        real = Path(os.path.realpath(path))
-        is_followed = wanted.overwrite and path.is_symlink() and real.suffix == ".safetensors" and real.is_file()
-        found.append((is_folder, real if is_followed else path))
+        found.append((is_folder, behind_link(path) if wanted.overwrite else path))
     paths = [path for _, path in found]
     if len(set(paths)) < len(paths):
         twice = [str(path) for (_, path), real in zip(targets, paths, strict=True) if paths.count(real) > 1]
         raise MisuseError(
-            f"`{twice[0]}` and `{twice[1]}` are links to one file", hint="pass another `--output`, or remove a link"
+            f"`{twice[0]}` and `{twice[1]}` lead to one file", hint="pass another `--output`, or remove a link"
         )
     return found
 
@@ -164,9 +162,9 @@ def _settled(path: Path, *, is_folder: bool) -> Path:
 
 
 def _above_accelerates(folder: Path) -> Path | None:
-    """What lies above `folder` where accelerate names its checkpoints in it; None for any other folder.
+    """The folder above `folder` where that is accelerate's `checkpoints/`, else None.
 
-    It looks for a number in every name there, removes the smallest and loads the largest.
+    accelerate looks for a number in every name there, removes the smallest and loads the largest.
     """
     real = Path(os.path.realpath(folder))
     if real.name != "checkpoints" or not real.is_dir() or not may_be_listed(real):
@@ -256,7 +254,7 @@ def _check_no_input_inside(planned: FoldPlan, target: Path) -> None:
 
 
 def _check_is_teacher(planned: FoldPlan, target: Path) -> None:
-    """Raise CkptEmaError unless `target` is a teacher that ckpt-ema wrote, or cannot be read."""
+    """Raise CkptEmaError unless `target` is a teacher that a fold could make again, or holds nothing readable."""
     inputs = {file.identity for file in planned.input_files}
     identity = identity_of(target)
     is_continued = planned.options.init is not None and identity_of(as_path(planned.options.init)) == identity

@@ -323,16 +323,22 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def behind_link(path: Path) -> Path:
+    """What is to be replaced where `path` is a link to a teacher's file, so that the link stays; else `path`."""
+    real = Path(os.path.realpath(path))
+    return real if path.is_symlink() and real.suffix == ".safetensors" and real.is_file() else path
+
+
 def _take_over_mode(descriptor: int, target: Path) -> None:
-    """Let the file have the group and the mode of `target`, whose place it takes, as far as this process may."""
+    """Give the file the group and the mode of the `target` that it replaces, as far as this process may."""
     try:
         old = os.stat(target)
     except OSError:
         return
-    mode = stat.S_IMODE(old.st_mode) & 0o777 | 0o600  # whose owner wrote it
+    mode = stat.S_IMODE(old.st_mode) & 0o777 | 0o600  # its owner must be able to replace it
     try:
         os.fchown(descriptor, -1, old.st_gid)
-    except OSError:  # of another group, which gets what all get
+    except OSError:  # the group cannot be kept: ours gets what everybody gets
         mode = (mode & 0o707) | (mode & 0o007) << 3
     with contextlib.suppress(OSError):
         os.fchmod(descriptor, mode)

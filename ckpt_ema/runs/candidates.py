@@ -18,11 +18,12 @@ from ckpt_ema.locations import children_of, is_dead_link, may_be_listed
 from ckpt_ema.runs.steps import is_copy_name, stem_of, steps_in_name
 
 MAX_SEARCH_DEPTH = 3
+MAX_FOLDERS_OF_RUN = 3
 DEAD_LINK = "a link that cannot be followed"
 CLOSED = "a folder that may not be listed"
 
-# What a shell takes for nothing but a pattern.
-_UNQUOTED = re.compile(r"[\w.*=+@%:,-]+")
+# Names and patterns in which a shell finds nothing special but `*`.
+_SAFE_PATTERN = re.compile(r"[\w.*=+@%:,-]+")
 
 SNAPSHOT_NAME = re.compile(r"^teacher(_.+)?_step_\d+\.safetensors$")
 """How `MeanTeacher` names its files; what they hold is asked of themselves."""
@@ -50,7 +51,7 @@ def is_checkpoint_folder(path: Path) -> bool:
     if not path.is_dir() or path.name.startswith("tmp"):
         return False
     if not may_be_listed(path):
-        return bool(steps_in_name(path.name))  # whoever reads it says so
+        return bool(steps_in_name(path.name))  # reading it then raises
     if has_weights(path) and not _has_numbered_files(visible_children(path)):
         return has_series_name(path) or not _is_run_with_its_final_model(path)
     if is_sharded(path):
@@ -139,7 +140,7 @@ def _is_run_with_its_final_model(folder: Path) -> bool:
 
 
 def _is_closed(folder: Path) -> bool:
-    """Whether what lies in it stays unknown; what is called like a checkpoint is tried to be read."""
+    """Whether it is passed over since it may not be listed; of one with a checkpoint's name, reading it raises."""
     return not may_be_listed(folder) and not steps_in_name(folder.name)
 
 
@@ -191,20 +192,22 @@ def _descend(run: Path) -> tuple[Path, list[Path], list[tuple[str, str]]]:
 
 
 def _as_one_run(found: Sequence[tuple[Path, Sequence[Path]]]) -> str:
-    """How to fold a few folders that may be one training run, started again: Lightning begins another each time.
+    """How to fold a few folders that may be one training run started again, as Lightning numbers its versions.
 
-    Nothing where a step is in two of them, or where no pattern takes the numbered checkpoints and nothing else.
+    "" where a step is in two of them, or where no pattern takes just the numbered checkpoints.
     """
+    if len(found) > MAX_FOLDERS_OF_RUN:
+        return ""
     patterns, steps = [], []
     for folder, candidates in found:
         names = sorted(path.name for path in candidates if not is_copy_name(path.name))
         steps += [tuple(sorted(steps_in_name(name).items())) for name in names]
         pattern = re.sub(r"\d+", "*", names[0]) if names else ""
         matching = fnmatch.filter([path.name for path in visible_children(folder)], pattern)
-        if sorted(matching) != names or not _UNQUOTED.fullmatch(pattern):
+        if sorted(matching) != names or not _SAFE_PATTERN.fullmatch(pattern):
             return ""
         patterns.append(f"{shlex.quote(str(folder))}/{pattern}")
-    if len(found) > 3 or () in steps or len(set(steps)) < len(steps):
+    if () in steps or len(set(steps)) < len(steps):
         return ""
     return f"; where all are of one training run, pass its checkpoints: `{' '.join(patterns)}`"
 

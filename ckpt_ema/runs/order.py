@@ -20,9 +20,9 @@ NUMBER: Origin = ("name", "number")
 
 
 def give_steps(listing: Listing) -> None:
-    """Checkpoints that were listed get their steps and keep their order, but for one that a shell's pattern made.
+    """Listed checkpoints get their steps and keep their order, unless a shell sorted them by name: then by step.
 
-    A warning where the list is not in step order.
+    Either way a list that is not in step order is warned of.
     """
     origin = _common_origin(listing.checkpoints)
     unit: Unit = origin[1] if origin else "step"
@@ -34,11 +34,11 @@ def give_steps(listing: Listing) -> None:
     if known != sorted(known):
         older, newer = next((a, b) for a, b in itertools.pairwise(known) if a > b)
         by_step = sorted(listing.checkpoints, key=lambda item: item[0].step or 0)
-        if _is_of_a_shell(listing.checkpoints, by_step):
+        if _is_sorted_by_name(listing.checkpoints, by_step):
             listing.checkpoints = by_step
             listing.warnings.append(
-                f"the list is in the order of its names, {unit} {older} before {unit} {newer}, as a shell makes it of a"
-                " pattern; it is folded in step order"
+                f"the list is sorted by name ({unit} {older} before {unit} {newer}), as a shell sorts what a pattern"
+                " matches; it is folded in step order"
             )
             return
         listing.order_warnings.append(
@@ -52,10 +52,10 @@ def give_steps(listing: Listing) -> None:
         )
 
 
-def _is_of_a_shell(listed: Sequence[Numbered], by_step: Sequence[Numbered]) -> bool:
+def _is_sorted_by_name(listed: Sequence[Numbered], by_step: Sequence[Numbered]) -> bool:
     """Whether names that count on with the steps stand as a shell lists what a pattern matches: as texts.
 
-    Of two, or where a step is unknown or there twice, nothing is known: they may well have been typed so.
+    Of fewer than three, or where a step is unknown or occurs twice, it cannot be told.
     """
     names = [str(checkpoint.path) for checkpoint, _ in listed]
     steps = {checkpoint.step for checkpoint, _ in listed}
@@ -64,7 +64,7 @@ def _is_of_a_shell(listed: Sequence[Numbered], by_step: Sequence[Numbered]) -> b
     counted_on = [str(checkpoint.path) for checkpoint, _ in by_step]
     if counted_on != sorted(names, key=lambda name: [int(part) for part in re.findall(r"\d+", name)]):
         return False  # `epoch_0_step_200`, `epoch_1_step_100`
-    # Most languages' order ignores what is neither letter nor digit.
+    # Most locales ignore case and punctuation when they sort.
     plain = [re.sub(r"[\W_]", "", name).lower() for name in names]
     return names == sorted(names) or plain == sorted(plain)
 
@@ -188,7 +188,7 @@ def _order_without_copies(listing: Listing, origin: Origin, directory: Path, inc
 
 
 def _forgive_newest(listing: Listing, origin: Origin | None) -> None:
-    """Leave an unreadable newest checkpoint out aloud; raise for any other."""
+    """Leave an unreadable newest checkpoint out aloud; raise for any other, and for one that may not be read."""
     readable: dict[str, int] = defaultdict(lambda: -1)
     for checkpoint, numbers in listing.checkpoints:
         for (_, unit), number in {**steps_in_name(checkpoint.label), **numbers}.items():
