@@ -393,7 +393,7 @@ ODD_TENSORS = {
 def test_a_tensor_that_is_no_plain_array_is_told_when_the_teacher_is_made(kind: str) -> None:
     """As a parameter it is refused by name; as a buffer, which an update leaves alone, it is warned of."""
     odd = ODD_TENSORS[kind]()
-    with pytest.raises(CkptEmaError, match=rf"`odd` is {re.escape(kind)}, of which no average is made"):
+    with pytest.raises(CkptEmaError, match=rf"`odd` is {re.escape(kind)}, which cannot be averaged"):
         MeanTeacher(Odd(odd, is_parameter=True))
     with pytest.warns(UserWarning, match=rf"`odd` is {re.escape(kind)}.*persistent=False"):
         teacher = MeanTeacher(Odd(odd, is_parameter=False))
