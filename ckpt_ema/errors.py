@@ -29,6 +29,11 @@ class CkptEmaError(Exception):
         self.hint = hint
         self.may_pass = may_pass
 
+    @property
+    def is_refused(self) -> bool:
+        """Whether this process may not do it: read a file, or look into a folder."""
+        return isinstance(self.__cause__, PermissionError)
+
     def __str__(self) -> str:
         lines = [self.message, *(f"  {line}" for line in self.details)]
         if self.hint:

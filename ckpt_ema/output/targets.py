@@ -263,7 +263,7 @@ def _check_is_teacher(planned: FoldPlan, target: Path) -> None:
     try:
         contents = read_contents(target)
     except CkptEmaError as error:
-        if isinstance(error.__cause__, PermissionError):
+        if error.is_refused:
             raise  # it may be anything
         return
     if not contents.is_own_teacher:

@@ -141,8 +141,10 @@ def _read_candidate(listing: Listing, path: Path, selection: Selection, reader: 
             return
         if not is_average:
             leave_out = f"leave it out: `--exclude {quoted(glob.escape(path.name))}`"
-            is_refused = isinstance(error.__cause__, PermissionError)
-            error.hint = f"{error.hint}; or {leave_out}" if error.hint and is_refused else error.hint or leave_out
+            if error.hint is None:
+                error.hint = leave_out
+            elif error.is_refused:
+                error.hint = f"{error.hint}; or {leave_out}"
             listing.unreadable.append((path, error))
             return
     if is_average:

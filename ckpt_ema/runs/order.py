@@ -195,7 +195,7 @@ def _forgive_newest(listing: Listing, origin: Origin | None) -> None:
             readable[unit] = max(readable[unit], number)
     numbered = []
     for path, error in listing.unreadable:
-        if isinstance(error.__cause__, PermissionError):
+        if error.is_refused:
             raise error  # which waiting does not mend
         names = numbers_in_name(path.name)
         if is_copy_name(path.name) and not names:
