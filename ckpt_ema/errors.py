@@ -86,8 +86,11 @@ def quoted(text: str) -> str:
 
 def hint_of_permission(error: OSError, path: Path) -> str | None:
     """What to type where `path` may not be read; None where `error` is another one."""
-    if not isinstance(error, PermissionError):
-        return None
+    return hint_to_permit(path) if isinstance(error, PermissionError) else None
+
+
+def hint_to_permit(path: Path) -> str:
+    """What to type so that `path` may be read, or looked into."""
     return f"`chmod u+r{'x' if os.path.isdir(path) else ''} {shlex.quote(str(path))}`, if it is yours"
 
 

@@ -15,7 +15,7 @@ from ckpt_ema.errors import (
     CkptEmaError,
     MisuseError,
     UnreadableCheckpointError,
-    hint_of_permission,
+    hint_to_permit,
     quoted,
 )
 from ckpt_ema.formats import Contents, read_contents
@@ -74,7 +74,7 @@ def find_checkpoints(paths: Sequence[Path], selection: Selection) -> Run:
 def check_may_be_listed(path: Path) -> None:
     """Raise CkptEmaError for a folder that this process may not look into."""
     if path.is_dir() and not may_be_listed(path):
-        raise CkptEmaError(f"`{path}` may not be listed", hint=hint_of_permission(PermissionError(), path))
+        raise CkptEmaError(f"`{path}` may not be listed", hint=hint_to_permit(path))
 
 
 def _read_run_directory(run: Path, selection: Selection) -> tuple[Path, Listing]:
