@@ -13,14 +13,14 @@ import operator
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ckpt_ema.blocks import Block, BlockPlan, plan_of_rank, without
 from ckpt_ema.engine.contract import Engine, NonFinite, NonFiniteBlockError, Task, Teacher
 from ckpt_ema.engine.inputs import InputFiles, allow_open_files
 from ckpt_ema.errors import CkptEmaError, quoted, warn
 from ckpt_ema.formats import reading_tables
-from ckpt_ema.options import FoldOptions, PathLike, ReconstructOptions
+from ckpt_ema.options import FoldKeywords, FoldOptions, PathLike, ReconstructKeywords, ReconstructOptions
 from ckpt_ema.output.fingerprints import differences_of_ranks, fingerprint, made_of
 from ckpt_ema.output.journal import FinishedBlocks, Journal, Range, journal_path, open_finished_blocks
 from ckpt_ema.output.old_teacher import remove_own
@@ -34,11 +34,16 @@ from ckpt_ema.provenance import teacher_metadata
 from ckpt_ema.ranks import Ranks
 from ckpt_ema.timings import Timings
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # typing's own from Python 3.11 on
+
 Progress = Callable[[int, int], None]
 """Told (bytes read so far, bytes to read in all)."""
 
 
-def plan(run: PathLike | Sequence[PathLike], output: PathLike | None = None, **options: Any) -> FoldPlan:
+def plan(
+    run: PathLike | Sequence[PathLike], output: PathLike | None = None, **options: Unpack[FoldKeywords]
+) -> FoldPlan:
     """Plan a fold without reading a tensor; arguments are those of `fold` but for `progress`, `announce`, `ranks`."""
     with reading_tables():
         return plan_fold(run, output, FoldOptions(**options))
@@ -51,7 +56,7 @@ def fold(
     progress: Progress | None = None,
     announce: Callable[[FoldPlan], None] | None = None,
     ranks: Ranks | None = None,
-    **options: Any,
+    **options: Unpack[FoldKeywords],
 ) -> FoldReport:
     """Fold the checkpoints of a training run into a teacher, or into several in one pass.
 
@@ -76,7 +81,9 @@ def fold(
         return _carry_out(plan(run, output, **options), progress, announce, place)
 
 
-def plan_reconstruction(run: PathLike | Sequence[PathLike], output: PathLike | None = None, **options: Any) -> FoldPlan:
+def plan_reconstruction(
+    run: PathLike | Sequence[PathLike], output: PathLike | None = None, **options: Unpack[ReconstructKeywords]
+) -> FoldPlan:
     """Plan a reconstruction without reading a tensor; arguments are those of `reconstruct`, as with `plan`."""
     # Here, not above: it solves with torch, for which a fold's plan must not wait.
     from ckpt_ema.reconstruction import plan_reconstruct  # noqa: PLC0415
@@ -92,7 +99,7 @@ def reconstruct(
     progress: Progress | None = None,
     announce: Callable[[FoldPlan], None] | None = None,
     ranks: Ranks | None = None,
-    **options: Any,
+    **options: Unpack[ReconstructKeywords],
 ) -> FoldReport:
     """Make the teacher that would have followed the whole of training, from all that a run has stored.
 

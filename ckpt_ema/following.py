@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ckpt_ema.averages.profiles import what_is_inverted
 from ckpt_ema.continuing import Beginning, read_beginning
@@ -22,7 +22,7 @@ from ckpt_ema.errors import CkptEmaError, MisuseError, NoCheckpointError, NoUpda
 from ckpt_ema.folding import fold
 from ckpt_ema.formats import reading_tables
 from ckpt_ema.locations import RemotePath, as_path
-from ckpt_ema.options import FoldOptions, PathLike
+from ckpt_ema.options import FoldKeywords, FoldOptions, PathLike
 from ckpt_ema.output.targets import resolve_outputs
 from ckpt_ema.planning import ROUNDED, find_run
 from ckpt_ema.plans import FoldReport
@@ -30,6 +30,9 @@ from ckpt_ema.runs.checkpoints import STEPLESS_COPY, Checkpoint, Run
 from ckpt_ema.runs.find import check_may_be_listed
 from ckpt_ema.runs.steps import numbers_in_name
 from ckpt_ema.sizes import counted
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # typing's own from Python 3.11 on
 
 POLL_SECONDS = 1.0
 """Between two looks at the run; a checkpoint is folded when it was the same in both."""
@@ -85,7 +88,7 @@ def follow(
     stop: threading.Event | None = None,
     tell: Callable[[str], None] | None = None,
     warn: Callable[[str], None] | None = None,
-    **options: Any,
+    **options: Unpack[FoldKeywords],
 ) -> FollowReport:
     """Fold each checkpoint of a run that is still training as soon as it is finished; the trainer may delete it then.
 

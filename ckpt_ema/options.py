@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypedDict, get_args
 
 from ckpt_ema.averages.profiles import DEFAULT_MOMENTUM, Between, Profile, check_momentum
 from ckpt_ema.averages.responses import declared_response, gamma_of, momentum_of_half_life
@@ -76,7 +76,7 @@ class FoldOptions:
     skip_buffers: bool = True
     """Average parameters only; otherwise every floating-point tensor."""
 
-    buffers: tuple[str, ...] = ()
+    buffers: Sequence[str] = ()
     """Patterns of tensor names that are buffers."""
 
     model: str | None = None
@@ -88,8 +88,8 @@ class FoldOptions:
     from_step: int | None = None
     until_step: int | None = None
     last: int | None = None
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
+    include: Sequence[str] = ()
+    exclude: Sequence[str] = ()
     """Which checkpoints: by step (both ends included), the newest only, or by name."""
 
     state: str | None = None
@@ -275,6 +275,47 @@ class ReconstructOptions(FoldOptions):
     def per_step(self) -> bool:
         """Always: a reconstruction is of what training would have made."""
         return True
+
+
+class FoldKeywords(TypedDict, total=False):
+    """The fields of `FoldOptions` as keywords of `fold`, for editors and type checkers."""
+
+    momentum: float | Sequence[float] | None
+    half_life: float | Sequence[float] | None
+    per: Literal["checkpoint", "step"] | None
+    interval: int
+    between: Between | None
+    steps_per_epoch: int | None
+    profile: Literal["ema", "uniform", "minus-sqrt", "power"]
+    sigma_rel: float | Sequence[float] | None
+    coefficients: PathLike | Mapping[str, float] | None
+    skip_buffers: bool
+    buffers: Sequence[str]
+    model: str | None
+    init: PathLike | None
+    from_step: int | None
+    until_step: int | None
+    last: int | None
+    include: Sequence[str]
+    exclude: Sequence[str]
+    state: str | None
+    prefix: str | None
+    accumulate: Accumulate
+    dtype: WrittenDtype
+    output_format: Literal["safetensors", "dcp"]
+    shard_size_bytes: int | None
+    device: str
+    memory_budget_bytes: int
+    num_threads: int | None
+    overwrite: bool
+    resume: bool
+
+
+class ReconstructKeywords(FoldKeywords, total=False):
+    """The fields of `ReconstructOptions` as keywords of `reconstruct`."""
+
+    at: int | None
+    averages: Mapping[str, str]
 
 
 def _several(given: Any) -> tuple[float, ...]:

@@ -136,8 +136,8 @@ def find_run(
     For a reconstruction `averages` are the names of what holds averages; teachers of this tool are found then, too.
     """
     selection = Selection(
-        include=wanted.include,
-        exclude=wanted.exclude,
+        include=tuple(wanted.include),
+        exclude=tuple(wanted.exclude),
         from_step=wanted.from_step,
         until_step=wanted.until_step,
         last=wanted.last,
@@ -168,7 +168,7 @@ def plan_weighed(
     newest = checkpoints[-1]
     treatment = Treatment(
         skip_buffers=wanted.skip_buffers,
-        buffer_globs=wanted.buffers,
+        buffer_globs=tuple(wanted.buffers),
         model_buffers=read_model_buffers(wanted.model, newest.layout.schema.names) if wanted.model else None,
         dtype=wanted.dtype,
     )

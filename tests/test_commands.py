@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import pytest
@@ -20,7 +20,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import ckpt_ema
-from ckpt_ema import MisuseError
+from ckpt_ema import FoldOptions, MisuseError, ReconstructOptions
+from ckpt_ema.options import FoldKeywords, ReconstructKeywords
 from tests.conftest import Outcome, assert_same_bits, hook_teacher, make_student, save_students
 
 Cli = Callable[..., Outcome]
@@ -314,6 +315,14 @@ def test_options_are_checked_when_they_are_made(options: dict[str, Any], message
     with pytest.raises(MisuseError) as caught:
         ckpt_ema.FoldOptions(**options)
     assert caught.value.message == message
+
+
+@pytest.mark.parametrize(
+    ("options", "keywords"), [(FoldOptions, FoldKeywords), (ReconstructOptions, ReconstructKeywords)]
+)
+def test_every_option_is_a_keyword_that_editors_know(options: type, keywords: type) -> None:
+    """`fold(run, mom` completes, and a type checker sees what each keyword takes."""
+    assert get_type_hints(keywords) == get_type_hints(options)
 
 
 def test_numpys_numbers_are_numbers(run: Path) -> None:
