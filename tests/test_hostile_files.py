@@ -31,7 +31,6 @@ from tests.conftest import Outcome, StateDict, assert_same_bits, hook_teacher, m
 PACKAGE = Path(ckpt_ema.__file__).parent
 # A module of the standard library that nothing here imports: whoever imports it ran a pickle.
 CANARY = "antigravity"
-MAX_SECONDS = 8
 
 
 # --- building blocks ---------------------------------------------------------------------------------------------
@@ -414,7 +413,7 @@ def run_in_process(path: Path, *, memory: int | None = None) -> subprocess.Compl
     limit = f"import resource; resource.setrlimit(resource.RLIMIT_AS, ({memory}, {memory}))\n" if memory else ""
     call = limit + f"from ckpt_ema.cli import main\nmain(['inspect', {str(path)!r}])"
     return subprocess.run(
-        [sys.executable, "-c", call], capture_output=True, text=True, timeout=MAX_SECONDS, check=False
+        [sys.executable, "-c", call], capture_output=True, text=True, timeout=60, check=False
     )
 
 
@@ -1013,7 +1012,8 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("formats.dcp", "formats.deepspeed", "formats.rank_files"),
     ("formats.folder",),
     ("formats",),
-    ("runs.steps", "runs.students", "layouts"),
+    ("runs.steps", "runs.state_dicts", "layouts"),
+    ("runs.students",),
     ("runs.learning_rates", "runs.collisions", "runs.checkpoints", "runs.candidates", "output.descriptors"),
     (
         "catalogue",
