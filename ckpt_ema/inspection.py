@@ -12,8 +12,9 @@ from ckpt_ema.errors import CkptEmaError, MisuseError, UnreadableCheckpointError
 from ckpt_ema.formats import Contents, read_contents, reading_tables
 from ckpt_ema.locations import as_path, name_within
 from ckpt_ema.runs.candidates import find_checkpoint_below
+from ckpt_ema.runs.state_dicts import StateDict, find_state_dicts
 from ckpt_ema.runs.steps import ORIGINS, steps_in_name, steps_inside
-from ckpt_ema.runs.students import StateDict, choose_student, find_state_dicts
+from ckpt_ema.runs.students import choose_student
 from ckpt_ema.teacher_record import read_provenance
 
 

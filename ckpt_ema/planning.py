@@ -36,8 +36,9 @@ from ckpt_ema.plans import FoldedCheckpoint, FoldPlan, PlannedTeacher
 from ckpt_ema.runs.checkpoints import Checkpoint, Run
 from ckpt_ema.runs.find import find_checkpoints
 from ckpt_ema.runs.selection import Selection
+from ckpt_ema.runs.state_dicts import is_flat
 from ckpt_ema.runs.steps import is_copy_name, numbers_in_name
-from ckpt_ema.runs.students import NUMPY_ARRAY, choose_student, is_flat
+from ckpt_ema.runs.students import NUMPY_ARRAY, choose_student
 from ckpt_ema.sizes import counted
 from ckpt_ema.teacher_record import printable, read_record
 

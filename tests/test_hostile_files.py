@@ -412,9 +412,7 @@ def run_in_process(path: Path, *, memory: int | None = None) -> subprocess.Compl
     """`inspect` in a process of its own, with a limit on its address space: these files aim at the process itself."""
     limit = f"import resource; resource.setrlimit(resource.RLIMIT_AS, ({memory}, {memory}))\n" if memory else ""
     call = limit + f"from ckpt_ema.cli import main\nmain(['inspect', {str(path)!r}])"
-    return subprocess.run(
-        [sys.executable, "-c", call], capture_output=True, text=True, timeout=60, check=False
-    )
+    return subprocess.run([sys.executable, "-c", call], capture_output=True, text=True, timeout=60, check=False)
 
 
 def test_a_memo_index_beyond_all_memory_is_an_error(tmp_path: Path) -> None:

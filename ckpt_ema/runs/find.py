@@ -32,8 +32,8 @@ from ckpt_ema.runs.checkpoints import Listing, OwnTeacher, Run
 from ckpt_ema.runs.order import give_steps, sort_by_step
 from ckpt_ema.runs.reading import CheckpointReader
 from ckpt_ema.runs.selection import Selection, select_checkpoints
+from ckpt_ema.runs.state_dicts import find_state_dicts
 from ckpt_ema.runs.steps import is_copy_name, steps_in_name
-from ckpt_ema.runs.students import find_state_dicts
 
 
 def find_checkpoints(paths: Sequence[Path], selection: Selection) -> Run:

@@ -14,8 +14,9 @@ from ckpt_ema.runs.candidates import has_series_name, visible_children
 from ckpt_ema.runs.checkpoints import Checkpoint, Numbered
 from ckpt_ema.runs.learning_rates import learning_rates_of
 from ckpt_ema.runs.selection import Selection
+from ckpt_ema.runs.state_dicts import is_flat
 from ckpt_ema.runs.steps import ORIGINS, stem_of, step_of_average, steps_in_name, steps_inside
-from ckpt_ema.runs.students import choose_student, is_flat
+from ckpt_ema.runs.students import choose_student
 
 EMA_PYTORCH_PREFIX = "ema_model."
 """Before the names of its averages; its counters have none."""

@@ -1,39 +1,29 @@
-"""Which of a checkpoint's state dicts is the student: a tree of values in, the raw tensors by name out."""
+"""The student of a checkpoint: its state dicts in, the raw tensors by the names of a bare model out."""
 
 from __future__ import annotations
 
-import functools
 import re
 import shlex
-from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 from ckpt_ema.assembly import StoredTensor
 from ckpt_ema.errors import AverageAloneError, CkptEmaError, MisuseError, UnreadableCheckpointError
 from ckpt_ema.formats import TENSOR_LEAVES, Contents
-from ckpt_ema.formats.names import AVERAGE_WORDS, in_snake_case, is_average_name
-from ckpt_ema.formats.pickle_scan import MalformedPickleError
+from ckpt_ema.formats.names import AVERAGE_WORDS, is_average_name
 from ckpt_ema.formats.pickles import Inert, PickledTensor, module_state
-
-Kind = Literal["raw", "average"]
-
-# Where frameworks put the state dict of the model as trained, the most telling first.
-RAW_KEYS = (
-    "student",
-    "current_model_state",
-    "state_dict",
-    "model_state_dict",
-    "model_state",
-    "model",
-    "module",
-    "net",
-    "network",
-    "params",
-    "weights",
-    "state",
+from ckpt_ema.runs.state_dicts import (
+    as_mapping,
+    as_state_dicts,
+    find_candidates,
+    find_raw,
+    is_trainers_name,
+    list_keys,
+    state_at,
 )
+
 # How self-supervised models call what follows another part of them, and that part. Other pairs, such as a `target_head`
 # beside a `head`, are trained as often.
 _TWINS = (
@@ -42,15 +32,6 @@ _TWINS = (
     (re.compile(r"^(.+)_momentum$"), (r"\1",)),
     (re.compile(r"^target_(.+)$"), (r"online_\1",)),
     (re.compile(r"^(.+)_target$"), (r"\1_online",)),
-)
-# A key that says: this is the trainer's. Whole words, since a model may have a `metanet` or a `random_proj`.
-_TRAINERS_WORD = re.compile(
-    r"^(optimi[sz]er.*|random_generators?|rng_?states?.*"
-    r"|(optims?|(lr_)?sched(uler)?s?|((grad|amp|loss)_)?scalers?|amp|loss(es)?|callbacks?|criterion|metrics?|data_?loaders?"
-    r"|rngs?)([-._/ \[]*(\d+\]?|[a-z]|states?(_dict)?|history|fn))?"
-    r"|(random_)?rngs?(_states?)?(_\d+)?|random_(rng_)?states?(_\d+)?|loops|ema_updater|averaging_state|train_state"
-    r"|hyper_parameters|message_hub|meta(data|info)?|args|cfg|configs?|configuration)$",
-    re.IGNORECASE,
 )
 # Megatron's distributed checkpoints have names of the model and of all else in one table.
 _OF_THE_TRAINER = re.compile(r"^((chained_\d+\.)?optimizer\.(state|param_groups)\.|rng_state/)")
@@ -62,36 +43,9 @@ COMPILED = "_orig_mod."
 MMCV_EMA = "ema_"
 """Before the names of the second model that MMCV 1.x's EMAHook keeps, whose dots it makes `_`."""
 
-MAX_DEPTH = 4
-
 NOT_A_TENSOR = "not a tensor"
 NUMPY_ARRAY = "a numpy array, not a tensor"
 """Why an entry of the student's state dict is left out; the second may be a weight."""
-
-
-class Candidate(NamedTuple):
-    """A table that holds tensors."""
-
-    key: str
-    """Its dotted path inside the checkpoint."""
-
-    kind: Kind
-    """What its place says about it."""
-
-    table: dict[Any, Any]
-    value: Any
-    """What the table was found as: a dict, or the module that was pickled."""
-
-
-@dataclass(frozen=True, slots=True)
-class StateDict:
-    """One state dict found inside a checkpoint."""
-
-    key: str
-    """Dotted path inside the checkpoint, "" for the checkpoint itself."""
-
-    kind: Kind
-    num_tensors: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,22 +75,6 @@ class Student:
         return replace(self.telling(reasons), tensors=tensors)
 
 
-def find_state_dicts(contents: Contents) -> list[StateDict]:
-    """Every state dict in a checkpoint, the one that a fold would take first."""
-    return _as_state_dicts(list(_candidates(contents.tree)))
-
-
-def _as_state_dicts(candidates: list[Candidate]) -> list[StateDict]:
-    found = sorted(candidates, key=lambda item: (item.kind != "raw", _rank(item.key), -len(item.table)))
-    return [StateDict(item.key, item.kind, len(item.table)) for item in found]
-
-
-def is_flat(contents: Contents) -> bool:
-    """Whether the checkpoint is one state dict and nothing else."""
-    table = _as_mapping(contents.tree)
-    return bool(table) and all(_is_tensor(value) for value in (table or {}).values())
-
-
 def choose_student(contents: Contents, *, state: str | None = None, prefix: str | None = None) -> Student:
     """Pick the raw student of a checkpoint.
 
@@ -145,21 +83,21 @@ def choose_student(contents: Contents, *, state: str | None = None, prefix: str 
     could be meant, and where a tensor cannot be read without running code.
     """
     passed_over: dict[str, Any] = {}
-    candidates = list(_candidates(contents.tree, passed_over))
+    candidates = list(find_candidates(contents.tree, passed_over))
     if state is not None:
-        student = _student_of(contents, state, _state_at(contents, state))
+        student = _student_of(contents, state, state_at(contents, state))
     else:
-        key, tensors = _find_raw(contents, candidates)
+        key, tensors = find_raw(contents, candidates)
         student = _student_of(contents, key, tensors)
     others = {
         found.key: "an average" if found.kind == "average" else "another state dict"
-        for found in _as_state_dicts(candidates)
+        for found in as_state_dicts(candidates)
         if found.key and found.key != student.key and not found.key.startswith(f"{student.key}.")
     }
     beside = student.key.rpartition(".")[0]
     for name, value in passed_over.items():
         is_near = name.startswith(f"{student.key}.") or (beside and name.startswith(f"{beside}."))
-        if is_near and any(_candidates(value)):
+        if is_near and any(find_candidates(value)):
             others[name] = "the trainer's, by its name"
     student = _strip_wrappers(student.telling(others))
     if twins := _mmcv_twins(contents, student):
@@ -175,221 +113,6 @@ def choose_student(contents: Contents, *, state: str | None = None, prefix: str 
     return replace(student, tensors=contents.locate(student.tensors))
 
 
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, TENSOR_LEAVES)
-
-
-def _as_mapping(value: Any) -> dict[Any, Any] | None:
-    """`value` as a table when it is one: a dict, a dict of a class we do not run, or a pickled module."""
-    if isinstance(value, dict):
-        return value
-    if isinstance(value, Inert):
-        try:
-            module = module_state(value)
-        except MalformedPickleError as error:
-            raise UnreadableCheckpointError(str(error)) from error
-        if module is not None:
-            return module[0]
-        if value.entries:
-            return value.entries
-    return None
-
-
-def _own_tensors(table: Mapping[Any, Any]) -> Iterator[str]:
-    """Names of the weights a table holds itself; a loss, a step or a random state stored as a tensor is none."""
-    for name, value in table.items():
-        if (
-            isinstance(name, str)
-            and _is_tensor(value)
-            and ("." in name or (len(value.shape) > 0 and not is_trainers_name(name)))
-        ):
-            yield name
-
-
-def _kind_of_key(key: str) -> Kind:
-    return "average" if is_average_name(key) else "raw"
-
-
-@functools.lru_cache(maxsize=4096)
-def is_trainers_name(name: str) -> bool:
-    """Whether a key says that it holds what a trainer keeps beside the model: `optimizerG`, `rng_state`."""
-    return bool(_TRAINERS_WORD.match(in_snake_case(name)))
-
-
-def _rank(key: str) -> int:
-    leaf = key.rpartition(".")[2]
-    return RAW_KEYS.index(leaf) if leaf in RAW_KEYS else len(RAW_KEYS)
-
-
-def _candidates(tree: Any, passed_over: dict[str, Any] | None = None) -> Iterator[Candidate]:
-    """Every table that holds tensors, with its dotted path and what its place says about it.
-
-    What is the trainer's by its name is put into `passed_over`, by its path.
-    """
-    root = _as_mapping(tree)
-    pending: deque[tuple[str, Any, int]] = deque([("", root, 0)])  # of a list, taking the first moves all others
-    seen: set[int] = set()
-    named: set[int] = set()
-    while pending:
-        key, value, depth = pending.popleft()
-        # One table under many names is one table; hostile files have 3000 names for it, on every level.
-        if id(value) in seen or (table := _as_mapping(value)) is None:
-            continue
-        seen.add(id(value))
-        if next(_own_tensors(table), None) is not None:
-            yield Candidate(key, _kind_at(root or {}, key, table), table, value if depth else tree)
-        if depth < MAX_DEPTH:
-            for name, child in table.items():
-                # What can be no table is not asked for its name: a stranger's file may have a million numbers here.
-                if not isinstance(child, (dict, Inert)) or not isinstance(name, str):
-                    continue
-                path = f"{key}.{name}" if key else name
-                if not is_trainers_name(name):
-                    pending.append((path, child, depth + 1))
-                elif passed_over is not None and id(child) not in named:
-                    named.add(id(child))
-                    passed_over[path] = child
-
-
-def _kind_at(root: Mapping[Any, Any], key: str, table: Mapping[Any, Any]) -> Kind:
-    # MMEngine's EMAHook and Lightning's WeightAveraging swap: the average takes the model's usual place.
-    if "ema_state_dict" in root and ("message_hub" in root or "param_schedulers" in root or _is_mmengine(root)):
-        if key == "ema_state_dict":
-            return "raw"
-        if key == "state_dict":
-            return "average"
-    if "current_model_state" in root and key == "state_dict":
-        return "average"
-    # Composer's EMA algorithm swaps as well; what it keeps of the raw model is no state dict of its own.
-    if key == "state.model" and _has_composer_ema(root):
-        return "average"
-    # YOLOX saves whichever model it evaluates, by default the average, and says nothing of it.
-    if key == "model" and {"start_epoch", "best_ap", "curr_ap"} <= root.keys():
-        return "average"
-    # Ultralytics' end of training puts the average in the model's place.
-    if key == "model" and root.get("epoch") == -1 and root.get("ema", root) is None and "updates" in root:
-        return "average"
-    # torch's AveragedModel, saved as it is.
-    if "n_averaged" in table and key not in ("ema_state_dict",):
-        return "average"
-    return _kind_of_key(key)
-
-
-def _is_mmengine(root: Mapping[Any, Any]) -> bool:
-    meta = root.get("meta")
-    return isinstance(meta, dict) and "mmengine_version" in meta
-
-
-def _has_composer_ema(root: Mapping[Any, Any]) -> bool:
-    state = root.get("state")
-    algorithms = state.get("algorithms") if isinstance(state, dict) else None
-    names: list[Any] = []
-    if isinstance(algorithms, dict):
-        names = list(algorithms)
-    elif isinstance(algorithms, (list, tuple)):
-        names = [item[0] if isinstance(item, (list, tuple)) and item else item for item in algorithms]
-    return any(isinstance(name, str) and name in ("EMA", "SWA") for name in names)
-
-
-def _find_raw(contents: Contents, candidates: list[Candidate]) -> tuple[str, Any]:
-    raw = [candidate for candidate in candidates if candidate.kind == "raw"]
-    averages = [candidate.key for candidate in candidates if candidate.kind == "average"]
-    if not raw:
-        if averages:
-            raise AverageAloneError(
-                f"`{contents.path}` holds an average, and no raw student: {_list_keys(averages)}",
-                hint=f"pass `--state {shlex.quote(averages[0])}` if you mean to fold averages",
-            )
-        raise UnreadableCheckpointError(f"`{contents.path}` holds no state dict that can be read")
-    swapped = [item for item in raw if item.key == "ema_state_dict"]  # raw only where MMEngine swapped
-    if swapped:
-        return swapped[0].key, swapped[0].value
-    # A state dict under a known key wins over a stray tensor beside it and over what lies deeper.
-    known = [item for item in raw if item.key and _rank(item.key) < len(RAW_KEYS)]
-    if known:
-        depth = min(item.key.count(".") for item in known)
-        known = sorted((item for item in known if item.key.count(".") == depth), key=lambda item: _rank(item.key))
-        if len(known) > 1 and _rank(known[0].key) > RAW_KEYS.index("current_model_state"):
-            raise _ambiguous(contents, known)
-        numbered = [item for item in raw if re.fullmatch(re.escape(known[0].key) + r"_\d+", item.key)]
-        if numbered:  # accelerate's second model
-            raise _ambiguous(contents, [known[0], *numbered])
-        return known[0].key, known[0].value
-    # Sub-models under a known key: {"model": {"encoder": {...}, "decoder": {...}}} is one state dict in two levels.
-    tops = {item.key.partition(".")[0] for item in raw}
-    if "" not in tops and len(raw) > 1 and len(tops) == 1 and (top := tops.pop()) in RAW_KEYS:
-        return top, _flatten(contents, top, raw)
-    flat = next((item for item in raw if not item.key), None)
-    nested = [item for item in raw if item.key]
-    if flat is not None and nested:
-        # A stray tensor at the top does not make the checkpoint a state dict; weights have dotted names there.
-        names = list(_own_tensors(flat.table))
-        most = max(sum(1 for _ in _own_tensors(item.table)) for item in nested)
-        if any("." in name for name in names) or len(names) > most:
-            return flat.key, flat.value
-        raw = nested
-    if len(raw) > 1:
-        raise _ambiguous(contents, raw)
-    return raw[0].key, raw[0].value
-
-
-def _ambiguous(contents: Contents, candidates: list[Candidate]) -> CkptEmaError:
-    return CkptEmaError(
-        f"`{contents.path}` holds {len(candidates)} state dicts, and which one is the student cannot be told",
-        details=[f"{item.key}: {len(item.table)} entries" for item in candidates],
-        hint=f"pass `--state {shlex.quote(candidates[0].key)}`",
-    )
-
-
-def _flatten(contents: Contents, top: str, raw: list[Candidate]) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for candidate in raw:
-        inner = candidate.key.removeprefix(top).removeprefix(".")
-        for name, value in candidate.table.items():
-            if not isinstance(name, str):
-                continue
-            full_name = f"{inner}.{name}" if inner else name
-            if full_name in flat:
-                raise UnreadableCheckpointError(f"`{contents.path}` names `{full_name}` twice")
-            if _is_tensor(value) or _as_mapping(value) is None:
-                flat[full_name] = value
-    return flat
-
-
-def _list_keys(keys: list[str]) -> str:
-    return ", ".join(f"`{key}`" if key else "the checkpoint itself (AveragedModel)" for key in keys)
-
-
-def _state_at(contents: Contents, state: str) -> Any:
-    """The value at a dotted path; a key that contains dots itself is found as well."""
-    value: Any = contents.tree
-    rest = state
-    while rest:
-        table = _as_mapping(value)
-        parts = rest.split(".")
-        head = next(
-            (
-                ".".join(parts[:n])
-                for n in range(len(parts), 0, -1)
-                if table is not None and ".".join(parts[:n]) in table
-            ),
-            None,
-        )
-        if table is None or head is None:
-            found = [item.key for item in find_state_dicts(contents) if item.key]
-            raise CkptEmaError(
-                f"`{contents.path}` has no state dict `{state}`",
-                details=[f"it has: {', '.join(found)}"] if found else ["it has only the one at its top level"],
-                hint=f"pass `--state {shlex.quote(found[0])}`" if found else "omit `--state`",
-            )
-        value = table[head]
-        rest = rest[len(head) + 1 :]
-    table = _as_mapping(value)
-    if table is None or not any(_is_tensor(item) for item in table.values()):
-        raise CkptEmaError(f"`{contents.path}`: `{state}` is no state dict")
-    return value
-
-
 def _student_of(contents: Contents, key: str, value: Any) -> Student:
     """The whole of a state dict, its tensors not yet located."""
     buffers = contents.buffer_names
@@ -397,7 +120,7 @@ def _student_of(contents: Contents, key: str, value: Any) -> Student:
         module = module_state(value)
         if module is not None:
             value, buffers = module[0], frozenset(module[1])
-    table = _as_mapping(value) or {}
+    table = as_mapping(value) or {}
     leaves: dict[str, Any] = {}
     trainers: dict[str, Any] = {}
     left_out: dict[str, str] = {}
@@ -523,7 +246,7 @@ def _take_student_half(contents: Contents, student: Student, *, averages_allowed
     if len(under) == len(student.tensors):
         prefixes = sorted(set(under.values()))
         raise AverageAloneError(
-            f"`{contents.path}` holds an average, and no raw student: every name begins with {_list_keys(prefixes)}",
+            f"`{contents.path}` holds an average, and no raw student: every name begins with {list_keys(prefixes)}",
             hint=f"pass `--prefix {shlex.quote(prefixes[0])}` if you mean to fold averages",
         )
     mirrored = _mirrored_prefixes(student.tensors, under)
