@@ -45,12 +45,14 @@ class Lane:
 
     action: Literal["average", "copy"]
     student_dtype: DType
+    """The newest student's."""
+
     accumulate_dtype: DType
     dtype: DType
     """Of the written teacher."""
 
     input_dtypes: tuple[DType, ...]
-    """Of each input: averages that take part may be stored in other dtypes than the students."""
+    """Of each input: students may change their precision, and averages that take part be stored in other dtypes."""
 
     begin: int
     """First byte in the teacher's data section."""
@@ -202,19 +204,25 @@ class BlockPlan:
                 yield Block(lane, begin, min(begin + self.block_elements, lane.span[1]))
 
 
-def accumulate_dtype(student_dtype: DType, accumulate: Accumulate) -> DType:
-    """The dtype the teacher is kept in while it is folded: never narrower than the student's own."""
+def accumulate_dtype(tensor: TeacherTensor, accumulate: Accumulate) -> DType:
+    """The dtype a teacher's tensor is kept in while it is folded: never narrower than any student's own."""
+    dtypes = [dtype.name for dtype in tensor.student_dtypes]
     if accumulate == "student":
-        if student_dtype.itemsize == 1:
+        if len(dtypes) > 1:
             raise MisuseError(
-                f"`--accumulate student` is impossible for {student_dtype}: torch has no arithmetic in it",
+                f"`--accumulate student` is impossible for `{tensor.name}`, which is {' and '.join(dtypes)}",
+                hint="omit `--accumulate` to widen each student as it is read",
+            )
+        if tensor.student_dtype.itemsize == 1:
+            raise MisuseError(
+                f"`--accumulate student` is impossible for {tensor.student_dtype}: torch has no arithmetic in it",
                 hint="omit `--accumulate` to accumulate in float32",
             )
-        return student_dtype
-    if student_dtype.kind == "complex":
-        wide = accumulate == "float64" or student_dtype.name == "complex128"
+        return tensor.student_dtype
+    if tensor.student_dtype.kind == "complex":
+        wide = accumulate == "float64" or "complex128" in dtypes
         return BY_NAME["complex128" if wide else "complex64"]
-    return BY_NAME["float64" if "float64" in (accumulate, student_dtype.name) else "float32"]
+    return BY_NAME["float64" if "float64" in (accumulate, *dtypes) else "float32"]
 
 
 def plan_blocks(
@@ -233,9 +241,13 @@ def plan_blocks(
     """
     newest = layouts[-1]
     aliases_of = _find_aliases(tensors, layouts)
-    # Students share a schema; averages that take part may have other dtypes.
+    # Most students share a schema; where their precision changes, and in averages that take part, dtypes are others.
+    # Those of a continued teacher's own students decide in what a tensor is computed, though nothing of them is read.
     schemas = list({id(layout.schema): layout.schema for layout in layouts}.values())
-    stored = {t.index: tuple(schema.dtypes[t.index].name for schema in schemas) for t in tensors}
+    stored = {
+        t.index: tuple(dtype.name for dtype in (*(schema.dtypes[t.index] for schema in schemas), *t.student_dtypes))
+        for t in tensors
+    }
     scattered = {t.index: any(schema.is_scattered(t.index) for schema in schemas) for t in tensors}
 
     def file_order(tensor: TeacherTensor) -> tuple[object, ...]:
@@ -345,9 +357,18 @@ def _find_aliases(tensors: Sequence[TeacherTensor], layouts: Sequence[Layout]) -
             continue
         key = (
             tensor.student_dtype,
+            tensor.student_dtypes,
             tensor.action,
             tensor.shape,
-            tuple((layout.schema.geometries[tensor.index], layout.places(tensor.index)) for layout in layouts),
+            # One place read as two dtypes holds two tensors.
+            tuple(
+                (
+                    layout.schema.dtypes[tensor.index],
+                    layout.schema.geometries[tensor.index],
+                    layout.places(tensor.index),
+                )
+                for layout in layouts
+            ),
         )
         original = first.setdefault(key, tensor.index)
         if original != tensor.index:
@@ -397,7 +418,7 @@ def _lane(
     return Lane(
         action=first.action,
         student_dtype=first.student_dtype,
-        accumulate_dtype=accumulate_dtype(first.student_dtype, accumulate) if averages else first.dtype,
+        accumulate_dtype=accumulate_dtype(first, accumulate) if averages else first.dtype,
         dtype=first.dtype,
         input_dtypes=tuple(layout.schema.dtypes[first.index] for layout in (layouts if averages else layouts[-1:])),
         begin=offsets[first.name][0],

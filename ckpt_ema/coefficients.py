@@ -21,6 +21,7 @@ from ckpt_ema.averages.profiles import (
     updates_of,
 )
 from ckpt_ema.continuing import Beginning
+from ckpt_ema.dtypes import DType
 from ckpt_ema.errors import CkptEmaError, MisuseError, NoUpdateError
 from ckpt_ema.formats.contents import MAX_JSON_BYTES
 from ckpt_ema.locations import RemotePath, as_path
@@ -72,6 +73,9 @@ class Weighed:
     copied: frozenset[str] = frozenset()
     """The tensors of that teacher that are no average."""
 
+    student_dtypes: Mapping[str, DType] = field(default_factory=dict)
+    """What is known of the dtypes that its students had, by tensor."""
+
     rules: tuple[Mapping[str, Any], ...] = ()
     """How that teacher was made, oldest first."""
 
@@ -122,6 +126,7 @@ def weigh(checkpoints: Sequence[Checkpoint], options: FoldOptions, beginning: Be
         past=past,
         origin=None if past and beginning.knows_origin else weighed.origin,
         copied=record.copied_names if past else frozenset(),
+        student_dtypes=beginning.student_dtypes if past else {},
         rules=beginning.rules if past else (),
         parts=record.parts if past else 1,
         rounded_to=record.rounded_to if past else {},

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ckpt_ema.catalogue import ASKED_FOR
+from ckpt_ema.dtypes import DType
 from ckpt_ema.errors import CkptEmaError, MisuseError, NoCheckpointError
 from ckpt_ema.formats import Contents, read_contents
 from ckpt_ema.formats.folder import SERIES_NAME, has_weights, is_sharded
@@ -18,6 +19,9 @@ from ckpt_ema.runs.candidates import has_series_name
 from ckpt_ema.runs.checkpoints import Checkpoint
 from ckpt_ema.runs.state_dicts import is_flat
 from ckpt_ema.runs.steps import Unit, steps_in_name, steps_inside
+from ckpt_ema.runs.state_dicts import is_flat
+from ckpt_ema.runs.steps import Unit, steps_in_name, steps_inside
+from ckpt_ema.runs.students import choose_student
 from ckpt_ema.sizes import counted
 from ckpt_ema.teacher_record import RULE_KEYS, SELECTION, PastCheckpoint, TeacherRecord, printable, read_record
 
@@ -55,8 +59,8 @@ class Beginning:
     record: TeacherRecord
     """What it says of itself."""
 
-    dtypes: frozenset[str] = frozenset()
-    """Names of those of its floating-point tensors."""
+    dtypes: Mapping[str, DType] = field(default_factory=dict)
+    """Those of its floating-point and complex tensors."""
 
     numbers: Mapping[Unit, int] = field(default_factory=dict)
     """What its contents and its name say of its step, by what they count, where it has no record."""
@@ -70,6 +74,11 @@ class Beginning:
     def past(self) -> tuple[PastCheckpoint, ...]:
         """The checkpoints in it, oldest first, where it was folded or reconstructed."""
         return self.record.checkpoints
+
+    @property
+    def student_dtypes(self) -> Mapping[str, DType]:
+        """Of tensors, the dtype that its students had, where it is written in that or says so."""
+        return self.dtypes if self.record.asked_dtype == "student" else self.record.student_dtypes
 
     @property
     def rules(self) -> tuple[Mapping[str, Any], ...]:
@@ -240,7 +249,8 @@ class Beginning:
             options = replace(options, accumulate=self.record.accumulate)
         if options.dtype == "student":
             # A teacher that followed training is wider than 16-bit students, and says nothing of that.
-            is_wide = self.record.is_online and self.dtypes == {"float32"}
+            floats = {dtype.name for dtype in self.dtypes.values() if dtype.is_floating_point}
+            is_wide = self.record.is_online and floats == {"float32"}
             options = replace(options, dtype="float32" if is_wide else self.record.asked_dtype or "student")
         return options
 
@@ -339,10 +349,10 @@ def read_beginning(options: FoldOptions) -> Beginning | None:
     if path.is_dir() and not has_weights(path) and not is_sharded(path):
         raise MisuseError(f"`{path}` is no teacher", hint="pass the file or the folder that an earlier fold wrote")
     contents = read_contents(path)
-    stored = contents.tree.values() if is_flat(contents) else ()
-    dtypes = {tensor.dtype.name for tensor in stored if tensor.dtype.is_floating_point}
     record = read_record(contents.metadata)
-    return Beginning(path, record, frozenset(dtypes), _numbers_of(contents) if record.tool is None else {})
+    tensors = contents.tree if is_flat(contents) else choose_student(contents).tensors if record.tool else {}
+    dtypes = {str(name): tensor.dtype for name, tensor in tensors.items() if tensor.dtype.kind != "integer"}
+    return Beginning(path, record, dtypes, _numbers_of(contents) if record.tool is None else {})
 
 
 def _numbers_of(contents: Contents) -> dict[Unit, int]:

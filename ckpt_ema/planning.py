@@ -21,7 +21,7 @@ from ckpt_ema.averages.profiles import (
 from ckpt_ema.averages.responses import half_life_of
 from ckpt_ema.blocks import accumulate_dtype, plan_blocks
 from ckpt_ema.byte_ranges import TensorRange
-from ckpt_ema.catalogue import TeacherTensor, Treatment, build_catalogue
+from ckpt_ema.catalogue import TeacherTensor, Treatment, build_catalogue, precision_note
 from ckpt_ema.coefficients import Weighed, check_numbers_are_steps, weigh
 from ckpt_ema.continuing import Beginning, read_beginning
 from ckpt_ema.dtypes import DType, is_rounded
@@ -179,6 +179,7 @@ def plan_weighed(
         treatment,
         known_buffers=newest.known_buffers if unfollowed is None else unfollowed,
         steps={checkpoint.label: checkpoint.step for checkpoint in checkpoints},
+        earlier=(weighed.averages[0].label if weighed.past else "", weighed.student_dtypes),
     )
     pool = SchemaPool()
     layouts = [_average_layout(average.path, tensors, pool, wanted) for average in weighed.averages]
@@ -226,7 +227,7 @@ def plan_weighed(
         tensors=tuple(tensors),
         left_out=(*found.left_out, *weighed.left_out),
         left_out_tensors=tuple(newest.left_out.items()),
-        notes=(*_notes(checkpoints), *weighed.notes),
+        notes=(*_notes(checkpoints, tensors), *weighed.notes),
         warnings=(
             *found.warnings,
             *found.order_warnings,
@@ -295,7 +296,7 @@ def _average_layout(path: Path, tensors: Sequence[TeacherTensor], pool: SchemaPo
     )
 
 
-def _notes(checkpoints: Sequence[Checkpoint]) -> Iterator[str]:
+def _notes(checkpoints: Sequence[Checkpoint], tensors: Sequence[TeacherTensor]) -> Iterator[str]:
     newest = checkpoints[-1]
     labels: dict[str, list[str]] = {}
     for checkpoint in checkpoints:
@@ -310,6 +311,8 @@ def _notes(checkpoints: Sequence[Checkpoint]) -> Iterator[str]:
         yield f"the student is `{newest.state_key}` of each checkpoint"
     for prefix in newest.stripped:
         yield f"`{prefix}` is taken off the tensor names"
+    if changes := precision_note(tensors):
+        yield changes
 
 
 def _warnings(
@@ -387,14 +390,17 @@ def _treated_otherwise(weighed: Weighed, tensors: Sequence[TeacherTensor]) -> It
 def _rounding_dtypes(
     weighed: Weighed, layouts: Sequence[Layout], tensors: Sequence[TeacherTensor], options: FoldOptions
 ) -> list[tuple[DType, DType, DType]]:
-    """For each tensor that was rounded in the continued teacher: the student's dtype, the teacher's, the fold's."""
+    """For each tensor that was rounded in the continued teacher: its first student's dtype, the teacher's, the fold's.
+
+    The first is the one that tells a tensor which was wider once from those that never were.
+    """
     if not weighed.past:
         return []
     dtypes = [
         (
-            tensor.student_dtype,
+            tensor.student_dtypes[0],
             layouts[0].schema.dtypes[tensor.index],
-            accumulate_dtype(tensor.student_dtype, options.accumulate),
+            accumulate_dtype(tensor, options.accumulate),
         )
         for tensor in tensors
         if tensor.action == "average"

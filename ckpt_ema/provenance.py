@@ -11,7 +11,7 @@ from ckpt_ema.averages.profiles import SMALLEST_COEFFICIENT, Profile
 from ckpt_ema.formats.contents import PROVENANCE_KEY
 from ckpt_ema.options import FoldOptions, ReconstructOptions
 from ckpt_ema.plans import FoldPlan
-from ckpt_ema.teacher_record import SELECTION, printable, rule_of
+from ckpt_ema.teacher_record import SELECTION, WIDE, printable, rule_of
 
 
 def teacher_metadata(plan: FoldPlan, number: int) -> dict[str, str]:
@@ -44,16 +44,31 @@ def teacher_metadata(plan: FoldPlan, number: int) -> dict[str, str]:
             "names": {reason: [tensor.name for tensor in tensors] for reason, tensors in plan.copied.items()},
         },
         "dtypes": {
-            "students": sorted({tensor.student_dtype.name for tensor in plan.tensors}),
+            "students": sorted({dtype.name for tensor in plan.tensors for dtype in tensor.student_dtypes}),
             "accumulate": options.accumulate,
             "asked": options.dtype,
             "teacher": sorted({tensor.dtype.name for tensor in plan.tensors}),
+            **_deciding_record(plan),
         },
     }
     rules = [rule for rule, _ in itertools.groupby((*plan.rules_of_past, rule_of(record)))]
     if len(rules) > 1:
         record["earlier_rules"] = rules[:-1]
     return {"format": "pt", PROVENANCE_KEY: json.dumps(record, ensure_ascii=False)}
+
+
+def _deciding_record(plan: FoldPlan) -> dict[str, Any]:
+    """The dtypes of students that decided in which tensors were computed, where these are written in another.
+
+    Whoever goes on with narrower students would compute in less, and not know that digits were lost.
+    """
+    is_own = plan.options.accumulate == "student"
+    names: dict[str, list[str]] = {}
+    for tensor in plan.tensors:
+        for dtype in tensor.student_dtypes if tensor.action == "average" else ():
+            if dtype is not tensor.dtype and (is_own or dtype.name in WIDE):
+                names.setdefault(dtype.name, []).append(tensor.name)
+    return {"deciding": names} if names else {}
 
 
 def _selection_record(plan: FoldPlan) -> dict[str, str]:

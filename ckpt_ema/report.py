@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ckpt_ema.byte_ranges import count_elements
-from ckpt_ema.catalogue import TeacherTensor
+from ckpt_ema.catalogue import TeacherTensor, precision_note
 from ckpt_ema.inspection import Inspection
 from ckpt_ema.plans import FoldPlan, FoldReport
 from ckpt_ema.provenance import counting_record, made_record, profile_record
@@ -57,8 +57,8 @@ def _plan_lines(plan: FoldPlan, verbose: bool) -> Iterator[str]:
     if verbose:
         yield ""
         for tensor in plan.tensors:
-            dtype = tensor.student_dtype.name
-            if tensor.dtype is not tensor.student_dtype:
+            dtype = ", ".join(dtype.name for dtype in tensor.student_dtypes)
+            if tensor.student_dtypes != (tensor.dtype,):
                 dtype += f" -> {tensor.dtype.name}"
             treatment = tensor.action + (f" ({tensor.reason})" if tensor.reason else "")
             yield f"  {tensor.name}  {dtype} {list(tensor.shape)}  {treatment}"
@@ -157,6 +157,8 @@ def summary_text(report: FoldReport, *, verbose: bool = False) -> str:
         f" {report.gigabytes_per_second:.2f} GB/s",
         f"  {', '.join(f'{name} {share:.0%}' for name, share in report.timings.shares().items())}",
     ]
+    if changes := precision_note(plan.tensors):
+        lines.append(f"  {changes}")
     if report.resumed_bytes:
         lines.append(f"  {format_size(report.resumed_bytes)} more had been read when it was stopped before")
     newest = plan.checkpoints[-1]

@@ -17,7 +17,7 @@ from ckpt_ema.averages.profiles import POWER_RULE
 from ckpt_ema.averages.response_records import read_response
 from ckpt_ema.averages.responses import Response
 from ckpt_ema.blocks import Accumulate
-from ckpt_ema.dtypes import WrittenDtype
+from ckpt_ema.dtypes import BY_NAME, DType, WrittenDtype
 from ckpt_ema.formats.contents import PROVENANCE_KEY
 from ckpt_ema.runs.steps import Unit
 from ckpt_ema.sizes import MAX_COUNT
@@ -30,6 +30,9 @@ RULE_KEYS = (
     *("per", "interval", "between", "steps_per_epoch"),
 )
 """The entries that say how much each checkpoint brought."""
+
+WIDE = ("float64", "complex128")
+"""Dtypes that students of these are computed in, and that no teacher can be asked to be written in."""
 
 Made = Literal["fold", "reconstruct"]
 Per = Literal["checkpoint", "step", "update"]
@@ -89,6 +92,9 @@ class TeacherRecord:
 
     dtypes: tuple[str, ...] = ()
     """Names of its own."""
+
+    student_dtypes: Mapping[str, DType] = field(default_factory=dict)
+    """Of averaged tensors, the students' dtype where that decided in which they were computed, and is not their own."""
 
     initial_teacher: str | None = None
     """The name of the one that it began with, whose own checkpoints are not listed."""
@@ -244,6 +250,12 @@ def record_of(table: Mapping[str, Any] | None) -> TeacherRecord:
         accumulate=dtypes.take("accumulate", _one_of(get_args(Accumulate))),
         asked_dtype=dtypes.take("asked", _one_of(get_args(WrittenDtype))),
         dtypes=tuple(dtypes.take("teacher", _list_of(_is_text), ())),
+        student_dtypes={
+            name: BY_NAME[dtype]
+            for dtype, names in dtypes.take("deciding", _table_of(_list_of(_is_text)), {}).items()
+            for name in names
+            if dtype in BY_NAME
+        },
         initial_teacher=entries.take("initial_teacher", _is_text),
         averages=entries.files("averages"),
         checkpoints=entries.files("checkpoints"),

@@ -233,14 +233,15 @@ class _Tolerance:
     left_out: float
     """Of shares too small to be recorded, what they may have in all."""
 
-    def of(self, norm: float, num_elements: int, dtype: DType, student: DType) -> tuple[float, float]:
+    def of(self, norm: float, num_elements: int, dtype: DType, students: Sequence[DType]) -> tuple[float, float]:
         """How far elements of `dtype` may be from others of length `norm`: in proportion to that, and whatever it is.
 
         A last place is a part of a number, by the dtype's epsilon, and below the smallest normal one always the same.
         Where all roundings go one way, as they do for equal numbers at equal gaps, they add up.
         """
         computed_in = dtype if dtype.itemsize >= FLOAT32.itemsize else FLOAT32
-        places = ((1.0, dtype), (self.updates, computed_in), *self.others.get(student.name, ()))
+        places = [(1.0, dtype), (self.updates, computed_in)]
+        places += itertools.chain.from_iterable(self.others.get(student.name, ()) for student in students)
         relative, absolute = self.left_out, 0.0
         for count, each in places:
             epsilon, smallest = last_place_of(each)
@@ -362,9 +363,9 @@ class _Judge:
     ) -> None:
         self._copied = copied
         self._tolerance = tolerance
-        # The teacher's own, and the student's.
+        # The teacher's own, and its students'.
         self._dtypes = {
-            tensor.name: (found.tensors[tensor.name].dtype, tensor.student_dtype) for tensor in planned.tensors
+            tensor.name: (found.tensors[tensor.name].dtype, tensor.student_dtypes) for tensor in planned.tensors
         }
         self.differs = False
         """Whether any block is not equal, where rounding is allowed for."""
