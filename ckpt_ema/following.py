@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from ckpt_ema.averages.profiles import what_is_inverted
 from ckpt_ema.continuing import Beginning, read_beginning
+from ckpt_ema.dtypes import DType
 from ckpt_ema.errors import CkptEmaError, MisuseError, NoCheckpointError, NoUpdateError
 from ckpt_ema.folding import fold
 from ckpt_ema.formats import reading_tables
@@ -30,6 +31,7 @@ from ckpt_ema.runs.checkpoints import STEPLESS_COPY, Checkpoint, Run
 from ckpt_ema.runs.find import check_may_be_listed
 from ckpt_ema.runs.steps import numbers_in_name
 from ckpt_ema.sizes import counted
+from ckpt_ema.teacher_record import WIDE
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # typing's own from Python 3.11 on
@@ -423,15 +425,16 @@ class _Follower:
             elif not self.num_failures:
                 self._warn(f"the checkpoint of step {self.last_step} is gone: no straight line can begin there")
         before = {path: _signature_below(path) for path in paths}
-        init = self.target if self._beginning() is not None else None
-        if init is None and self.last_step is not None:
+        beginning = self._beginning()
+        if beginning is None and self.last_step is not None:
             raise CkptEmaError(
                 f"`{self.target}`, the teacher of the checkpoints so far, is gone",
                 hint="follow again to begin anew with what is there",
             )
+        self._keep_one_dtype(ready, beginning)
         given = {name: getattr(self.options, name) for name in FoldOptions.__dataclass_fields__}
         # Where there is no teacher to go on from, there may be an unfinished fold of one.
-        given |= {"init": init, "overwrite": True}
+        given |= {"init": None if beginning is None else self.target, "overwrite": True}
         given |= {"from_step": None, "until_step": None, "include": (), "exclude": ()}
         try:
             report = fold(paths, self.target, announce=lambda plan: None, **given)
@@ -468,6 +471,24 @@ class _Follower:
         has = f"{counted(count, 'checkpoint')} in {self.target}"
         self.tell(f"{_first_to_last(ready)} folded in {report.seconds:.1f} s: {has}")
         return True
+
+    def _keep_one_dtype(self, ready: Sequence[Checkpoint], beginning: Beginning | None) -> None:
+        """Ask for float32 from now on where the students' precision changes, and theirs was to be the teacher's.
+
+        To end instead would lose what the trainer removes until somebody looks.
+        """
+        if self.options.dtype != "student":
+            return
+        change = _change_of_precision(ready, {} if beginning is None else beginning.student_dtypes)
+        if change is None:
+            return
+        self.options = replace(self.options, dtype="float32")
+        label, before, after = change
+        text = f"{label} is {after}, and what was before is {before}: the teacher is float32 from now on"
+        if wide := next((dtype for dtype in (before, after) if dtype.name in WIDE), None):
+            self._warn(f"{text}, and loses digits that {wide} has")
+        else:
+            self.tell(text)
 
     def _warn(self, text: str) -> None:
         self.warn(f"Warning: {text}")
@@ -510,6 +531,17 @@ def _may_pass(error: CkptEmaError) -> bool:
     reason = error.__cause__
     is_final = isinstance(reason, (PermissionError, FileNotFoundError, NotADirectoryError, IsADirectoryError))
     return error.may_pass and not is_final and getattr(reason, "errno", None) not in (errno.EROFS, errno.EINVAL)
+
+
+def _change_of_precision(items: Sequence[Checkpoint], earlier: Mapping[str, DType]) -> tuple[str, DType, DType] | None:
+    """The first checkpoint, and the dtypes, where one of a tensor became another one of its kind."""
+    known = dict(earlier)
+    for item in items:
+        for name, dtype in zip(item.layout.schema.names, item.layout.schema.dtypes, strict=True):
+            before = known.setdefault(name, dtype)
+            if before != dtype and before.kind == dtype.kind != "integer":
+                return item.label, before, dtype
+    return None
 
 
 def _may_precede(numbers: Mapping[str, int], item: Checkpoint) -> bool:

@@ -6,6 +6,8 @@ import json
 import random
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -518,3 +520,93 @@ def test_a_real_gpu_makes_the_cpus_bytes(tmp_path: Path, dtypes: list[torch.dtyp
         for device in ("cpu", "cuda")
     ]
     assert made[0].output.read_bytes() == made[1].output.read_bytes()
+
+
+# --- a run that changes while it is followed ----------------------------------------------------------------------
+
+
+def follow_changes(run: Path, output: Path, parts: Sequence[Sequence[torch.dtype]], **options: Any) -> list[str]:
+    """Follow a run that gets its next part when the last one is folded; what was told."""
+    lines: list[str] = []
+    stop = threading.Event()
+    errors: list[BaseException] = []
+
+    def follow() -> None:
+        try:
+            given = {"poll_seconds": 0.05, "momentum": 0.3, "tell": lines.append, "stop": stop, **options}
+            ckpt_ema.follow(run, output, **given)
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=follow)
+    run.mkdir(exist_ok=True)
+    thread.start()
+    try:
+        number = 1
+        for dtypes in parts:
+            # In one step, so that all of it is there at one look.
+            save(run / ".coming", [make(number + i, dtype) for i, dtype in enumerate(dtypes)], first=number)
+            for path in sorted((run / ".coming").iterdir()):
+                path.rename(run / path.name)
+            number += len(dtypes)
+            deadline = time.monotonic() + 30
+            while f"{number - 1} checkpoints in" not in "\n".join(lines) and number > 2:
+                assert not errors, errors
+                assert time.monotonic() < deadline, lines
+                time.sleep(0.02)
+    finally:
+        stop.set()
+        thread.join(30)
+    assert not errors, errors
+    return lines
+
+
+@pytest.mark.parametrize(
+    ("change", "cut"), [("float32 to bfloat16", 2), ("float32 to bfloat16", 4), ("bfloat16 to float32", 2)]
+)
+def test_following_goes_on_when_the_precision_changes(tmp_path: Path, change: str, cut: int) -> None:
+    """The teacher is float32 from then on, bit for bit the fold of all at once, and so when following begins anew."""
+    dtypes = CHANGES[change]
+    run, output = tmp_path / "run", tmp_path / "t.safetensors"
+    lines = follow_changes(run, output, [dtypes[:cut], dtypes[cut:]])
+    students = [make(seed, dtype) for seed, dtype in enumerate(dtypes, start=1)]
+    assert_same_bits(load_file(output), expected_teacher(students, 0.3, FLOAT32))
+    told = [line for line in lines if "from now on" in line]
+    changed_in_view = change.startswith("float32") and cut == 2
+    assert told == (
+        ["step_300.pt is bfloat16, and what was before is float32: the teacher is float32 from now on"]
+        if changed_in_view
+        else []
+    )
+    assert ckpt_ema.verify(output, run, share=1).is_ok
+
+
+@pytest.mark.parametrize("change", ["float64 to float32", "float16 to float64"])
+def test_following_float64_students_says_what_is_lost(tmp_path: Path, change: str) -> None:
+    """A follower that ended would lose checkpoints: it goes on in float32, and warns."""
+    dtypes = CHANGES[change]
+    if change.startswith("float16"):
+        dtypes = [FLOAT32, *dtypes[1:]]
+    run, output = tmp_path / "run", tmp_path / "t.safetensors"
+    lines = follow_changes(run, output, [dtypes[:1], dtypes[1:2], dtypes[2:]])
+    [told] = [line for line in lines if "from now on" in line]
+    assert told.startswith("Warning: ")
+    assert told.endswith("the teacher is float32 from now on, and loses digits that float64 has")
+    whole = quiet_fold(run, tmp_path / "whole.safetensors", momentum=0.3, dtype="float32").output
+    assert ckpt_ema.compare(output, whole).relative < 1e-6
+    found = ckpt_ema.verify(output, run, share=1)
+    assert found.is_ok, found.checks
+
+
+def test_a_follower_that_begins_anew_after_the_change_goes_on(tmp_path: Path) -> None:
+    """Stopped before the change, started after it: as if it had never ended."""
+    dtypes = CHANGES["float32 to bfloat16"]
+    run, output = tmp_path / "run", tmp_path / "t.safetensors"
+    students = [make(seed, dtype) for seed, dtype in enumerate(dtypes, start=1)]
+    save(run, students[:2])
+    for _ in range(2):
+        stop = threading.Event()
+        stop.set()
+        ckpt_ema.follow(run, output, momentum=0.3, stop=stop, poll_seconds=0.05)
+        save(run, students)
+    assert_same_bits(load_file(output), expected_teacher(students, 0.3, FLOAT32))
