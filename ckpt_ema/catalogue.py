@@ -263,7 +263,7 @@ def _compared(one: tuple[str, Layout], other: tuple[str, Layout]) -> _Pair:
 def _differences_from(earlier: Mapping[str, DType], schema: Schema) -> Iterator[_Difference]:
     """Changes of precision since students of which no more is known than some dtypes."""
     for name, dtype in zip(schema.names, schema.dtypes, strict=True) if earlier else ():
-        if (before := earlier.get(name, dtype)) != dtype and before.kind == dtype.kind:
+        if (before := earlier.get(name, dtype)) != dtype and before.kind == dtype.kind != "integer":
             yield _difference_of_dtypes(name, before, dtype)
 
 

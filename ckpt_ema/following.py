@@ -96,7 +96,8 @@ def follow(
 
     `output` as in `fold`, of which `options` are, for one exponential moving average. The teacher there is whole at
     every moment, and is continued where it exists: a restart continues where the last one ended. Written in the
-    students' dtype, or float32 where that has fewer bits, so that nothing is rounded on the way; with `dtype` in that.
+    students' dtype, or float32 where that has fewer bits, so that nothing is rounded on the way, or where that changes;
+    with `dtype` in that.
 
     Ends when `stop` is set, after a last look; once `until_step` is folded, or passed by the run; after `idle_seconds`
     in which nothing was folded and no checkpoint written to; else never. A checkpoint counts as finished when it can be

@@ -99,10 +99,10 @@ class FoldOptions:
     """Sub-model to fold, its prefix stripped from the names."""
 
     accumulate: Accumulate = "float32"
-    """Dtype of the running teacher: never narrower than the student's, unless `student` is asked for."""
+    """Dtype of the running teacher: never narrower than any student's. `student` wants all students in one."""
 
     dtype: WrittenDtype = "student"
-    """Dtype of the written teacher's floating-point tensors."""
+    """Dtype of the written teacher's floating-point tensors; `student` wants all students in one."""
 
     output_format: Literal["safetensors", "dcp"] = "safetensors"
     """What the teacher is written as; `dcp` is a folder that torch.distributed.checkpoint loads."""

@@ -164,7 +164,7 @@ def follow_options(command: Command) -> Command:
             "--dtype",
             type=_WRITTEN_DTYPE,
             default="student",
-            help="Dtype of the teacher.  [default: the student's, float32 where that has 16 bits]",
+            help="Dtype of the teacher.  [default: the student's, float32 where that has 16 bits or changes]",
         ),
     }
     return _with_options(command, changed)
@@ -290,7 +290,7 @@ def _with_options(command: Command, changed: dict[str, Option | None]) -> Comman
             type=_WRITTEN_DTYPE,
             default="student",
             show_default=True,
-            help="Dtype of the written teacher.",
+            help="Dtype of the written teacher; any but `student` folds a run whose precision changes, too.",
         ),
         "output-format": click.option(
             "--output-format",
