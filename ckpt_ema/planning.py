@@ -414,8 +414,9 @@ def _rounded(weighed: Weighed, rounding: Sequence[tuple[DType, DType, DType]]) -
         dtypes = " and ".join(sorted({stored.name for _, stored, _ in rounding}))
         hint = "; `--dtype float32` keeps all digits" if all(folded.itemsize <= 4 for _, _, folded in rounding) else ""
         yield (
-            f"`{weighed.averages[0].label}` {ROUNDED} {dtypes} when it was written ({len(rounding)} tensors), and"
-            f" what goes on from it is near the fold of all at once, not equal{hint}"
+            f"`{weighed.averages[0].label}` {ROUNDED} {dtypes} when it was written"
+            f" ({counted(len(rounding), 'tensor')}), and what goes on from it is near the fold of all at once, not"
+            f" equal{hint}"
         )
 
 

@@ -295,6 +295,16 @@ def test_no_teacher_is_kept_in_two_precisions(tmp_path: Path, cli: Cli) -> None:
     assert torch.equal(load_file(tmp_path / "t.safetensors")["bn.running_mean"], running)
 
 
+@pytest.mark.parametrize("number", [1, 4])
+def test_a_number_that_is_not_finite_is_named_in_either_precision(tmp_path: Path, number: int) -> None:
+    """The tensor, and the checkpoint that brought it, before the change and after it."""
+    students = [make(seed, dtype) for seed, dtype in enumerate(CHANGES["float32 to bfloat16"], start=1)]
+    students[number - 1]["body.bias"][17] = float("nan")
+    save(tmp_path / "run", students)
+    with pytest.raises(CkptEmaError, match=rf"`body\.bias`.*step_{number}00\.pt"):
+        quiet_fold(tmp_path / "run", tmp_path / "t.safetensors", momentum=0.3, dtype="float32")
+
+
 # --- what is said -------------------------------------------------------------------------------------------------
 
 
@@ -458,7 +468,10 @@ def test_what_was_wide_once_stays_so_in_a_teacher(tmp_path: Path) -> None:
     for until in (300, 400, 500):
         on = quiet_fold(run, tmp_path / f"{until}.safetensors", init=teacher, until_step=until, **options)
         [warning] = [text for text in on.plan.warnings if "was rounded to" in text]
-        assert "(1 tensors)" in warning
+        assert "(1 tensor)" in warning
+        assert list(record_of(on.output)["rounded_to"]) == ["float64"]
+        computed_in = {lane.accumulate_dtype.name: len(lane.tensors) for lane in on.plan.blocks.lanes if lane.tensors}
+        assert computed_in["float64"] == 1
         teacher = on.output
     whole = load_file(quiet_fold(run, tmp_path / "whole.safetensors", **options).output)
     assert_same_bits(load_file(teacher) | {"norm.weight": whole["norm.weight"]}, whole)
@@ -614,6 +627,17 @@ def test_following_goes_on_when_the_precision_changes(tmp_path: Path, change: st
         else []
     )
     assert ckpt_ema.verify(output, run, share=1).is_ok
+
+
+def test_straight_lines_cross_the_change_while_following(tmp_path: Path) -> None:
+    """From the newest checkpoint in the teacher, in the old precision, to the first in the new one."""
+    dtypes = CHANGES["float32 to bfloat16"]
+    run, output = tmp_path / "run", tmp_path / "t.safetensors"
+    follow_changes(run, output, [dtypes[:2], dtypes[2:]], momentum=None, half_life=150.0)
+    whole = quiet_fold(run, tmp_path / "whole.safetensors", half_life=150.0, dtype="float32").output
+    assert ckpt_ema.compare(output, whole).relative < 1e-6
+    found = ckpt_ema.verify(output, run, share=1)
+    assert found.is_ok, found.checks
 
 
 @pytest.mark.parametrize("change", ["float64 to float32", "float16 to float64"])
