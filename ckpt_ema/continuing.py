@@ -19,8 +19,6 @@ from ckpt_ema.runs.candidates import has_series_name
 from ckpt_ema.runs.checkpoints import Checkpoint
 from ckpt_ema.runs.state_dicts import is_flat
 from ckpt_ema.runs.steps import Unit, steps_in_name, steps_inside
-from ckpt_ema.runs.state_dicts import is_flat
-from ckpt_ema.runs.steps import Unit, steps_in_name, steps_inside
 from ckpt_ema.runs.students import choose_student
 from ckpt_ema.sizes import counted
 from ckpt_ema.teacher_record import RULE_KEYS, SELECTION, PastCheckpoint, TeacherRecord, printable, read_record
