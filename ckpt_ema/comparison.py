@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ckpt_ema.engine.distance import Distance
 from ckpt_ema.engine.streams import Streams
-from ckpt_ema.errors import CkptEmaError
+from ckpt_ema.errors import CkptEmaError, refuses_unknown_keywords
 from ckpt_ema.inspection import Inspection, inspect
 from ckpt_ema.layouts import SchemaPool, compact_layout
 from ckpt_ema.sizes import DEFAULT_MEMORY_BUDGET_BYTES
@@ -63,6 +63,7 @@ class Comparison:
         return not apart and not any(tensor.num_different for tensor in self.tensors)
 
 
+@refuses_unknown_keywords()
 def compare(
     a: str | os.PathLike[str],
     b: str | os.PathLike[str],

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from ckpt_ema.blocks import Block, BlockPlan, plan_of_rank, without
 from ckpt_ema.engine.contract import Engine, NonFinite, NonFiniteBlockError, Task, Teacher
 from ckpt_ema.engine.inputs import InputFiles, allow_open_files
-from ckpt_ema.errors import CkptEmaError, quoted, warn
+from ckpt_ema.errors import CkptEmaError, quoted, refuses_unknown_keywords, warn
 from ckpt_ema.formats import reading_tables
 from ckpt_ema.options import FoldKeywords, FoldOptions, PathLike, ReconstructKeywords, ReconstructOptions
 from ckpt_ema.output.fingerprints import differences_of_ranks, fingerprint, made_of
@@ -41,6 +41,7 @@ Progress = Callable[[int, int], None]
 """Told (bytes read so far, bytes to read in all)."""
 
 
+@refuses_unknown_keywords(*FoldOptions.__dataclass_fields__)
 def plan(
     run: PathLike | Sequence[PathLike], output: PathLike | None = None, **options: Unpack[FoldKeywords]
 ) -> FoldPlan:
@@ -49,6 +50,7 @@ def plan(
         return plan_fold(run, output, FoldOptions(**options))
 
 
+@refuses_unknown_keywords(*FoldOptions.__dataclass_fields__)
 def fold(
     run: PathLike | Sequence[PathLike],
     output: PathLike | None = None,
@@ -81,6 +83,7 @@ def fold(
         return _carry_out(plan(run, output, **options), progress, announce, place)
 
 
+@refuses_unknown_keywords(*ReconstructOptions.__dataclass_fields__)
 def plan_reconstruction(
     run: PathLike | Sequence[PathLike], output: PathLike | None = None, **options: Unpack[ReconstructKeywords]
 ) -> FoldPlan:
@@ -92,6 +95,7 @@ def plan_reconstruction(
         return plan_reconstruct(run, output, ReconstructOptions(**options))
 
 
+@refuses_unknown_keywords(*ReconstructOptions.__dataclass_fields__)
 def reconstruct(
     run: PathLike | Sequence[PathLike],
     output: PathLike | None = None,

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from ckpt_ema.averages.profiles import what_is_inverted
 from ckpt_ema.continuing import Beginning, read_beginning
 from ckpt_ema.dtypes import DType
-from ckpt_ema.errors import CkptEmaError, MisuseError, NoCheckpointError, NoUpdateError
+from ckpt_ema.errors import CkptEmaError, MisuseError, NoCheckpointError, NoUpdateError, refuses_unknown_keywords
 from ckpt_ema.folding import fold
 from ckpt_ema.formats import reading_tables
 from ckpt_ema.locations import RemotePath, as_path
@@ -80,6 +80,7 @@ class _Waiting:
     """Since when it has been the same, in seconds of a clock that only goes forward."""
 
 
+@refuses_unknown_keywords(*FoldOptions.__dataclass_fields__)
 def follow(
     run: PathLike,
     output: PathLike | None = None,

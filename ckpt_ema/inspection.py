@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ckpt_ema.assembly import StoredTensor
-from ckpt_ema.errors import CkptEmaError, MisuseError, UnreadableCheckpointError
+from ckpt_ema.errors import CkptEmaError, MisuseError, UnreadableCheckpointError, refuses_unknown_keywords
 from ckpt_ema.formats import Contents, read_contents, reading_tables
 from ckpt_ema.locations import as_path, name_within
 from ckpt_ema.runs.candidates import find_checkpoint_below
@@ -45,6 +45,7 @@ class Inspection:
     """How the teacher was made; None for a checkpoint."""
 
 
+@refuses_unknown_keywords()
 @reading_tables()
 def inspect(path: str | os.PathLike[str], *, state: str | None = None, prefix: str | None = None) -> Inspection:
     """Look at one checkpoint or teacher, reading no tensor.

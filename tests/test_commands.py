@@ -379,8 +379,37 @@ def test_options_that_make_no_sense_are_refused_at_birth() -> None:
     for options in ({"momentum": 1.0}, {"interval": 0}, {"dtype": "int8"}, {"accumulate": "float16"}, {"last": 0}):
         with pytest.raises(ckpt_ema.MisuseError):
             ckpt_ema.FoldOptions(**options)  # type: ignore[arg-type]
-    with pytest.raises(TypeError):
-        ckpt_ema.plan("run", no_such_option=1)
+
+
+@pytest.mark.parametrize(
+    "function", ["compare", "fold", "follow", "inspect", "plan", "plan_reconstruction", "reconstruct", "verify"]
+)
+def test_a_keyword_that_a_function_does_not_have_is_misuse(function: str) -> None:
+    """Every function of the library names itself, the keyword, and what it has instead."""
+    with pytest.raises(ckpt_ema.MisuseError, match=rf"^`{function}` has no keyword `nonsense`\n\nhint: it has `"):
+        getattr(ckpt_ema, function)("run", nonsense=1)
+
+
+@pytest.mark.parametrize(
+    ("function", "keyword", "hint"),
+    [
+        ("fold", "momentun", "pass `momentum`"),
+        ("plan", "until", "pass `until_step`"),
+        ("fold", "memory", "pass `memory_budget_bytes`"),
+        ("follow", "idle", "pass `idle_seconds`"),
+        ("follow", "half_live", "pass `half_life`"),
+        ("reconstruct", "average", "pass `averages`"),
+        ("verify", "shares", "pass `share`"),
+        ("compare", "perfix", "pass `prefix`"),
+        ("fold", "decay", "a decay of 0.999 is `momentum=0.001`: momentum = 1 - decay"),
+    ],
+)
+def test_the_keyword_that_may_be_meant_is_named(function: str, keyword: str, hint: str) -> None:
+    """As people type it: misspelt, without its unit, or as the command has it."""
+    with pytest.raises(ckpt_ema.MisuseError) as raised:
+        getattr(ckpt_ema, function)("run", **{keyword: 1})
+    assert raised.value.message == f"`{function}` has no keyword `{keyword}`"
+    assert raised.value.hint == hint
 
 
 def test_library_warns_of_a_dominating_first_checkpoint(tmp_path: Path) -> None:
