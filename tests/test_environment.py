@@ -367,3 +367,22 @@ def test_a_pipe_or_a_device_is_never_replaced(run: Path, tmp_path: Path, shell: 
     assert "is a device or a pipe, and is never replaced" in done.stderr
     assert "`ckpt-ema plan`" in done.stderr
     assert (tmp_path / "pipe.safetensors").is_fifo()
+
+
+@pytest.mark.parametrize(
+    ("pattern", "typed"),
+    [
+        ("run/step_*", "run/step_*"),
+        ("run/step_[1-3]00.safe?ensors", "run/step_[1-3]00.safe?ensors"),
+        ("my run/**/step_*", "'my run/'**/step_*"),
+    ],
+)
+def test_a_pattern_in_quotes_is_hinted_at(run: Path, tmp_path: Path, shell: Shell, pattern: str, typed: str) -> None:
+    """What the hint says, typed in a shell, folds what the pattern matches; where it matches nothing there is none."""
+    save_students(tmp_path / "my run" / "1", 2)
+    refused = shell(f"ckpt_ema fold '{pattern}' --momentum 0.5 -o t.safetensors")
+    assert refused.code == 2
+    assert refused.stderr.startswith(f"Error: `{pattern}` does not exist\n\nhint: without its quotes: `{typed}`")
+    assert shell(f"ckpt_ema fold {typed} --momentum 0.5 -q -o t.safetensors").code == 0
+    nothing = shell("ckpt_ema plan 'run/epoch_*'")
+    assert (nothing.code, "hint: pass a run directory, or checkpoints\n" in nothing.stderr) == (2, True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import replace
@@ -34,6 +35,10 @@ from ckpt_ema.runs.reading import CheckpointReader
 from ckpt_ema.runs.selection import Selection, select_checkpoints
 from ckpt_ema.runs.state_dicts import find_state_dicts
 from ckpt_ema.runs.steps import is_copy_name, steps_in_name
+from ckpt_ema.sizes import counted
+
+_WILD = re.compile(r"(\*+|\?|\[[^]]+\])")
+"""What a shell replaces in a pattern."""
 
 
 def find_checkpoints(paths: Sequence[Path], selection: Selection) -> Run:
@@ -44,7 +49,8 @@ def find_checkpoints(paths: Sequence[Path], selection: Selection) -> Run:
     """
     for path in paths:
         if not path.exists():
-            raise MisuseError(f"`{path}` does not exist", hint="pass a run directory, or checkpoints")
+            hint = _hint_of_pattern(str(path)) or "pass a run directory, or checkpoints"
+            raise MisuseError(f"`{path}` does not exist", hint=hint)
         check_may_be_listed(path)
     is_run = len(paths) == 1 and paths[0].is_dir() and (selection.is_live or not is_one_checkpoint(paths[0]))
     if is_run:
@@ -69,6 +75,16 @@ def find_checkpoints(paths: Sequence[Path], selection: Selection) -> Run:
         averages=tuple(sorted(listing.averages, key=lambda average: (average.step or 0, average.label))),
         unfinished=tuple((path, error.message) for path, error in listing.unreadable) if selection.is_live else (),
     )
+
+
+def _hint_of_pattern(text: str) -> str | None:
+    """What to type where `text` is a pattern that a shell would have replaced by names; None where it matches none."""
+    matching = glob.glob(text)  # `**` as `*`, as in most shells
+    if not matching:
+        return None
+    parts = _WILD.split(text)
+    typed = "".join(part if i % 2 or not part else shlex.quote(part) for i, part in enumerate(parts))
+    return f"without its quotes: `{typed}`, for which your shell puts {counted(len(matching), 'name')}"
 
 
 def check_may_be_listed(path: Path) -> None:
