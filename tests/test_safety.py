@@ -269,6 +269,7 @@ def test_an_output_in_no_folder_is_refused(run: Path, cli: Cli, output: str) -> 
         ("dangling/t.safetensors", "dangling"),
         ("new/b/t.safetensors", None),
         ("new/", None),
+        ("new/t.safetensors/", None),
     ],
 )
 def test_a_folder_that_cannot_be_created_is_not_asked_for(
@@ -287,6 +288,7 @@ def test_a_folder_that_cannot_be_created_is_not_asked_for(
         command = done.stderr.partition("create it first: `")[2].partition("`")[0]
         subprocess.run(command, shell=True, cwd=run.parent, check=True)
         assert cli("fold", run, "-o", output).code == 0
+        assert not output.endswith("/") or (run.parent / output / "teacher.safetensors").is_file()
 
 
 def test_an_existing_output_is_refused_without_overwrite(run: Path, cli: Cli) -> None:

@@ -118,7 +118,7 @@ def _fill(text: str, profile: Profile) -> str:
 def _resolve(pattern: str, profile: Profile, has_folder: bool) -> tuple[bool, Path]:
     path = Path(_fill(pattern, profile))
     _check_no_device(path)
-    if path.suffix == ".safetensors" and not path.is_dir():
+    if path.suffix == ".safetensors" and not path.is_dir() and not pattern.endswith("/"):
         return False, path
     if has_folder and not WEIGHTS_SUFFIX.search(path.name):
         return True, path
@@ -132,7 +132,7 @@ def _resolve(pattern: str, profile: Profile, has_folder: bool) -> tuple[bool, Pa
     better = str(named.with_suffix(".safetensors")) if has_suffix else f"{named}.safetensors"
     raise MisuseError(
         f"`--output {path}` is neither a folder nor ends with .safetensors",
-        hint=f"pass `--output {quoted(better)}`",
+        hint=f"pass `--output {quoted(better)}`, or an existing folder",
     )
 
 
