@@ -85,6 +85,24 @@ def test_a_folder_above_the_checkpoints_that_may_not_be_listed_is_named(tmp_path
     assert "secret: a folder that may not be listed" in nothing.stderr
 
 
+@pytest.mark.parametrize("folder", ["run/online", "run/online/old", "run/checkpoints/online/old"])
+def test_a_folder_where_snapshots_may_lie_that_may_not_be_listed_is_named(
+    tmp_path: Path, shell: Shell, folder: str
+) -> None:
+    """Wherever a reconstruction looks: once, by a name that `--exclude` takes."""
+    save_students(tmp_path / "run" / "checkpoints", 2)
+    (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / folder).chmod(0)
+    found = shell("ckpt_ema reconstruct run --half-life 100 -o t.safetensors")
+    assert found.code == 0
+    [told] = [line for line in found.stderr.splitlines() if "passed over" in line]
+    name = Path(folder).name
+    assert told.startswith("Warning: `")
+    assert told.endswith(f"{name}` is passed over: it is a folder that may not be listed")
+    silent = shell(f"ckpt_ema reconstruct run --half-life 100 --plan --exclude {name}")
+    assert (silent.code, "passed over" in silent.stderr) == (0, False)
+
+
 @pytest.mark.parametrize("mode", [0o444, 0o311, 0])
 def test_a_run_directory_that_may_not_be_listed_is_an_error(run: Path, shell: Shell, mode: int) -> None:
     """What was named itself and may not be looked into stops the command, with what to type."""

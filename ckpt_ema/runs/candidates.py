@@ -91,7 +91,10 @@ def find_run_folder(run: Path) -> tuple[Path, list[Path], list[tuple[str, str]]]
 
 
 def find_files_beside(run: Path, directory: Path) -> Iterator[Path]:
-    """What may be snapshots, in folders of their own: beside, above or below `directory` with the checkpoints."""
+    """What may be snapshots, in folders of their own: beside, above or below `directory` with the checkpoints.
+
+    And folders there that may not be listed, but for those in `directory` itself.
+    """
     seen = {directory.resolve()}
     level = [run, directory]
     for _ in range(MAX_SEARCH_DEPTH):
@@ -100,8 +103,11 @@ def find_files_beside(run: Path, directory: Path) -> Iterator[Path]:
             is_new = folder.resolve() not in seen
             seen.add(folder.resolve())
             for path in visible_children(folder):
-                if path.is_dir():
-                    if path.resolve() not in seen and may_be_listed(path) and not is_checkpoint_folder(path):
+                if path.is_dir() and not may_be_listed(path):
+                    if is_new:
+                        yield path
+                elif path.is_dir():
+                    if path.resolve() not in seen and not is_checkpoint_folder(path):
                         below.append(path)
                 elif is_new and path.suffix == ".safetensors":
                     yield path

@@ -98,9 +98,7 @@ def _read_run_directory(run: Path, selection: Selection) -> tuple[Path, Listing]
     directory, candidates, left_out = find_run_folder(run)
     listing = Listing(left_out=left_out)
     listing.warnings += [
-        f"`{name}` is passed over: it is {why}"
-        for name, why in left_out
-        if why == CLOSED and selection.is_wanted(directory / name)
+        _passed_over(name) for name, why in left_out if why == CLOSED and selection.is_wanted(directory / name)
     ]
     reader = CheckpointReader(selection)
     # Numbered names first, so that of two names for one file the telling one stays.
@@ -121,6 +119,10 @@ def _read_run_directory(run: Path, selection: Selection) -> tuple[Path, Listing]
     if listing.checkpoints or listing.unreadable or not listing.averages:
         sort_by_step(listing, directory, selection)
     return directory, listing
+
+
+def _passed_over(name: str) -> str:
+    return f"`{name}` is passed over: it is {CLOSED}"
 
 
 def _read_candidate(listing: Listing, path: Path, selection: Selection, reader: CheckpointReader) -> None:
@@ -169,9 +171,15 @@ def _read_candidate(listing: Listing, path: Path, selection: Selection, reader: 
 
 
 def _find_snapshots(listing: Listing, run: Path, directory: Path, selection: Selection) -> None:
-    """Add the snapshots that lie in folders of their own."""
+    """Add the snapshots that lie in folders of their own; folders that may not be listed are named."""
+    told = {run / name for name, why in listing.left_out if why == CLOSED}
     for path in filter(selection.is_wanted, find_files_beside(run, directory)):
         label = os.path.relpath(path, directory)
+        if path.is_dir():
+            if path not in told:
+                listing.left_out.append((label, CLOSED))
+                listing.warnings.append(_passed_over(label))
+            continue
         try:
             contents = read_contents(path)
         except UnreadableCheckpointError as error:
