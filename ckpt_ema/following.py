@@ -69,6 +69,15 @@ class FollowReport:
     """Of the last fold; None where nothing was new."""
 
 
+class OutOfReachError(CkptEmaError):
+    """The run directory was out of reach when following ended: what is there nobody knows."""
+
+    def __init__(self, message: str, report: FollowReport | None) -> None:
+        super().__init__(message, hint="follow again when it is back")
+        self.report = report
+        """Of what was done until then; None where there was no checkpoint to fold. The teacher may be out of reach."""
+
+
 @dataclass(slots=True)
 class _Waiting:
     """A checkpoint that is not folded yet."""
@@ -108,9 +117,9 @@ def follow(
     may pass, such as a full disk, is tried again, at last once a minute, until following ends; a run directory that is
     out of reach is waited for.
 
-    Raises CkptEmaError as `fold` does, and where the run directory is out of reach at the end, and the teacher is that
-    of the last fold then; NoCheckpointError where there is none at the end. What was missed is in the report, and no
-    error.
+    Raises CkptEmaError as `fold` does, and the teacher is that of the last fold then; OutOfReachError, which has the
+    report, where the run directory is out of reach at the end; NoCheckpointError where there is no teacher at the end.
+    What was missed is in the report, and no error.
     """
     wanted = FoldOptions(**options)
     if len(wanted.profiles) > 1 or wanted.profile != "ema" or wanted.coefficients is not None:
@@ -216,13 +225,18 @@ class _Follower:
             rest = self.poll_seconds if idle_seconds is None else min(self.poll_seconds, idle_seconds)
             stop.wait(rest)
         if self.unreached:
-            raise CkptEmaError(f"`{self.path}` is out of reach: {self.unreached}", hint="follow again when it is back")
+            raise OutOfReachError(f"`{self.path}` is out of reach: {self.unreached}", self._report())
         for path in self.waiting:
             self._miss(path, "was not finished when following ended")
-        target = self.target or self.earlier
-        if target is None or not target.exists():
+        report = self._report()
+        if report is None or not report.output.exists():
             raise NoCheckpointError(f"`{self.path}` had no finished checkpoint", hint="is it the trainer's folder?")
-        return FollowReport(target, self.num_folded, tuple(self.missed), self.last)
+        return report
+
+    def _report(self) -> FollowReport | None:
+        """What came of it so far; None where nobody knows where the teacher goes, since there was no checkpoint."""
+        target = self.target or self.earlier
+        return None if target is None else FollowReport(target, self.num_folded, tuple(self.missed), self.last)
 
     def _look_for_earlier(self) -> None:
         """A teacher of an earlier follower: there may be nothing new in this run ever again."""

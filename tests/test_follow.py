@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import ckpt_ema
 from ckpt_ema.errors import CkptEmaError, MisuseError, NoCheckpointError
+from ckpt_ema.following import OutOfReachError
 from ckpt_ema.sizes import SizeError, parse_duration
 from tests.conftest import StateDict, assert_same_bits, hook_teacher, make_student, quiet_fold, save_students
 
@@ -98,8 +99,54 @@ def test_following_that_ends_out_of_reach_says_so(tmp_path: Path) -> None:
         following.wait("folded in")
         run.rename(tmp_path / "away")
         following.wait("Warning: ")
-        with pytest.raises(CkptEmaError, match="is out of reach: No such file"):
+        with pytest.raises(CkptEmaError, match="is out of reach: No such file") as raised:
             following.end()
+    assert isinstance(raised.value, OutOfReachError)
+    assert raised.value.report is not None
+    assert (raised.value.report.num_folded, raised.value.report.missed) == (1, ())
+
+
+def test_the_report_of_following_that_ends_out_of_reach_is_printed(
+    tmp_path: Path, follower: Callable[..., subprocess.Popen[str]]
+) -> None:
+    """What was folded, and where the teacher is; the error as well, and exit code 1."""
+    run, teacher = tmp_path / "run", tmp_path / "t.safetensors"
+    save(run, 1)
+    (run / "step_200.safetensors").write_bytes(b"x" * 50)
+    process = follower(run, "-o", teacher, "--momentum", 0.1)
+    assert process.stderr is not None
+    assert "step_100.safetensors folded" in process.stderr.readline()
+    (run / "step_200.safetensors").unlink()
+    assert "missed step_200" in process.stderr.readline()
+    run.rename(tmp_path / "away")
+    assert "Warning: " in process.stderr.readline()
+    process.send_signal(signal.SIGTERM)
+    stdout, stderr = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert stdout == f"{teacher}\n"
+    assert stderr.splitlines() == [
+        "folded 1 checkpoint, missed 1: step_200.safetensors",
+        f"Error: `{run}` is out of reach: No such file or directory",
+        "",
+        "hint: follow again when it is back",
+    ]
+
+
+def test_a_teacher_that_is_out_of_reach_is_no_path_on_stdout(
+    tmp_path: Path, follower: Callable[..., subprocess.Popen[str]]
+) -> None:
+    """It lies in the run directory; how many checkpoints it has is said all the same, and is in the library's error."""
+    run = tmp_path / "run"
+    save(run, 1)
+    process = follower(run, "--momentum", 0.1)
+    assert process.stderr is not None
+    assert "step_100.safetensors folded" in process.stderr.readline()
+    run.rename(tmp_path / "away")
+    assert "Warning: " in process.stderr.readline()
+    process.send_signal(signal.SIGTERM)
+    stdout, stderr = process.communicate(timeout=30)
+    assert (process.returncode, stdout) == (1, "")
+    assert stderr.startswith("folded 1 checkpoint\nError: ")
 
 
 @pytest.mark.parametrize(

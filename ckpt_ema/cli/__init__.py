@@ -35,6 +35,7 @@ from ckpt_ema.cli.terminal import (
 from ckpt_ema.sizes import counted
 
 if TYPE_CHECKING:
+    from ckpt_ema.following import FollowReport
     from ckpt_ema.plans import FoldPlan, FoldReport
 
 # `ckpt_ema.report` and the library are imported by the command that needs them: `--help` must not wait for them.
@@ -156,16 +157,29 @@ def follow(run: str, output: str | None, quiet: bool, **options: Any) -> None:
     """
     from datetime import datetime  # noqa: PLC0415
 
+    from ckpt_ema.following import OutOfReachError  # noqa: PLC0415
+
     def tell_with_time(text: str) -> None:
         tell(f"{datetime.now():%H:%M:%S} {text}")
 
-    with contextlib.redirect_stdout(sys.stderr), first_signal_sets() as stop:
-        told = None if quiet else tell_with_time
-        done = ckpt_ema.follow(run, output, stop=stop, tell=told, warn=tell_with_time, **options)
+    try:
+        with contextlib.redirect_stdout(sys.stderr), first_signal_sets() as stop:
+            told = None if quiet else tell_with_time
+            done = ckpt_ema.follow(run, output, stop=stop, tell=told, warn=tell_with_time, **options)
+    except OutOfReachError as error:
+        if error.report is not None:
+            _hand_over_followed(error.report, quiet=quiet)
+        raise
+    _hand_over_followed(done, quiet=quiet)
+
+
+def _hand_over_followed(done: FollowReport, *, quiet: bool) -> None:
+    """A summary on stderr, and on stdout the teacher's path where it is in reach."""
     if not quiet:
         missed = f", missed {len(done.missed)}: {', '.join(done.missed)}" if done.missed else ""
         tell(f"folded {counted(done.num_folded, 'checkpoint')}{missed}")
-    hand_over(str(done.output), [str(done.output)])
+    if done.output.exists():
+        hand_over(str(done.output), [str(done.output)])
 
 
 @main.command()
