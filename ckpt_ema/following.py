@@ -112,10 +112,10 @@ def follow(
     Ends when `stop` is set, after a last look; once `until_step` is folded, or passed by the run; after `idle_seconds`
     in which nothing was folded and no checkpoint written to; else never. A checkpoint counts as finished when it can be
     read and was the same in two looks, `poll_seconds` apart. Of older ones that cannot be read the newer ones wait for
-    `patience_seconds` after the last write to them. `tell` gets a line for what happens, `warn` (by
-    default `tell`) one where somebody should look: "Warning: ...", "missed ...". A fold that fails for a reason that
-    may pass, such as a full disk, is tried again, at last once a minute, until following ends; a run directory that is
-    out of reach is waited for.
+    `patience_seconds` after the last write to them; one that may not be read is told when it is seen. `tell` gets a
+    line for what happens, `warn` (by default `tell`) one where somebody should look: "Warning: ...", "missed ...". A
+    fold that fails for a reason that may pass, such as a full disk, is tried again, at last once a minute, until
+    following ends; a run directory that is out of reach is waited for.
 
     Raises CkptEmaError as `fold` does, and the teacher is that of the last fold then; OutOfReachError, which has the
     report, where the run directory is out of reach at the end; NoCheckpointError where there is no teacher at the end.
@@ -183,6 +183,9 @@ class _Follower:
     left_out: set[Path] = field(default_factory=set)
     """Copies without a step, each of which is told once."""
 
+    refused: dict[Path, str] = field(default_factory=dict)
+    """What at the last look could not be read since this process may not, and what was said of it."""
+
     missed: list[str] = field(default_factory=list)
     num_folded: int = 0
     last: FoldReport | None = None
@@ -227,7 +230,8 @@ class _Follower:
         if self.unreached:
             raise OutOfReachError(f"`{self.path}` is out of reach: {self.unreached}", self._report())
         for path in self.waiting:
-            self._miss(path, "was not finished when following ended")
+            reason = self.refused.get(path)
+            self._miss(path, f"cannot be read: {reason}" if reason else "was not finished when following ended")
         report = self._report()
         if report is None or not report.output.exists():
             raise NoCheckpointError(f"`{self.path}` had no finished checkpoint", hint="is it the trainer's folder?")
@@ -314,6 +318,7 @@ class _Follower:
             for name in sorted(found.stepless):
                 self._leave_out(found.directory / name)
             self.has_passed = self.has_passed or bool(found.beyond)
+            self._tell_refused(found)
         for path in [path for path in self.waiting if path not in seen]:
             if not path.exists():
                 self._miss(path, "vanished before it was folded")
@@ -328,11 +333,14 @@ class _Follower:
         """The checkpoints that are finished, oldest first, up to the first that an older one may still come before."""
         now = time.monotonic()
         held_up: list[dict[str, int]] = []
-        for path, reason in found.unfinished:
-            if now - self.waiting[path].since >= self.patience_seconds and found.checkpoints:
-                self._give_up(path, f"cannot be read: {reason}")
+        for path, error in found.unfinished:
+            numbers = numbers_in_name(path.name)
+            # What may be read one day is in time as long as nothing newer is there.
+            holds_up = any(not error.is_refused or _may_precede(numbers, item) for item in found.checkpoints)
+            if now - self.waiting[path].since >= self.patience_seconds and holds_up:
+                self._give_up(path, f"cannot be read: {error.message}")
                 continue
-            held_up.append(numbers_in_name(path.name))
+            held_up.append(numbers)
         ready = []
         for item in found.checkpoints:
             is_settled = now - self.waiting[item.path].since >= self.poll_seconds
@@ -345,6 +353,15 @@ class _Follower:
                 continue
             ready.append(item)
         return ready
+
+    def _tell_refused(self, found: Run) -> None:
+        """What this process may not read, once each: time alone changes nothing there."""
+        refused = {path: error for path, error in found.unfinished if error.is_refused and not self._is_beyond(path)}
+        for path, error in refused.items():
+            if path not in self.refused:
+                hint = f" ({error.hint})" if error.hint else ""
+                self._warn(f"{error.message}; it is folded when it may be read{hint}")
+        self.refused = {path: error.message for path, error in refused.items()}
 
     def _is_older(self, item: Checkpoint) -> bool:
         """Whether the teacher has come as far already."""
@@ -593,6 +610,8 @@ def _signature_below(path: Path) -> Signature:
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
             status = os.stat(file)
             found.append((str(file), status.st_size, status.st_mtime_ns))
+    except PermissionError:  # which stays so until somebody permits it
+        found.append(("", 0, 0))
     except OSError:  # it is being written, or removed
         found.append(("", 0, time.monotonic_ns()))
     return tuple(found)

@@ -21,7 +21,15 @@ import ckpt_ema
 from ckpt_ema.errors import CkptEmaError, MisuseError, NoCheckpointError
 from ckpt_ema.following import OutOfReachError
 from ckpt_ema.sizes import SizeError, parse_duration
-from tests.conftest import StateDict, assert_same_bits, hook_teacher, make_student, quiet_fold, save_students
+from tests.conftest import (
+    StateDict,
+    assert_same_bits,
+    bound_by_modes,
+    hook_teacher,
+    make_student,
+    quiet_fold,
+    save_students,
+)
 
 BUFFERS = ("bn.running_mean",)
 
@@ -600,14 +608,14 @@ def test_times_are_read_as_people_write_them(text: str, seconds: float) -> None:
 
 
 def start(run: Path, *arguments: object) -> subprocess.Popen[str]:
-    """`ckpt-ema follow` as a process of its own, that heeds signals."""
+    """`ckpt-ema follow` as a process of its own, that heeds signals, and that the modes of files bind."""
 
     def heed() -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
 
     return subprocess.Popen(
-        [sys.executable, "-m", "ckpt_ema", "follow", str(run), *map(str, arguments)],
+        [*bound_by_modes(), sys.executable, "-m", "ckpt_ema", "follow", str(run), *map(str, arguments)],
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -629,6 +637,84 @@ def follower(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
     for process in started:
         process.kill()
         process.wait()
+
+
+def test_a_checkpoint_that_may_not_be_read_is_told_and_taken_when_it_may(
+    tmp_path: Path, follower: Callable[..., subprocess.Popen[str]]
+) -> None:
+    """Once, with what to type; it is folded when that was typed, before a newer one that waited for it."""
+    run = tmp_path / "run"
+    students = save_students(run, 2)
+    closed = run / "step_200.safetensors"
+    closed.chmod(0)
+    process = follower(run, "--momentum", 0.1)
+    assert process.stderr is not None
+    assert f"Warning: cannot open `{closed}`: Permission denied; it is folded when" in process.stderr.readline()
+    assert "step_100.safetensors folded" in process.stderr.readline()
+    students.append(save(run, 3))
+    time.sleep(2.5)
+    closed.chmod(0o600)
+    assert "step_200.safetensors to step_300.safetensors folded" in process.stderr.readline()
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=30)
+    assert (process.returncode, stderr) == (0, "folded 3 checkpoints\n")
+    assert_same_bits(load_file(run / "teacher.safetensors"), hook_teacher(students, 0.1, BUFFERS))
+
+
+IMPATIENT = """
+import sys, ckpt_ema
+options = {"momentum": 0.1, "poll_seconds": 0.05, "patience_seconds": 0.4, "idle_seconds": 2.0}
+done = ckpt_ema.follow(sys.argv[1], tell=lambda text: print(text, flush=True), **options)
+print(done.num_folded, done.missed)
+"""
+
+
+def test_newer_checkpoints_wait_for_one_that_may_not_be_read_and_not_for_ever(tmp_path: Path) -> None:
+    """It is missed when their patience is at its end; one that nothing newer waits for is taken however late."""
+    run = tmp_path / "run"
+    save_students(run, 4)
+    (run / "step_200.safetensors").chmod(0)
+    (run / "step_400.safetensors").chmod(0)
+    command = [*bound_by_modes(), sys.executable, "-c", IMPATIENT, str(run)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        lines = [process.stdout.readline() for _ in range(5)]
+        time.sleep(0.8)
+        (run / "step_400.safetensors").chmod(0o600)
+        rest = process.stdout.read().splitlines()
+    assert all(line.startswith("Warning: cannot open") for line in lines[:2])
+    assert lines[2].startswith("step_100.safetensors folded")
+    assert lines[3].startswith("missed step_200.safetensors: it cannot be read: cannot open")
+    assert lines[4].startswith("step_300.safetensors folded")
+    assert rest[0].startswith("step_400.safetensors folded")
+    assert rest[1:] == ["3 ('step_200.safetensors',)"]
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "folder that may be listed"])
+def test_a_checkpoint_that_may_never_be_read_is_told_with_the_reason(
+    tmp_path: Path, kind: str, follower: Callable[..., subprocess.Popen[str]]
+) -> None:
+    """When it is seen, with what to type; and at the end, when it is missed."""
+    run = tmp_path / "run"
+    save_students(run, 2)
+    closed = run / "step_200.safetensors"
+    if kind != "file":
+        for number in (1, 2):
+            (run / f"checkpoint-{number}00").mkdir()
+            (run / f"step_{number}00.safetensors").rename(run / f"checkpoint-{number}00" / "model.safetensors")
+        closed = run / "checkpoint-200"
+    closed.chmod(0o444 if kind == "folder that may be listed" else 0)
+    process = follower(run, "--momentum", 0.1, "--idle", "3s", "-o", tmp_path / "t.safetensors")
+    _, stderr = process.communicate(timeout=60)
+    closed.chmod(0o700)
+    assert process.returncode == 0, stderr
+    [told] = [line for line in stderr.splitlines() if "Warning: " in line]
+    assert f"{closed}" in told
+    assert "Permission denied; it is folded when it may be read (`chmod u+r" in told
+    assert f"{closed}`, if it is yours" in told
+    [missed] = [line for line in stderr.splitlines() if f" missed {closed.name}: " in line]
+    assert missed.endswith("Permission denied")
+    assert "it cannot be read: cannot" in missed
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

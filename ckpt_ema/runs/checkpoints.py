@@ -102,7 +102,7 @@ class Run:
     averages: tuple[Checkpoint, ...] = ()
     """What was said to be an average, by step."""
 
-    unfinished: tuple[tuple[Path, str], ...] = ()
+    unfinished: tuple[tuple[Path, UnreadableCheckpointError], ...] = ()
     """Of a run that is being written: what cannot be read yet, and why."""
 
 

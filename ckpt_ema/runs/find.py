@@ -73,7 +73,7 @@ def find_checkpoints(paths: Sequence[Path], selection: Selection) -> Run:
         order_warnings=tuple(listing.order_warnings),
         teachers=tuple(listing.teachers),
         averages=tuple(sorted(listing.averages, key=lambda average: (average.step or 0, average.label))),
-        unfinished=tuple((path, error.message) for path, error in listing.unreadable) if selection.is_live else (),
+        unfinished=tuple(listing.unreadable) if selection.is_live else (),
     )
 
 
