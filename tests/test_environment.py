@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 
 import ckpt_ema
 from ckpt_ema.errors import CkptEmaError, MisuseError
-from tests.conftest import Outcome, make_student, quiet_fold, save_students
+from tests.conftest import Outcome, bound_by_modes, make_student, quiet_fold, save_students
 
 Shell = Callable[..., Outcome]
 
@@ -22,12 +23,16 @@ Shell = Callable[..., Outcome]
 @pytest.fixture
 def shell(tmp_path: Path) -> Shell:
     """A line of `sh` in which `ckpt_ema` is the command, in the test's folder; modes of files bind root as well."""
-    privileges = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
 
     def call(line: str) -> Outcome:
         line = f'ckpt_ema() {{ "{sys.executable}" -m ckpt_ema "$@"; }}\n{line}'
         done = subprocess.run(
-            [*privileges, "sh", "-c", line], capture_output=True, text=True, cwd=tmp_path, timeout=120, check=False
+            [*bound_by_modes(), "sh", "-c", line],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            timeout=120,
+            check=False,
         )
         return Outcome(done.returncode, done.stdout, done.stderr)
 
@@ -281,12 +286,39 @@ def test_a_current_folder_that_was_removed_is_told(run: Path, shell: Shell) -> N
     assert shell(f"{gone} plan {run} --momentum 0.5").code == 0
 
 
-def test_coefficients_are_not_read_for_ever(run: Path, shell: Shell) -> None:
-    """A device that never ends is refused, and a pipe is read."""
+def test_coefficients_are_not_read_for_ever(run: Path, tmp_path: Path, shell: Shell) -> None:
+    """A device that never ends is refused; a pipe is read, by its name or in the place of a command."""
     endless = shell("ckpt_ema plan run --coefficients /dev/zero")
     assert (endless.code, endless.stderr[:28]) == (2, "Error: `/dev/zero` has more ")
     table = '{"step_400.safetensors": 0.5, "step_500.safetensors": 0.5}'
     assert shell(f"echo '{table}' | ckpt_ema plan run --coefficients /dev/stdin").code == 0
+    substituted = f"{sys.executable} -m ckpt_ema plan run --coefficients <(sleep 1; echo '{table}')"
+    done = subprocess.run(["bash", "-c", substituted], cwd=tmp_path, capture_output=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_pipe_that_nobody_writes_to_is_waited_for_until_a_signal(run: Path, tmp_path: Path, number: int) -> None:
+    """Whoever writes to it may be late; Ctrl-C ends that with one line and the code of the signal."""
+    os.mkfifo(tmp_path / "pipe")
+
+    def heed() -> None:
+        signal.signal(number, signal.SIG_DFL)
+
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ckpt_ema", "plan", "run", "--coefficients", "pipe"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=heed,  # noqa: PLW1509  (no other thread is in the middle of anything)
+    )
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(4)
+    process.send_signal(number)
+    stdout, stderr = process.communicate(timeout=20)
+    assert (process.returncode, stdout) == (128 + number, "")
+    assert stderr == "Stopped; no unfinished teacher was written\n"
 
 
 @pytest.mark.parametrize(("limit", "code"), [(64, 0), (32, 0), (28, 1), (20, 1)])
