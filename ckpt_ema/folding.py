@@ -10,6 +10,7 @@ import glob
 import hashlib
 import json
 import operator
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -122,6 +123,12 @@ def _carry_out(
     _check_same_plan(planned, outputs, ranks)
     if ranks.is_first:
         check_parents(planned)
+        _check_new_outputs(planned, outputs)
+    # Here, not above: a plan must not wait for torch. Not below either: where memory is scarce, loading torch ends the
+    # process, and nobody would remove a journal.
+    from ckpt_ema.engine.choice import choose_engine  # noqa: PLC0415
+    from ckpt_ema.engine.cpu import why_not_compiled  # noqa: PLC0415
+
     with _journal_of(planned, outputs, ranks) as journal:
         if journal is not None:
             with reading_tables():
@@ -134,10 +141,6 @@ def _carry_out(
         token, finished = _share_finished(journal, ranks)
         part = plan_of_rank(planned.blocks, ranks.number, ranks.count)
         remaining = without(part, finished)
-        # Here, not above: a plan must not wait for torch.
-        from ckpt_ema.engine.choice import choose_engine  # noqa: PLC0415
-        from ckpt_ema.engine.cpu import why_not_compiled  # noqa: PLC0415
-
         updates = [teacher.updates for teacher in planned.teachers]
         budget = planned.options.memory_budget_bytes
         choice = choose_engine(planned.options.device, remaining, planned.layouts, updates, budget, ranks.local)
@@ -173,6 +176,13 @@ def _carry_out(
     seconds = time.perf_counter() - started
     not_compiled = tuple(why_not_compiled(remaining)) if choice.device == "cpu" else ()
     return FoldReport(planned, choice.device, choice.reason, seconds, timings, resumed, not_compiled)
+
+
+def _check_new_outputs(planned: FoldPlan, outputs: Sequence[TeacherFiles]) -> None:
+    """Refuse what must not be replaced before torch is loaded, where no unfinished fold has to be asked first."""
+    if not os.path.lexists(journal_path(planned.outputs)):
+        with reading_tables():
+            check_outputs(planned, [files.names for files in outputs], Draft())
 
 
 def _journal_of(

@@ -230,17 +230,59 @@ def test_memory_too_scarce_for_torch_is_one_line(run: Path, tmp_path: Path, shel
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
 
 
-def test_memory_that_runs_out_is_one_line() -> None:
-    """So is what is refused later; `--memory` is named where the command has it."""
+@pytest.mark.parametrize("kibibytes", range(350000, 700000, 50000))
+def test_memory_that_ends_the_process_leaves_nothing_behind(
+    run: Path, tmp_path: Path, shell: Shell, kibibytes: int
+) -> None:
+    """Where torch's libraries abort while they are loaded there is no journal yet, and no other hidden file."""
+    command = "OMP_NUM_THREADS=1 ckpt_ema fold run --momentum 0.5 -q -o t.safetensors"
+    done = shell(f"ulimit -c 0; ulimit -v {kibibytes}; {command}")
+    assert "Traceback" not in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == (["run", "t.safetensors"] if done.code == 0 else ["run"])
+    if done.code:
+        assert shell(command).code == 0
+
+
+@pytest.mark.parametrize(
+    ("failure", "told"),
+    [
+        ("bytes(1 << 60)", "out of memory\n\nhint: raise `ulimit -v`, or pass a smaller `--memory`"),
+        (
+            "raise RuntimeError('std::bad_alloc')",
+            "out of memory\n\nhint: raise `ulimit -v`, or pass a smaller `--memory`",
+        ),
+        (
+            "torch.empty(1 << 60, dtype=torch.uint8)",
+            "out of memory\n\nhint: raise `ulimit -v`, or pass a smaller `--memory`",
+        ),
+        (
+            "raise SystemError('error return without exception set')",
+            "cannot load a library: error return without exception set\n\nhint: raise `ulimit -v`, or install again",
+        ),
+    ],
+)
+def test_memory_that_runs_out_is_one_line(failure: str, told: str) -> None:
+    """So is what is refused later, in the words of Python, C++ or torch; `--memory` is named where the command has it.
+
+    A module of which the half was loaded is a SystemError.
+    """
     body = (
-        "from ckpt_ema.cli.exits import errors_become_exits\n@errors_become_exits\n"
-        "def f(memory_budget_bytes): bytes(1 << 60)\nf(memory_budget_bytes=1)"
+        "import torch\nfrom ckpt_ema.cli.exits import errors_become_exits\n@errors_become_exits\n"
+        f"def f(memory_budget_bytes): {failure}\nf(memory_budget_bytes=1)"
     )
     done = subprocess.run([sys.executable, "-c", body], capture_output=True, text=True, timeout=60, check=False)
-    assert (done.returncode, done.stderr) == (
-        1,
-        "Error: out of memory\n\nhint: raise `ulimit -v`, or pass a smaller `--memory`\n",
+    assert (done.returncode, done.stderr) == (1, f"Error: {told}\n")
+
+
+def test_a_mistake_of_the_program_keeps_its_traceback() -> None:
+    """A RuntimeError of another kind is not said to be a want of memory."""
+    body = (
+        "from ckpt_ema.cli.exits import errors_become_exits\n@errors_become_exits\n"
+        "def f(): raise RuntimeError('a mistake')\nf()"
     )
+    done = subprocess.run([sys.executable, "-c", body], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert done.stderr.endswith("RuntimeError: a mistake\n")
 
 
 CALLS = {

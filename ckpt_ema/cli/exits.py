@@ -66,14 +66,21 @@ def _run(command: Command, arguments: tuple[Any, ...], options: dict[str, Any]) 
     except OSError as error:
         tell(f"Error: {error.strerror or error}: {error.filename or ''}".rstrip(": "))
         sys.exit(1)
-    except MemoryError:
+    except (MemoryError, RuntimeError) as error:
+        if not _is_want_of_memory(error):
+            raise
         smaller = ", or pass a smaller `--memory`" if "memory_budget_bytes" in options else ""
         tell(f"Error: out of memory\n\nhint: raise `ulimit -v`{smaller}")
         sys.exit(1)
-    except ImportError as error:
-        tell(f"Error: cannot load {error.name or 'a library'}: {first_line(error)}")
+    except (ImportError, SystemError) as error:  # the latter of half a module, where memory ran out
+        tell(f"Error: cannot load {getattr(error, 'name', None) or 'a library'}: {first_line(error)}")
         tell("\nhint: raise `ulimit -v`, or install again")
         sys.exit(1)
+
+
+def _is_want_of_memory(error: Exception) -> bool:
+    """Whether there was no room for something, in the words of Python, C++ or torch."""
+    return isinstance(error, MemoryError) or any(text in str(error) for text in ("bad_alloc", "can't allocate memory"))
 
 
 def _leave_if_among_ranks(code: Any) -> None:

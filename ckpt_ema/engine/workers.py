@@ -181,7 +181,8 @@ def start(thread: threading.Thread) -> None:
         # An interrupt between a lock and its use makes it an error to give that back.
         if error.__context__ is not handled and error.__context__ is not None:
             raise error.__context__ from None
-        raise CkptEmaError(f"cannot start a thread: {error}", hint="see how many you may have: `ulimit -u`") from error
+        hint = "see how many you may have, and how much memory: `ulimit -u -v`"
+        raise CkptEmaError(f"cannot start a thread: {error}", hint=hint) from error
 
 
 def wait_whatever_comes(waits: Sequence[Callable[[], object]]) -> None:
