@@ -328,6 +328,42 @@ def test_a_current_folder_that_was_removed_is_told(run: Path, shell: Shell) -> N
     assert shell(f"{gone} plan {run} --momentum 0.5").code == 0
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "fold {run} --momentum 0.5 -q",
+        "reconstruct {run} --half-life 100 -q",
+        "follow {run} --momentum 0.5 --idle 2s -q",
+        "verify {teacher} {run} --share 1",
+        "compare {teacher} {run}/step_100.safetensors",
+    ],
+)
+def test_whole_paths_are_served_where_the_current_folder_was_removed(
+    run: Path, tmp_path: Path, shell: Shell, command: str
+) -> None:
+    """By every command; torch's libraries would end the process without a word of it."""
+    teacher = tmp_path / "t.safetensors"
+    quiet_fold(run, teacher, momentum=0.5)
+    words = command.format(run=run, teacher=teacher)
+    done = shell(f"mkdir gone; cd gone; rmdir ../gone; ckpt_ema {words}")
+    assert (done.code, "MKL" in done.stderr) == (0, False), done.stderr
+
+
+def test_a_relative_path_never_leads_elsewhere(run: Path, tmp_path: Path, shell: Shell) -> None:
+    """`tmp` in a folder that was removed is not `/tmp`, for any option that takes a path."""
+    gone = "mkdir gone; cd gone; rmdir ../gone; ckpt_ema"
+    for words in (
+        "fold tmp",
+        f"fold {run} -o tmp/t.safetensors",
+        f"fold {run} --init tmp",
+        "follow tmp",
+        "compare tmp tmp",
+    ):
+        done = shell(f"{gone} {words}")
+        assert done.code == 1, words
+        assert "is a relative path, and the current folder was removed" in done.stderr
+
+
 def test_coefficients_are_not_read_for_ever(run: Path, tmp_path: Path, shell: Shell) -> None:
     """A device that never ends is refused; a pipe is read, by its name or in the place of a command."""
     endless = shell("ckpt_ema plan run --coefficients /dev/zero")
