@@ -144,17 +144,17 @@ def build_catalogue(
     return tensors
 
 
-def precision_note(tensors: Sequence[TeacherTensor]) -> str:
-    """What is said of averaged tensors whose precision changes on the way; "" where none does."""
+def precision_notes(tensors: Sequence[TeacherTensor]) -> Iterator[str]:
+    """What is said of averaged tensors whose precision changes on the way, where there are any."""
     changed = [tensor for tensor in tensors if tensor.action == "average" and tensor.changes]
     if not changed:
-        return ""
+        return
     where = dict.fromkeys(change for tensor in changed for change in tensor.changes)
     told = [f"{before} to {after} {when}" for before, after, when in list(where)[:MAX_CHANGES]]
     if len(where) > MAX_CHANGES:
         told[-1] += f" and {counted(len(where) - MAX_CHANGES, 'more change')}"
     verb = "changes its" if len(changed) == 1 else "change their"
-    return (
+    yield (
         f"{counted(len(changed), 'tensor')} {verb} precision on the way ({', '.join(told)}): each student is widened as"
         " it is read"
     )

@@ -57,7 +57,10 @@ class Weighed:
     """`given[t][i]`: the coefficients where updates were made of them, which do not tell them to the last bit."""
 
     left_out: tuple[tuple[str, str], ...] = ()
+    assumptions: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    """What a fold says of itself, and what its plan says beyond that."""
+
     warnings: tuple[str, ...] = ()
     predictions: tuple[Prediction, ...] = ()
     span: tuple[int, int] | None = None
@@ -168,7 +171,7 @@ def _per_step(
     anchor: Checkpoint | None = None,
 ) -> Weighed:
     """Of a run, or of what is newer than `beginning`, with the student that is of its step where that is there."""
-    steps, notes = training_steps(checkpoints, options)
+    steps, assumptions = training_steps(checkpoints, options)
     origin = None
     if beginning is not None:
         start = beginning.training_step(options)
@@ -206,7 +209,7 @@ def _per_step(
         tuple(kept),
         tuple(map(tuple, updates)),
         left_out=tuple(left_out),
-        notes=tuple(notes),
+        assumptions=tuple(assumptions),
         origin=counted_from,
     )
 
@@ -235,7 +238,7 @@ def _without_idle(
 
 
 def training_steps(checkpoints: Sequence[Checkpoint], options: FoldOptions) -> tuple[list[int], list[str]]:
-    """The training step of each checkpoint, and what is to be said of them.
+    """The training step of each checkpoint, and what that assumes.
 
     Raises CkptEmaError where one is unknown, or where they do not ascend; `check_numbers_are_steps` comes before.
     """

@@ -21,7 +21,7 @@ from ckpt_ema.averages.profiles import (
 from ckpt_ema.averages.responses import half_life_of
 from ckpt_ema.blocks import accumulate_dtype, plan_blocks
 from ckpt_ema.byte_ranges import TensorRange
-from ckpt_ema.catalogue import TeacherTensor, Treatment, build_catalogue, precision_note
+from ckpt_ema.catalogue import TeacherTensor, Treatment, build_catalogue, precision_notes
 from ckpt_ema.coefficients import Weighed, check_numbers_are_steps, weigh
 from ckpt_ema.continuing import Beginning, read_beginning
 from ckpt_ema.dtypes import DType, is_rounded
@@ -64,7 +64,7 @@ def plan_fold(run: PathLike | Sequence[PathLike], output: PathLike | None, wante
     weighed = _weigh_newer(found, wanted, beginning)
     weighed = replace(
         weighed,
-        notes=(*weighed.notes, *inherited.notes),
+        assumptions=(*weighed.assumptions, *inherited.notes),
         warnings=(*weighed.warnings, *inherited.warnings),
         goes_on=weighed.goes_on or (beginning.record.is_online and bool(inherited.notes)),
     )
@@ -201,6 +201,7 @@ def plan_weighed(
             wanted.profiles, targets, weighed.updates, coefficients, strict=True
         )
     )
+    assumptions = (*_differing_states(checkpoints), *precision_notes(tensors), *weighed.assumptions)
     rounding = _rounding_dtypes(weighed, layouts, tensors, wanted)
     by_input = list(zip(*coefficients, strict=True))
     num_averages = len(weighed.averages)
@@ -227,7 +228,8 @@ def plan_weighed(
         tensors=tuple(tensors),
         left_out=(*found.left_out, *weighed.left_out),
         left_out_tensors=tuple(newest.left_out.items()),
-        notes=(*_notes(checkpoints, tensors), *weighed.notes),
+        notes=(*assumptions, *_notes(checkpoints), *weighed.notes),
+        assumptions=assumptions,
         warnings=(
             *found.warnings,
             *found.order_warnings,
@@ -296,8 +298,8 @@ def _average_layout(path: Path, tensors: Sequence[TeacherTensor], pool: SchemaPo
     )
 
 
-def _notes(checkpoints: Sequence[Checkpoint], tensors: Sequence[TeacherTensor]) -> Iterator[str]:
-    newest = checkpoints[-1]
+def _differing_states(checkpoints: Sequence[Checkpoint]) -> Iterator[str]:
+    """Which state dict of which checkpoint is the student, where that is not the same in all."""
     labels: dict[str, list[str]] = {}
     for checkpoint in checkpoints:
         labels.setdefault(checkpoint.state_key, []).append(checkpoint.label)
@@ -307,12 +309,14 @@ def _notes(checkpoints: Sequence[Checkpoint], tensors: Sequence[TeacherTensor]) 
             f"{what} of " + (f"`{names[0]}`" if len(names) == 1 else counted(len(names), "checkpoint"))
             for what, names in places
         )
-    elif newest.state_key:
+
+
+def _notes(checkpoints: Sequence[Checkpoint]) -> Iterator[str]:
+    newest = checkpoints[-1]
+    if newest.state_key and all(checkpoint.state_key == newest.state_key for checkpoint in checkpoints):
         yield f"the student is `{newest.state_key}` of each checkpoint"
     for prefix in newest.stripped:
         yield f"`{prefix}` is taken off the tensor names"
-    if changes := precision_note(tensors):
-        yield changes
 
 
 def _warnings(

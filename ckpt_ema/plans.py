@@ -127,6 +127,9 @@ class FoldPlan:
     """Entries of the newest checkpoint that are not folded, with the reason."""
 
     notes: tuple[str, ...]
+    assumptions: tuple[str, ...]
+    """Of `notes`, those that a fold says as well: what decides the teachers, and was not asked for."""
+
     warnings: tuple[str, ...]
     mended_options: tuple[str, ...]
     """What to add to the command where the first checkpoint dominates."""

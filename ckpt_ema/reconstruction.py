@@ -63,7 +63,7 @@ def plan_reconstruct(
     """Plan the one pass that makes every wanted teacher; raises CkptEmaError where the run's steps are not known."""
     found = find_run(run, wanted, tuple(wanted.averages))
     _check_patterns(found, wanted)
-    found, limits, notes = _in_steps(found, wanted)
+    found, limits, assumptions = _in_steps(found, wanted)
     snapshots, refused = _snapshots(found, limits)
     stored = [*snapshots, *_declared(found, wanted), *_students(found)]
     if not stored:
@@ -77,11 +77,11 @@ def plan_reconstruct(
     targets = [profile.response(start, end, wanted.interval) for profile in wanted.profiles]
     solutions = solve([Item(each.response, each.rounding) for each in stored], targets, variance)
     copied = _nearest_checkpoint(stored, end)
-    notes.append(f"steps count by how far the student moved: {variance.origin}")
+    notes = [f"steps count by how far the student moved: {variance.origin}"]
     if all(each.is_student for each in stored):
-        notes.append("no snapshots of an online teacher are here: students alone take part")
+        assumptions.append("no snapshots of an online teacher are here: students alone take part")
     if start > 1:
-        notes.append(f"these teachers begin as the student of step {start}: what was before is not stored")
+        assumptions.append(f"these teachers begin as the student of step {start}: what was before is not stored")
     if copied.response.end != end:
         notes.append(f"what is not averaged comes from `{copied.label}`")
     weighed = _weigh(stored, solutions, copied)
@@ -91,6 +91,7 @@ def plan_reconstruct(
     left_out = [(name, reasons.get(name, reason)) for name, reason in {**reasons, **known}.items()]
     weighed = replace(
         weighed,
+        assumptions=tuple(assumptions),
         notes=tuple(notes),
         warnings=tuple(_warnings(solutions, wanted, targets, start, has_described=bool(found.averages))),
         span=(start, end),
@@ -109,7 +110,7 @@ def _followed_in(snapshot: Path, names: Collection[str]) -> frozenset[str]:
 
 
 def _in_steps(found: Run, wanted: ReconstructOptions) -> tuple[Run, tuple[int, float], list[str]]:
-    """The run with all of it counted in steps and in their order, the first and last of them, and what is to be said.
+    """The run with all of it counted in steps and in their order, the first and last of them, and what that assumes.
 
     Raises CkptEmaError where epochs cannot be turned into steps.
     """
@@ -117,7 +118,7 @@ def _in_steps(found: Run, wanted: ReconstructOptions) -> tuple[Run, tuple[int, f
     if len({item.unit for item in checkpoints}) == 1 and all(item.step is not None for item in checkpoints):
         checkpoints = tuple(sorted(checkpoints, key=lambda item: item.step or 0))
     check_numbers_are_steps(checkpoints, wanted)
-    steps, notes = training_steps(checkpoints, wanted) if checkpoints else ([], [])
+    steps, assumptions = training_steps(checkpoints, wanted) if checkpoints else ([], [])
     factor = wanted.steps_per_epoch or 1
     # Epochs where the checkpoints know epochs, as for a fold.
     scale = factor if checkpoints and checkpoints[0].unit != "step" else 1
@@ -144,7 +145,7 @@ def _in_steps(found: Run, wanted: ReconstructOptions) -> tuple[Run, tuple[int, f
         left_out=(*found.left_out, *left_out),
         order_warnings=(),  # the coefficients are by step, whatever the list's order
     )
-    return run, (first, last), notes
+    return run, (first, last), assumptions
 
 
 def _outside(step: int, first: int, last: float) -> str:

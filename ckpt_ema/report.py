@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ckpt_ema.byte_ranges import count_elements
-from ckpt_ema.catalogue import TeacherTensor, precision_note
+from ckpt_ema.catalogue import TeacherTensor
 from ckpt_ema.inspection import Inspection
 from ckpt_ema.plans import FoldPlan, FoldReport
 from ckpt_ema.provenance import counting_record, made_record, profile_record
@@ -40,8 +40,7 @@ def _plan_lines(plan: FoldPlan, verbose: bool) -> Iterator[str]:
     yield from _coefficient_table(plan)
     yield ""
     yield from _prediction_lines(plan)
-    for note in plan.notes:
-        yield f"note      {note}"
+    yield from _note_lines(plan.notes)
     yield f"average   {counted(plan.num_averaged, 'tensor')}, {_elements(plan.tensors, 'average')} elements"
     for reason, tensors in plan.copied.items():
         yield f"copy      {counted(len(tensors), 'tensor')} from {plan.checkpoints[-1].name}: {reason}"
@@ -69,9 +68,14 @@ def _inputs(plan: FoldPlan) -> str:
     return counted(len(plan.checkpoints), "checkpoint") + snapshots
 
 
-def predictions_text(plan: FoldPlan) -> str:
-    """How near each reconstructed teacher is expected to come, for before anything is read."""
-    return "\n".join(_prediction_lines(plan))
+def announcement_text(plan: FoldPlan) -> str:
+    """What is said before anything is read: how near reconstructed teachers are expected to come, what is assumed."""
+    return "\n".join((*_prediction_lines(plan), *_note_lines(plan.assumptions)))
+
+
+def _note_lines(notes: Sequence[str]) -> Iterator[str]:
+    for note in notes:
+        yield f"note      {note}"
 
 
 def _prediction_lines(plan: FoldPlan) -> Iterator[str]:
@@ -157,8 +161,6 @@ def summary_text(report: FoldReport, *, verbose: bool = False) -> str:
         f" {report.gigabytes_per_second:.2f} GB/s",
         f"  {', '.join(f'{name} {share:.0%}' for name, share in report.timings.shares().items())}",
     ]
-    if changes := precision_note(plan.tensors):
-        lines.append(f"  {changes}")
     if report.resumed_bytes:
         lines.append(f"  {format_size(report.resumed_bytes)} more had been read when it was stopped before")
     newest = plan.checkpoints[-1]

@@ -614,3 +614,51 @@ def test_without_numpy_there_is_no_word_of_it(tmp_path: Path, run: Path, cli: Cl
     for words in (["fold", run, "--momentum", 0.3, "-o", "t.safetensors", "-q"], ["verify", "t.safetensors", run]):
         done = cli(*words, PYTHONPATH=path)
         assert (done.code, done.stderr) == (0, "")
+
+
+def notes_of(text: str) -> list[str]:
+    """The notes in what was printed."""
+    return [line.removeprefix("note      ") for line in text.splitlines() if line.startswith("note ")]
+
+
+def test_a_fold_says_what_it_assumes_and_no_other_note(tmp_path: Path, cli: Cli) -> None:
+    """What decides the teacher and was not typed is told before a tensor is read; which state dict it is, by `plan`."""
+    run = tmp_path / "run"
+    run.mkdir()
+    for number in (1, 5, 9):
+        torch.save({"state_dict" if number < 9 else "model": make_student(number)}, run / f"student_{number}.pt")
+    mixed = "the student is `state_dict` of 2 checkpoints, `model` of `student_9.pt`"
+    by_name = "the numbers in the names (1 to 9) are taken for training steps"
+    done = cli("fold", run, "--half-life", 3, "-o", "t.safetensors")
+    assert notes_of(done.stderr) == [mixed, by_name]
+    assert done.stderr.index("note ") < done.stderr.index("folded 3")
+    assert notes_of(cli("plan", run, "--half-life", 3).stdout) == [mixed, by_name]
+    assert cli("fold", run, "--half-life", 3, "-o", "q.safetensors", "-q").stderr == ""
+    (run / "student_9.pt").unlink()
+    torch.save({"state_dict": make_student(9)}, run / "student_14.pt")
+    alike = cli("fold", run, "--momentum", 0.5, "-o", "a.safetensors")
+    assert (alike.code, notes_of(alike.stderr)) == (0, [])
+    assert notes_of(cli("plan", run, "--momentum", 0.5).stdout) == ["the student is `state_dict` of each checkpoint"]
+
+
+def test_a_fold_says_by_which_rule_it_continues(tmp_path: Path, cli: Cli) -> None:
+    """No momentum was typed: the teacher's own."""
+    save_students(tmp_path / "run", 4)
+    assert cli("fold", "run", "--until", 200, "--momentum", 0.25, "-o", "early.safetensors").code == 0
+    done = cli("fold", "run", "--init", "early.safetensors", "-o", "on.safetensors")
+    assert notes_of(done.stderr) == ["continues as `early.safetensors` was made: momentum 0.25 per checkpoint"]
+
+
+def test_a_reconstruction_says_what_it_assumes(tmp_path: Path, cli: Cli) -> None:
+    """That nothing was stored of what lies before or between; not how steps were counted, which `--plan` shows."""
+    save_students(tmp_path / "run", 4)
+    done = cli("reconstruct", "run", "--half-life", 100, "-o", "t.safetensors")
+    told = [
+        "no snapshots of an online teacher are here: students alone take part",
+        "these teachers begin as the student of step 100: what was before is not stored",
+    ]
+    assert notes_of(done.stderr) == told
+    assert done.stderr.startswith("expected ")
+    planned = notes_of(cli("reconstruct", "run", "--half-life", 100, "-o", "p.safetensors", "--plan").stdout)
+    assert planned[:2] == told
+    assert planned[2].startswith("steps count by how far the student moved")

@@ -332,10 +332,9 @@ def _carry_out(
 
     def announce(planned: FoldPlan) -> None:
         begun.append(planned)
-        if planned.predictions and not quiet:
-            tell(report.predictions_text(planned))
-        if verbose and not quiet:
-            tell(report.plan_text(planned, verbose=True))
+        text = report.plan_text(planned, verbose=True) if verbose else report.announcement_text(planned)
+        if text and not quiet:
+            tell(text)
         _warn(planned)
 
     shows_bar = not quiet and sys.stderr is not None and sys.stderr.isatty()
