@@ -336,7 +336,8 @@ class _Follower:
         for path, error in found.unfinished:
             numbers = numbers_in_name(path.name)
             # What may be read one day is in time as long as nothing newer is there.
-            holds_up = any(not error.is_refused or _may_precede(numbers, item) for item in found.checkpoints)
+            waits_for_it = (not error.is_refused or _may_precede(numbers, item) for item in found.checkpoints)
+            holds_up = self.has_passed or any(waits_for_it)
             if now - self.waiting[path].since >= self.patience_seconds and holds_up:
                 self._give_up(path, f"cannot be read: {error.message}")
                 continue

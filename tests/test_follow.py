@@ -210,6 +210,18 @@ def test_what_is_lost_at_the_last_step_that_was_asked_for_is_missed(tmp_path: Pa
     assert report.missed == ("step_300.safetensors",)
 
 
+def test_a_run_that_has_passed_the_last_step_is_not_followed_for_ever(tmp_path: Path) -> None:
+    """Though what was saved at that step cannot be read: it is missed when its patience is at its end."""
+    run = tmp_path / "run"
+    save(run, 1)
+    save(run, 3)
+    (run / "step_200.safetensors").write_bytes(b"half")
+    with Following(run, tmp_path / "t.safetensors", until_step=200, patience_seconds=0.5) as following:
+        following._thread.join(20)
+        assert not following._thread.is_alive()
+        assert following.end().missed == ("step_200.safetensors",)
+
+
 def test_a_restart_beside_a_run_that_is_over(tmp_path: Path) -> None:
     """The trainer has removed what was folded: the teacher that is there is what comes of it, with or without more."""
     run, teacher = tmp_path / "run", tmp_path / "t.safetensors"
