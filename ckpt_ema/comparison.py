@@ -10,8 +10,9 @@ from pathlib import Path
 
 from ckpt_ema.engine.distance import Distance
 from ckpt_ema.engine.streams import Streams
-from ckpt_ema.errors import CkptEmaError, refuses_unknown_keywords
+from ckpt_ema.errors import CkptEmaError
 from ckpt_ema.inspection import Inspection, inspect
+from ckpt_ema.keywords import refuses_unknown_keywords
 from ckpt_ema.layouts import SchemaPool, compact_layout
 from ckpt_ema.sizes import DEFAULT_MEMORY_BUDGET_BYTES
 

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
-import inspect
 import os
 import shlex
 import sys
 import warnings
-from collections.abc import Callable, Collection, Sequence
-from functools import wraps
+from collections.abc import Sequence
 from pathlib import Path
-from typing import ParamSpec, TypeVar
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 BEGIN_ANEW = "pass `--overwrite` without `--resume` to begin anew"
 
@@ -73,39 +66,6 @@ class LostWorkError(CkptEmaError):
 
 class MisuseError(CkptEmaError):
     """What was asked for makes no sense: wrong options rather than wrong files."""
-
-
-def refuses_unknown_keywords(*more: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Let a function raise MisuseError for a keyword that it does not have, and name the one that may be meant.
-
-    `more` are those that it takes as `**options`.
-    """
-
-    def decorate(function: Callable[P, R]) -> Callable[P, R]:
-        parameters = inspect.signature(function).parameters.values()
-        known = [each.name for each in parameters if each.kind is not inspect.Parameter.VAR_KEYWORD] + [*more]
-
-        @wraps(function)
-        def wrapped(*arguments: P.args, **keywords: P.kwargs) -> R:
-            for keyword in keywords:
-                if keyword not in known:
-                    raise MisuseError(
-                        f"`{function.__name__}` has no keyword `{keyword}`", hint=_hint_of_keyword(keyword, known)
-                    )
-            return function(*arguments, **keywords)
-
-        return wrapped
-
-    return decorate
-
-
-def _hint_of_keyword(keyword: str, known: Collection[str]) -> str:
-    if keyword in ("decay", "ema_decay") and "momentum" in known:
-        return "a decay of 0.999 is `momentum=0.001`: momentum = 1 - decay"
-    # As the command has it: `memory`, `until`.
-    longer = [name for name in known if name.startswith(f"{keyword}_")]
-    near = longer or difflib.get_close_matches(keyword, known, n=1)
-    return f"pass `{near[0]}`" if near else f"it has {', '.join(f'`{name}`' for name in known)}"
 
 
 NOT_THE_CALLER = ("ckpt_ema", "torch", "contextlib")

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING
 from ckpt_ema.blocks import Block, BlockPlan, plan_of_rank, without
 from ckpt_ema.engine.contract import Engine, NonFinite, NonFiniteBlockError, Task, Teacher
 from ckpt_ema.engine.inputs import InputFiles, allow_open_files
-from ckpt_ema.errors import CkptEmaError, quoted, refuses_unknown_keywords, warn
+from ckpt_ema.errors import CkptEmaError, quoted, warn
 from ckpt_ema.formats import reading_tables
+from ckpt_ema.keywords import refuses_unknown_keywords
 from ckpt_ema.options import FoldKeywords, FoldOptions, PathLike, ReconstructKeywords, ReconstructOptions
 from ckpt_ema.output.fingerprints import differences_of_ranks, fingerprint, made_of
 from ckpt_ema.output.journal import FinishedBlocks, Journal, Range, journal_path, open_finished_blocks

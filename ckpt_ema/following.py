@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING
 from ckpt_ema.averages.profiles import what_is_inverted
 from ckpt_ema.continuing import Beginning, read_beginning
 from ckpt_ema.dtypes import DType
-from ckpt_ema.errors import CkptEmaError, MisuseError, NoCheckpointError, NoUpdateError, refuses_unknown_keywords
+from ckpt_ema.errors import CkptEmaError, MisuseError, NoCheckpointError, NoUpdateError
 from ckpt_ema.folding import fold
 from ckpt_ema.formats import reading_tables
+from ckpt_ema.keywords import refuses_unknown_keywords
 from ckpt_ema.locations import RemotePath, as_path
 from ckpt_ema.options import FoldKeywords, FoldOptions, PathLike
 from ckpt_ema.output.targets import resolve_outputs

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ckpt_ema.assembly import StoredTensor
-from ckpt_ema.errors import CkptEmaError, MisuseError, UnreadableCheckpointError, refuses_unknown_keywords
+from ckpt_ema.errors import CkptEmaError, MisuseError, UnreadableCheckpointError
 from ckpt_ema.formats import Contents, read_contents, reading_tables
+from ckpt_ema.keywords import refuses_unknown_keywords
 from ckpt_ema.locations import as_path, name_within
 from ckpt_ema.runs.candidates import find_checkpoint_below
 from ckpt_ema.runs.state_dicts import StateDict, find_state_dicts

@@ -21,8 +21,9 @@ from ckpt_ema.engine.contract import NonFiniteBlockError, Task
 from ckpt_ema.engine.distance import distance_of, first_not_finite, last_place_of, length_of, shown_element
 from ckpt_ema.engine.inputs import InputFiles
 from ckpt_ema.engine.streams import Streams
-from ckpt_ema.errors import CkptEmaError, MisuseError, refuses_unknown_keywords
+from ckpt_ema.errors import CkptEmaError, MisuseError
 from ckpt_ema.inspection import Inspection, inspect
+from ckpt_ema.keywords import refuses_unknown_keywords
 from ckpt_ema.layouts import SchemaPool, compact_layout
 from ckpt_ema.locations import as_path
 from ckpt_ema.options import PathLike

@@ -991,6 +991,7 @@ def test_an_index_that_names_half_a_letter_is_refused_in_words(tmp_path: Path, c
 
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("_version", "errors", "sizes", "timings", "averages.quadrature"),
+    ("keywords",),
     ("cli.options", "cli.terminal"),  # of the library, errors and sizes only; the commands import all of it
     ("cli.exits",),
     ("dtypes", "averages.responses", "ranks", "remote_store"),
