@@ -161,7 +161,7 @@ def _masters(
             tensors.update(_masters_by_parameter({n: s for group in shapes for n, s in group.items()}, flats))
         else:
             paddings = _as_list(optimizer.get("param_alignment_paddings"))
-            tensors.update(_masters_by_group(first, shapes, flats, paddings))
+            tensors.update(_masters_by_group(shapes, flats, paddings))
         tensors.update(_frozen(states, stage))
     except AssemblyError as error:
         raise first.refuse(f"does not fit the partitions: {error}") from None
@@ -218,7 +218,6 @@ def _flats(partition: _Table, key: str) -> list[TensorRange]:
 
 
 def _masters_by_group(
-    state: _Table,
     shapes: Sequence[Mapping[str, tuple[int, ...]]],
     flats: Sequence[Sequence[TensorRange]],
     paddings: Sequence[Any],

@@ -370,14 +370,14 @@ class _Scan:
             if action == _GET:
                 self.fetched[index] += 1
             else:
-                self._note_put(index, opcode == ord("r"))
+                self._note_put(index)
             return end
         if action in (_LINE_PUT, _LINE_GET):
             index, end = _memo_line(content, position)
             if action == _LINE_GET:
                 self.fetched[index] += 1
             else:
-                self._note_put(index, False)
+                self._note_put(index)
                 self.is_odd |= index > 0xFF  # protocol 0: what it remembers cannot be told apart quickly
             return end
         if action == _TUPLE:
@@ -426,11 +426,11 @@ class _Scan:
         index = int.from_bytes(self.content[position + 1 : end], "little")
         if index > len(self.content):
             raise MalformedPickleError("a memo index is larger than the pickle")
-        self._note_put(index, opcode == b"r")
+        self._note_put(index)
         self.names.add(index)
         return end
 
-    def _note_put(self, index: int, is_long: bool) -> None:
+    def _note_put(self, index: int) -> None:
         self.is_odd |= self.memoizes or index in self.first_puts or index in self.names
         if index < 256:
             self.first_puts.add(index)

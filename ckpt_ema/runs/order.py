@@ -90,7 +90,7 @@ def sort_by_step(listing: Listing, directory: Path, selection: Selection) -> Non
     if is_live and not listing.checkpoints:
         return
     if not listing.checkpoints:
-        _forgive_newest(listing, None)
+        _forgive_newest(listing)
         raise NoCheckpointError(
             f"no checkpoint of `{directory}` is left to fold",
             details=[f"{name}: {reason}" for name, reason in listing.left_out],
@@ -110,10 +110,10 @@ def sort_by_step(listing: Listing, directory: Path, selection: Selection) -> Non
                 hint=hint_of_unknown([item.label for item, _ in listing.checkpoints], unknown, selection.include),
             )
         if not is_live:
-            _forgive_newest(listing, None)
+            _forgive_newest(listing)
         return
     if not is_live:
-        _forgive_newest(listing, origin)
+        _forgive_newest(listing)
     _check_epochs_ascend(listing, origin, directory)
     _order_without_copies(listing, origin, directory, selection.include)
 
@@ -187,7 +187,7 @@ def _order_without_copies(listing: Listing, origin: Origin, directory: Path, inc
     listing.checkpoints = ordered
 
 
-def _forgive_newest(listing: Listing, origin: Origin | None) -> None:
+def _forgive_newest(listing: Listing) -> None:
     """Leave an unreadable newest checkpoint out aloud; raise for any other, and for one that may not be read."""
     readable: dict[str, int] = defaultdict(lambda: -1)
     for checkpoint, numbers in listing.checkpoints:
