@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ckpt_ema.averages.profiles import what_is_inverted
+from ckpt_ema.averages.profiles import inverted_momentum_warning
 from ckpt_ema.continuing import Beginning, read_beginning
 from ckpt_ema.dtypes import DType
 from ckpt_ema.errors import CkptEmaError, MisuseError, NoCheckpointError, NoUpdateError
@@ -430,7 +430,7 @@ class _Follower:
         momentum = self.options.profiles[0].momentum
         if momentum is None or self.options.per_step:
             return
-        inverted = what_is_inverted(momentum, "`--momentum {:g}`")
+        inverted = inverted_momentum_warning(momentum, "`--momentum {:g}`")
         num_checkpoints = math.log(0.5) / math.log1p(-momentum)
         if inverted:
             self._warn(inverted)

@@ -14,9 +14,9 @@ from pathlib import Path
 from ckpt_ema.averages.profiles import (
     Profile,
     coefficients_of,
+    inverted_momentum_warning,
     momentum_for_first_share,
     step_updates,
-    what_is_inverted,
 )
 from ckpt_ema.averages.responses import half_life_of
 from ckpt_ema.blocks import accumulate_dtype, plan_blocks
@@ -336,7 +336,7 @@ def _warnings(
         yield f"`{checkpoints[0].label}` alone takes part: the teacher is a copy of it"
         return
     momenta = [teacher.profile.momentum for teacher in teachers if teacher.profile.momentum is not None]
-    inverted = what_is_inverted(min(momenta), "`--momentum {:g}`") if momenta else None
+    inverted = inverted_momentum_warning(min(momenta), "`--momentum {:g}`") if momenta else None
     if inverted:
         yield inverted
     if options.per_step and not isinstance(options, ReconstructOptions) and len(checkpoints) > 1:

@@ -47,16 +47,16 @@ def check_momentum(momentum: float) -> None:
         )
 
 
-def what_is_inverted(momentum: float, how_to_write: str) -> str | None:
+def inverted_momentum_warning(momentum: float, spelling: str) -> str | None:
     """What to say of a momentum that is probably the teacher's share, as many frameworks have it; None for others.
 
-    `how_to_write` has a place for the other one: `momentum={:g}`.
+    `spelling` is how momenta are given here, with a place for the number: `momentum={:g}`.
     """
     if momentum <= 0.5:
         return None
     return (
         f"momentum {momentum:g} makes the teacher nearly the student: here it is the student's share. Where it is the"
-        f" teacher's, {momentum:g} is written {how_to_write.format(1 - momentum)} here"
+        f" teacher's, {momentum:g} is written {spelling.format(1 - momentum)} here"
     )
 
 

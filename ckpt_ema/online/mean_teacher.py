@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch.utils.hooks import RemovableHandle
 
-from ckpt_ema.averages.profiles import what_is_inverted
+from ckpt_ema.averages.profiles import inverted_momentum_warning
 from ckpt_ema.averages.response_records import response_record
 from ckpt_ema.averages.responses import Ema
 from ckpt_ema.errors import CkptEmaError, MisuseError, first_line, warn
@@ -117,7 +117,7 @@ class MeanTeacher:
             on_nonfinite=on_nonfinite,
             snapshots=snapshots,
         )
-        if half_life is None and (inverted := what_is_inverted(self.momentum, "momentum={:g}")):
+        if half_life is None and (inverted := inverted_momentum_warning(self.momentum, "momentum={:g}")):
             warn(inverted)
         self._rule = Rule(lerp=arithmetic == "lerp")
         self.num_steps = 0
