@@ -1046,6 +1046,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "output.targets",
         "output.teacher_files",
         "online",
+        "online.attachments",
         "online.tracking",
         "online.rule",
         "online.offload",

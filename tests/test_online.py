@@ -563,7 +563,7 @@ def test_an_update_beside_an_optimizer_that_is_gone_is_right(student: Student) -
         teacher.attach(optimizer)
         del optimizer
         gc.collect()
-    assert len(teacher._handles) == 1
+    assert len(teacher._attachments.handles) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         teacher.update()

@@ -23,6 +23,7 @@ from ckpt_ema.averages.responses import Ema
 from ckpt_ema.errors import CkptEmaError, MisuseError, first_line, warn
 from ckpt_ema.formats.folder import WEIGHTS_SUFFIX
 from ckpt_ema.locations import RemotePath, as_path
+from ckpt_ema.online.attachments import Attachments
 from ckpt_ema.online.offload import Offload, hold_back_all
 from ckpt_ema.online.pairs import (
     Pair,
@@ -136,10 +137,7 @@ class MeanTeacher:
         # Whether a graph may change the teacher, how often nobody tells: no formula describes it from then on.
         self._is_captured = False
         self._is_swapped = False
-        self._handles: list[RemovableHandle] = []
-        """Of the optimizers that it is attached to, until somebody was told what an `update` beside them does."""
-        self._is_behind_step = False
-        """Whether one of them calls it."""
+        self._attachments = Attachments()
         self._owns_tensors = teacher is None
         if teacher is not None and device is not None:
             raise MisuseError(
@@ -216,12 +214,8 @@ class MeanTeacher:
             # Inductor would round otherwise, so torch.compile must not trace this call.
             return bool(torch._dynamo.disable(self.update)())  # type: ignore[no-untyped-call]
         self._refuse_swapped("update the teacher")
-        if not self._is_behind_step and any(map(_is_registered, self._handles)):
-            self._handles.clear()
-            warn(
-                "the teacher is attached to an optimizer, which calls `update` after each of its steps: with this call"
-                " beside them a step is counted twice; omit one of the two"
-            )
+        if self._attachments.handles:
+            self._attachments.warn_of_update_beside()
         with torch.no_grad():
             return self._update()
 
@@ -303,7 +297,7 @@ class MeanTeacher:
     def __getstate__(self) -> dict[str, Any]:
         """What copying and pickling take, when no thread changes it any more."""
         self._begin("copy the teacher")
-        state = {**self.__dict__, "_handles": []}  # no optimizer updates the copy
+        state = {**self.__dict__, "_attachments": Attachments()}  # no optimizer updates the copy
         if self._is_captured:
             # No graph changes the copy; what one did to the numbers is in them.
             state |= {"_copied": None, "_is_captured": False}
@@ -336,36 +330,8 @@ class MeanTeacher:
         parameters. Raises MisuseError for what is no optimizer of torch's, nor accelerate's wrapper around one, and
         where this teacher is attached to it already.
         """
-        inner: Any = optimizer
-        # accelerate's wrapper is an optimizer by its class alone; the one inside has the hooks. Others, such as
-        # DeepSpeed's, may step the one inside several times, or before the student is whole.
-        while isinstance(inner, torch.optim.Optimizer) and not hasattr(inner, "_optimizer_step_post_hooks"):
-            inner = getattr(inner, "optimizer", None)
-        if not hasattr(inner, "_optimizer_step_post_hooks"):
-            raise MisuseError(
-                f"a {type(optimizer).__name__} calls nothing after its steps", hint="call `teacher.update()` after each"
-            )
-        hooks = inner._optimizer_step_post_hooks.values()
-        if any(isinstance(hook, _AfterStep) and hook.teacher is self for hook in hooks):
-            raise MisuseError(
-                "the teacher is attached to this optimizer already, and would count each step twice",
-                hint="call `remove()` of what the first `attach` returned, or omit this one",
-            )
         self._prepare_modules()  # FSDP2 may hold others since a forward
-        own = {id(pair.student.tensor) for pair in self._pairs}
-        if not any(id(tensor) in own for group in inner.param_groups for tensor in group["params"]):
-            warn(
-                "the optimizer has none of the parameters that this teacher follows; where it steps copies of them, all"
-                " is well"
-            )
-        if any(map(_is_registered, self._handles)):
-            warn(
-                "the teacher is attached to another optimizer as well, and counts each step of both: attach it to the"
-                " one that steps last"
-            )
-        handle: RemovableHandle = inner.register_step_post_hook(_AfterStep(self))
-        self._handles = [*filter(_is_registered, self._handles), handle]
-        return handle
+        return self._attachments.add(optimizer, self, [pair.student.tensor for pair in self._pairs])
 
     @contextlib.contextmanager
     def swapped_into(self, module: torch.nn.Module | None = None) -> Iterator[torch.nn.Module]:
@@ -740,20 +706,6 @@ def _counts_in(state: Mapping[str, Any]) -> tuple[dict[str, int], tuple[int, int
         ) from error
 
 
-class _AfterStep:
-    """What an optimizer calls after its step."""
-
-    def __init__(self, teacher: MeanTeacher) -> None:
-        self.teacher = teacher
-
-    def __call__(self, *_: object) -> None:
-        self.teacher._is_behind_step = True
-        try:
-            self.teacher.update()
-        finally:
-            self.teacher._is_behind_step = False
-
-
 def _check_modules(student: object, teacher: object) -> None:
     if not isinstance(student, torch.nn.Module):
         raise MisuseError(f"the student is of type {type(student).__name__}, and must be a torch.nn.Module")
@@ -770,10 +722,6 @@ def _as_step(step: Any) -> int:
     if isinstance(step, bool) or not isinstance(step, numbers.Integral) or step < 0:
         raise MisuseError(f"step is {step!r}, and must be a whole number from 0", hint="pass the trainer's counter")
     return int(step)
-
-
-def _is_registered(handle: RemovableHandle) -> bool:
-    return handle.id in (handle.hooks_dict_ref() or ())
 
 
 def _is_capturing() -> bool:
