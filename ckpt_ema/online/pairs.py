@@ -1,4 +1,4 @@
-"""A teacher's tensors beside the student's: two modules in, pairs by name out, or every difference."""
+"""A teacher's tensors beside the student's: modules in, pairs by name out, or every difference."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-from ckpt_ema.errors import CkptEmaError, warn
-from ckpt_ema.online.tracking import BEGIN_ANEW, Slot, Tracking, is_sharded, local_part
+from ckpt_ema.errors import CkptEmaError, MisuseError
+from ckpt_ema.online.shadows import beside, check_fit, check_shape, is_narrow, shadow_of
+from ckpt_ema.online.tracking import Slot, Tracking, is_sharded, part_of, placed_like, track, unwrap
 
 
 class Pair:
@@ -18,6 +19,8 @@ class Pair:
 
     def __init__(self, names: tuple[str, ...], student: Slot, teacher: torch.Tensor | Slot) -> None:
         self.names = names
+        """All that the teacher's tensor has; a tied one has several."""
+
         self.student = student
         self.teacher = teacher
 
@@ -25,6 +28,111 @@ class Pair:
     def local(self) -> torch.Tensor:
         """The teacher's numbers, of a sharded tensor this rank's."""
         return self.teacher.local if isinstance(self.teacher, Slot) else self.teacher
+
+
+class Pairing:
+    """A student and its teacher, tensor by tensor, for as long as neither is built anew."""
+
+    def __init__(
+        self, student: Tracking, teacher: torch.nn.Module | None, *, dtype: str = "float32", device: str | None = None
+    ) -> None:
+        """With the tensors of the module `teacher`, or else shadows: copies of the student's.
+
+        Those of 16-bit students in float32, or with `dtype="student"` in their own; on `device`, or wherever the
+        student's are by then. Raises CkptEmaError where two modules do not fit.
+        """
+        self.student = student
+        """What is followed."""
+
+        self.module = None if teacher is None else unwrap(teacher)
+        """Whose tensors the teacher's are; None where it has its own."""
+
+        self._teacher = None if teacher is None else track(teacher, skip_buffers=student.skip_buffers, whose="teacher")
+        self._has_moving_shadows = teacher is None and device is None
+        self.pairs: list[Pair]
+        """One for each of the teacher's tensors."""
+
+        if self._teacher is None:
+            self.pairs = [Pair(slot.names, slot, shadow_of(slot, dtype, device)) for slot in student.averaged]
+        else:
+            self.pairs = pairs_of(student, self._teacher)
+
+    def check_dtypes(self) -> None:
+        """Raise MisuseError where the teacher has a dtype that nothing can be averaged in."""
+        for pair in self.pairs:
+            if pair.local.is_floating_point() and pair.local.itemsize == 1:
+                raise MisuseError(
+                    f"`{pair.names[0]}` of the teacher is {pair.local.dtype}, in which torch has no arithmetic",
+                    hint='pass dtype="float32", or make the teacher module float32',
+                )
+
+    def reshard(self) -> None:
+        """Refuse a teacher module that has changed, and undo what forwards left.
+
+        FSDP2's root keeps whole parameters after one; that of a teacher module, which has no backward, does for good.
+        """
+        self.student.reshard()
+        if self._teacher is not None:
+            self._teacher.check_complete()
+            self._teacher.reshard()
+
+    def tensors(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """The student's tensors and the teacher's, as they are now; shadows follow to another device.
+
+        Raises CkptEmaError for modules that have changed.
+        """
+        self.student.check_complete()
+        self.reshard()
+        students, teachers = [], []
+        for pair in self.pairs:
+            student = pair.student.local
+            if self._has_moving_shadows:
+                assert isinstance(pair.teacher, torch.Tensor)
+                pair.teacher = beside(pair.teacher, student, pair.names[0])
+            else:
+                check_shape(pair.local, student, pair.names[0])
+            students.append(student)
+            teachers.append(pair.local)
+        return students, teachers
+
+    def by_name(self) -> dict[str, torch.Tensor]:
+        """The teacher's tensors under all of their names, each placed like the student's."""
+        return {name: placed_like(pair.student.tensor, pair.local) for pair in self.pairs for name in pair.names}
+
+    def by_first_name(self) -> dict[str, torch.Tensor]:
+        """The same with each of them once."""
+        return {pair.names[0]: placed_like(pair.student.tensor, pair.local) for pair in self.pairs}
+
+    @property
+    def has_shadows(self) -> bool:
+        """Whether the teacher's tensors are its own, rather than a module's."""
+        return self.module is None
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether the teacher has a tensor in 16 bits or fewer, in which small updates are lost."""
+        return any(is_narrow(pair.local) for pair in self.pairs)
+
+    def check_stored(self, stored: Mapping[str, torch.Tensor]) -> None:
+        """Raise CkptEmaError where `stored`, by first names, sharded like the student's or whole, does not fit."""
+        if not self.has_shadows:
+            if stored:
+                raise CkptEmaError(
+                    "the state is that of a MeanTeacher without a teacher module, and here there is one",
+                    hint="load it into MeanTeacher(student)",
+                )
+            return
+        expected = {}
+        for pair in self.pairs:
+            name, student = pair.names[0], pair.student.tensor
+            is_whole = is_sharded(student) and name in stored and not is_sharded(stored[name])
+            expected[name] = student.shape if is_whole else pair.local.shape
+        check_fit(expected, stored)
+
+    def load(self, stored: Mapping[str, torch.Tensor]) -> None:
+        """Take over what `check_stored` has let pass; a teacher module keeps what it has."""
+        for pair in self.pairs if self.has_shadows else ():
+            pair.local.copy_(part_of(stored[pair.names[0]], pair.student.tensor))
 
 
 def pairs_of(students: Tracking, teachers: Tracking) -> list[Pair]:
@@ -62,114 +170,6 @@ def pairs_of(students: Tracking, teachers: Tracking) -> list[Pair]:
             " share outside of them",
         )
     return pairs
-
-
-def places_in(tracking: Tracking, pairs: list[Pair]) -> list[tuple[Slot, Pair, bool]]:
-    """Where each of the teacher's tensors goes, and whether it is the first place of its tensor; others come first.
-
-    Raises CkptEmaError with everything that does not fit.
-    """
-    by_name = {name: slot for slot in tracking.averaged for name in slot.names}
-    taken: dict[int, Pair] = {}
-    places: list[tuple[Slot, Pair, bool]] = []
-    differences: list[str] = []
-    for pair in pairs:
-        differences += [f"{name}: missing in the module" for name in pair.names if name not in by_name]
-        slots = list({id(by_name[name]): by_name[name] for name in pair.names if name in by_name}.values())
-        for number, slot in enumerate(slots):
-            if taken.setdefault(id(slot), pair) is not pair:
-                differences.append(f"{' and '.join(slot.names)}: tied in the module, but not in the teacher")
-            if slot.local.shape != pair.local.shape:
-                shapes = f"{list(slot.local.shape)} in the module, {list(pair.local.shape)} in the teacher"
-                differences.append(f"{slot.name}: shape {shapes}")
-            if any(size > 1 and not stride for size, stride in zip(slot.local.shape, slot.local.stride(), strict=True)):
-                differences.append(f"{slot.name}: expanded, its elements share memory")
-            places.append((slot, pair, number == 0))
-    if differences:
-        raise CkptEmaError(
-            f"the module does not fit the teacher in {len(differences)} places",
-            details=differences,
-            hint="pass the student, or a module built from the same configuration",
-        )
-    # What is exchanged is no longer in the teacher: copies of it are made before.
-    return sorted(places, key=lambda place: place[2])
-
-
-def warn_of_stall(pairs: list[Pair]) -> None:
-    """Warn of a teacher module in 16 bits."""
-    narrow = [pair for pair in pairs if is_narrow(pair.local)]
-    if narrow:
-        dtype = str(narrow[0].local.dtype).removeprefix("torch.")
-        warn(
-            f"{len(narrow)} of the teacher module's tensors are {dtype}, in which small updates are lost: make it"
-            " float32 with teacher.float(), which works with any student, or see stalled_fraction()"
-        )
-
-
-def beside(shadow: torch.Tensor, student: torch.Tensor, name: str) -> torch.Tensor:
-    """A teacher's own tensor where the student's is by now; raises CkptEmaError where that has another shape."""
-    if student.is_meta:
-        raise CkptEmaError(
-            f"`{name}` of the student is on the meta device now, without numbers",
-            hint="update the teacher while the student is on a device",
-        )
-    if shadow.device != student.device:
-        with torch.inference_mode(False):
-            shadow = shadow.to(student.device)
-    check_shape(shadow, student, name)
-    return shadow
-
-
-def check_shape(teacher: torch.Tensor, student: torch.Tensor, name: str) -> None:
-    """Raise CkptEmaError where a tensor of the student was replaced by one of another shape."""
-    if teacher.shape != student.shape:
-        raise CkptEmaError(
-            f"`{name}` has shape {list(student.shape)}, the teacher's {list(teacher.shape)}",
-            hint=BEGIN_ANEW,
-        )
-
-
-def is_narrow(tensor: torch.Tensor) -> bool:
-    """Whether a teacher's tensor is in 16 bits or fewer, in which small updates are lost."""
-    return tensor.is_floating_point() and tensor.itemsize < 4
-
-
-def shadow_of(slot: Slot, dtype: str, device: str | None = None) -> torch.Tensor:
-    """A copy of the student's tensor to start from, so that there is a teacher before the first update.
-
-    On `device`, or where the student's is.
-    """
-    student = slot.local.detach()  # or the teacher would be part of the student's graph
-    with torch.inference_mode(False):  # or no later update outside of it could change the copy
-        wanted = torch.float32 if is_narrow(student) and dtype == "float32" else student.dtype
-        return student.to(device or student.device, wanted, copy=True)
-
-
-def check_stored(pairs: list[Pair], stored: Mapping[str, torch.Tensor]) -> None:
-    """The same as `check_fit` for the teacher's tensors by their first names, sharded like the student's or whole."""
-    expected = {}
-    for pair in pairs:
-        name, student = pair.names[0], pair.student.tensor
-        is_whole = is_sharded(student) and name in stored and not is_sharded(stored[name])
-        expected[name] = student.shape if is_whole else pair.local.shape
-    check_fit(expected, stored)
-
-
-def check_fit(expected: Mapping[str, torch.Size], stored: Mapping[str, torch.Tensor]) -> None:
-    """Raise CkptEmaError with every name and shape in which a stored state differs from what is expected."""
-    differences = [f"{name}: missing in the state" for name in expected if name not in stored]
-    differences += [f"{name}: missing in the student" for name in stored if name not in expected]
-    differences += [
-        f"{name}: shape {list(local_part(stored[name]).shape)} in the state, {list(shape)} in the student"
-        for name, shape in expected.items()
-        if name in stored and local_part(stored[name]).shape != shape
-    ]
-    if differences:
-        raise CkptEmaError(
-            f"the teacher's state and the student differ in {len(differences)} tensors",
-            details=differences,
-            hint="load it for the model it was saved with, sharded the same way or whole",
-        )
 
 
 def _overlaps(slots: Sequence[Slot]) -> Iterator[tuple[str, str]]:

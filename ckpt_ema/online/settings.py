@@ -6,6 +6,8 @@ import numbers
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
+
 from ckpt_ema.averages.profiles import DEFAULT_MOMENTUM, check_momentum
 from ckpt_ema.averages.responses import momentum_of_half_life
 from ckpt_ema.errors import MisuseError
@@ -25,12 +27,25 @@ class Settings:
     """The student's share at each update, also where a half-life was given."""
 
     interval: int
+    """Steps from one update to the next."""
+
     skip_buffers: bool
+    """Whether parameters alone are averaged."""
+
     dtype: ShadowDtype
+    """Of a teacher that is kept here, where the student has fewer bits."""
+
     device: ShadowDevice | None
+    """Where such a teacher is kept; None for where the student is."""
+
     arithmetic: Arithmetic
+    """`hook` or `lerp`."""
+
     on_nonfinite: OnNonfinite | None
+    """What an update does when the student holds a NaN or an infinity; None not to look."""
+
     snapshots: Snapshots | None = None
+    """Which averages are followed beside the teacher."""
 
 
 def check_settings(
@@ -69,6 +84,36 @@ def check_settings(
         on_nonfinite=_one_of("on_nonfinite", on_nonfinite, ("raise", "skip", None)),
         snapshots=snapshots,
     )
+
+
+def check_modules(student: object, teacher: object) -> None:
+    """Raise MisuseError unless `student` is a module, and `teacher` one or None."""
+    if not isinstance(student, torch.nn.Module):
+        raise MisuseError(f"the student is of type {type(student).__name__}, and must be a torch.nn.Module")
+    if isinstance(teacher, (int, float)):
+        raise MisuseError(
+            f"the teacher is {teacher!r}, and must be a torch.nn.Module", hint=f"pass `momentum={teacher}`"
+        )
+    if teacher is not None and not isinstance(teacher, torch.nn.Module):
+        raise MisuseError(f"the teacher is of type {type(teacher).__name__}, and must be a torch.nn.Module")
+
+
+def check_teacher_options(*, has_module: bool, device: ShadowDevice | None, keep_teacher: bool) -> None:
+    """Raise MisuseError for what makes no sense with a teacher module, or without one."""
+    if has_module and device is not None:
+        raise MisuseError(
+            "`device` is for a teacher that is kept here, and a teacher module stays where it is",
+            hint="omit one of the two",
+        )
+    if keep_teacher and not has_module:
+        raise MisuseError("`keep_teacher` needs a teacher module", hint="pass MeanTeacher(student, teacher)")
+
+
+def as_step(step: Any) -> int:
+    """A trainer's counter, numpy's integers as well; MisuseError for anything else."""
+    if isinstance(step, bool) or not isinstance(step, numbers.Integral) or step < 0:
+        raise MisuseError(f"step is {step!r}, and must be a whole number from 0", hint="pass the trainer's counter")
+    return int(step)
 
 
 def _as_number(name: str, value: Any) -> float:

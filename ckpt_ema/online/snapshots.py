@@ -24,8 +24,8 @@ from ckpt_ema.errors import CkptEmaError, MisuseError, warn
 from ckpt_ema.formats import reading_tables
 from ckpt_ema.formats.safetensors import read_safetensors
 from ckpt_ema.online.increments import Increments
-from ckpt_ema.online.pairs import beside, check_fit, shadow_of
 from ckpt_ema.online.rule import Rule, is_finite
+from ckpt_ema.online.shadows import beside, check_fit, shadow_of
 from ckpt_ema.online.teacher_file import OnlineRecord, check_file_replaceable, write_teacher
 from ckpt_ema.online.tracking import Tracking, is_sharded
 from ckpt_ema.teacher_record import TeacherRecord, read_record
@@ -346,7 +346,6 @@ class SnapshotTracks:
             num_updates=self._num_updates,
             num_skipped=num_skipped,
             step=step,
-            reasons={},
             ties=[slot.names for slot in self._slots if len(slot.names) > 1],
             more={
                 "track": track.name,

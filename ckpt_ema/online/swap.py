@@ -9,18 +9,21 @@ from collections.abc import Callable, Sequence
 import torch
 from torch.nn.modules.batchnorm import _NormBase
 
-from ckpt_ema.errors import CkptEmaError
+from ckpt_ema.errors import CkptEmaError, warn
+from ckpt_ema.online.pairs import Pair, Pairing
 from ckpt_ema.online.rule import Exchange, blocks_of
-from ckpt_ema.online.tracking import Slot, is_sharded, local_part
+from ckpt_ema.online.tracking import Slot, Tracking, is_sharded, local_part, track, unwrap
 
-_SWAPPED: weakref.WeakKeyDictionary[torch.nn.Module, set[object]] = weakref.WeakKeyDictionary()
-"""Modules that hold another one's numbers for now, and the swaps they are in."""
+_SWAPPED: weakref.WeakKeyDictionary[torch.nn.Module | Pairing, set[object]] = weakref.WeakKeyDictionary()
+"""Modules that hold another one's numbers for now, teachers whose numbers those are, and the swaps they are in."""
 
 
-def mark_swapped(roots: Sequence[torch.nn.Module], undo: list[Callable[[], object]]) -> None:
-    """Take these modules and all within for swapped; put on the list how to end that, before anything has changed."""
+def _mark_swapped(root: torch.nn.Module, pairing: Pairing, undo: list[Callable[[], object]]) -> None:
+    """Take both, and all within, for swapped; put on the list how to end that, before anything has changed."""
     swap = object()
-    marked = [part for root in roots for part in root.modules()]
+    marked: list[torch.nn.Module | Pairing] = [pairing, *root.modules()]
+    if pairing.module is not None:  # it holds what the other one held
+        marked += pairing.module.modules()
 
     def unmark() -> None:
         for part in marked:
@@ -34,12 +37,97 @@ def mark_swapped(roots: Sequence[torch.nn.Module], undo: list[Callable[[], objec
         _SWAPPED.setdefault(part, set()).add(swap)
 
 
-def any_swapped(root: torch.nn.Module) -> bool:
-    """Whether a module or one within it holds another one's numbers."""
-    return bool(_SWAPPED) and any(_SWAPPED.get(part) for part in root.modules())
+def is_swapped(root: torch.nn.Module, pairing: Pairing) -> bool:
+    """Whether a teacher's numbers are elsewhere now, or `root` or a module within it holds another one's."""
+    return bool(_SWAPPED) and (bool(_SWAPPED.get(pairing)) or any(_SWAPPED.get(part) for part in root.modules()))
 
 
-class Swap:
+class Swapping:
+    """A teacher's numbers in one module, from `put_in` to `take_back`."""
+
+    def __init__(self, module: torch.nn.Module, pairing: Pairing) -> None:
+        """Raises CkptEmaError where the teacher's tensors do not fit into `module`."""
+        self._root = unwrap(module)
+        self._pairing = pairing
+        self._tracking = track(module, skip_buffers=pairing.student.skip_buffers)
+        self._places = _places_in(self._tracking, pairing.pairs)
+        self._swaps = [_Swap(slot) for slot, _, _ in self._places]
+        self._undo: list[Callable[[], object]] = [_hold_buffers(self._root, self._swaps)]
+
+    def put_in(self) -> None:
+        """Begin; wherever this is interrupted, `take_back` ends it."""
+        _mark_swapped(self._root, self._pairing, self._undo)
+        for swap, (_, pair, is_first) in zip(self._swaps, self._places, strict=True):
+            swap.put_in(pair.local, self._undo, exchanges=is_first)
+        for swap in self._swaps:
+            swap.watch()
+
+    def written(self) -> list[str]:
+        """The module's parameters that somebody wrote to, but for embeddings, which shorten their vectors in forwards.
+
+        To be asked before `take_back`.
+        """
+        limited = [part for part in self._root.modules() if getattr(part, "max_norm", None) is not None]
+        shortened = [getattr(part, "weight", None) for part in limited]
+        return [
+            swap.name
+            for swap in self._swaps
+            if swap.is_written_to and not any(swap.holds(tensor) for tensor in shortened)
+        ]
+
+    def take_back(self) -> BaseException | None:
+        """End; called once more, it goes on where it was interrupted. What was raised meanwhile comes back."""
+        self._tracking.reshard()
+        failure = _call_all(self._undo)
+        # What that wrote to others' tensors was not somebody else.
+        _WATCHED.difference_update(self._swaps)
+        for swap in _WATCHED:
+            swap.watch()
+        return failure
+
+
+def warn_of_writes(names: Sequence[str]) -> None:
+    """Warn of parameters that were written to during a swap."""
+    listed = ", ".join(f"`{name}`" for name in names[:3])
+    warn(
+        f"{listed}{' and more' if len(names) > 3 else ''} of the module were written to while the teacher's numbers"
+        " were in it: the teacher holds what was written; go on from its last state (`teacher.load_state_dict`),"
+        " and write to the module outside of the `with` block"
+    )
+
+
+def _places_in(tracking: Tracking, pairs: list[Pair]) -> list[tuple[Slot, Pair, bool]]:
+    """Where each of the teacher's tensors goes, and whether it is the first place of its tensor; others come first.
+
+    Raises CkptEmaError with everything that does not fit.
+    """
+    by_name = {name: slot for slot in tracking.averaged for name in slot.names}
+    taken: dict[int, Pair] = {}
+    places: list[tuple[Slot, Pair, bool]] = []
+    differences: list[str] = []
+    for pair in pairs:
+        differences += [f"{name}: missing in the module" for name in pair.names if name not in by_name]
+        slots = list({id(by_name[name]): by_name[name] for name in pair.names if name in by_name}.values())
+        for number, slot in enumerate(slots):
+            if taken.setdefault(id(slot), pair) is not pair:
+                differences.append(f"{' and '.join(slot.names)}: tied in the module, but not in the teacher")
+            if slot.local.shape != pair.local.shape:
+                shapes = f"{list(slot.local.shape)} in the module, {list(pair.local.shape)} in the teacher"
+                differences.append(f"{slot.name}: shape {shapes}")
+            if any(size > 1 and not stride for size, stride in zip(slot.local.shape, slot.local.stride(), strict=True)):
+                differences.append(f"{slot.name}: expanded, its elements share memory")
+            places.append((slot, pair, number == 0))
+    if differences:
+        raise CkptEmaError(
+            f"the module does not fit the teacher in {len(differences)} places",
+            details=differences,
+            hint="pass the student, or a module built from the same configuration",
+        )
+    # What is exchanged is no longer in the teacher: copies of it are made before.
+    return sorted(places, key=lambda place: place[2])
+
+
+class _Swap:
     """One place of a module that holds a teacher's numbers for a while."""
 
     def __init__(self, slot: Slot) -> None:
@@ -79,7 +167,7 @@ class Swap:
         is_parameter = isinstance(self._held[0][2], torch.nn.Parameter)
         if self._is_exchanged and is_parameter and not self._local.is_inference():
             self._version = self._local._version
-            WATCHED.add(self)
+            _WATCHED.add(self)
 
     @property
     def is_written_to(self) -> bool:
@@ -111,22 +199,8 @@ class Swap:
             )
 
 
-WATCHED: weakref.WeakSet[Swap] = weakref.WeakSet()
+_WATCHED: weakref.WeakSet[_Swap] = weakref.WeakSet()
 """Swaps of which it is known when somebody else writes to them."""
-
-
-def written_in(module: torch.nn.Module, swaps: Sequence[Swap]) -> list[str]:
-    """The parameters of `module` that were written to, but for embeddings, which shorten their vectors in forwards."""
-    limited = [part for part in module.modules() if getattr(part, "max_norm", None) is not None]
-    shortened = [getattr(part, "weight", None) for part in limited]
-    return [swap.name for swap in swaps if swap.is_written_to and not any(swap.holds(tensor) for tensor in shortened)]
-
-
-def watch_anew(ended: Sequence[Swap]) -> None:
-    """These have been taken back; what that wrote to others' tensors was not somebody else."""
-    WATCHED.difference_update(ended)
-    for swap in WATCHED:
-        swap.watch()
 
 
 def _memory_of(tensor: torch.Tensor) -> object:
@@ -135,7 +209,7 @@ def _memory_of(tensor: torch.Tensor) -> object:
     return local.device, local.dtype, local.shape, begin
 
 
-def hold_buffers(module: torch.nn.Module, swaps: Sequence[Swap]) -> Callable[[], None]:
+def _hold_buffers(module: torch.nn.Module, swaps: Sequence[_Swap]) -> Callable[[], None]:
     """What gives back the buffers of `module` that were converted since, and what running statistics held.
 
     What was written to other buffers stays.
@@ -166,7 +240,7 @@ def hold_buffers(module: torch.nn.Module, swaps: Sequence[Swap]) -> Callable[[],
     return give_back
 
 
-def call_all(undo: list[Callable[[], object]]) -> BaseException | None:
+def _call_all(undo: list[Callable[[], object]]) -> BaseException | None:
     """Call from the last to the first, whatever is raised meanwhile; what was raised first comes back."""
     failure: BaseException | None = None
     while undo:

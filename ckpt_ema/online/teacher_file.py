@@ -45,7 +45,7 @@ class OnlineRecord:
     step: int | None
     """The training step that the caller named, if any."""
 
-    reasons: Mapping[str, str]
+    reasons: Mapping[str, str] = field(default_factory=dict)
     """Why each copied tensor is not averaged, by name."""
 
     ties: Sequence[tuple[str, ...]] = ()

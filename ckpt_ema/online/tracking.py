@@ -60,6 +60,8 @@ class Tracking:
     """The tensors of a module, as they were when it was looked through."""
 
     averaged: tuple[Slot, ...]
+    """What the teacher follows."""
+
     copied: tuple[Slot, ...]
     """Of the state dict, but not averaged."""
 
@@ -223,6 +225,18 @@ def part_of(stored: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
 
     assert isinstance(tensor, DTensor)
     return distribute_tensor(stored, tensor.device_mesh, tensor.placements).to_local()
+
+
+def placed_like(tensor: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
+    """What `part_of` undoes: `local` as this rank's part of a tensor that is sharded like `tensor`, or as it is."""
+    if not is_sharded(tensor):
+        return local
+    # Here, not above: it takes as long to import as all the rest of torch.
+    from torch.distributed.tensor import DTensor  # noqa: PLC0415
+
+    assert isinstance(tensor, DTensor)
+    mesh, placements = tensor.device_mesh, tensor.placements
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=tensor.shape, stride=tensor.stride())
 
 
 def gather_on_first_rank(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
