@@ -1051,6 +1051,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "online.rule",
         "online.offload",
         "online.capture",
+        "online.snapshot_folder",
     ),
     ("output.fingerprints", "online.shadows", "online.increments"),
     ("planning", "output.journal", "online.teacher_file", "online.pairs"),

@@ -255,12 +255,6 @@ class MeanTeacher:
         if self._offload is not None:
             self._offload.wait()
 
-    def __getstate__(self) -> dict[str, Any]:
-        """What copying and pickling take, when no thread changes it any more."""
-        self._begin("copy the teacher")
-        # No optimizer updates the copy, and no graph.
-        return {**self.__dict__, "_attachments": Attachments(), "_lineage": self._lineage.of_copy()}
-
     @torch.no_grad()
     def copy_student(self) -> None:
         """Make the teacher a copy of the student as it is now, from which the next update averages on.
@@ -281,7 +275,7 @@ class MeanTeacher:
         parameters. Raises MisuseError for what is no optimizer of torch's, nor accelerate's wrapper around one, and
         where this teacher is attached to it already.
         """
-        self._pairing.reshard()  # FSDP2 may hold others since a forward
+        self._pairing.prepare()  # FSDP2 may hold others since a forward
         return self._attachments.add(optimizer, self, [pair.student.tensor for pair in self._pairing.pairs])
 
     @contextlib.contextmanager
@@ -416,6 +410,20 @@ class MeanTeacher:
         self._begin("measure the teacher")
         return stalled_fraction(self._pairing.pairs, self._rule, self.momentum)
 
+    def check_finite(self) -> None:
+        """Raise CkptEmaError where the teacher, under FSDP2 this rank's part, holds a NaN or an infinity.
+
+        Waits for a GPU.
+        """
+        self._begin("look at the teacher")
+        check_teacher_finite(self._pairing.pairs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copying and pickling take, when no thread changes it any more."""
+        self._begin("copy the teacher")
+        # No optimizer updates the copy, and no graph.
+        return {**self.__dict__, "_attachments": Attachments(), "_lineage": self._lineage.of_copy()}
+
     @torch.no_grad()
     def _write(self, path: Path, step: int | None, *, is_snapshot: bool, dtype: str, overwrite: bool) -> Path:
         check_local(path)
@@ -452,19 +460,11 @@ class MeanTeacher:
             ties=[pair.names for pair in self._pairing.pairs if len(pair.names) > 1],
         )
 
-    def check_finite(self) -> None:
-        """Raise CkptEmaError where the teacher, under FSDP2 this rank's part, holds a NaN or an infinity.
-
-        Waits for a GPU.
-        """
-        self._begin("look at the teacher")
-        check_teacher_finite(self._pairing.pairs)
-
     def _begin(self, what: str) -> None:
         """All that looks at the teacher or changes it begins so."""
         self._refuse_swapped(what)
         self.wait()
-        self._pairing.reshard()
+        self._pairing.prepare()
 
     def _refuse_swapped(self, what: str) -> None:
         # Also another teacher's: it would take those numbers for the student's.

@@ -36,10 +36,10 @@ class Pairing:
     def __init__(
         self, student: Tracking, teacher: torch.nn.Module | None, *, dtype: str = "float32", device: str | None = None
     ) -> None:
-        """With the tensors of the module `teacher`, or else shadows: copies of the student's.
+        """The teacher's tensors are those of the module `teacher`, or else shadows: copies of the student's.
 
-        Those of 16-bit students in float32, or with `dtype="student"` in their own; on `device`, or wherever the
-        student's are by then. Raises CkptEmaError where two modules do not fit.
+        Shadows of 16-bit tensors are in float32, or with `dtype="student"` in 16 bits; they are on `device`, or
+        wherever the student's are by then. Raises CkptEmaError where two modules do not fit.
         """
         self.student = student
         """What is followed."""
@@ -66,7 +66,7 @@ class Pairing:
                     hint='pass dtype="float32", or make the teacher module float32',
                 )
 
-    def reshard(self) -> None:
+    def prepare(self) -> None:
         """Refuse a teacher module that has changed, and undo what forwards left.
 
         FSDP2's root keeps whole parameters after one; that of a teacher module, which has no backward, does for good.
@@ -82,7 +82,7 @@ class Pairing:
         Raises CkptEmaError for modules that have changed.
         """
         self.student.check_complete()
-        self.reshard()
+        self.prepare()
         students, teachers = [], []
         for pair in self.pairs:
             student = pair.student.local

@@ -5,14 +5,10 @@ From such files `ckpt-ema reconstruct` makes the average of any other momentum a
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
-import re
-import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -21,20 +17,15 @@ from ckpt_ema.averages.profiles import check_momentum
 from ckpt_ema.averages.response_records import response_record
 from ckpt_ema.averages.responses import Ema, Power, Response, gamma_of, momentum_of_half_life
 from ckpt_ema.errors import CkptEmaError, MisuseError, warn
-from ckpt_ema.formats import reading_tables
-from ckpt_ema.formats.safetensors import read_safetensors
 from ckpt_ema.online.increments import Increments
 from ckpt_ema.online.rule import Rule, is_finite
 from ckpt_ema.online.shadows import beside, check_fit, shadow_of
+from ckpt_ema.online.snapshot_folder import SnapshotFolder, is_first_rank
 from ckpt_ema.online.teacher_file import OnlineRecord, check_file_replaceable, write_teacher
 from ckpt_ema.online.tracking import Tracking, is_sharded
-from ckpt_ema.teacher_record import TeacherRecord, read_record
 
 SNAPSHOT_DTYPES = ("float32", "student", "bfloat16", "float16")
 DEFAULT_SIGMA_REL = (0.05, 0.10)
-
-ABANDONED = ".abandoned"
-"""After the name of a snapshot whose training went on from an earlier step."""
 
 Numbers = float | Sequence[float]
 
@@ -147,8 +138,6 @@ class SnapshotTracks:
                 hint="omit `snapshots`, and save the teacher's state_dict with torch.distributed.checkpoint",
             )
         self._settings = settings
-        # Absolute: a trainer may change its folder later.
-        self._directory = Path(settings.directory).absolute()
         self._slots = tracking.averaged
         self._rules = {track: Rule(lerp=True) for track in settings.tracks}
         self._shadows = {track: [shadow_of(slot, "float32") for slot in self._slots] for track in settings.tracks}
@@ -157,20 +146,13 @@ class SnapshotTracks:
         self._start = 0
         self._num_updates = 0
         self._has_begun = self._is_resumed = False
-        self._last_written: int | None = None
-        try:
-            self._directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise CkptEmaError(
-                f"cannot create the folder `{self._directory}`: {error.strerror}",
-                hint="pass another directory to Snapshots",
-            ) from error
+        self._folder = SnapshotFolder(settings.directory, [track.name for track in settings.tracks])
 
     def update(self, step: int) -> None:
         """Fold the student after `step` into every track, one update for each; the first copies it."""
         students = [slot.local for slot in self._slots]
         if not self._has_begun:
-            self._check_directory()
+            self._folder.check_empty()
             self._has_begun = True
         self._take_over(step)
         if not self._num_updates:
@@ -192,72 +174,20 @@ class SnapshotTracks:
 
         `record` is the teacher's. Raises CkptEmaError where a track is not finite or a file cannot be written.
         """
-        if step % self._settings.every or not self._num_updates or not _is_first_rank():
+        if step % self._settings.every or not self._num_updates or not is_first_rank():
             return
         self._take_over(step)  # where this step's update was left out
-        self._check_alone(step)
+        self._folder.begin_writing(step)
         for track, shadows in self._shadows.items():
             self._write(track, shadows, step, record)
-            self._remove_older(track, step)
-
-    def _check_directory(self) -> None:
-        """Refuse to begin anew among the files of an earlier training, which nobody can make again."""
-        if not _is_first_rank():
-            return
-        for track in self._shadows:
-            found = [path for _, path in self._files_of(track)]
-            if found:
-                raise CkptEmaError(
-                    f"`{self._directory}` holds {len(found)} snapshots of the track {track.name}, which an earlier"
-                    " training wrote, and this one begins anew",
-                    hint="go on from its state (`teacher.load_state_dict`), or pass another directory to Snapshots",
-                )
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What a copy takes: it has written nothing yet."""
-        return {**self.__dict__, "_last_written": None}
+            if self._settings.keep is not None:
+                self._folder.remove_older(track.name, step, keep=self._settings.keep)
 
     def _take_over(self, step: int) -> None:
         """After `load_state_dict`, before `step` counts: what others wrote of it and later is of another path."""
         if self._is_resumed:
-            self._set_aside_later(step - 1)
-            _WRITERS.update({place: weakref.ref(self) for place in self._places()})
+            self._folder.take_over(step - 1)
             self._is_resumed = False
-
-    def _places(self) -> list[tuple[Path, str]]:
-        """Where each track is written, whatever the folder is called."""
-        folder = self._directory.resolve()
-        return [(folder, track.name) for track in self._shadows]
-
-    def _check_alone(self, step: int) -> None:
-        """Refuse to take turns with another one in one place; one that takes over from another is alone."""
-        writers = [_WRITERS.get(place, lambda: None)() for place in self._places()]
-        others = [writer for writer in writers if writer is not None and writer is not self]
-        if any(self._last_written is not None or other._last_written == step for other in others):
-            raise CkptEmaError(
-                f"another MeanTeacher writes into `{self._directory}` as well, over the files of this one",
-                hint="pass each of them a directory of its own to Snapshots",
-            )
-        _WRITERS.update({place: weakref.ref(self) for place in self._places()})
-        self._last_written = step
-
-    def _set_aside_later(self, step: int) -> None:
-        """Rename what was written after `step`: the student took another path from there, which is not continued."""
-        if not _is_first_rank():
-            return
-        later = [path for track in self._shadows for number, path in self._files_of(track) if number > step]
-        if later:
-            warn(
-                f"{len(later)} snapshots of later steps than {step} in `{self._directory}` are called *{ABANDONED} now:"
-                " training goes on from there on another path, and a reconstruction would mix the two"
-            )
-        for path in later:
-            names = (path.name + ABANDONED + (f"-{number}" if number else "") for number in itertools.count())
-            free = next(path.with_name(name) for name in names if not os.path.lexists(path.with_name(name)))
-            try:
-                path.rename(free)
-            except OSError as error:
-                raise CkptEmaError(f"cannot rename `{path}`: {error.strerror}", hint="remove it") from error
 
     def state_dict(self) -> dict[str, Any]:
         """Counters, increments, and every track's tensors by its name, all of them this object's own."""
@@ -310,7 +240,7 @@ class SnapshotTracks:
         return {slot.name: shadow for slot, shadow in zip(self._slots, self._shadows[track], strict=True)}
 
     def _write(self, track: Track, shadows: list[torch.Tensor], step: int, record: OnlineRecord) -> None:
-        path = self._directory / f"teacher_{track.name}_step_{step}.safetensors"
+        path = self._folder.path_of(track.name, step)
         check_file_replaceable(path, overwrite=True, by_snapshot=True)
         if not is_finite(shadows):
             raise CkptEmaError(
@@ -355,54 +285,6 @@ class SnapshotTracks:
                 "squared_norm": squared_norm,
             },
         )
-
-    def _remove_older(self, track: Track, step: int) -> None:
-        """Leave the newest files of the track up to this step; what was written just now is on disk by then."""
-        if self._settings.keep is None:
-            return
-        older = [path for number, path in self._files_of(track) if number < step]
-        for path in older[self._settings.keep - 1 :]:
-            try:
-                path.unlink(missing_ok=True)
-            except OSError as error:
-                warn(f"`{path}` cannot be removed: {error.strerror}")
-        # Of those that were set aside none is needed where this path has come as far.
-        for number, path in self._abandoned_of(track):
-            if number <= step:
-                path.unlink(missing_ok=True)
-
-    def _files_of(self, track: Track) -> list[tuple[int, Path]]:
-        """The track's files and their steps, the newest first."""
-        pattern = re.compile(rf"teacher_{re.escape(track.name)}_step_([1-9][0-9]*)\.safetensors")
-        matches = [(path, pattern.fullmatch(path.name)) for path in self._directory.iterdir()]
-        found = sorted(((int(match[1]), path) for path, match in matches if match), reverse=True)
-        return [(number, path) for number, path in found if _is_own(path, track, number)]
-
-    def _abandoned_of(self, track: Track) -> list[tuple[int, Path]]:
-        """The same of those that were set aside, by their names."""
-        name, end = re.escape(track.name), re.escape(ABANDONED)
-        pattern = re.compile(rf"teacher_{name}_step_([1-9][0-9]*)\.safetensors{end}(-[0-9]+)?")
-        matches = [(path, pattern.fullmatch(path.name)) for path in self._directory.iterdir()]
-        return [(int(match[1]), path) for path, match in matches if match]
-
-
-_WRITERS: dict[tuple[Path, str], weakref.ref[SnapshotTracks]] = {}
-"""Who wrote a track in a folder last, of this process."""
-
-
-def _is_own(path: Path, track: Track, step: int) -> bool:
-    """Whether it is a file that was written for this track at this step, by what it says itself."""
-    try:
-        with reading_tables():
-            record = TeacherRecord() if path.is_symlink() else read_record(read_safetensors(path).metadata)
-    except (CkptEmaError, OSError):
-        return False
-    return (record.track, record.step) == (track.name, step)
-
-
-def _is_first_rank() -> bool:
-    distributed = torch.distributed
-    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
 
 
 def _numbers(name: str, given: Any) -> tuple[float, ...]:
