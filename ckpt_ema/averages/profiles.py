@@ -31,7 +31,10 @@ class Update(NamedTuple):
     """One step of the recurrence `teacher = keep * teacher + take * student`."""
 
     keep: float
+    """The teacher's share."""
+
     take: float
+    """The student's."""
 
 
 # The first student becomes the teacher. A real copy: 0 * NaN is NaN, and 1 * x + 0 * y is not always x.
@@ -65,6 +68,8 @@ class Profile:
     """What one teacher is to be: how much each checkpoint, or each step, counts in it."""
 
     kind: Kind
+    """Its name in `--profile`; `given` where somebody gave the coefficients."""
+
     momentum: float | None = None
     """Of an `ema`: the share that a student brings."""
 

@@ -42,6 +42,7 @@ class Impulse:
     """The student itself, after one step."""
 
     step: int
+    """After which it was saved."""
 
     @property
     def start(self) -> int:
@@ -70,9 +71,16 @@ class Ema:
     """
 
     momentum: float
+    """The student's share at each update."""
+
     start: int
+    """The step of the copy."""
+
     end: int
+    """The step of the last update."""
+
     interval: int = 1
+    """Steps from one update to the next."""
 
     def inner_tail(self, step: Any) -> Any:
         """1 - (1 - momentum) ** (updates from `step` on).
@@ -103,8 +111,13 @@ class Power:
     """
 
     gamma: float
+    """The exponent; `gamma_of` a width."""
+
     start: int
+    """The last step before the first update."""
+
     end: int
+    """The step of the last update."""
 
     def inner_tail(self, step: Any) -> Any:
         """1 - ((step - 1 - start) / (end - start)) ** (gamma + 1)."""
@@ -119,10 +132,13 @@ class SteppedPower:
     """
 
     gamma: float
+    """The exponent; `gamma_of` a width."""
+
     end: int
     """The step of the last update."""
 
     interval: int
+    """Steps from one update to the next."""
 
     @property
     def start(self) -> int:
@@ -152,7 +168,10 @@ class Uniform:
     """The mean over the steps after `start` up to `end`."""
 
     start: int
+    """The last step before those that count."""
+
     end: int
+    """The last step that counts."""
 
     def inner_tail(self, step: Any) -> Any:
         """Falls in a straight line."""

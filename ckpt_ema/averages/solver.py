@@ -43,6 +43,8 @@ class Item:
     """Something stored: how it depends on the student's path, and how finely it is stored."""
 
     response: Response
+    """How it depends on the student's path."""
+
     rounding: float = 0.0
     """Largest relative rounding error of its numbers: 2**-24 for float32, 2**-8 for bfloat16."""
 
@@ -233,7 +235,7 @@ def _jumps(response: Response, steps: torch.Tensor, begins: torch.Tensor, ends: 
     """
     squares = torch.zeros_like(steps)
     if isinstance(response, _Stepped) and response.interval > 1:
-        smooth = (begins >= response.start) & (ends <= response.end) & ~_jump_by_jump(response, begins, ends)
+        smooth = (begins >= response.start) & (ends <= response.end) & ~_lies_between_jumps(response, begins, ends)
         slope = response.inner_tail(steps[smooth] + 0.5) - response.inner_tail(steps[smooth] - 0.5)
         squares[smooth] = slope.square() * (response.interval**2 - 1) / 12
     return squares
@@ -244,7 +246,7 @@ def _tails(response: Response, steps: torch.Tensor, begins: torch.Tensor, ends: 
     tails = (ends <= response.start).double()
     inside = (begins >= response.start) & (ends <= response.end)
     if isinstance(response, _Stepped) and response.interval > 1:
-        exact = inside & _jump_by_jump(response, begins, ends)
+        exact = inside & _lies_between_jumps(response, begins, ends)
         inside &= ~exact
         tails[exact] = response.tail_before(_next_update(response, ends[exact]))
     if bool(inside.any()):
@@ -258,7 +260,7 @@ def _next_update(response: _Stepped, steps: torch.Tensor) -> torch.Tensor:
     return torch.div(steps - response.start + response.interval - 1, response.interval, rounding_mode="floor")
 
 
-def _single_jumps(response: Response) -> tuple[int, int]:
+def _num_single_jumps(response: Response) -> tuple[int, int]:
     """How many jumps are taken one by one: at the start and at the end of an average with an interval.
 
     An exponential one jumps most at its end, a power one at its start as well.
@@ -270,9 +272,9 @@ def _single_jumps(response: Response) -> tuple[int, int]:
     return early, min(count, MAX_JUMPS - early)
 
 
-def _jump_by_jump(response: _Stepped, begins: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+def _lies_between_jumps(response: _Stepped, begins: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     """Whether no jump lies inside each of the panels (begin, end]."""
-    early, late = _single_jumps(response)
+    early, late = _num_single_jumps(response)
     early_end, late_begin = response.start + early * response.interval, response.end - late * response.interval
     return (ends <= early_end) | (begins >= late_begin)
 
@@ -280,6 +282,6 @@ def _jump_by_jump(response: _Stepped, begins: torch.Tensor, ends: torch.Tensor) 
 def _jump_steps(response: Response) -> Iterator[int]:
     """The steps of the updates that are borders."""
     if isinstance(response, _Stepped):
-        early, late = _single_jumps(response)
+        early, late = _num_single_jumps(response)
         yield from range(response.start, response.start + (early + bool(early)) * response.interval, response.interval)
         yield from range(response.end, response.end - (late + bool(late)) * response.interval, -response.interval)

@@ -27,24 +27,30 @@ class MeanTeacherCallback(Callback):
         self, momentum: float | None = None, interval: int = 1, *, validate: bool = True, **options: Any
     ) -> None:
         self.options = {"momentum": momentum, "interval": interval, **options}
+        """What each MeanTeacher is made with."""
+
         check_settings(**self.options)
         self.validate = validate
+        """Whether the module has the teacher's numbers where it is not trained."""
+
         self.teacher: MeanTeacher | None = None
+        """From the start of training on, in the process that trains."""
+
         self._loaded_state: dict[str, Any] | None = None
-        self._is_loaded = False
+        self._is_from_checkpoint = False
         self._last_step = 0
         self._swap = contextlib.ExitStack()
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Of an earlier training only what is trained on keeps its teacher; a checkpoint's is loaded after this."""
-        self._loaded_state, self._is_loaded = None, False
+        self._loaded_state, self._is_from_checkpoint = None, False
         goes_on = self._follows(pl_module) and 0 < trainer.global_step == self._last_step
         if stage == "fit" and (trainer.ckpt_path or not goes_on):
             self.teacher = None
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Begin late: by now the module lies on its device and is wrapped."""
-        self._take_loaded(pl_module)
+        self._load_stored(pl_module)
         if self.teacher is None:
             if trainer.global_step:
                 warn(
@@ -58,11 +64,11 @@ class MeanTeacherCallback(Callback):
     def _follows(self, pl_module: Any) -> bool:
         return self.teacher is not None and self.teacher.student is pl_module
 
-    def _take_loaded(self, pl_module: Any) -> None:
+    def _load_stored(self, pl_module: Any) -> None:
         if self._loaded_state is not None:
             self.teacher = MeanTeacher(pl_module, **self.options)
             self.teacher.load_state_dict(self._loaded_state)
-            self._loaded_state, self._is_loaded, self._last_step = None, True, -1
+            self._loaded_state, self._is_from_checkpoint, self._last_step = None, True, -1
 
     def on_train_batch_end(self, trainer: Any, *_: Any, **__: Any) -> None:
         """Update where an optimizer stepped; accumulated batches do not."""
@@ -78,7 +84,7 @@ class MeanTeacherCallback(Callback):
 
     def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Put the teacher in, that of the checkpoint where one was loaded."""
-        self._take_loaded(pl_module)
+        self._load_stored(pl_module)
         if not self.validate:
             return
         if self.teacher is None:
@@ -88,7 +94,7 @@ class MeanTeacherCallback(Callback):
                     " checkpoint that holds one was given"
                 )
             return
-        lacks_teacher = trainer.state.fn != "fit" and trainer.ckpt_path and not self._is_loaded
+        lacks_teacher = trainer.state.fn != "fit" and trainer.ckpt_path and not self._is_from_checkpoint
         if lacks_teacher or not self._follows(pl_module):
             why = "its checkpoint holds no teacher" if lacks_teacher else "it is not the module that was trained"
             warn(f"the module is evaluated as it is, without the mean teacher: {why}")

@@ -51,6 +51,8 @@ class MeanTeacherHook(Hook):
             "skip_buffers": True if given is None else given,
             **options,
         }
+        """What each MeanTeacher is made with."""
+
         if options.get("device") is not None:
             raise MisuseError(
                 f"device is {options['device']!r}, and this hook's teacher is the model's, where that is",
@@ -60,6 +62,8 @@ class MeanTeacherHook(Hook):
             self.options["snapshots"] = Snapshots(**snapshots)
         check_settings(**self.options)
         self.teacher: MeanTeacher | None = None
+        """From the start of training on."""
+
         self._loaded_state: dict[str, Any] | None = None
         self._has_loaded_teacher = False
 

@@ -37,9 +37,14 @@ class MeanTeacherCallback(TrainerCallback):
     ) -> None:
         """`resume_from` is the checkpoint that training resumes from, where that lies outside of `output_dir`."""
         self.options = {"momentum": momentum, "interval": interval, **options}
+        """What each MeanTeacher is made with."""
+
         check_settings(**self.options)
         self.resume_from = resume_from
+        """The checkpoint that training resumes from; None for the one in `output_dir`."""
+
         self.teacher: MeanTeacher | None = None
+        """From the start of training on."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Start, or go on from the checkpoint that training resumes from.

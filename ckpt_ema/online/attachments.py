@@ -11,8 +11,8 @@ from torch.utils.hooks import RemovableHandle
 from ckpt_ema.errors import MisuseError, warn
 
 
-class Updated(Protocol):
-    """What follows an optimizer."""
+class Follower(Protocol):
+    """What an optimizer leads: a teacher."""
 
     def update(self) -> bool:
         """Called after each step."""
@@ -29,7 +29,7 @@ class Attachments:
         """Whether one of the hooks calls `update` now."""
 
     def add(
-        self, optimizer: torch.optim.Optimizer, teacher: Updated, followed: Iterable[torch.Tensor]
+        self, optimizer: torch.optim.Optimizer, teacher: Follower, followed: Iterable[torch.Tensor]
     ) -> RemovableHandle:
         """Let `optimizer` update `teacher`, which follows the tensors `followed`; gives back the hook's handle.
 
@@ -71,8 +71,10 @@ class Attachments:
 class _Hook:
     """What an optimizer calls after its step."""
 
-    def __init__(self, teacher: Updated, attachments: Attachments) -> None:
+    def __init__(self, teacher: Follower, attachments: Attachments) -> None:
         self.teacher = teacher
+        """Whose `update` is called."""
+
         self._attachments = attachments
 
     def __call__(self, *_: object) -> None:

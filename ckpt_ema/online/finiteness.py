@@ -25,8 +25,8 @@ def is_student_finite(pairs: Sequence[Pair], students: Sequence[torch.Tensor]) -
     return bool(flag.item())
 
 
-def student_not_finite(pairs: Sequence[Pair], step: int) -> CkptEmaError:
-    """What to raise of a student that is not."""
+def nonfinite_error(pairs: Sequence[Pair], step: int) -> CkptEmaError:
+    """What to raise where it is not: the first tensor, or that it is another rank's."""
     bad = next((pair.names[0] for pair in pairs if not is_finite([pair.student.local])), None)
     what = f"`{bad}` holds a NaN or an infinity in the student" if bad else "another rank's student is not finite"
     return CkptEmaError(

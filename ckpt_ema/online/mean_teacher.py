@@ -22,7 +22,7 @@ from ckpt_ema.errors import CkptEmaError, warn
 from ckpt_ema.locations import as_path
 from ckpt_ema.online.attachments import Attachments
 from ckpt_ema.online.capture import check_capturable, is_capturing
-from ckpt_ema.online.finiteness import check_teacher_finite, is_student_finite, student_not_finite
+from ckpt_ema.online.finiteness import check_teacher_finite, is_student_finite, nonfinite_error
 from ckpt_ema.online.lineage import Lineage
 from ckpt_ema.online.offload import Offload, hold_back_all
 from ckpt_ema.online.pairs import Pairing
@@ -194,7 +194,7 @@ class MeanTeacher:
         on_nonfinite = self._settings.on_nonfinite
         is_left_out = on_nonfinite is not None and not is_student_finite(self._pairing.pairs, students)
         if is_left_out and on_nonfinite == "raise":
-            raise student_not_finite(self._pairing.pairs, step)
+            raise nonfinite_error(self._pairing.pairs, step)
         if is_due and is_left_out:
             self.num_skipped += 1
         elif is_due:

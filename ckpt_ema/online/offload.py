@@ -181,6 +181,8 @@ class _Update:
         """Or has failed; also asked in a process that was forked meanwhile."""
 
         self.failure: BaseException | None = None
+        """What it failed of, until somebody was told."""
+
         self._sources, self._staged, self._fold = sources, staged, fold
 
     def run(self) -> None:

@@ -22,7 +22,10 @@ class Pair:
         """All that the teacher's tensor has; a tied one has several."""
 
         self.student = student
+        """The place of the tensor that is followed."""
+
         self.teacher = teacher
+        """Its tensor, or the place of a module's, which may get another one."""
 
     @property
     def local(self) -> torch.Tensor:

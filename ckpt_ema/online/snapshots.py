@@ -38,6 +38,7 @@ class Track:
     """What says how wide it is."""
 
     value: float
+    """The relative width, the share at each step, or the number of steps."""
 
     @property
     def name(self) -> str:

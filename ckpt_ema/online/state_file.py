@@ -30,7 +30,7 @@ CHECKED_ELEMENTS = 64
 
 def write_state(path: Path, state: dict[str, Any], student: torch.nn.Module) -> None:
     """Write what `MeanTeacher.state_dict()` returned beside `student`; the file appears whole or not at all."""
-    rest, found = _taken_apart({**state, STUDENT_KEY: _checksum(student)})
+    rest, found = _split_tensors({**state, STUDENT_KEY: _checksum(student)})
     tensors = {name: (tensor, dtype_of(name, tensor)) for name, tensor in found.items()}
     # Known as a teacher's, so that nobody folds it for a student.
     record = {
@@ -73,7 +73,7 @@ def read_state(path: Path, student: torch.nn.Module) -> dict[str, Any]:
             tensors[name] = flat.view(item.shape)
     finally:
         file.close()
-    return _put_together(state, tensors)
+    return _join_tensors(state, tensors)
 
 
 def _checksum(student: torch.nn.Module) -> int:
@@ -95,7 +95,7 @@ def _checksum(student: torch.nn.Module) -> int:
     return checksum
 
 
-def _taken_apart(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def _split_tensors(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """What JSON can hold, and the tensors: the teacher's by their names, a track's with its name before them."""
     rest = {key: value for key, value in state.items() if key != "tensors"}
     tensors: dict[str, torch.Tensor] = dict(state.get("tensors", {}))
@@ -112,7 +112,7 @@ def _taken_apart(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, torch
     return rest, tensors
 
 
-def _put_together(rest: dict[str, Any], tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+def _join_tensors(rest: dict[str, Any], tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
     if "snapshots" in rest:
         snapshots = rest["snapshots"]
         snapshots["increments"]["sample"] = tensors.pop(SAMPLE_NAME)

@@ -132,6 +132,8 @@ class _Swap:
 
     def __init__(self, slot: Slot) -> None:
         self.name = slot.name
+        """Of the tensor, for people."""
+
         self._slot = slot
         self._held = [(table, key, table[key]) for table, key in slot.places]
         gradients = ((tensor, tensor.grad) for _, _, tensor in self._held if tensor is not None)

@@ -34,14 +34,26 @@ class OnlineRecord:
     """None where it changes from update to update."""
 
     interval: int
+    """Steps from one update to the next."""
+
     skip_buffers: bool
+    """Whether parameters alone were averaged."""
+
     arithmetic: str
+    """`hook` or `lerp`."""
+
     start: str | None
     """`student` where the first update copied it, `teacher` where the module's was kept; None before the first."""
 
     num_steps: int
+    """Calls of `update`."""
+
     num_updates: int
+    """Those that changed the teacher."""
+
     num_skipped: int
+    """Updates left out because the student was not finite."""
+
     step: int | None
     """The training step that the caller named, if any."""
 
