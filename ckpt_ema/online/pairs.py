@@ -88,14 +88,13 @@ class Pairing:
         self.prepare()
         students, teachers = [], []
         for pair in self.pairs:
-            student = pair.student.local
+            student, teacher = pair.student.local, pair.local
             if self._has_moving_shadows:
-                assert isinstance(pair.teacher, torch.Tensor)
-                pair.teacher = beside(pair.teacher, student, pair.names[0])
+                teacher = pair.teacher = beside(teacher, student, pair.names[0])
             else:
-                check_shape(pair.local, student, pair.names[0])
+                check_shape(teacher, student, pair.names[0])
             students.append(student)
-            teachers.append(pair.local)
+            teachers.append(teacher)
         return students, teachers
 
     def by_name(self) -> dict[str, torch.Tensor]:
