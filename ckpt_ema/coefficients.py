@@ -25,6 +25,7 @@ from ckpt_ema.dtypes import DType
 from ckpt_ema.errors import CkptEmaError, MisuseError, NoUpdateError
 from ckpt_ema.formats.contents import MAX_JSON_BYTES
 from ckpt_ema.locations import RemotePath, as_path
+from ckpt_ema.newer import changed_of, newer_of
 from ckpt_ema.options import FoldOptions, ReconstructOptions
 from ckpt_ema.plans import Prediction
 from ckpt_ema.runs.checkpoints import Checkpoint
@@ -104,7 +105,7 @@ def weigh(checkpoints: Sequence[Checkpoint], options: FoldOptions, beginning: Be
         return _by_hand(checkpoints, options.coefficients)
     if beginning is None:
         return _per_step(checkpoints, options) if options.per_step else _per_checkpoint(checkpoints, options)
-    newer = beginning.newer_of(checkpoints, is_told=options.from_step is not None)
+    newer = newer_of(beginning, checkpoints, is_chosen=options.from_step is not None)
     if options.per_step:
         weighed = _per_step(newer.checkpoints, options, beginning, newer.anchor)
     else:
@@ -124,10 +125,10 @@ def weigh(checkpoints: Sequence[Checkpoint], options: FoldOptions, beginning: Be
         weighed,
         averages=(Average(beginning.path, beginning.label, None),),
         left_out=(*newer.left_out, *weighed.left_out),
-        warnings=(*newer.warnings, *beginning.changed_of(checkpoints), *weighed.warnings),
+        warnings=(*newer.warnings, *changed_of(beginning, checkpoints), *weighed.warnings),
         goes_on=bool(past),
         past=past,
-        origin=None if past and beginning.knows_origin else weighed.origin,
+        origin=None if past and beginning.counts_from_first else weighed.origin,
         copied=record.copied_names if past else frozenset(),
         student_dtypes=beginning.student_dtypes if past else {},
         rules=beginning.rules if past else (),

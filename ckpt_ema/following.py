@@ -22,8 +22,10 @@ from ckpt_ema.dtypes import DType
 from ckpt_ema.errors import CkptEmaError, MisuseError, NoCheckpointError, NoUpdateError
 from ckpt_ema.folding import fold
 from ckpt_ema.formats import reading_tables
+from ckpt_ema.inheriting import inherit
 from ckpt_ema.keywords import refuses_unknown_keywords
 from ckpt_ema.locations import RemotePath, as_path
+from ckpt_ema.newer import inside_of, newer_of
 from ckpt_ema.options import FoldKeywords, FoldOptions, PathLike
 from ckpt_ema.output.targets import resolve_outputs
 from ckpt_ema.planning import ROUNDED, find_run
@@ -255,7 +257,7 @@ class _Follower:
                 if beginning is not None and beginning.past:
                     self.earlier, self.earlier_step = place, beginning.past[-1].step
                     # Before the run is read: which of its state dicts is meant may be nothing that it tells by itself.
-                    inherited = beginning.inherit(self.options).options
+                    inherited = inherit(beginning, self.options).options
                     self.options = replace(self.options, state=inherited.state, prefix=inherited.prefix)
                     return
 
@@ -395,11 +397,11 @@ class _Follower:
         if beginning is None:
             self._tell_of_momentum()
             return
-        inherited = beginning.inherit(self.options)
+        inherited = inherit(beginning, self.options)
         if not beginning.past:
             raise CkptEmaError(f"`{self.target}` does not say what it was folded from", hint="pass another `--output`")
         try:
-            foreign = beginning.newer_of(found.checkpoints).warnings
+            foreign = newer_of(beginning, found.checkpoints).warnings
         except NoCheckpointError:  # nothing is newer, yet
             foreign = ()
         if foreign:
@@ -416,7 +418,7 @@ class _Follower:
         for text in inherited.notes:
             self.tell(text)
         self.last_step, self.last_unit = beginning.past[-1].step, beginning.past[-1].unit
-        inside = beginning.inside_of(found.checkpoints)
+        inside = inside_of(beginning, found.checkpoints)
         if inside:
             self.tell(f"{self.target} has {_first_to_last(inside)} already")
         for item in found.checkpoints:

@@ -27,6 +27,7 @@ from ckpt_ema.continuing import Beginning, read_beginning
 from ckpt_ema.dtypes import DType, is_rounded
 from ckpt_ema.errors import CkptEmaError, MisuseError, NoCheckpointError, NoUpdateError, quoted
 from ckpt_ema.formats import read_contents
+from ckpt_ema.inheriting import inherit
 from ckpt_ema.layouts import Layout, SchemaPool, compact_layout
 from ckpt_ema.locations import as_path
 from ckpt_ema.model_buffers import read_model_buffers
@@ -57,7 +58,7 @@ def plan_fold(run: PathLike | Sequence[PathLike], output: PathLike | None, wante
         check_numbers_are_steps(found.checkpoints, wanted)
         return plan_weighed(found, weigh(found.checkpoints, wanted), output, wanted)
     has_rule = wanted.momentum is not None or wanted.half_life is not None
-    inherited = beginning.inherit(wanted)
+    inherited = inherit(beginning, wanted)
     wanted = inherited.options
     found = find_run(run, wanted)
     check_numbers_are_steps(found.checkpoints, wanted, beginning.past, is_inherited=not has_rule)

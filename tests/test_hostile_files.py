@@ -1041,6 +1041,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("output.old_teacher", "engine.compiled", "engine.fused", "engine.staging"),
     ("output.teacher_folder",),
     ("continuing",),
+    ("inheriting", "newer"),
     (
         "coefficients",
         "output.targets",
