@@ -28,7 +28,7 @@ from ckpt_ema.locations import RemotePath, as_path
 from ckpt_ema.newer import inside_of, newer_of
 from ckpt_ema.options import FoldKeywords, FoldOptions, PathLike
 from ckpt_ema.output.targets import resolve_outputs
-from ckpt_ema.planning import ROUNDED, find_run
+from ckpt_ema.planning import find_run
 from ckpt_ema.plans import FoldReport
 from ckpt_ema.runs.checkpoints import STEPLESS_COPY, Checkpoint, Run
 from ckpt_ema.runs.find import check_may_be_listed
@@ -493,9 +493,8 @@ class _Follower:
             return False
         self.num_failures = 0
         if self.last is None:
-            for text in report.plan.warnings:
-                if ROUNDED in text:
-                    self._warn(text)
+            for text in report.plan.losses:
+                self._warn(text)
         self.last = report
         self.num_folded += len(ready)
         self.last_step, self.last_unit, self.last_path = ready[-1].step, ready[-1].unit, ready[-1].path

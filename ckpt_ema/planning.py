@@ -7,18 +7,14 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from ckpt_ema import advice
 from ckpt_ema.averages.profiles import (
-    Profile,
     coefficients_of,
-    inverted_momentum_warning,
-    momentum_for_first_share,
-    step_updates,
 )
-from ckpt_ema.averages.responses import half_life_of
 from ckpt_ema.blocks import accumulate_dtype, plan_blocks
 from ckpt_ema.byte_ranges import TensorRange
 from ckpt_ema.catalogue import TeacherTensor, Treatment, build_catalogue, precision_notes
@@ -31,7 +27,7 @@ from ckpt_ema.inheriting import inherit
 from ckpt_ema.layouts import Layout, SchemaPool, compact_layout
 from ckpt_ema.locations import as_path
 from ckpt_ema.model_buffers import read_model_buffers
-from ckpt_ema.options import FoldOptions, PathLike, ReconstructOptions
+from ckpt_ema.options import FoldOptions, PathLike
 from ckpt_ema.output.targets import resolve_outputs
 from ckpt_ema.plans import FoldedCheckpoint, FoldPlan, PlannedTeacher
 from ckpt_ema.runs.checkpoints import Checkpoint, Run
@@ -39,15 +35,9 @@ from ckpt_ema.runs.find import find_checkpoints
 from ckpt_ema.runs.selection import Selection
 from ckpt_ema.runs.state_dicts import is_flat
 from ckpt_ema.runs.steps import is_copy_name, numbers_in_name
-from ckpt_ema.runs.students import NUMPY_ARRAY, choose_student
+from ckpt_ema.runs.students import choose_student
 from ckpt_ema.sizes import counted
 from ckpt_ema.teacher_record import printable, read_record
-
-LARGEST_NEWEST_SHARE = 0.9
-"""Of a teacher by steps; what is nearly its newest checkpoint is no average."""
-
-ROUNDED = "was rounded to"
-"""In the warning of what a teacher that is continued has lost."""
 
 
 def plan_fold(run: PathLike | Sequence[PathLike], output: PathLike | None, wanted: FoldOptions) -> FoldPlan:
@@ -202,8 +192,9 @@ def plan_weighed(
             wanted.profiles, targets, weighed.updates, coefficients, strict=True
         )
     )
-    assumptions = (*_differing_states(checkpoints), *precision_notes(tensors), *weighed.assumptions)
+    assumptions = (*advice.differing_states(checkpoints), *precision_notes(tensors), *weighed.assumptions)
     rounding = _rounding_dtypes(weighed, layouts, tensors, wanted)
+    losses = tuple(advice.losses(weighed, rounding))
     by_input = list(zip(*coefficients, strict=True))
     num_averages = len(weighed.averages)
     return FoldPlan(
@@ -229,17 +220,18 @@ def plan_weighed(
         tensors=tuple(tensors),
         left_out=(*found.left_out, *weighed.left_out),
         left_out_tensors=tuple(newest.left_out.items()),
-        notes=(*assumptions, *_notes(checkpoints), *weighed.notes),
+        notes=(*assumptions, *advice.ordinary_notes(checkpoints), *weighed.notes),
         assumptions=assumptions,
         warnings=(
             *found.warnings,
             *found.order_warnings,
             *weighed.warnings,
-            *_rounded(weighed, rounding),
-            *_treated_otherwise(weighed, tensors),
-            *_warnings(checkpoints, teachers, wanted, tensors, goes_on=weighed.goes_on),
+            *losses,
+            *advice.treated_otherwise(weighed, tensors),
+            *advice.warnings(checkpoints, teachers, wanted, tensors, goes_on=weighed.goes_on),
         ),
-        mended_options=_mended_options(checkpoints, teachers, wanted),
+        losses=losses,
+        mended_options=advice.mended_options(checkpoints, teachers, wanted),
         blocks=blocks,
         layouts=tuple(layouts),
         newest=newest,
@@ -299,99 +291,6 @@ def _average_layout(path: Path, tensors: Sequence[TeacherTensor], pool: SchemaPo
     )
 
 
-def _differing_states(checkpoints: Sequence[Checkpoint]) -> Iterator[str]:
-    """Which state dict of which checkpoint is the student, where that is not the same in all."""
-    labels: dict[str, list[str]] = {}
-    for checkpoint in checkpoints:
-        labels.setdefault(checkpoint.state_key, []).append(checkpoint.label)
-    if len(labels) > 1:
-        places = ((f"`{key}`" if key else "all", names) for key, names in labels.items())
-        yield "the student is " + ", ".join(
-            f"{what} of " + (f"`{names[0]}`" if len(names) == 1 else counted(len(names), "checkpoint"))
-            for what, names in places
-        )
-
-
-def _notes(checkpoints: Sequence[Checkpoint]) -> Iterator[str]:
-    newest = checkpoints[-1]
-    if newest.state_key and all(checkpoint.state_key == newest.state_key for checkpoint in checkpoints):
-        yield f"the student is `{newest.state_key}` of each checkpoint"
-    for prefix in newest.stripped:
-        yield f"`{prefix}` is taken off the tensor names"
-
-
-def _warnings(
-    checkpoints: Sequence[Checkpoint],
-    teachers: Sequence[PlannedTeacher],
-    options: FoldOptions,
-    tensors: Sequence[TeacherTensor],
-    *,
-    goes_on: bool,
-) -> Iterator[str]:
-    if all(tensor.action == "copy" for tensor in tensors):
-        yield f"nothing is averaged: all {len(tensors)} tensors are copied from `{checkpoints[-1].label}`"
-    yield from _lacking(checkpoints[-1])
-    if goes_on:  # what dominates was told when the teacher was begun
-        return
-    if len(teachers[0].updates) == 1:
-        yield f"`{checkpoints[0].label}` alone takes part: the teacher is a copy of it"
-        return
-    momenta = [teacher.profile.momentum for teacher in teachers if teacher.profile.momentum is not None]
-    inverted = inverted_momentum_warning(min(momenta), "`--momentum {:g}`") if momenta else None
-    if inverted:
-        yield inverted
-    if options.per_step and not isinstance(options, ReconstructOptions) and len(checkpoints) > 1:
-        yield from _too_fast(checkpoints, teachers, options)
-    dominated = _dominated(teachers, options)
-    if not dominated:
-        return
-    if options.init is not None:
-        first = f"the initial teacher `{as_path(options.init).name}`"
-    else:
-        first = f"the first checkpoint `{checkpoints[0].label}`"
-    worst = dominated[0]
-    keeps = f"{first} keeps {worst.first_share:.1%} of the teacher"
-    if len(teachers) > 1:
-        shares = ", ".join(f"{teacher.first_share:.1%} ({teacher.profile.title})" for teacher in dominated)
-        keeps = f"{first} keeps {shares} of the teacher"
-    if options.per_step:
-        yield f"{keeps}: {_too_slow(checkpoints, worst, options)}"
-        return
-    works = f"momentum {worst.momentum:g} works" if len(teachers) == 1 else "momentum works"
-    if _mended_options(checkpoints, teachers, options):
-        mended = "`--per step` makes it work as in training"
-    else:
-        mended = f"`--momentum {momentum_for_first_share(len(worst.updates) - 1, 0.1):g}` would leave it 10 %"
-    yield f"{keeps}: {works} once per checkpoint here, not once per training step; {mended}"
-
-
-def _lacking(newest: Checkpoint) -> Iterator[str]:
-    """Arrays that may be weights, which the teacher does not have."""
-    arrays = [f"`{name}`" for name, reason in newest.left_out.items() if reason == NUMPY_ARRAY]
-    if arrays:
-        named = ", ".join(arrays[:3]) + (f" and {len(arrays) - 3} more" if len(arrays) > 3 else "")
-        what = "1 numpy array is" if len(arrays) == 1 else f"{len(arrays)} numpy arrays are"
-        yield (
-            f"{what} in `{newest.label}` and will not be in the teacher: {named}; save weights as tensors"
-            " (`torch.from_numpy`)"
-        )
-
-
-def _treated_otherwise(weighed: Weighed, tensors: Sequence[TeacherTensor]) -> Iterator[str]:
-    """Tensors of a teacher that is continued which were averaged so far and are copied now, or the other way."""
-    if not weighed.past:
-        return
-    copied = {tensor.name for tensor in tensors if tensor.action == "copy"}
-    averaged = {tensor.name for tensor in tensors} - copied
-    for names, before, now in (
-        (sorted(copied - weighed.copied), "averaged", "copied"),
-        (sorted(averaged & weighed.copied), "copied", "averaged"),
-    ):
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            yield f"`{names[0]}`{more}: {before} in `{weighed.averages[0].label}`, {now} from now on"
-
-
 def _rounding_dtypes(
     weighed: Weighed, layouts: Sequence[Layout], tensors: Sequence[TeacherTensor], options: FoldOptions
 ) -> list[tuple[DType, DType, DType]]:
@@ -411,75 +310,3 @@ def _rounding_dtypes(
         if tensor.action == "average"
     ]
     return [(student, stored, folded) for student, stored, folded in dtypes if is_rounded(folded, stored)]
-
-
-def _rounded(weighed: Weighed, rounding: Sequence[tuple[DType, DType, DType]]) -> Iterator[str]:
-    """What a teacher that is continued has lost since it was folded."""
-    if rounding:
-        dtypes = " and ".join(sorted({stored.name for _, stored, _ in rounding}))
-        hint = "; `--dtype float32` keeps all digits" if all(folded.itemsize <= 4 for _, _, folded in rounding) else ""
-        yield (
-            f"`{weighed.averages[0].label}` {ROUNDED} {dtypes} when it was written"
-            f" ({counted(len(rounding), 'tensor')}), and what goes on from it is near the fold of all at once, not"
-            f" equal{hint}"
-        )
-
-
-def _dominated(teachers: Sequence[PlannedTeacher], options: FoldOptions) -> list[PlannedTeacher]:
-    """Those of which the oldest input is most, where that was not asked for."""
-    if isinstance(options, ReconstructOptions):
-        return []
-    return [teacher for teacher in teachers if teacher.profile.kind == "ema" and teacher.first_share > 0.5]
-
-
-def _too_slow(checkpoints: Sequence[Checkpoint], teacher: PlannedTeacher, options: FoldOptions) -> str:
-    half_life = teacher.profile.half_life or half_life_of(teacher.profile.momentum_over(1), options.interval)
-    first, last = checkpoints[0].step, checkpoints[-1].step
-    if first is None or last is None or first == last:
-        return f"half of it is forgotten in {half_life:,.0f} steps"
-    factor = options.steps_per_epoch or 1
-    span = (last - first) * factor
-    shorter = Profile("ema", half_life=float(max(1, span // 4)))
-    steps = [(item.step or 0) * factor for item in checkpoints]
-    share = coefficients_of(step_updates(shorter, steps, interval=options.interval))[0]
-    return (
-        f"half of it is forgotten in {half_life:,.0f} steps, and these checkpoints span {span:,};"
-        f" `--half-life {shorter.half_life:.0f}` in place of it would leave it {share:.0%}"
-        f"{' or less' if options.init is not None else ''}"
-    )
-
-
-def _too_fast(
-    checkpoints: Sequence[Checkpoint], teachers: Sequence[PlannedTeacher], options: FoldOptions
-) -> Iterator[str]:
-    for teacher in teachers:
-        _, share = teacher.updates[-1]
-        if teacher.profile.kind != "ema" or share <= LARGEST_NEWEST_SHARE:
-            continue
-        half_life = teacher.profile.half_life or half_life_of(teacher.profile.momentum_over(1), options.interval)
-        gap = ((checkpoints[-1].step or 0) - (checkpoints[-2].step or 0)) * (options.steps_per_epoch or 1)
-        steps = f"{half_life:,.3g} step{'' if half_life == 1 else 's'}"
-        yield (
-            f"`{checkpoints[-1].label}` alone is {share:.1%} of the teacher ({teacher.profile.title}):"
-            f" a share halves in {steps}, and the newest two checkpoints are {gap:,} steps apart; `--half-life"
-            f" {2 * gap}` would average several"
-        )
-
-
-def _mended_options(
-    checkpoints: Sequence[Checkpoint], teachers: Sequence[PlannedTeacher], options: FoldOptions
-) -> tuple[str, ...]:
-    """What to add to the command where the first checkpoint dominates because momentum works per checkpoint."""
-    steps = [item.step for item in checkpoints if item.step is not None and item.unit == "step"]
-    dominated = _dominated(teachers, options)
-    if not dominated or options.per is not None or options.per_step or options.init is not None:
-        return ()
-    if len(steps) < max(2, len(checkpoints)):
-        return ()
-    if steps != sorted(set(steps)):
-        return ()
-    for teacher in dominated:
-        shares = coefficients_of(step_updates(teacher.profile, steps, interval=options.interval))
-        if shares[0] > 0.5 or shares[-1] > LARGEST_NEWEST_SHARE:
-            return ()
-    return ("--per", "step")

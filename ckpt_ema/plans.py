@@ -131,6 +131,9 @@ class FoldPlan:
     """Of `notes`, those that a fold says as well: what decides the teachers, and was not asked for."""
 
     warnings: tuple[str, ...]
+    losses: tuple[str, ...]
+    """Of `warnings`, what a teacher that is continued has lost since it was folded."""
+
     mended_options: tuple[str, ...]
     """What to add to the command where the first checkpoint dominates."""
 

@@ -1054,7 +1054,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "online.capture",
         "online.snapshot_folder",
     ),
-    ("output.fingerprints", "online.shadows", "online.increments"),
+    ("output.fingerprints", "advice", "online.shadows", "online.increments"),
     ("planning", "output.journal", "online.teacher_file", "online.pairs"),
     ("online.swap", "online.stalls", "online.finiteness", "online.snapshots"),
     ("reconstruction", "replanning", "online.settings", "online.saving"),
