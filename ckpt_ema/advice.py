@@ -25,8 +25,17 @@ from ckpt_ema.sizes import counted
 LARGEST_NEWEST_SHARE = 0.9
 """Of a teacher by steps; what is nearly its newest checkpoint is no average."""
 
+MAX_CHANGES = 3
+"""Changes of precision that a note lists; the rest are counted."""
 
-def differing_states(checkpoints: Sequence[Checkpoint]) -> Iterator[str]:
+
+def assumptions(checkpoints: Sequence[Checkpoint], tensors: Sequence[TeacherTensor]) -> Iterator[str]:
+    """What of the checkpoints is not alike, and is folded all the same."""
+    yield from _differing_states(checkpoints)
+    yield from _precision_changes(tensors)
+
+
+def _differing_states(checkpoints: Sequence[Checkpoint]) -> Iterator[str]:
     """Which state dict of which checkpoint is the student, where that is not the same in all."""
     labels: dict[str, list[str]] = {}
     for checkpoint in checkpoints:
@@ -37,6 +46,22 @@ def differing_states(checkpoints: Sequence[Checkpoint]) -> Iterator[str]:
             f"{what} of " + (f"`{names[0]}`" if len(names) == 1 else counted(len(names), "checkpoint"))
             for what, names in places
         )
+
+
+def _precision_changes(tensors: Sequence[TeacherTensor]) -> Iterator[str]:
+    """Where the precision of averaged tensors changes on the way, and what is done then."""
+    changed = [tensor for tensor in tensors if tensor.action == "average" and tensor.changes]
+    if not changed:
+        return
+    changes = list(dict.fromkeys(change for tensor in changed for change in tensor.changes))
+    listed = [f"{before} to {after} {when}" for before, after, when in changes[:MAX_CHANGES]]
+    if len(changes) > MAX_CHANGES:
+        listed[-1] += f" and {counted(len(changes) - MAX_CHANGES, 'more change')}"
+    verb = "changes its" if len(changed) == 1 else "change their"
+    yield (
+        f"{counted(len(changed), 'tensor')} {verb} precision on the way ({', '.join(listed)}): each student is widened"
+        " as it is read"
+    )
 
 
 def ordinary_notes(checkpoints: Sequence[Checkpoint]) -> Iterator[str]:

@@ -206,11 +206,11 @@ class BlockPlan:
 
 def accumulate_dtype(tensor: TeacherTensor, accumulate: Accumulate) -> DType:
     """The dtype a teacher's tensor is kept in while it is folded: never narrower than any student's own."""
-    dtypes = [dtype.name for dtype in tensor.student_dtypes]
+    names = [dtype.name for dtype in tensor.student_dtypes]
     if accumulate == "student":
-        if len(dtypes) > 1:
+        if len(names) > 1:
             raise MisuseError(
-                f"`--accumulate student` is impossible for `{tensor.name}`, which is {' and '.join(dtypes)}",
+                f"`--accumulate student` is impossible for `{tensor.name}`, which is {' and '.join(names)}",
                 hint="omit `--accumulate` to widen each student as it is read",
             )
         if tensor.student_dtype.itemsize == 1:
@@ -220,9 +220,9 @@ def accumulate_dtype(tensor: TeacherTensor, accumulate: Accumulate) -> DType:
             )
         return tensor.student_dtype
     if tensor.student_dtype.kind == "complex":
-        wide = accumulate == "float64" or "complex128" in dtypes
+        wide = accumulate == "float64" or "complex128" in names
         return BY_NAME["complex128" if wide else "complex64"]
-    return BY_NAME["float64" if "float64" in (accumulate, *dtypes) else "float32"]
+    return BY_NAME["float64" if "float64" in (accumulate, *names) else "float32"]
 
 
 def plan_blocks(
@@ -356,7 +356,6 @@ def _find_aliases(tensors: Sequence[TeacherTensor], layouts: Sequence[Layout]) -
         if counts[place] == 1 or 0 in tensor.shape:
             continue
         key = (
-            tensor.student_dtype,
             tensor.student_dtypes,
             tensor.action,
             tensor.shape,

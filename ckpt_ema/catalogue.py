@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import fnmatch
-import itertools
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
+from ckpt_ema.agreement import EarlierStudents, PrecisionChange, precision_changes
 from ckpt_ema.dtypes import BY_NAME, DType, WrittenDtype
 from ckpt_ema.errors import CkptEmaError
-from ckpt_ema.layouts import Layout, Schema
-from ckpt_ema.sizes import counted
+from ckpt_ema.layouts import Layout
 
 ASKED_FOR = "buffer (`--buffer`)"
 """Why a tensor is copied that the user named."""
@@ -42,18 +41,6 @@ BUFFERS_BESIDE = {
     "_std": ("_var",),
 }
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
-
-MAX_CHANGES = 3
-"""Of precision, that are told one by one."""
-
-
-class PrecisionChange(NamedTuple):
-    """Where the students' dtype became another one of its kind, as in training that went on in another precision."""
-
-    before: DType
-    after: DType
-    when: str
-    """`at` the first student in the new one, or since the beginning of a teacher that is continued."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +87,9 @@ class Treatment:
     dtype: WrittenDtype = "student"
     """Of the written teacher: `student`, or one of torch's floating-point names."""
 
+    may_be_widened: bool = True
+    """Whether a tensor may be computed in another dtype than its students': not with `--accumulate student`."""
+
 
 def build_catalogue(
     layouts: Sequence[tuple[str, Layout]],
@@ -107,21 +97,23 @@ def build_catalogue(
     *,
     known_buffers: Collection[str] | None = None,
     steps: Mapping[str, int | None] | None = None,
-    earlier: tuple[str, Mapping[str, DType]] = ("", {}),
+    earlier: EarlierStudents | None = None,
 ) -> list[TeacherTensor]:
     """One entry per tensor, sorted by name.
 
     `layouts` are the students' by label, `steps` theirs for hints; `known_buffers` what the newest checkpoint
-    itself records; `earlier` the label of a teacher that is continued, and what is known of its students' dtypes.
+    itself records; `earlier` what is known of the students of a teacher that is continued.
     Raises CkptEmaError with every difference when the students disagree on names, shapes or dtypes (on precision only
     where the teacher's dtype shall be theirs), when a `--buffer` pattern matches nothing, and for a tensor that
     safetensors cannot hold.
     """
-    teacher, dtypes = earlier
-    pairs = [_Pair(teacher, layouts[0][0], list(_differences_from(dtypes, layouts[0][1].schema)), is_continued=True)]
-    pairs += itertools.starmap(_compared, itertools.pairwise(layouts))
-    _check_agreement(pairs, steps or {}, may_change=treatment.dtype != "student")
-    changes = _changes_by_name(pairs)
+    changes = precision_changes(
+        layouts,
+        earlier=earlier,
+        steps=steps or {},
+        are_allowed=treatment.dtype != "student",
+        may_be_widened=treatment.may_be_widened,
+    )
     schema = layouts[-1][1].schema
     unmatched = [glob for glob in treatment.buffer_globs if not fnmatch.filter(schema.names, glob)]
     if unmatched:
@@ -142,22 +134,6 @@ def build_catalogue(
         changed = changes.get(name, ())
         tensors.append(TeacherTensor(name, schema.shapes[index], student_dtype, dtype, action, reason, index, changed))
     return tensors
-
-
-def precision_notes(tensors: Sequence[TeacherTensor]) -> Iterator[str]:
-    """What is said of averaged tensors whose precision changes on the way, where there are any."""
-    changed = [tensor for tensor in tensors if tensor.action == "average" and tensor.changes]
-    if not changed:
-        return
-    where = dict.fromkeys(change for tensor in changed for change in tensor.changes)
-    told = [f"{before} to {after} {when}" for before, after, when in list(where)[:MAX_CHANGES]]
-    if len(where) > MAX_CHANGES:
-        told[-1] += f" and {counted(len(where) - MAX_CHANGES, 'more change')}"
-    verb = "changes its" if len(changed) == 1 else "change their"
-    yield (
-        f"{counted(len(changed), 'tensor')} {verb} precision on the way ({', '.join(told)}): each student is widened as"
-        " it is read"
-    )
 
 
 def _check_name(name: str) -> None:
@@ -198,92 +174,3 @@ def _teacher_dtype(name: str, student_dtype: DType, wanted: str) -> DType:
             hint="pass `--dtype float32` to write complex64" if dtype.name == "complex128" else None,
         )
     return dtype
-
-
-class _Difference(NamedTuple):
-    """What of a tensor is another in the next checkpoint."""
-
-    name: str
-    what: str
-    precision: tuple[DType, DType] | None = None
-    """Where nothing but that changed: the dtypes, of one kind."""
-
-
-class _Pair(NamedTuple):
-    """Two neighbours, by their labels."""
-
-    label: str
-    next_label: str
-    differences: Sequence[_Difference]
-    is_continued: bool = False
-    """Whether the first is a teacher that the fold goes on from."""
-
-
-def _check_agreement(pairs: Sequence[_Pair], steps: Mapping[str, int | None], *, may_change: bool) -> None:
-    """Raise CkptEmaError with every difference; another precision is none where it `may_change`."""
-    pairs = [
-        pair._replace(differences=found)
-        for pair in pairs
-        if (found := [each for each in pair.differences if not (may_change and each.precision)])
-    ]
-    if not pairs:
-        return
-    first = f"`{pairs[0].label}` and `{pairs[0].next_label}` differ in {counted(len(pairs[0].differences), 'tensor')}"
-    more = "" if len(pairs) == 1 else f", and {counted(len(pairs) - 1, 'later pair')} of checkpoints as well"
-    lines = [
-        f"{name}: {what}" if len(pairs) == 1 else f"{label} to {next_label}: {name}: {what}"
-        for label, next_label, differences, _ in pairs
-        for name, what, _ in differences
-    ]
-    newest = pairs[-1].next_label
-    begin = f"pass `--from {steps[newest]}`" if steps.get(newest) is not None else f"begin with `{newest}`"
-    hint = f"fold only checkpoints that agree: {begin} to fold the later ones, or `--exclude` some by name"
-    if all(each.precision for pair in pairs for each in pair.differences):
-        # A teacher that is continued is in the earlier precision, whatever is left out of what follows it.
-        later = "" if pairs[0].is_continued else f", or {begin.removeprefix('pass ')} to fold the later ones"
-        hint = f"pass `--dtype float32` to fold both precisions{later}"
-    raise CkptEmaError(f"{first}{more}", details=lines, hint=hint)
-
-
-def _changes_by_name(pairs: Sequence[_Pair]) -> dict[str, tuple[PrecisionChange, ...]]:
-    changes: dict[str, tuple[PrecisionChange, ...]] = {}
-    for label, next_label, differences, is_continued in pairs:
-        when = f"since `{label}` was begun" if is_continued else f"at `{next_label}`"
-        for name, _, precision in differences:
-            if precision is not None:
-                changes[name] = (*changes.get(name, ()), PrecisionChange(*precision, when))
-    return changes
-
-
-def _compared(one: tuple[str, Layout], other: tuple[str, Layout]) -> _Pair:
-    (label, layout), (next_label, next_layout) = one, other
-    return _Pair(label, next_label, list(_differences(layout.schema, next_layout.schema, label, next_label)))
-
-
-def _differences_from(earlier: Mapping[str, DType], schema: Schema) -> Iterator[_Difference]:
-    """Changes of precision since students of which no more is known than some dtypes."""
-    for name, dtype in zip(schema.names, schema.dtypes, strict=True) if earlier else ():
-        if (before := earlier.get(name, dtype)) != dtype and before.kind == dtype.kind != "integer":
-            yield _difference_of_dtypes(name, before, dtype)
-
-
-def _differences(one: Schema, other: Schema, label: str, next_label: str) -> Iterator[_Difference]:
-    # Strides are no difference: the elements are the same in any memory order.
-    if one is other or (one.names, one.dtypes, one.shapes) == (other.names, other.dtypes, other.shapes):
-        return
-    left = dict(zip(one.names, zip(one.shapes, one.dtypes, strict=True), strict=True))
-    right = dict(zip(other.names, zip(other.shapes, other.dtypes, strict=True), strict=True))
-    for name in sorted(left.keys() | right.keys()):
-        if name not in right:
-            yield _Difference(name, f"missing in `{next_label}`")
-        elif name not in left:
-            yield _Difference(name, f"missing in `{label}`")
-        elif left[name][0] != right[name][0]:
-            yield _Difference(name, f"shape {list(left[name][0])} became {list(right[name][0])}")
-        elif left[name][1] != right[name][1]:
-            yield _difference_of_dtypes(name, left[name][1], right[name][1])
-
-
-def _difference_of_dtypes(name: str, before: DType, after: DType) -> _Difference:
-    is_precision = before.kind == after.kind != "integer"
-    return _Difference(name, f"{before} became {after}", (before, after) if is_precision else None)

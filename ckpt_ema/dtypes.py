@@ -79,3 +79,8 @@ def is_rounded(computed: DType, written: DType) -> bool:
     Of two dtypes of one size, float16 and bfloat16, each has numbers that the other one has not.
     """
     return written is not computed and written.itemsize <= computed.itemsize
+
+
+def is_change_of_precision(before: DType, after: DType) -> bool:
+    """Whether both hold floating-point numbers, or both complex ones, and not in the same way."""
+    return before != after and before.kind == after.kind != "integer"

@@ -12,12 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from ckpt_ema import advice
+from ckpt_ema.agreement import EarlierStudents
 from ckpt_ema.averages.profiles import (
     coefficients_of,
 )
 from ckpt_ema.blocks import accumulate_dtype, plan_blocks
 from ckpt_ema.byte_ranges import TensorRange
-from ckpt_ema.catalogue import TeacherTensor, Treatment, build_catalogue, precision_notes
+from ckpt_ema.catalogue import TeacherTensor, Treatment, build_catalogue
 from ckpt_ema.coefficients import Weighed, check_numbers_are_steps, weigh
 from ckpt_ema.continuing import Beginning, read_beginning
 from ckpt_ema.dtypes import DType, is_rounded
@@ -163,6 +164,7 @@ def plan_weighed(
         buffer_globs=tuple(wanted.buffers),
         model_buffers=read_model_buffers(wanted.model, newest.layout.schema.names) if wanted.model else None,
         dtype=wanted.dtype,
+        may_be_widened=wanted.accumulate != "student",
     )
     unfollowed = _unfollowed(newest, followed)
     tensors = build_catalogue(
@@ -170,7 +172,7 @@ def plan_weighed(
         treatment,
         known_buffers=newest.known_buffers if unfollowed is None else unfollowed,
         steps={checkpoint.label: checkpoint.step for checkpoint in checkpoints},
-        earlier=(weighed.averages[0].label if weighed.past else "", weighed.student_dtypes),
+        earlier=EarlierStudents(weighed.averages[0].label, weighed.student_dtypes) if weighed.past else None,
     )
     pool = SchemaPool()
     layouts = [_average_layout(average.path, tensors, pool, wanted) for average in weighed.averages]
@@ -192,7 +194,7 @@ def plan_weighed(
             wanted.profiles, targets, weighed.updates, coefficients, strict=True
         )
     )
-    assumptions = (*advice.differing_states(checkpoints), *precision_notes(tensors), *weighed.assumptions)
+    assumptions = (*advice.assumptions(checkpoints, tensors), *weighed.assumptions)
     rounding = _rounding_dtypes(weighed, layouts, tensors, wanted)
     losses = tuple(advice.losses(weighed, rounding))
     by_input = list(zip(*coefficients, strict=True))

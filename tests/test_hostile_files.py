@@ -1015,14 +1015,15 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("runs.students",),
     ("runs.learning_rates", "runs.collisions", "runs.checkpoints", "runs.candidates", "output.descriptors"),
     (
-        "catalogue",
+        "agreement",
         "averages.profiles",
         "runs.selection",
         "model_buffers",
         "averages.solver",
         "averages.response_records",
     ),
-    ("blocks", "runs.reading", "runs.order", "output.writer"),
+    ("catalogue", "runs.reading", "runs.order", "output.writer"),
+    ("blocks",),
     (
         "engine",
         "runs.find",

@@ -250,12 +250,13 @@ def test_without_a_dtype_it_is_refused_and_the_hint_works(tmp_path: Path, cli: C
         assert done.code == 1
         assert "`step_200.pt` and `step_300.pt` differ in 7 tensors" in done.stderr
         assert "body.bias: float32 became bfloat16" in done.stderr
-        assert (
-            "hint: pass `--dtype float32` to fold both precisions, or `--from 300` to fold the later ones"
-            in done.stderr
-        )
+        assert "hint: pass `--dtype float32` to fold all of them; or pass `--from 300` to fold the later" in done.stderr
     assert cli("fold", "run", "--dtype", "float32").code == 0
     assert cli("fold", "run", "--from", 300, "--overwrite").code == 0
+    # `--dtype` would lead to the next error.
+    own = cli("fold", "run", "--accumulate", "student", "--overwrite")
+    assert "hint: fold only checkpoints that agree: pass `--from 300` to fold the later ones" in own.stderr
+    assert cli("fold", "run", "--accumulate", "student", "--from", 300, "--overwrite").code == 0
 
 
 def test_where_more_than_the_precision_differs_no_dtype_helps(tmp_path: Path) -> None:
@@ -308,7 +309,7 @@ def test_a_number_that_is_not_finite_is_named_in_either_precision(tmp_path: Path
 # --- what is said -------------------------------------------------------------------------------------------------
 
 
-def test_the_plan_and_the_summary_say_so_in_a_line(tmp_path: Path, cli: Cli) -> None:
+def test_the_plan_and_a_fold_say_so_in_a_line(tmp_path: Path, cli: Cli) -> None:
     """How many tensors, from what to what, and where; nothing of it where nothing changes."""
     save(tmp_path / "run", [make(1, FLOAT32), make(2, FLOAT32), make(3, BFLOAT16), make(4, BFLOAT16)])
     note = (
@@ -319,7 +320,7 @@ def test_the_plan_and_the_summary_say_so_in_a_line(tmp_path: Path, cli: Cli) -> 
     assert f"note      {note}\n" in cli("plan", *words).stdout
     assert "  body.bias  float32, bfloat16 -> float32 [131]  average" in cli("plan", *words, "-v").stdout
     assert note in json.loads(cli("plan", *words, "--json").stdout)["notes"]
-    assert f"  {note}\n" in cli("fold", *words).stderr
+    assert f"note      {note}\n" in cli("fold", *words).stderr
     later = cli("fold", *words, "--from", 300, "--overwrite")
     assert "precision" not in later.stderr
     save(tmp_path / "one", [make(1, FLOAT32), make(2, BFLOAT16, only="norm"), make(3, FLOAT16, only="norm")])
@@ -404,7 +405,7 @@ def test_a_teacher_in_the_students_dtype_is_not_continued_into_another_one(
     assert done.code == 1
     assert "differ in 7 tensors" in done.stderr
     assert "body.bias: float32 became bfloat16" in done.stderr
-    assert "hint: pass `--dtype float32` to fold both precisions" in done.stderr
+    assert "hint: pass `--dtype float32` to fold all of them" in done.stderr
     assert cli("fold", "run", "--init", "part.safetensors", "-o", "on.safetensors", "--dtype", "float32").code == 0
     assert load_file(tmp_path / "on.safetensors")["body.bias"].dtype is FLOAT32
 
@@ -492,7 +493,7 @@ def test_a_reconstruction_takes_both_precisions(tmp_path: Path) -> None:
     save(tmp_path / "run", students)
     with pytest.raises(CkptEmaError, match="differ in 7 tensors") as caught:
         ckpt_ema.reconstruct(tmp_path / "run", tmp_path / "t.safetensors", half_life=100.0)
-    assert (caught.value.hint or "").startswith("pass `--dtype float32` to fold both precisions")
+    assert (caught.value.hint or "").startswith("pass `--dtype float32` to fold all of them")
     options: dict[str, Any] = {"half_life": 100.0, "dtype": "float32", "announce": lambda plan: None}
     report = ckpt_ema.reconstruct(tmp_path / "run", tmp_path / "t.safetensors", **options)
     assert any("change their precision" in note for note in report.plan.notes)
