@@ -59,8 +59,10 @@ class Weighed:
 
     left_out: tuple[tuple[str, str], ...] = ()
     assumptions: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-    """What a fold says of itself, and what its plan says beyond that."""
+    """What a fold says of itself."""
+
+    further_notes: tuple[str, ...] = ()
+    """What its plan says beyond that."""
 
     warnings: tuple[str, ...] = ()
     predictions: tuple[Prediction, ...] = ()

@@ -14,7 +14,6 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ckpt_ema.blocks import Block, BlockPlan, plan_of_rank, without
 from ckpt_ema.engine.contract import Engine, NonFinite, NonFiniteBlockError, Task, Teacher
@@ -22,7 +21,7 @@ from ckpt_ema.engine.inputs import InputFiles, allow_open_files
 from ckpt_ema.errors import CkptEmaError, quoted, warn
 from ckpt_ema.formats import reading_tables
 from ckpt_ema.keywords import refuses_unknown_keywords
-from ckpt_ema.options import FoldKeywords, FoldOptions, PathLike, ReconstructKeywords, ReconstructOptions
+from ckpt_ema.options import FoldKeywords, FoldOptions, PathLike, ReconstructKeywords, ReconstructOptions, Unpack
 from ckpt_ema.output.fingerprints import differences_of_ranks, fingerprint, made_of
 from ckpt_ema.output.journal import FinishedBlocks, Journal, Range, journal_path, open_finished_blocks
 from ckpt_ema.output.old_teacher import remove_own
@@ -35,9 +34,6 @@ from ckpt_ema.plans import FoldPlan, FoldReport
 from ckpt_ema.provenance import teacher_metadata
 from ckpt_ema.ranks import Ranks
 from ckpt_ema.timings import Timings
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack  # typing's own from Python 3.11 on
 
 Progress = Callable[[int, int], None]
 """Told (bytes read so far, bytes to read in all)."""

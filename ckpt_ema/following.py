@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ckpt_ema.averages.profiles import inverted_momentum_warning
 from ckpt_ema.continuing import Beginning, read_beginning
@@ -26,7 +25,7 @@ from ckpt_ema.inheriting import inherit
 from ckpt_ema.keywords import refuses_unknown_keywords
 from ckpt_ema.locations import RemotePath, as_path
 from ckpt_ema.newer import inside_of, newer_of
-from ckpt_ema.options import FoldKeywords, FoldOptions, PathLike
+from ckpt_ema.options import FoldKeywords, FoldOptions, PathLike, Unpack
 from ckpt_ema.output.targets import resolve_outputs
 from ckpt_ema.planning import find_run
 from ckpt_ema.plans import FoldReport
@@ -35,9 +34,6 @@ from ckpt_ema.runs.find import check_may_be_listed
 from ckpt_ema.runs.steps import numbers_in_name
 from ckpt_ema.sizes import counted
 from ckpt_ema.teacher_record import WIDE
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack  # typing's own from Python 3.11 on
 
 POLL_SECONDS = 1.0
 """Between two looks at the run; a checkpoint is folded when it was the same in both."""

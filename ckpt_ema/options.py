@@ -5,6 +5,7 @@ from __future__ import annotations
 import numbers
 import os
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypedDict, get_args
@@ -16,6 +17,11 @@ from ckpt_ema.dtypes import WrittenDtype
 from ckpt_ema.errors import MisuseError
 from ckpt_ema.runs.students import check_prefix
 from ckpt_ema.sizes import DEFAULT_MEMORY_BUDGET_BYTES, MAX_COUNT
+
+if sys.version_info >= (3, 11):
+    from typing import Unpack as Unpack  # noqa: PLC0414  (for the functions that take these keywords)
+else:
+    from typing_extensions import Unpack as Unpack  # noqa: PLC0414
 
 _DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]{1,4})?")
 PathLike = str | os.PathLike[str]

@@ -222,7 +222,7 @@ def plan_weighed(
         tensors=tuple(tensors),
         left_out=(*found.left_out, *weighed.left_out),
         left_out_tensors=tuple(newest.left_out.items()),
-        notes=(*assumptions, *advice.ordinary_notes(checkpoints), *weighed.notes),
+        notes=(*assumptions, *advice.ordinary_notes(checkpoints), *weighed.further_notes),
         assumptions=assumptions,
         warnings=(
             *found.warnings,

@@ -48,7 +48,7 @@ def teacher_metadata(plan: FoldPlan, number: int) -> dict[str, str]:
             "accumulate": options.accumulate,
             "asked": options.dtype,
             "teacher": sorted({tensor.dtype.name for tensor in plan.tensors}),
-            **_deciding_record(plan),
+            **_tensors_by_student(plan),
         },
     }
     rules = [rule for rule, _ in itertools.groupby((*plan.rules_of_past, rule_of(record)))]
@@ -57,10 +57,10 @@ def teacher_metadata(plan: FoldPlan, number: int) -> dict[str, str]:
     return {"format": "pt", PROVENANCE_KEY: json.dumps(record, ensure_ascii=False)}
 
 
-def _deciding_record(plan: FoldPlan) -> dict[str, Any]:
-    """The dtypes of students that decided in which tensors were computed, where these are written in another.
+def _tensors_by_student(plan: FoldPlan) -> dict[str, Any]:
+    """Averaged tensors by the student dtype in which they were computed, where the file does not show it.
 
-    Whoever goes on with narrower students would compute in less, and not know that digits were lost.
+    A fold that goes on with narrower students would compute in less, and not know that digits were lost.
     """
     is_own = plan.options.accumulate == "student"
     names: dict[str, list[str]] = {}
@@ -68,7 +68,7 @@ def _deciding_record(plan: FoldPlan) -> dict[str, Any]:
         for dtype in tensor.student_dtypes if tensor.action == "average" else ():
             if dtype is not tensor.dtype and (is_own or dtype.name in WIDE):
                 names.setdefault(dtype.name, []).append(tensor.name)
-    return {"deciding": names} if names else {}
+    return {"tensors_by_student": names} if names else {}
 
 
 def _selection_record(plan: FoldPlan) -> dict[str, str]:

@@ -92,7 +92,7 @@ def plan_reconstruct(
     weighed = replace(
         weighed,
         assumptions=tuple(assumptions),
-        notes=tuple(notes),
+        further_notes=tuple(notes),
         warnings=tuple(_warnings(solutions, wanted, targets, start, has_described=bool(found.averages))),
         span=(start, end),
         predictions=tuple(_prediction(solution, stored) for solution in solutions),

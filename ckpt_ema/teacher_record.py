@@ -252,7 +252,7 @@ def record_of(table: Mapping[str, Any] | None) -> TeacherRecord:
         dtypes=tuple(dtypes.take("teacher", _list_of(_is_text), ())),
         student_dtypes={
             name: BY_NAME[dtype]
-            for dtype, names in dtypes.take("deciding", _table_of(_list_of(_is_text)), {}).items()
+            for dtype, names in dtypes.take("tensors_by_student", _table_of(_list_of(_is_text)), {}).items()
             for name in names
             if dtype in BY_NAME
         },

@@ -121,7 +121,10 @@ def warm_python() -> Iterator[WarmPython]:
 
 @pytest.fixture
 def cli(tmp_path: Path, warm_python: WarmPython) -> Callable[..., Outcome]:
-    """`ckpt-ema` as a process of its own, started in the test's folder."""
+    """`ckpt-ema` as a process of its own, started in the test's folder.
+
+    torch is imported in it before, but where a test sets variables: what depends on imports starts a Python itself.
+    """
 
     def call(*arguments: object, **environment: str) -> Outcome:
         words = list(map(str, arguments))

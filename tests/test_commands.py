@@ -325,6 +325,12 @@ def test_every_option_is_a_keyword_that_editors_know(options: type, keywords: ty
     assert get_type_hints(keywords) == get_type_hints(options)
 
 
+@pytest.mark.parametrize("function", ["fold", "follow", "plan", "plan_reconstruction", "reconstruct"])
+def test_annotations_can_be_resolved(function: str) -> None:
+    """By whatever makes documentation or a command line of them."""
+    assert get_type_hints(getattr(ckpt_ema, function))["options"]
+
+
 def test_numpys_numbers_are_numbers(run: Path) -> None:
     """A momentum out of an array or a sweep."""
     planned = ckpt_ema.plan(run, momentum=[np.float32(0.25), np.float64(0.5)])

@@ -267,22 +267,20 @@ def test_memory_that_runs_out_is_one_line(failure: str, told: str) -> None:
     A module of which the half was loaded is a SystemError.
     """
     body = (
-        "import torch\nfrom ckpt_ema.cli.exits import errors_become_exits\n@errors_become_exits\n"
+        "import torch\nfrom ckpt_ema.cli.exits import ends_in_order\n@ends_in_order\n"
         f"def f(memory_budget_bytes): {failure}\nf(memory_budget_bytes=1)"
     )
     done = subprocess.run([sys.executable, "-c", body], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (1, f"Error: {told}\n")
 
 
-def test_a_mistake_of_the_program_keeps_its_traceback() -> None:
-    """A RuntimeError of another kind is not said to be a want of memory."""
-    body = (
-        "from ckpt_ema.cli.exits import errors_become_exits\n@errors_become_exits\n"
-        "def f(): raise RuntimeError('a mistake')\nf()"
-    )
+@pytest.mark.parametrize("kind", ["RuntimeError", "SystemError"])
+def test_a_mistake_of_the_program_keeps_its_traceback(kind: str) -> None:
+    """One of another kind is not said to be a want of memory, nor a library that cannot be loaded."""
+    body = f"from ckpt_ema.cli.exits import ends_in_order\n@ends_in_order\ndef f(): raise {kind}('a mistake')\nf()"
     done = subprocess.run([sys.executable, "-c", body], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1
-    assert done.stderr.endswith("RuntimeError: a mistake\n")
+    assert done.stderr.endswith(f"{kind}: a mistake\n")
 
 
 CALLS = {

@@ -38,13 +38,20 @@ class WarmPython:
         with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
             message = json.dumps([str(folder), *words]).encode()
             socket.send_fds(self._socket, [message], [stdout.fileno(), stderr.fileno()])
-            process = int(self._socket.recv(MAX_MESSAGE_BYTES))
+            process = self._answer()
             try:
-                code = int(self._socket.recv(MAX_MESSAGE_BYTES))
+                code = self._answer()
             except TimeoutError:
                 os.kill(process, signal.SIGKILL)
+                self._answer()  # or the next call would take that for its own
                 raise
             return code, _text(stdout.fileno()), _text(stderr.fileno())
+
+    def _answer(self) -> int:
+        answer = self._socket.recv(MAX_MESSAGE_BYTES)
+        if not answer:
+            raise RuntimeError("the Python that was kept warm has ended")
+        return int(answer)
 
     def close(self) -> None:
         """End it."""

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shlex
 import sys
 from collections.abc import Callable
-from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 import click
 
 import ckpt_ema
 from ckpt_ema._version import __version__
-from ckpt_ema.cli.exits import errors_become_exits, first_signal_sets
+from ckpt_ema.cli.exits import ends_in_order, first_signal_sets
 from ckpt_ema.cli.options import (
     AS_JSON,
     MEMORY,
@@ -71,34 +69,6 @@ class _Group(click.Group):
             sys.exit(1)
 
 
-def _leaves_removed_folder(command: Callable[..., None]) -> Callable[..., None]:
-    """Run a command in a folder that is there: where the current one was removed, torch's oneMKL ends the process.
-
-    A path that is relative raises CkptEmaError before: it leads nowhere, and would lead somewhere else then.
-    """
-
-    @wraps(command)
-    def wrapped(**options: Any) -> None:
-        try:
-            os.getcwd()
-        except FileNotFoundError:
-            _check_paths(options)
-            os.chdir("/")
-        command(**options)
-
-    return wrapped
-
-
-def _check_paths(options: dict[str, Any]) -> None:
-    from ckpt_ema.locations import as_path  # noqa: PLC0415
-
-    for parameter in click.get_current_context().command.params:
-        given = options.get(parameter.name or "") if isinstance(parameter.type, GivenPath) else None
-        for path in given if isinstance(given, tuple) else (given,):
-            if path is not None:
-                as_path(path)
-
-
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="ckpt-ema")
 def main() -> None:
@@ -119,8 +89,7 @@ def main() -> None:
 
 @main.command()
 @run_options
-@errors_become_exits
-@_leaves_removed_folder
+@ends_in_order
 def fold(**options: Any) -> None:
     """Fold checkpoints into a teacher.
 
@@ -139,8 +108,7 @@ def fold(**options: Any) -> None:
 
 @main.command()
 @run_options
-@errors_become_exits
-@_leaves_removed_folder
+@ends_in_order
 def plan(**options: Any) -> None:
     """Show what `fold` would do; reads no tensor.
 
@@ -155,8 +123,7 @@ def plan(**options: Any) -> None:
 
 @main.command()
 @reconstruct_options
-@errors_become_exits
-@_leaves_removed_folder
+@ends_in_order
 def reconstruct(only_plans: bool, **options: Any) -> None:
     """Make any teacher after the fact, from all that a run holds.
 
@@ -177,8 +144,7 @@ def reconstruct(only_plans: bool, **options: Any) -> None:
 
 @main.command()
 @follow_options
-@errors_become_exits
-@_leaves_removed_folder
+@ends_in_order
 def follow(run: str, output: str | None, quiet: bool, **options: Any) -> None:
     """Fold each checkpoint of a run that is still training.
 
@@ -222,8 +188,7 @@ def _hand_over_followed(done: FollowReport, *, quiet: bool) -> None:
 @click.option("--prefix", help="Sub-model to list, stripped from the names.")
 @AS_JSON
 @click.option("-v", "--verbose", is_flag=True, help="List every tensor.")
-@errors_become_exits
-@_leaves_removed_folder
+@ends_in_order
 def inspect(path: str, state: str | None, prefix: str | None, as_json: bool, verbose: bool) -> None:
     """Show what one checkpoint or teacher holds; reads no tensor.
 
@@ -249,8 +214,7 @@ def inspect(path: str, state: str | None, prefix: str | None, as_json: bool, ver
 @MEMORY
 @AS_JSON
 @click.option("-v", "--verbose", is_flag=True, help="List every tensor that differs.")
-@errors_become_exits
-@_leaves_removed_folder
+@ends_in_order
 def compare(a: str, b: str, as_json: bool, verbose: bool, **options: Any) -> None:
     """Show how far two checkpoints or teachers are apart.
 
@@ -283,8 +247,7 @@ def compare(a: str, b: str, as_json: bool, verbose: bool, **options: Any) -> Non
 @MEMORY
 @AS_JSON
 @click.option("-q", "--quiet", is_flag=True, help="Print what failed only.")
-@errors_become_exits
-@_leaves_removed_folder
+@ends_in_order
 def verify(teacher: str, run: str | None, as_json: bool, quiet: bool, **options: Any) -> None:
     """Check a teacher: its files, its numbers, how it was made.
 

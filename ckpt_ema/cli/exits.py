@@ -9,12 +9,14 @@ import queue
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from functools import wraps
 from types import FrameType
 from typing import Any
 
 from ckpt_ema.cli.terminal import prepare_streams, silence_numpy_warning, silence_stdout, tell
+from ckpt_ema.cli.working_folder import leave_removed_folder
 from ckpt_ema.errors import CkptEmaError, MisuseError, first_line
 
 Command = Callable[..., Any]
@@ -26,8 +28,11 @@ RETRY_SECONDS = 0.05
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-def errors_become_exits(command: Command) -> Command:
-    """Print what went wrong, with its hint, instead of a traceback: exit 1 failed, 2 misused."""
+def ends_in_order(command: Command) -> Command:
+    """Print what goes wrong in a command, with its hint, instead of a traceback: exit 1 failed, 2 misused.
+
+    The command runs in a folder that exists.
+    """
 
     @wraps(command)
     def wrapped(*arguments: Any, **options: Any) -> None:
@@ -45,6 +50,7 @@ def errors_become_exits(command: Command) -> Command:
 
 def _run(command: Command, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
     try:
+        leave_removed_folder()
         command(*arguments, **options)
     except CkptEmaError as error:
         shown = len(error.details) if options.get("verbose") else 10
@@ -67,18 +73,20 @@ def _run(command: Command, arguments: tuple[Any, ...], options: dict[str, Any]) 
         tell(f"Error: {error.strerror or error}: {error.filename or ''}".rstrip(": "))
         sys.exit(1)
     except (MemoryError, RuntimeError) as error:
-        if not _is_want_of_memory(error):
+        if not _is_out_of_memory(error):
             raise
         smaller = ", or pass a smaller `--memory`" if "memory_budget_bytes" in options else ""
         tell(f"Error: out of memory\n\nhint: raise `ulimit -v`{smaller}")
         sys.exit(1)
-    except (ImportError, SystemError) as error:  # the latter of half a module, where memory ran out
+    except (ImportError, SystemError) as error:
+        if isinstance(error, SystemError) and not _was_importing(error):
+            raise
         tell(f"Error: cannot load {getattr(error, 'name', None) or 'a library'}: {first_line(error)}")
         tell("\nhint: raise `ulimit -v`, or install again")
         sys.exit(1)
 
 
-def _is_want_of_memory(error: Exception) -> bool:
+def _is_out_of_memory(error: Exception) -> bool:
     """Whether there was no room for something, in the words of Python, C++ or torch."""
     return isinstance(error, MemoryError) or any(text in str(error) for text in ("bad_alloc", "can't allocate memory"))
 
@@ -138,10 +146,19 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 def _is_importing(frame: FrameType | None) -> bool:
     while frame is not None:
-        if frame.f_code.co_filename.startswith("<frozen importlib"):
+        if _imports(frame):
             return True
         frame = frame.f_back
     return False
+
+
+def _was_importing(error: Exception) -> bool:
+    """Whether an import raised it, as where memory ran out in half a module."""
+    return any(_imports(frame) for frame, _ in traceback.walk_tb(error.__traceback__))
+
+
+def _imports(frame: FrameType) -> bool:
+    return frame.f_code.co_filename.startswith("<frozen importlib")
 
 
 class _StoppedError(BaseException):

@@ -84,7 +84,9 @@ def _hint_of_pattern(text: str) -> str | None:
         return None
     parts = _WILD.split(text)
     typed = "".join(part if i % 2 or not part else shlex.quote(part) for i, part in enumerate(parts))
-    return f"without its quotes: `{typed}`, for which your shell puts {counted(len(matching), 'name')}"
+    return (
+        f"without its quotes: `{typed}`, for which a shell puts {counted(len(matching), 'name')} (Python: `glob.glob`)"
+    )
 
 
 def check_may_be_listed(path: Path) -> None:
