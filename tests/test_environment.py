@@ -256,21 +256,24 @@ def test_memory_that_ends_the_process_leaves_nothing_behind(
             "out of memory\n\nhint: raise `ulimit -v`, or pass a smaller `--memory`",
         ),
         (
-            "raise SystemError('error return without exception set')",
+            "import half",
             "cannot load a library: error return without exception set\n\nhint: raise `ulimit -v`, or install again",
         ),
     ],
 )
-def test_memory_that_runs_out_is_one_line(failure: str, told: str) -> None:
+def test_memory_that_runs_out_is_one_line(tmp_path: Path, failure: str, told: str) -> None:
     """So is what is refused later, in the words of Python, C++ or torch; `--memory` is named where the command has it.
 
     A module of which the half was loaded is a SystemError.
     """
+    (tmp_path / "half.py").write_text("raise SystemError('error return without exception set')")
     body = (
         "import torch\nfrom ckpt_ema.cli.exits import ends_in_order\n@ends_in_order\n"
         f"def f(memory_budget_bytes): {failure}\nf(memory_budget_bytes=1)"
     )
-    done = subprocess.run([sys.executable, "-c", body], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", body], capture_output=True, text=True, cwd=tmp_path, timeout=60, check=False
+    )
     assert (done.returncode, done.stderr) == (1, f"Error: {told}\n")
 
 

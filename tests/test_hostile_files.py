@@ -993,10 +993,10 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("_version", "errors", "sizes", "timings", "averages.quadrature"),
     ("keywords",),
     ("cli.options", "cli.terminal"),  # of the library, errors and sizes only; the commands import all of it
-    ("cli.working_folder",),
-    ("cli.exits",),
     ("dtypes", "averages.responses", "ranks", "remote_store"),
     ("locations",),
+    ("cli.working_folder",),
+    ("cli.exits",),
     ("byte_ranges",),
     (
         "assembly",

@@ -700,14 +700,14 @@ def test_a_closed_stdout_is_no_traceback(run: Path) -> None:
 
 ENDS = """
 import os, signal, sys, time, weakref
-from ckpt_ema.cli.exits import errors_become_exits
+from ckpt_ema.cli.exits import ends_in_order
 
 class Kept:
     pass
 
 kept = Kept()
 
-@errors_become_exits
+@ends_in_order
 def command():
     {body}
 
