@@ -146,19 +146,16 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 def _is_importing(frame: FrameType | None) -> bool:
     while frame is not None:
-        if _imports(frame):
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
             return True
         frame = frame.f_back
     return False
 
 
 def _was_importing(error: Exception) -> bool:
-    """Whether an import raised it, as where memory ran out in half a module."""
-    return any(_imports(frame) for frame, _ in traceback.walk_tb(error.__traceback__))
-
-
-def _imports(frame: FrameType) -> bool:
-    return frame.f_code.co_filename.startswith("<frozen importlib")
+    """Whether a module raised it before all of it was there, as where memory ran out."""
+    # Python takes its own frames of an import out of tracebacks.
+    return any(frame.f_code.co_name == "<module>" for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
 class _StoppedError(BaseException):
