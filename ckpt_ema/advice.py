@@ -144,7 +144,7 @@ def losses(weighed: Weighed, rounding: Sequence[tuple[DType, DType, DType]]) -> 
         dtypes = " and ".join(sorted({stored.name for _, stored, _ in rounding}))
         hint = "; `--dtype float32` keeps all digits" if all(folded.itemsize <= 4 for _, _, folded in rounding) else ""
         yield (
-            f"`{weighed.averages[0].label}` was rounded to {dtypes} when it was written"
+            f"`{weighed.averages[0].label}` was rounded to {dtypes}"
             f" ({counted(len(rounding), 'tensor')}), and what goes on from it is near the fold of all at once, not"
             f" equal{hint}"
         )

@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from ckpt_ema.blocks import Block, BlockPlan, plan_of_rank, without
+from ckpt_ema.catalogue import TeacherTensor
+from ckpt_ema.dtypes import is_rounded
 from ckpt_ema.engine.contract import Engine, NonFinite, NonFiniteBlockError, Task, Teacher
 from ckpt_ema.engine.inputs import InputFiles, allow_open_files
 from ckpt_ema.errors import CkptEmaError, quoted, warn
@@ -350,12 +352,20 @@ def _teacher_files(
             commit_companions()
 
 
+def _hint_of_overflow(tensor: TeacherTensor) -> str | None:
+    if tensor.dtype.itemsize < 4:
+        return "pass `--dtype float32`"
+    if all(is_rounded(dtype, tensor.dtype) for dtype in tensor.student_dtypes):  # students that are wider
+        return "omit `--dtype`"
+    return None if len(tensor.student_dtypes) > 1 else "pass `--accumulate float64`"
+
+
 def _non_finite(planned: FoldPlan, origin: NonFinite) -> CkptEmaError:
     tensor = next(tensor for tensor in planned.tensors if tensor.index == origin.tensor)
     if origin.layout is None:
         return CkptEmaError(
             f"`{tensor.name}` overflows {tensor.dtype}: every student is finite, the teacher is not",
-            hint="pass `--dtype float32`" if tensor.dtype.itemsize < 4 else "pass `--accumulate float64`",
+            hint=_hint_of_overflow(tensor),
         )
     name = planned.inputs[origin.layout].name
     if planned.initial_teacher is not None and origin.layout == 0:

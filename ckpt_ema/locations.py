@@ -112,10 +112,15 @@ def _check_nameable(text: str) -> None:
         try:
             os.getcwd()
         except FileNotFoundError as error:
-            raise CkptEmaError(
-                f"`{text}` is a relative path, and the current folder was removed",
-                hint="`cd` to a folder that exists, or pass absolute paths",
-            ) from error
+            raise relative_path_error(text) from error
+
+
+def relative_path_error(text: str) -> CkptEmaError:
+    """What is said of a path that is not absolute where the current folder was removed."""
+    return CkptEmaError(
+        f"`{text}` is a relative path, and the current folder was removed",
+        hint="`cd` to a folder that exists, or pass absolute paths",
+    )
 
 
 def children_of(folder: Path) -> list[Path]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -195,7 +195,7 @@ def plan_weighed(
         )
     )
     assumptions = (*advice.assumptions(checkpoints, tensors), *weighed.assumptions)
-    rounding = _rounding_dtypes(weighed, layouts, tensors, wanted)
+    rounding = list(_rounding_dtypes(weighed, layouts, tensors, wanted))
     losses = tuple(advice.losses(weighed, rounding))
     by_input = list(zip(*coefficients, strict=True))
     num_averages = len(weighed.averages)
@@ -295,20 +295,17 @@ def _average_layout(path: Path, tensors: Sequence[TeacherTensor], pool: SchemaPo
 
 def _rounding_dtypes(
     weighed: Weighed, layouts: Sequence[Layout], tensors: Sequence[TeacherTensor], options: FoldOptions
-) -> list[tuple[DType, DType, DType]]:
+) -> Iterator[tuple[DType, DType, DType]]:
     """For each tensor that was rounded in the continued teacher: its first student's dtype, the teacher's, the fold's.
 
-    The first is the one that tells a tensor which was wider once from those that never were.
+    The first is the one that tells a tensor which was wider once from those that never were. The teacher's is the one
+    it is written in, or was computed in.
     """
-    if not weighed.past:
-        return []
-    dtypes = [
-        (
-            tensor.student_dtypes[0],
-            layouts[0].schema.dtypes[tensor.index],
-            accumulate_dtype(tensor, options.accumulate),
-        )
-        for tensor in tensors
-        if tensor.action == "average"
-    ]
-    return [(student, stored, folded) for student, stored, folded in dtypes if is_rounded(folded, stored)]
+    for tensor in tensors if weighed.past else ():
+        if tensor.action == "average":
+            folded = accumulate_dtype(tensor, options.accumulate)
+            written = layouts[0].schema.dtypes[tensor.index]
+            computed = weighed.student_dtypes.get(tensor.name, written)
+            narrower = min(written, computed, key=lambda dtype: dtype.itemsize)
+            if is_rounded(folded, narrower):
+                yield tensor.student_dtypes[0], narrower, folded

@@ -62,11 +62,12 @@ def _tensors_by_student(plan: FoldPlan) -> dict[str, Any]:
 
     A fold that goes on with narrower students would compute in less, and not know that digits were lost.
     """
-    is_own = plan.options.accumulate == "student"
+    options = plan.options
+    is_own = options.accumulate == "student" and options.dtype != "student"
     names: dict[str, list[str]] = {}
     for tensor in plan.tensors:
         for dtype in tensor.student_dtypes if tensor.action == "average" else ():
-            if dtype is not tensor.dtype and (is_own or dtype.name in WIDE):
+            if is_own or (dtype is not tensor.dtype and dtype.name in WIDE):
                 names.setdefault(dtype.name, []).append(tensor.name)
     return {"tensors_by_student": names} if names else {}
 

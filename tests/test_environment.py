@@ -359,6 +359,9 @@ def test_a_relative_path_never_leads_elsewhere(run: Path, tmp_path: Path, shell:
         f"fold {run} --init tmp",
         "follow tmp",
         "compare tmp tmp",
+        "fold ../run",  # the one above is known to a folder that was removed, too
+        "plan .",
+        "inspect ../run/step_100.safetensors",
     ):
         done = shell(f"{gone} {words}")
         assert done.code == 1, words

@@ -422,15 +422,23 @@ def test_a_teacher_of_many_files_is_not_continued_in_two_precisions_either(tmp_p
     assert_same_bits(load_file(tmp_path / "on.safetensors"), load_file(whole))
 
 
-def test_a_teacher_in_its_students_arithmetic_is_not_continued_in_another(tmp_path: Path) -> None:
-    """It was computed in bfloat16 and is written in float32, in which no student of it was."""
+@pytest.mark.parametrize("change", ["bfloat16 to float32", "float32 to bfloat16"])
+def test_a_teacher_in_its_students_arithmetic_is_not_continued_in_another(tmp_path: Path, change: str) -> None:
+    """Its arithmetic is that of its students so far, whether it is written in their dtype or not; a wider one helps."""
     run = tmp_path / "run"
-    save(run, [make(seed, dtype) for seed, dtype in enumerate(CHANGES["bfloat16 to float32"])])
+    save(run, [make(seed, dtype) for seed, dtype in enumerate(CHANGES[change])])
     options: dict[str, Any] = {"momentum": 0.3, "dtype": "float32", "accumulate": "student"}
     part = quiet_fold(run, tmp_path / "1.safetensors", until_step=100, **options).output
     part = quiet_fold(run, tmp_path / "2.safetensors", until_step=200, init=part).output
-    with pytest.raises(CkptEmaError, match=r"`embed\.weight`, which is bfloat16 and float32"):
+    before, after = change.split(" to ")
+    with pytest.raises(CkptEmaError, match=rf"`embed\.weight`, which is {before} and {after}") as caught:
         quiet_fold(run, tmp_path / "3.safetensors", init=part)
+    assert "pass `--accumulate float64`" in (caught.value.hint or "")
+    report = quiet_fold(run, tmp_path / "3.safetensors", init=part, accumulate="float64")
+    assert report.plan.losses == (
+        f"`2.safetensors` was rounded to {before} (6 tensors), and what goes on from it is near the fold of all at"
+        " once, not equal",
+    )
 
 
 @pytest.mark.parametrize(

@@ -513,6 +513,16 @@ def test_an_overflow_in_the_written_dtype_is_an_error(tmp_path: Path, cli: Cli) 
         ckpt_ema.fold(run, announce=lambda plan: None, dtype="float16")
 
 
+def test_the_hint_of_an_overflow_helps(tmp_path: Path, cli: Cli) -> None:
+    """float64 students beyond float32 fit where nobody asks for that."""
+    run = tmp_path / "run"
+    run.mkdir()
+    for step in (1, 2):
+        save_file({"w": torch.tensor([1.0, 1e300], dtype=torch.float64)}, run / f"step_{step}.safetensors")
+    assert_refused(cli("fold", run, "--dtype", "float32"), 1, "`w` overflows float32", "omit `--dtype`")
+    assert cli("fold", run).code == 0
+
+
 def test_an_infinite_mask_in_a_copied_buffer_is_fine_and_a_nan_is_not(tmp_path: Path, cli: Cli) -> None:
     """-inf is what a mask is made of; a NaN in the newest student's buffer is refused, in an older one not read."""
     run = tmp_path / "run"

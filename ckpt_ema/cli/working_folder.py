@@ -22,10 +22,11 @@ def leave_removed_folder() -> None:
 
 
 def _check_paths(context: click.Context) -> None:
-    from ckpt_ema.locations import as_path  # noqa: PLC0415  (no command's help waits for it)
+    from ckpt_ema.locations import RemotePath, as_path, relative_path_error  # noqa: PLC0415  (no command's help waits for it)
 
     for parameter in context.command.params:
         given = context.params.get(parameter.name or "") if isinstance(parameter.type, GivenPath) else None
         for path in given if isinstance(given, tuple) else (given,):
-            if path is not None:
-                as_path(path)
+            # `..` can still be looked up in a removed folder.
+            if path is not None and not isinstance(found := as_path(path), RemotePath) and not found.is_absolute():
+                raise relative_path_error(path)
