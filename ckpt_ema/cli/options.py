@@ -151,7 +151,11 @@ def follow_options(command: Command) -> Command:
         ),
         "interval": _interval("Per step, update every N steps, as MeanTeacherHook does."),
         "until": click.option(
-            "--until", "until_step", type=int, metavar="STEP", help="Last step to fold; end when it is there."
+            "--until",
+            "until_step",
+            type=int,
+            metavar="STEP",
+            help="Last step to fold; end when it is there, or was passed.",
         ),
         "idle": click.option(
             "--idle",
