@@ -28,6 +28,7 @@ from ckpt_ema.dtypes import BY_NAME
 from ckpt_ema.engine import cpu
 from ckpt_ema.errors import CkptEmaError
 from ckpt_ema.layouts import Layout, SchemaPool, compact_layout
+from ckpt_ema.sizes import counted
 from tests.conftest import Outcome, StateDict, assert_same_bits, hook_teacher, quiet_fold
 from tests.device_model import modelled
 from tests.test_cuda import fold_on_a_model, fold_on_cpu
@@ -607,7 +608,7 @@ def follow_changes(run: Path, output: Path, parts: Sequence[Sequence[torch.dtype
                 path.rename(run / path.name)
             number += len(dtypes)
             deadline = time.monotonic() + 30
-            while f"{number - 1} checkpoints in" not in "\n".join(lines) and number > 2:
+            while f"{counted(number - 1, 'checkpoint')} in" not in "\n".join(lines):
                 assert not errors, errors
                 assert time.monotonic() < deadline, lines
                 time.sleep(0.02)
