@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from ckpt_ema.comparison import Comparison, TensorDifference, compare
     from ckpt_ema.errors import CkptEmaError, MisuseError
     from ckpt_ema.folding import fold, plan, plan_reconstruction, reconstruct
-    from ckpt_ema.following import FollowReport, follow
+    from ckpt_ema.following import FollowReport, OutOfReachError, follow
     from ckpt_ema.inspection import Inspection, inspect
     from ckpt_ema.online.mean_teacher import MeanTeacher
     from ckpt_ema.online.snapshots import Snapshots
@@ -32,6 +32,7 @@ __all__ = [
     "Inspection",
     "MeanTeacher",
     "MisuseError",
+    "OutOfReachError",
     "PlannedTeacher",
     "Prediction",
     "Ranks",
@@ -63,6 +64,7 @@ _HOMES = {
     "Inspection": "inspection",
     "MeanTeacher": "online.mean_teacher",
     "MisuseError": "errors",
+    "OutOfReachError": "following",
     "PlannedTeacher": "plans",
     "Prediction": "plans",
     "Ranks": "ranks",

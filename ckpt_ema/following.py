@@ -116,9 +116,9 @@ def follow(
     fold that fails for a reason that may pass, such as a full disk, is tried again, at last once a minute, until
     following ends; a run directory that is out of reach is waited for.
 
-    Raises CkptEmaError as `fold` does, and the teacher is that of the last fold then; OutOfReachError, which has the
-    report, where the run directory is out of reach at the end; NoCheckpointError where there is no teacher at the end.
-    What was missed is in the report, and no error.
+    Raises CkptEmaError as `fold` does, and the teacher is that of the last fold then; OutOfReachError, whose `report`
+    is of what was done until then, where the run directory is out of reach at the end; NoCheckpointError where there is
+    no teacher at the end. What was missed is in the report, and no error.
     """
     wanted = FoldOptions(**options)
     if len(wanted.profiles) > 1 or wanted.profile != "ema" or wanted.coefficients is not None:

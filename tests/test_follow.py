@@ -19,7 +19,6 @@ from safetensors.torch import load_file, save_file
 
 import ckpt_ema
 from ckpt_ema.errors import CkptEmaError, MisuseError, NoCheckpointError
-from ckpt_ema.following import OutOfReachError
 from ckpt_ema.sizes import SizeError, parse_duration
 from tests.conftest import (
     StateDict,
@@ -109,7 +108,7 @@ def test_following_that_ends_out_of_reach_says_so(tmp_path: Path) -> None:
         following.wait("Warning: ")
         with pytest.raises(CkptEmaError, match="is out of reach: No such file") as raised:
             following.end()
-    assert isinstance(raised.value, OutOfReachError)
+    assert isinstance(raised.value, ckpt_ema.OutOfReachError)
     assert raised.value.report is not None
     assert (raised.value.report.num_folded, raised.value.report.missed) == (1, ())
 
