@@ -11,13 +11,13 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ckpt_ema.averages.profiles import inverted_momentum_warning
 from ckpt_ema.continuing import Beginning, read_beginning
-from ckpt_ema.dtypes import DType
+from ckpt_ema.dtypes import DType, WrittenDtype
 from ckpt_ema.errors import CkptEmaError, MisuseError, NoCheckpointError, NoUpdateError
 from ckpt_ema.folding import fold
 from ckpt_ema.formats import reading_tables
@@ -104,9 +104,9 @@ def follow(
     """Fold each checkpoint of a run that is still training as soon as it is finished; the trainer may delete it then.
 
     `output` as in `fold`, of which `options` are, for one exponential moving average. The teacher there is whole at
-    every moment, and is continued where it exists: a restart continues where the last one ended. Written in the
-    students' dtype, or float32 where that has fewer bits, so that nothing is rounded on the way, or where that changes;
-    with `dtype` in that.
+    every moment, and is continued where it exists: a restart continues where the last one ended. It is written in the
+    students' dtype; in float32 where that has 16 bits or fewer, and from the first change of precision on. With `dtype`
+    it is always written in that.
 
     Ends when `stop` is set, after a last look; once `until_step` is folded, or passed by the run; after `idle_seconds`
     in which nothing was folded and no checkpoint written to; else never. A checkpoint counts as finished when it can be
@@ -158,11 +158,16 @@ class _Follower:
 
     path: Path
     wanted_output: PathLike | None
-    options: FoldOptions
+    wanted: FoldOptions
+    """What was asked for."""
+
     poll_seconds: float
     patience_seconds: float
     tell: Callable[[str], None]
     warn: Callable[[str], None]
+    options: FoldOptions = field(init=False)
+    """What was asked for, with what the teacher says of itself, and the dtype that it is written in."""
+
     target: Path | None = None
     """Where the teacher goes; known once there is a checkpoint."""
 
@@ -209,6 +214,12 @@ class _Follower:
 
     failed_at: float = 0.0
     """When the last of these did, in seconds of a clock that only goes forward."""
+
+    told_losses: set[DType] = field(default_factory=set)
+    """Dtypes whose digits the teacher loses, each of which is told once."""
+
+    def __post_init__(self) -> None:
+        self.options = self.wanted
 
     def run(self, stop: threading.Event, idle_seconds: float | None) -> FollowReport:
         since = time.monotonic()
@@ -386,14 +397,11 @@ class _Follower:
     def _choose_target(self, found: Run, newest: Checkpoint) -> None:
         """Where the teacher goes, and which checkpoints it has already where it is there."""
         _, [self.target] = resolve_outputs(self.wanted_output, found, newest, self.options)
-        narrow = [dtype for dtype in newest.layout.schema.dtypes if dtype.is_floating_point and dtype.itemsize < 4]
-        if self.options.dtype == "student" and narrow:
-            self.options = replace(self.options, dtype="float32")
         beginning = self._beginning()
         if beginning is None:
             self._tell_of_momentum()
             return
-        inherited = inherit(beginning, self.options)
+        inherited = inherit(beginning, replace(self.options, dtype=self._written_dtype([newest], beginning)))
         if not beginning.past:
             raise CkptEmaError(f"`{self.target}` does not say what it was folded from", hint="pass another `--output`")
         try:
@@ -464,7 +472,7 @@ class _Follower:
                 f"`{self.target}`, the teacher of the checkpoints so far, is gone",
                 hint="follow again to begin anew with what is there",
             )
-        self._keep_one_dtype(ready, beginning)
+        self.options = replace(self.options, dtype=self._written_dtype(ready, beginning))
         given = {name: getattr(self.options, name) for name in FoldOptions.__dataclass_fields__}
         # Where there is no teacher to go on from, there may be an unfinished fold of one.
         given |= {"init": None if beginning is None else self.target, "overwrite": True}
@@ -488,6 +496,7 @@ class _Follower:
                 self.num_failures, self.failed_at = self.num_failures + 1, time.monotonic()
             return False
         self.num_failures = 0
+        self._tell_of_dtype(ready, beginning)
         if self.last is None:
             for text in report.plan.losses:
                 self._warn(text)
@@ -504,23 +513,42 @@ class _Follower:
         self.tell(f"{_first_to_last(ready)} folded in {report.seconds:.1f} s: {has}")
         return True
 
-    def _keep_one_dtype(self, ready: Sequence[Checkpoint], beginning: Beginning | None) -> None:
-        """Ask for float32 from now on where the students' precision changes, and theirs was to be the teacher's.
+    def _written_dtype(self, items: Sequence[Checkpoint], beginning: Beginning | None) -> WrittenDtype:
+        """What the teacher is written in when `items` are folded: float32 where the students' own dtype cannot serve.
 
-        To end instead would lose what the trainer removes until somebody looks.
+        To end where that changes would lose what the trainer removes until somebody looks.
         """
-        if self.options.dtype != "student":
+        if self.wanted.dtype != "student":
+            return self.wanted.dtype
+        is_narrow = any(dtype.is_floating_point and dtype.itemsize < 4 for dtype in items[-1].layout.schema.dtypes)
+        changes = self.options.dtype == "student" and any(_changes_of_precision(items, beginning))
+        return "float32" if is_narrow or changes else self.options.dtype
+
+    def _tell_of_dtype(self, items: Sequence[Checkpoint], beginning: Beginning | None) -> None:
+        """What became of the teacher's dtype when `items` were folded, where nobody had asked for one."""
+        written = self.options.dtype
+        if self.wanted.dtype != "student" or written == "student":
             return
-        change = _change_of_precision(ready, {} if beginning is None else beginning.student_dtypes)
-        if change is None:
-            return
-        self.options = replace(self.options, dtype="float32")
-        label, before, after = change
-        text = f"{label} is {after}, and what was before is {before}: the teacher is float32 from now on"
-        if wide := next((dtype for dtype in (before, after) if dtype.name in WIDE), None):
-            self._warn(f"{text}, and loses digits that {wide} has")
-        else:
-            self.tell(text)
+        is_new = beginning is None or beginning.record.asked_dtype != written
+        teacher = f"the teacher {'is' if is_new else 'stays'} {written}"
+        if is_new and beginning is not None:
+            teacher += " from now on"
+        changes = list(_changes_of_precision(items, beginning))
+        seen: dict[DType, str] = {}
+        for change, before, after in changes:
+            seen.setdefault(before, change)
+            seen.setdefault(after, change)
+        for item in items:
+            for name, dtype in _tensors_of(item):
+                seen.setdefault(dtype, f"`{name}` of {item.label} is {dtype}")
+        lost = {dtype: what for dtype, what in seen.items() if dtype.name in WIDE}
+        # A teacher that has lost digits of it before says so of itself.
+        known = set() if beginning is None or is_new else set(beginning.student_dtypes.values())
+        for dtype in lost.keys() - self.told_losses - known:
+            self._warn(f"{lost[dtype]}: {teacher}, and loses digits that {dtype} has")
+        self.told_losses |= lost.keys()
+        if is_new and changes and not lost:
+            self.tell(f"{changes[0][0]}: {teacher}")
 
     def _warn(self, text: str) -> None:
         self.warn(f"Warning: {text}")
@@ -565,15 +593,23 @@ def _may_pass(error: CkptEmaError) -> bool:
     return error.may_pass and not is_final and getattr(reason, "errno", None) not in (errno.EROFS, errno.EINVAL)
 
 
-def _change_of_precision(items: Sequence[Checkpoint], earlier: Mapping[str, DType]) -> tuple[str, DType, DType] | None:
-    """The first checkpoint, and the dtypes, where one of a tensor became another one of its kind."""
-    known = dict(earlier)
+def _tensors_of(item: Checkpoint) -> Iterator[tuple[str, DType]]:
+    """Names and dtypes of the tensors that have a precision."""
+    schema = item.layout.schema
+    return ((name, dtype) for name, dtype in zip(schema.names, schema.dtypes, strict=True) if dtype.kind != "integer")
+
+
+def _changes_of_precision(
+    items: Sequence[Checkpoint], beginning: Beginning | None
+) -> Iterator[tuple[str, DType, DType]]:
+    """Where a tensor's dtype became another one of its kind: what is said of it, and both."""
+    known = {} if beginning is None else dict(beginning.student_dtypes)
     for item in items:
-        for name, dtype in zip(item.layout.schema.names, item.layout.schema.dtypes, strict=True):
-            before = known.setdefault(name, dtype)
-            if before != dtype and before.kind == dtype.kind != "integer":
-                return item.label, before, dtype
-    return None
+        for name, dtype in _tensors_of(item):
+            before = known.get(name, dtype)
+            if before != dtype and before.kind == dtype.kind:
+                yield f"{item.label} is {dtype}, and what was before is {before}", before, dtype
+            known[name] = dtype
 
 
 def _may_precede(numbers: Mapping[str, int], item: Checkpoint) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import random
 import subprocess
@@ -629,13 +630,11 @@ def test_following_goes_on_when_the_precision_changes(tmp_path: Path, change: st
     lines = follow_changes(run, output, [dtypes[:cut], dtypes[cut:]])
     students = [make(seed, dtype) for seed, dtype in enumerate(dtypes, start=1)]
     assert_same_bits(load_file(output), expected_teacher(students, 0.3, FLOAT32))
-    told = [line for line in lines if "from now on" in line]
-    changed_in_view = change.startswith("float32") and cut == 2
-    assert told == (
-        ["step_300.pt is bfloat16, and what was before is float32: the teacher is float32 from now on"]
-        if changed_in_view
-        else []
-    )
+    told = "step_300.pt is bfloat16, and what was before is float32: the teacher is float32"
+    if cut == 2:
+        told += " from now on"
+    # 16-bit students were followed in float32 before: that theirs is float32 now changes nothing.
+    assert [line for line in lines if "the teacher " in line] == ([told] if change.startswith("float32") else [])
     assert ckpt_ema.verify(output, run, share=1).is_ok
 
 
@@ -650,21 +649,87 @@ def test_straight_lines_cross_the_change_while_following(tmp_path: Path) -> None
     assert found.is_ok, found.checks
 
 
-@pytest.mark.parametrize("change", ["float64 to float32", "float16 to float64"])
-def test_following_float64_students_says_what_is_lost(tmp_path: Path, change: str) -> None:
-    """A follower that ended would lose checkpoints: it goes on in float32, and warns."""
-    dtypes = CHANGES[change]
-    if change.startswith("float16"):
-        dtypes = [FLOAT32, *dtypes[1:]]
+@pytest.mark.parametrize(
+    ("change", "cuts", "told"),
+    [
+        (
+            "float64 to float32",
+            (1, 2),
+            "step_300.pt is float32, and what was before is float64: the teacher is float32",
+        ),
+        (
+            "float16 to float64",
+            (1, 2),
+            "`bn.running_mean` of step_200.pt is float64: the teacher stays float32",
+        ),
+        ("float64 to bfloat16", (), "step_300.pt is bfloat16, and what was before is float64: the teacher is float32"),
+        (
+            "bfloat16 to float64",
+            (2,),
+            "`bn.running_mean` of step_300.pt is float64: the teacher stays float32",
+        ),
+        (
+            "to and fro float64",
+            (1, 2, 3),
+            "step_200.pt is float64, and what was before is float32: the teacher is float32",
+        ),
+    ],
+)
+def test_following_float64_students_says_what_is_lost(
+    tmp_path: Path, change: str, cuts: tuple[int, ...], told: str
+) -> None:
+    """A follower that ended would lose checkpoints: it goes on in float32, and warns once, whatever it was before."""
+    dtypes = {
+        **CHANGES,
+        "float64 to bfloat16": [FLOAT64, FLOAT64, BFLOAT16],
+        "bfloat16 to float64": [BFLOAT16, BFLOAT16, FLOAT64],
+        "to and fro float64": [FLOAT32, FLOAT64, FLOAT32, FLOAT64],
+    }[change]
     run, output = tmp_path / "run", tmp_path / "t.safetensors"
-    lines = follow_changes(run, output, [dtypes[:1], dtypes[1:2], dtypes[2:]])
-    [told] = [line for line in lines if "from now on" in line]
-    assert told.startswith("Warning: ")
-    assert told.endswith("the teacher is float32 from now on, and loses digits that float64 has")
+    lines = follow_changes(run, output, [dtypes[a:b] for a, b in itertools.pairwise([0, *cuts, len(dtypes)])])
+    since = " from now on" if cuts and told.endswith("is float32") else ""
+    assert [line for line in lines if "the teacher " in line] == [
+        f"Warning: {told}{since}, and loses digits that float64 has"
+    ]
     whole = quiet_fold(run, tmp_path / "whole.safetensors", momentum=0.3, dtype="float32").output
     assert ckpt_ema.compare(output, whole).relative < 1e-6
     found = ckpt_ema.verify(output, run, share=1)
     assert found.is_ok, found.checks
+
+
+def test_a_float64_tensor_among_narrow_ones_is_said_to_lose_digits(tmp_path: Path) -> None:
+    """Nothing changes, and nobody asked for float32."""
+    students = [make(seed, BFLOAT16) for seed in (1, 2)]
+    for student in students:
+        student["norm.weight"] = student["norm.weight"].double()
+    save(tmp_path / "run", students)
+    lines: list[str] = []
+    for _ in range(2):
+        ckpt_ema.follow(tmp_path / "run", momentum=0.3, until_step=200, poll_seconds=0.05, tell=lines.append)
+    assert [line for line in lines if "the teacher " in line] == [
+        "Warning: `norm.weight` of step_100.pt is float64: the teacher is float32, and loses digits that float64 has"
+    ]
+
+
+def test_what_a_fold_has_lost_already_is_not_told_anew(tmp_path: Path) -> None:
+    """Somebody asked that fold for float32: float64 students are no news to whoever follows on."""
+    run, output = tmp_path / "run", tmp_path / "t.safetensors"
+    save(run, [make(1, FLOAT64)])
+    quiet_fold(run, output, momentum=0.3, dtype="float32")
+    save(run, [make(2, FLOAT64)], first=2)
+    lines: list[str] = []
+    ckpt_ema.follow(run, output, until_step=200, poll_seconds=0.05, tell=lines.append)
+    assert not [line for line in lines if "the teacher " in line]
+    assert load_file(output)["body.weight"].dtype == FLOAT32
+
+
+@pytest.mark.parametrize("asked", ["float32", "bfloat16"])
+def test_a_dtype_that_was_asked_for_is_no_news(tmp_path: Path, asked: str) -> None:
+    """Whatever the students are and become."""
+    dtypes = [FLOAT64, BFLOAT16, FLOAT32]
+    lines = follow_changes(tmp_path / "run", tmp_path / "t.safetensors", [dtypes[:2], dtypes[2:]], dtype=asked)
+    assert not [line for line in lines if "the teacher " in line]
+    assert load_file(tmp_path / "t.safetensors")["body.weight"].dtype == getattr(torch, asked)
 
 
 def test_a_follower_that_begins_anew_after_the_change_goes_on(tmp_path: Path) -> None:
