@@ -211,8 +211,8 @@ def accumulate_dtype(tensor: TeacherTensor, accumulate: Accumulate) -> DType:
         if len(names) > 1:
             raise MisuseError(
                 f"`--accumulate student` is impossible for `{tensor.name}`, which is {' and '.join(names)}",
-                # Where a teacher is continued it may be the teacher's, and nobody's option here.
-                hint="omit `--accumulate`, or pass `--accumulate float64`, to widen each student as it is read",
+                # Not to omit it: a teacher that goes on is accumulated in what it says of itself.
+                hint="pass `--accumulate float64` to widen each student as it is read",
             )
         if tensor.student_dtype.itemsize == 1:
             raise MisuseError(

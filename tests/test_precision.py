@@ -291,7 +291,7 @@ def test_no_teacher_is_kept_in_two_precisions(tmp_path: Path, cli: Cli) -> None:
     done = cli("fold", "run", "--dtype", "float32", "--accumulate", "student")
     assert done.code == 2
     assert "`--accumulate student` is impossible for `embed.weight`, which is float32 and bfloat16" in done.stderr
-    assert "hint: omit `--accumulate`" in done.stderr
+    assert "hint: pass `--accumulate float64`" in done.stderr
     save(tmp_path / "other", [make(1, FLOAT32), make(2, BFLOAT16, only="running")])
     quiet_fold(tmp_path / "other", tmp_path / "t.safetensors", dtype="float32", accumulate="student", momentum=0.3)
     running = make(2, BFLOAT16)["bn.running_mean"].float()
@@ -730,6 +730,30 @@ def test_a_dtype_that_was_asked_for_is_no_news(tmp_path: Path, asked: str) -> No
     lines = follow_changes(tmp_path / "run", tmp_path / "t.safetensors", [dtypes[:2], dtypes[2:]], dtype=asked)
     assert not [line for line in lines if "the teacher " in line]
     assert load_file(tmp_path / "t.safetensors")["body.weight"].dtype == getattr(torch, asked)
+
+
+@pytest.mark.parametrize("dtypes", [[FLOAT32, BFLOAT16], [BFLOAT16, FLOAT32]])
+def test_accumulating_in_the_students_dtype_ends_at_the_change_and_says_what_goes_on(
+    tmp_path: Path, cli: Cli, dtypes: list[torch.dtype]
+) -> None:
+    """The teacher before is kept, nothing is said of one that never was, and the hint works as it stands."""
+    save(tmp_path / "run", [make(1, dtypes[0])])
+    arguments = ("follow", "run", "--momentum", "0.3", "--until")
+    assert cli(*arguments, "100", "--accumulate", "student").code == 0
+    before = (tmp_path / "run" / "teacher.safetensors").read_bytes()
+    save(tmp_path / "run", [make(2, dtypes[1])], first=2)
+    ended = cli(*arguments, "200", "--accumulate", "student")
+    assert ended.code == 2
+    assert "`--accumulate student` is impossible for `embed.weight`" in ended.stderr
+    assert "hint: pass `--accumulate float64`" in ended.stderr
+    assert "the teacher is" not in ended.stderr
+    assert (tmp_path / "run" / "teacher.safetensors").read_bytes() == before
+    went_on = cli(*arguments, "200", "--accumulate", "float64")
+    assert went_on.code == 0, went_on.stderr
+    students = [make(1, dtypes[0]), make(2, dtypes[1])]
+    expected = expected_teacher(students, 0.3, FLOAT64)
+    for name, tensor in load_file(tmp_path / "run" / "teacher.safetensors").items():
+        assert torch.allclose(tensor, expected[name], rtol=1e-6, atol=1e-7), name
 
 
 def test_a_follower_that_begins_anew_after_the_change_goes_on(tmp_path: Path) -> None:
