@@ -1,6 +1,6 @@
 """A run that is still training in, its teacher out: every checkpoint is folded as soon as it is finished.
 
-listing -> what is new and finished -> a fold that goes on from the teacher's own file -> listing ...
+a look at the run -> what is new and finished -> a fold that goes on from the teacher's own file -> a look ...
 """
 
 from __future__ import annotations
@@ -20,20 +20,18 @@ from ckpt_ema.continuing import Beginning, read_beginning
 from ckpt_ema.dtypes import DType, WrittenDtype
 from ckpt_ema.errors import CkptEmaError, MisuseError, NoCheckpointError, NoUpdateError
 from ckpt_ema.folding import fold
-from ckpt_ema.formats import reading_tables
 from ckpt_ema.inheriting import inherit
 from ckpt_ema.keywords import refuses_unknown_keywords
 from ckpt_ema.locations import RemotePath, as_path
 from ckpt_ema.newer import inside_of, newer_of
 from ckpt_ema.options import FoldKeywords, FoldOptions, PathLike, Unpack
 from ckpt_ema.output.targets import resolve_outputs
-from ckpt_ema.planning import find_run
 from ckpt_ema.plans import FoldReport
-from ckpt_ema.runs.checkpoints import STEPLESS_COPY, Checkpoint, Run
+from ckpt_ema.runs.checkpoints import Checkpoint, Run
 from ckpt_ema.runs.find import check_may_be_listed
-from ckpt_ema.runs.steps import numbers_in_name
 from ckpt_ema.sizes import counted
 from ckpt_ema.teacher_record import WIDE
+from ckpt_ema.watching import Signature, WatchedRun, is_whole, signature_below
 
 POLL_SECONDS = 1.0
 """Between two looks at the run; a checkpoint is folded when it was the same in both."""
@@ -47,9 +45,6 @@ PATIENCE_SECONDS = 60.0
 MAX_PAUSE_SECONDS = 60.0
 """Between two folds of which the first failed for a reason that may pass."""
 
-Signature = tuple[tuple[str, int, int], ...]
-"""Path, bytes, and a number that changes with the time, of each file."""
-
 
 @dataclass(frozen=True, slots=True)
 class FollowReport:
@@ -62,7 +57,7 @@ class FollowReport:
     """Checkpoints that were folded, this time."""
 
     missed: tuple[str, ...]
-    """Names of checkpoints that were seen, and vanished or stayed unreadable."""
+    """Names of checkpoints that were seen, and vanished, stayed unreadable, or were of a step before the teacher's."""
 
     last: FoldReport | None
     """Of the last fold; None where nothing was new."""
@@ -75,17 +70,6 @@ class OutOfReachError(CkptEmaError):
         super().__init__(message, hint="follow again when it is back")
         self.report = report
         """Of what was done until then; None where there was no checkpoint to fold. The teacher may be out of reach."""
-
-
-@dataclass(slots=True)
-class _Waiting:
-    """A checkpoint that is not folded yet."""
-
-    signature: Signature
-    """What it consisted of at the last look."""
-
-    since: float
-    """Since when it has been the same, in seconds of a clock that only goes forward."""
 
 
 @refuses_unknown_keywords(*FoldOptions.__dataclass_fields__)
@@ -121,6 +105,21 @@ def follow(
     no teacher at the end. What was missed is in the report, and no error.
     """
     wanted = FoldOptions(**options)
+    _check_makes_sense(wanted, poll_seconds, patience_seconds, idle_seconds)
+    path = _local_folder(run)
+    # torch takes a second or more to import, in which a trainer may remove a checkpoint that is ready to be folded.
+    import ckpt_ema.engine.choice  # noqa: F401, PLC0415
+
+    tell = tell or (lambda text: None)
+    watched = WatchedRun(path, wanted.until_step, poll_seconds, patience_seconds, tell, warn or tell)
+    follower = _Follower(watched, output, wanted, tell, warn or tell)
+    return follower.run(stop or threading.Event(), idle_seconds)
+
+
+def _check_makes_sense(
+    wanted: FoldOptions, poll_seconds: float, patience_seconds: float, idle_seconds: float | None
+) -> None:
+    """Raise MisuseError for options of a fold that a run cannot be followed with, and for times that are none."""
     if len(wanted.profiles) > 1 or wanted.profile != "ema" or wanted.coefficients is not None:
         raise MisuseError("a run is followed by one exponential moving average", hint="pass one `--momentum`")
     for name in ("init", "last", "shard_size_bytes"):
@@ -130,41 +129,46 @@ def follow(
         raise MisuseError("`--interval` counts checkpoints, of which some may be missed", hint="omit it")
     if wanted.output_format != "safetensors":
         raise MisuseError(f"`--output-format {wanted.output_format}` is not replaced in one step", hint="omit it")
+    for name, seconds in (("poll_seconds", poll_seconds), ("patience_seconds", patience_seconds)):
+        if not 0 < seconds < math.inf:
+            raise MisuseError(f"`{name}` is {seconds}, and must be above 0")
+    if idle_seconds is not None and not idle_seconds > 0:
+        raise MisuseError(f"`--idle` is {idle_seconds} s, and must be above 0")
+
+
+def _local_folder(run: PathLike) -> Path:
+    """The run directory, which is there and may be listed."""
     path = as_path(run)
     if isinstance(path, RemotePath):
         raise MisuseError(
             f"`{path}` is remote, and a run is followed where it is written",
             hint="fold what is new now and then: `ckpt-ema fold RUN --init TEACHER -o TEACHER --overwrite`",
         )
-    for name, seconds in (("poll_seconds", poll_seconds), ("patience_seconds", patience_seconds)):
-        if not 0 < seconds < math.inf:
-            raise MisuseError(f"`{name}` is {seconds}, and must be above 0")
-    if idle_seconds is not None and not idle_seconds > 0:
-        raise MisuseError(f"`--idle` is {idle_seconds} s, and must be above 0")
     if not path.is_dir():
         raise MisuseError(f"`{path}` is no folder", hint="pass the run directory that the trainer writes to")
     check_may_be_listed(path)
-    # torch takes a second or more to import, in which a trainer may remove a checkpoint that is ready to be folded.
-    import ckpt_ema.engine.choice  # noqa: F401, PLC0415
-
-    tell = tell or (lambda text: None)
-    follower = _Follower(path, output, wanted, poll_seconds, patience_seconds, tell, warn or tell)
-    return follower.run(stop or threading.Event(), idle_seconds)
+    return path
 
 
 @dataclass(slots=True)
 class _Follower:
-    """What is known of a run between two looks at it."""
+    """The teacher of a watched run, and what is known of it between two folds."""
 
-    path: Path
+    watched: WatchedRun
+    """The run, and which of its checkpoints are done."""
+
     wanted_output: PathLike | None
+    """Where the teacher was asked to go."""
+
     wanted: FoldOptions
     """What was asked for."""
 
-    poll_seconds: float
-    patience_seconds: float
     tell: Callable[[str], None]
+    """Gets a line for what happens."""
+
     warn: Callable[[str], None]
+    """Gets a line where somebody should look."""
+
     options: FoldOptions = field(init=False)
     """What was asked for, with what the teacher says of itself, and the dtype that it is written in."""
 
@@ -172,39 +176,19 @@ class _Follower:
     """Where the teacher goes; known once there is a checkpoint."""
 
     earlier: Path | None = None
+    """A teacher that was there at the beginning, and is continued where it is `target`."""
+
     earlier_step: int | None = None
-    """A teacher that was there at the beginning, which is continued where it is `target`."""
+    """Of the newest checkpoint in `earlier`."""
 
-    done: dict[Path, Signature] = field(default_factory=dict)
-    """What is not to be read again, unless it is written again."""
-
-    folded: dict[Path, Signature] = field(default_factory=dict)
-    """What the tensors lay in that were folded."""
-
-    waiting: dict[Path, _Waiting] = field(default_factory=dict)
-    """What was seen and is not done."""
-
-    left_out: set[Path] = field(default_factory=set)
-    """Copies without a step, each of which is told once."""
-
-    refused: dict[Path, str] = field(default_factory=dict)
-    """What at the last look could not be read since this process may not, and what was said of it."""
-
-    missed: list[str] = field(default_factory=list)
     num_folded: int = 0
+    """Checkpoints that were folded, this time."""
+
     last: FoldReport | None = None
-    last_step: int | None = None
-    last_unit: str | None = None
-    """What it counts: checkpoints of another unit cannot be compared with it."""
+    """Of the last fold."""
 
     last_path: Path | None = None
-    """Of the newest checkpoint in the teacher: straight lines begin there."""
-
-    has_passed: bool = False
-    """Whether the run has come beyond `until_step`."""
-
-    is_seen: bool = False
-    """Whether the last look found a checkpoint that can be read and is not done."""
+    """The newest checkpoint in the teacher: straight lines begin there."""
 
     unreached: str = ""
     """Why the last look could not be taken; "" where it could."""
@@ -227,7 +211,7 @@ class _Follower:
         while True:
             stopping = stop.is_set()
             # A checkpoint that takes long to write is no idleness.
-            last = max([since, *(waiting.since for waiting in self.waiting.values())])
+            last = max(since, self.watched.last_written)
             is_idle = idle_seconds is not None and time.monotonic() - last >= idle_seconds
             if self.look(is_last=stopping or is_idle):
                 since = time.monotonic()
@@ -235,27 +219,26 @@ class _Follower:
             if stopping or is_idle or self._is_complete():
                 break
             # Not beyond the time that it may be idle.
-            rest = self.poll_seconds if idle_seconds is None else min(self.poll_seconds, idle_seconds)
-            stop.wait(rest)
+            stop.wait(min(self.watched.poll_seconds, idle_seconds or math.inf))
         if self.unreached:
-            raise OutOfReachError(f"`{self.path}` is out of reach: {self.unreached}", self._report())
-        for path in self.waiting:
-            reason = self.refused.get(path)
-            self._miss(path, f"cannot be read: {reason}" if reason else "was not finished when following ended")
+            raise OutOfReachError(f"`{self.watched.path}` is out of reach: {self.unreached}", self._report())
+        self.watched.miss_the_rest()
         report = self._report()
         if report is None or not report.output.exists():
-            raise NoCheckpointError(f"`{self.path}` had no finished checkpoint", hint="is it the trainer's folder?")
+            raise NoCheckpointError(
+                f"`{self.watched.path}` had no finished checkpoint", hint="is it the trainer's folder?"
+            )
         return report
 
     def _report(self) -> FollowReport | None:
         """What came of it so far; None where nobody knows where the teacher goes, since there was no checkpoint."""
         target = self.target or self.earlier
-        return None if target is None else FollowReport(target, self.num_folded, tuple(self.missed), self.last)
+        return None if target is None else FollowReport(target, self.num_folded, tuple(self.watched.missed), self.last)
 
     def _look_for_earlier(self) -> None:
         """A teacher of an earlier follower: there may be nothing new in this run ever again."""
         wanted = self.wanted_output
-        places = [self.path / "teacher.safetensors", self.path / "teacher"]
+        places = [self.watched.path / "teacher.safetensors", self.watched.path / "teacher"]
         if wanted is not None:
             places = [as_path(wanted) / "teacher.safetensors", as_path(wanted)]
         for place in places:
@@ -282,117 +265,32 @@ class _Follower:
     def _has_lost_reach(self) -> bool:
         """Whether the run directory cannot be looked into just now, as one on a network; told once."""
         try:
-            os.listdir(self.path)
-            os.stat(os.path.join(self.path, "."))  # what may be listed may not be entered
+            os.listdir(self.watched.path)
+            os.stat(os.path.join(self.watched.path, "."))  # what may be listed may not be entered
         except OSError as error:
             is_news, self.unreached = not self.unreached, error.strerror or str(error)
             if is_news:
-                self._warn(f"`{self.path}` is out of reach: {self.unreached}; it is waited for")
+                self._warn(f"`{self.watched.path}` is out of reach: {self.unreached}; it is waited for")
             return True
         if self.unreached:
-            self.tell(f"`{self.path}` is there again")
+            self.tell(f"`{self.watched.path}` is there again")
         self.unreached = ""
         return False
 
     def _look(self, *, is_last: bool) -> bool:
-        found = self._list()
-        self.is_seen = found is not None and bool(found.checkpoints)
-        ready = self._ready(found, is_last=is_last) if found is not None else []
+        found = self.watched.find(self.options)
+        ready = self.watched.ready(found, is_last=is_last) if found is not None else []
         if not ready:
             return False
         assert found is not None
         # Each look after a failure folds all of it anew: less and less often, then.
-        pause = min(MAX_PAUSE_SECONDS, self.poll_seconds * 2**self.num_failures)
+        pause = min(MAX_PAUSE_SECONDS, self.watched.poll_seconds * 2**self.num_failures)
         if self.num_failures and not is_last and time.monotonic() - self.failed_at < pause:
             return False
         if self.target is None:
             self._choose_target(found, ready[-1])
-            ready = [item for item in ready if item.path not in self.done]
+            ready = [item for item in ready if item.path not in self.watched.done]
         return bool(ready) and self._fold(ready, is_last=is_last)
-
-    @reading_tables()
-    def _list(self) -> Run | None:
-        # A trainer may write every checkpoint under the same name.
-        self.done = {path: before for path, before in self.done.items() if _signature_below(path) == before}
-        finished = frozenset(path.name for path in self.done)
-        try:
-            has_steps = self.last_step is not None
-            found = find_run(self.path, self.options, is_live=True, has_steps=has_steps, finished=finished)
-        except NoCheckpointError:
-            found = None
-        now = time.monotonic()
-        seen: dict[Path, Signature] = {}
-        if found is not None:
-            seen = {item.path: _signature_of(item) for item in found.checkpoints}
-            seen |= {path: _signature_below(path) for path, _ in found.unfinished}
-            for name in sorted(found.stepless):
-                self._leave_out(found.directory / name)
-            self.has_passed = self.has_passed or bool(found.beyond)
-            self._tell_refused(found)
-        for path in [path for path in self.waiting if path not in seen]:
-            if not path.exists():
-                self._miss(path, "vanished before it was folded")
-            del self.waiting[path]
-        for path, signature in seen.items():
-            known = self.waiting.get(path)
-            if known is None or known.signature != signature:
-                self.waiting[path] = _Waiting(signature, now)
-        return found
-
-    def _ready(self, found: Run, *, is_last: bool) -> list[Checkpoint]:
-        """The checkpoints that are finished, oldest first, up to the first that an older one may still come before."""
-        now = time.monotonic()
-        held_up: list[dict[str, int]] = []
-        for path, error in found.unfinished:
-            numbers = numbers_in_name(path.name)
-            # What may be read one day is in time as long as nothing newer is there.
-            waits_for_it = (not error.is_refused or _may_precede(numbers, item) for item in found.checkpoints)
-            holds_up = self.has_passed or any(waits_for_it)
-            if now - self.waiting[path].since >= self.patience_seconds and holds_up:
-                self._give_up(path, f"cannot be read: {error.message}")
-                continue
-            held_up.append(numbers)
-        ready = []
-        for item in found.checkpoints:
-            is_settled = now - self.waiting[item.path].since >= self.poll_seconds
-            may_be_preceded = any(_may_precede(numbers, item) for numbers in held_up)
-            if not is_last and (not is_settled or may_be_preceded):
-                break
-            if self._is_older(item):
-                self._tell_older(item)
-                self._forget(item.path)
-                continue
-            ready.append(item)
-        return ready
-
-    def _tell_refused(self, found: Run) -> None:
-        """What this process may not read, once each: time alone changes nothing there."""
-        refused = {path: error for path, error in found.unfinished if error.is_refused and not self._is_beyond(path)}
-        for path, error in refused.items():
-            if path not in self.refused:
-                hint = f" ({error.hint})" if error.hint else ""
-                self._warn(f"{error.message}; it is folded when it may be read{hint}")
-        self.refused = {path: error.message for path, error in refused.items()}
-
-    def _is_older(self, item: Checkpoint) -> bool:
-        """Whether the teacher has come as far already."""
-        if item.step is None or self.last_step is None or item.unit != self.last_unit:
-            return False
-        return item.step <= self.last_step
-
-    def _tell_older(self, item: Checkpoint) -> None:
-        """What a trainer writes that went back; but a copy of the newest checkpoint under another name is no news."""
-        if item.path in self.folded:
-            if self.folded[item.path] != _signature_of(item):
-                self._miss(item.path, "was written again after it was folded")
-        elif item.step != self.last_step:
-            self._miss(item.path, f"is of {item.unit} {item.step}, and the teacher of {item.unit} {self.last_step}")
-
-    def _leave_out(self, path: Path) -> None:
-        if path not in self.left_out:
-            self.left_out.add(path)
-            self.tell(f"left out {path.name}: {STEPLESS_COPY}")
-        self._forget(path)
 
     def _choose_target(self, found: Run, newest: Checkpoint) -> None:
         """Where the teacher goes, and which checkpoints it has already where it is there."""
@@ -421,14 +319,15 @@ class _Follower:
         self.options = inherited.options
         for text in inherited.notes:
             self.tell(text)
-        self.last_step, self.last_unit = beginning.past[-1].step, beginning.past[-1].unit
+        watched = self.watched
+        watched.last_step, watched.last_unit = beginning.past[-1].step, beginning.past[-1].unit
         inside = inside_of(beginning, found.checkpoints)
         if inside:
             self.tell(f"{self.target} has {_first_to_last(inside)} already")
         for item in found.checkpoints:
-            if item.step is None or self.last_step is None or self._is_older(item) or item in inside:
-                self._forget(item.path)
-                if item.step == self.last_step:
+            if item.step is None or watched.last_step is None or watched.is_older(item) or item in inside:
+                watched.forget(item.path)
+                if item.step == watched.last_step:
                     self.last_path = item.path
 
     def _tell_of_momentum(self) -> None:
@@ -458,60 +357,73 @@ class _Follower:
 
         False as well where it failed for a reason that may pass, unless this was the last look.
         """
-        assert self.target is not None
-        paths = [item.path for item in ready]
-        if self.options.per_step and self.options.between != "hold" and self.last_step is not None:
-            if self.last_path is not None and self.last_path in self.done and self.last_path.exists():
-                paths.insert(0, self.last_path)
-            elif not self.num_failures:
-                self._warn(f"the checkpoint of step {self.last_step} is gone: no straight line can begin there")
-        before = {path: _signature_below(path) for path in paths}
+        paths = [*self._anchor(), *(item.path for item in ready)]
+        before = {path: signature_below(path) for path in paths}
         beginning = self._beginning()
-        if beginning is None and self.last_step is not None:
+        if beginning is None and self.watched.last_step is not None:
             raise CkptEmaError(
                 f"`{self.target}`, the teacher of the checkpoints so far, is gone",
                 hint="follow again to begin anew with what is there",
             )
         self.options = replace(self.options, dtype=self._written_dtype(ready, beginning))
+        try:
+            report = self._fold_once(paths, beginning)
+        except NoUpdateError:  # with an interval: they go in with the next ones, and are not missed
+            for item in ready:
+                self.watched.put_off(item)
+            return False
+        except CkptEmaError as error:
+            # The trainer may have been removing one of them before it was looked at here.
+            is_same = all(signature_below(path) == signature for path, signature in before.items())
+            if is_same and all(map(is_whole, ready)):
+                self._try_again_or_raise(error, is_last=is_last)
+            return False
+        self._tell_of_dtype(ready, beginning)
+        self._note_folded(ready, before, report)
+        return True
+
+    def _anchor(self) -> list[Path]:
+        """The newest checkpoint in the teacher, if straight lines begin there and it has not been removed."""
+        last_step, path = self.watched.last_step, self.last_path
+        if not self.options.per_step or self.options.between == "hold" or last_step is None:
+            return []
+        if path is not None and path in self.watched.done and path.exists():
+            return [path]
+        if not self.num_failures:
+            self._warn(f"the checkpoint of step {last_step} is gone: no straight line can begin there")
+        return []
+
+    def _fold_once(self, paths: Sequence[Path], beginning: Beginning | None) -> FoldReport:
+        assert self.target is not None
         given = {name: getattr(self.options, name) for name in FoldOptions.__dataclass_fields__}
         # Where there is no teacher to go on from, there may be an unfinished fold of one.
         given |= {"init": None if beginning is None else self.target, "overwrite": True}
         given |= {"from_step": None, "until_step": None, "include": (), "exclude": ()}
-        try:
-            report = fold(paths, self.target, announce=lambda plan: None, **given)
-        except NoUpdateError:  # with an interval: they go in with the next ones, and are not missed
-            for item in ready:
-                self.waiting.pop(item.path, None)
-            return False
-        except CkptEmaError as error:
-            # The trainer may have been removing one of them before it was looked at here.
-            is_same = all(_signature_below(path) == signature for path, signature in before.items())
-            is_same = is_same and all(map(_is_whole, ready))
-            if is_same and (is_last or not _may_pass(error)):
-                raise
-            if is_same:
-                if not self.num_failures:
-                    hint = f" ({error.hint})" if error.hint else ""
-                    self._warn(f"{error.message}{hint}; it is tried again from time to time")
-                self.num_failures, self.failed_at = self.num_failures + 1, time.monotonic()
-            return False
+        return fold(paths, self.target, announce=lambda plan: None, **given)
+
+    def _try_again_or_raise(self, error: CkptEmaError, *, is_last: bool) -> None:
+        """Count a failure that may pass, and tell the first one; raise any other, and at the last look that as well."""
+        if is_last or not _may_pass(error):
+            raise error
+        if not self.num_failures:
+            hint = f" ({error.hint})" if error.hint else ""
+            self._warn(f"{error.message}{hint}; it is tried again from time to time")
+        self.num_failures, self.failed_at = self.num_failures + 1, time.monotonic()
+
+    def _note_folded(self, ready: Sequence[Checkpoint], before: Mapping[Path, Signature], report: FoldReport) -> None:
+        """Take `ready` for done, and tell it."""
         self.num_failures = 0
-        self._tell_of_dtype(ready, beginning)
         if self.last is None:
             for text in report.plan.losses:
                 self._warn(text)
-        self.last = report
+        self.last, self.last_path = report, ready[-1].path
         self.num_folded += len(ready)
-        self.last_step, self.last_unit, self.last_path = ready[-1].step, ready[-1].unit, ready[-1].path
         for item in ready:
-            self.done[item.path] = before[item.path]
-            self.folded[item.path] = _signature_of(item)
-            self.waiting.pop(item.path, None)
+            self.watched.note_folded(item, before[item.path])
         inside = {(past.name, past.step) for past in report.plan.past}
         count = len(inside | {(item.name, item.step) for item in report.plan.checkpoints})
         has = f"{counted(count, 'checkpoint')} in {self.target}"
         self.tell(f"{_first_to_last(ready)} folded in {report.seconds:.1f} s: {has}")
-        return True
 
     def _written_dtype(self, items: Sequence[Checkpoint], beginning: Beginning | None) -> WrittenDtype:
         """What the teacher is written in when `items` are folded: float32 where the students' own dtype cannot serve.
@@ -544,8 +456,9 @@ class _Follower:
         lost = {dtype: what for dtype, what in seen.items() if dtype.name in WIDE}
         # A teacher that has lost digits of it before says so of itself.
         known = set() if beginning is None or is_new else set(beginning.student_dtypes.values())
-        for dtype in lost.keys() - self.told_losses - known:
-            self._warn(f"{lost[dtype]}: {teacher}, and loses digits that {dtype} has")
+        for dtype, what in lost.items():
+            if dtype not in self.told_losses | known:
+                self._warn(f"{what}: {teacher}, and loses digits that {dtype} has")
         self.told_losses |= lost.keys()
         if is_new and changes and not lost:
             self.tell(f"{changes[0][0]}: {teacher}")
@@ -553,37 +466,16 @@ class _Follower:
     def _warn(self, text: str) -> None:
         self.warn(f"Warning: {text}")
 
-    def _give_up(self, path: Path, why: str) -> None:
-        self._miss(path, why)
-        self._forget(path)
-
-    def _miss(self, path: Path, why: str) -> None:
-        if self._is_beyond(path):
-            return
-        if path.name not in self.missed:
-            self.missed.append(path.name)
-        self.warn(f"missed {path.name}: it {why}")
-
-    def _forget(self, path: Path) -> None:
-        self.done[path] = _signature_below(path)
-        self.waiting.pop(path, None)
-
-    def _is_beyond(self, path: Path) -> bool:
-        """Whether a checkpoint is by its name of a step that was not asked for."""
-        until = self.options.until_step
-        # Of what the run counts: steps may be inside, and names have dates or images.
-        step = numbers_in_name(path.name).get(self.last_unit or "")
-        return until is not None and step is not None and step > until
-
     def _is_complete(self) -> bool:
+        """Whether the last step that was asked for is in the teacher, or is never going to be."""
         until = self.options.until_step
         if until is None:
             return False
-        last = self.last_step
-        # What can still be read may not be in an earlier teacher, which may not even be where the new one goes.
-        if self.target is None and not self.is_seen:
+        last = self.watched.last_step
+        # The earlier teacher counts only while nothing readable is left: the new target may be another file.
+        if self.target is None and not self.watched.is_seen:
             last = self.earlier_step
-        return (last is not None and last >= until) or (self.has_passed and not self.waiting)
+        return (last is not None and last >= until) or (self.watched.has_passed and not self.watched.waiting)
 
 
 def _may_pass(error: CkptEmaError) -> bool:
@@ -612,14 +504,6 @@ def _changes_of_precision(
             known[name] = dtype
 
 
-def _may_precede(numbers: Mapping[str, int], item: Checkpoint) -> bool:
-    """Whether what cannot be read yet, and has `numbers` in its name, may be of a step before that of `item`."""
-    if item.step is None:
-        return False
-    same = numbers.get(item.unit)
-    return any(number < item.step for number in (numbers.values() if same is None else (same,)))
-
-
 def _first_to_last(items: Sequence[Checkpoint]) -> str:
     first, last = items[0].label, items[-1].label
     return first if len(items) == 1 else f"{first} to {last}"
@@ -627,26 +511,3 @@ def _first_to_last(items: Sequence[Checkpoint]) -> str:
 
 def _is_hidden(path: Path) -> bool:
     return path.name.startswith(".")
-
-
-def _signature_of(item: Checkpoint) -> Signature:
-    return tuple((str(file.path), file.size, hash(file.version)) for file in item.layout.files)
-
-
-def _is_whole(item: Checkpoint) -> bool:
-    """Whether all files are there that its tensors were found in."""
-    return all(file.path.exists() for file in item.layout.files)
-
-
-def _signature_below(path: Path) -> Signature:
-    """Names, sizes and times of what a checkpoint consists of so far, read or not."""
-    found = []
-    try:
-        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-            status = os.stat(file)
-            found.append((str(file), status.st_size, status.st_mtime_ns))
-    except PermissionError:  # which stays so until somebody permits it
-        found.append(("", 0, 0))
-    except OSError:  # it is being written, or removed
-        found.append(("", 0, time.monotonic_ns()))
-    return tuple(found)

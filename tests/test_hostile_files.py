@@ -1059,7 +1059,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("output.fingerprints", "advice", "online.shadows", "online.increments"),
     ("planning", "output.journal", "online.teacher_file", "online.pairs"),
     ("online.swap", "online.stalls", "online.finiteness", "online.snapshots"),
-    ("reconstruction", "replanning", "online.settings", "online.saving"),
+    ("reconstruction", "replanning", "watching", "online.settings", "online.saving"),
     ("online.lineage", "online.state_file"),
     ("online.state",),
     ("online.mean_teacher",),
