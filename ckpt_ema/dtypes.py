@@ -34,6 +34,11 @@ class DType(NamedTuple):
         """Whether torch's `is_floating_point` holds."""
         return self.kind == "float"
 
+    @property
+    def is_wide(self) -> bool:
+        """Whether it has digits that float32 has not: its students are computed in it, and `--dtype` offers none."""
+        return self.name in ("float64", "complex128")
+
     def __str__(self) -> str:
         return self.name
 

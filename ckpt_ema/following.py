@@ -17,7 +17,7 @@ from pathlib import Path
 
 from ckpt_ema.averages.profiles import inverted_momentum_warning
 from ckpt_ema.continuing import Beginning, read_beginning
-from ckpt_ema.dtypes import DType, WrittenDtype
+from ckpt_ema.dtypes import DType, WrittenDtype, is_change_of_precision
 from ckpt_ema.errors import CkptEmaError, MisuseError, NoCheckpointError, NoUpdateError
 from ckpt_ema.folding import fold
 from ckpt_ema.inheriting import inherit
@@ -30,7 +30,6 @@ from ckpt_ema.plans import FoldReport
 from ckpt_ema.runs.checkpoints import Checkpoint, Run
 from ckpt_ema.runs.find import check_may_be_listed
 from ckpt_ema.sizes import counted
-from ckpt_ema.teacher_record import WIDE
 from ckpt_ema.watching import Signature, WatchedRun, is_whole, signature_below
 
 POLL_SECONDS = 1.0
@@ -453,7 +452,7 @@ class _Follower:
         for item in items:
             for name, dtype in _tensors_of(item):
                 seen.setdefault(dtype, f"`{name}` of {item.label} is {dtype}")
-        lost = {dtype: what for dtype, what in seen.items() if dtype.name in WIDE}
+        lost = {dtype: what for dtype, what in seen.items() if dtype.is_wide}
         # A teacher that has lost digits of it before says so of itself.
         known = set() if beginning is None or is_new else set(beginning.student_dtypes.values())
         for dtype, what in lost.items():
@@ -499,7 +498,7 @@ def _changes_of_precision(
     for item in items:
         for name, dtype in _tensors_of(item):
             before = known.get(name, dtype)
-            if before != dtype and before.kind == dtype.kind:
+            if is_change_of_precision(before, dtype):
                 yield f"{item.label} is {dtype}, and what was before is {before}", before, dtype
             known[name] = dtype
 

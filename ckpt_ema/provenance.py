@@ -11,7 +11,7 @@ from ckpt_ema.averages.profiles import SMALLEST_COEFFICIENT, Profile
 from ckpt_ema.formats.contents import PROVENANCE_KEY
 from ckpt_ema.options import FoldOptions, ReconstructOptions
 from ckpt_ema.plans import FoldPlan
-from ckpt_ema.teacher_record import SELECTION, WIDE, printable, rule_of
+from ckpt_ema.teacher_record import SELECTION, printable, rule_of
 
 
 def teacher_metadata(plan: FoldPlan, number: int) -> dict[str, str]:
@@ -67,7 +67,7 @@ def _tensors_by_student(plan: FoldPlan) -> dict[str, Any]:
     names: dict[str, list[str]] = {}
     for tensor in plan.tensors:
         for dtype in tensor.student_dtypes if tensor.action == "average" else ():
-            if is_own or (dtype is not tensor.dtype and dtype.name in WIDE):
+            if is_own or (dtype is not tensor.dtype and dtype.is_wide):
                 names.setdefault(dtype.name, []).append(tensor.name)
     return {"tensors_by_student": names} if names else {}
 

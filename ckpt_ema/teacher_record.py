@@ -31,9 +31,6 @@ RULE_KEYS = (
 )
 """The entries that say how much each checkpoint brought."""
 
-WIDE = ("float64", "complex128")
-"""Dtypes that students of these are computed in, and that no teacher can be asked to be written in."""
-
 Made = Literal["fold", "reconstruct"]
 Per = Literal["checkpoint", "step", "update"]
 
