@@ -41,7 +41,7 @@ Progress = Callable[[int, int], None]
 """Told (bytes read so far, bytes to read in all)."""
 
 
-@refuses_unknown_keywords(*FoldOptions.__dataclass_fields__)
+@refuses_unknown_keywords(FoldOptions)
 def plan(
     run: PathLike | Sequence[PathLike], output: PathLike | None = None, **options: Unpack[FoldKeywords]
 ) -> FoldPlan:
@@ -50,7 +50,7 @@ def plan(
         return plan_fold(run, output, FoldOptions(**options))
 
 
-@refuses_unknown_keywords(*FoldOptions.__dataclass_fields__)
+@refuses_unknown_keywords(FoldOptions)
 def fold(
     run: PathLike | Sequence[PathLike],
     output: PathLike | None = None,
@@ -83,7 +83,7 @@ def fold(
         return _carry_out(plan(run, output, **options), progress, announce, place)
 
 
-@refuses_unknown_keywords(*ReconstructOptions.__dataclass_fields__)
+@refuses_unknown_keywords(ReconstructOptions)
 def plan_reconstruction(
     run: PathLike | Sequence[PathLike], output: PathLike | None = None, **options: Unpack[ReconstructKeywords]
 ) -> FoldPlan:
@@ -95,7 +95,7 @@ def plan_reconstruction(
         return plan_reconstruct(run, output, ReconstructOptions(**options))
 
 
-@refuses_unknown_keywords(*ReconstructOptions.__dataclass_fields__)
+@refuses_unknown_keywords(ReconstructOptions)
 def reconstruct(
     run: PathLike | Sequence[PathLike],
     output: PathLike | None = None,

@@ -71,7 +71,7 @@ class OutOfReachError(CkptEmaError):
         """Of what was done until then; None where there was no checkpoint to fold. The teacher may be out of reach."""
 
 
-@refuses_unknown_keywords(*FoldOptions.__dataclass_fields__)
+@refuses_unknown_keywords(FoldOptions)
 def follow(
     run: PathLike,
     output: PathLike | None = None,

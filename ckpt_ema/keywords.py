@@ -1,4 +1,4 @@
-"""The library's functions in, the same out with a word for whoever passes a keyword that they do not have."""
+"""Unknown keywords: a function in, the same out that names the keyword that may be meant."""
 
 from __future__ import annotations
 
@@ -6,42 +6,63 @@ import difflib
 import inspect
 from collections.abc import Callable, Collection
 from functools import wraps
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from ckpt_ema.errors import MisuseError
 
 P = ParamSpec("P")
 R = TypeVar("R")
+T = TypeVar("T")
+
+MAX_LISTED = 8
+"""Keywords that fit into a hint."""
 
 
-def refuses_unknown_keywords(*more: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def refuses_unknown_keywords(options: type | None = None) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Let a function raise MisuseError for a keyword that it does not have, and name the one that may be meant.
 
-    `more` are those that it takes as `**options`.
+    `options` is the dataclass whose fields it takes as `**options`.
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
-        parameters = inspect.signature(function).parameters.values()
-        known = [each.name for each in parameters if each.kind is not inspect.Parameter.VAR_KEYWORD] + [*more]
-
-        @wraps(function)
-        def wrapped(*arguments: P.args, **keywords: P.kwargs) -> R:
-            for keyword in keywords:
-                if keyword not in known:
-                    raise MisuseError(
-                        f"`{function.__name__}` has no keyword `{keyword}`", hint=_hint_of_keyword(keyword, known)
-                    )
-            return function(*arguments, **keywords)
-
-        return wrapped
+        return _checked(function, function.__name__, options)
 
     return decorate
 
 
-def _hint_of_keyword(keyword: str, known: Collection[str]) -> str:
+def made_of_known_keywords(cls: type[T]) -> type[T]:
+    """Let a class refuse unknown keywords where it is made, as `refuses_unknown_keywords` lets a function."""
+    made: Any = cls
+    made.__init__ = _checked(made.__init__, cls.__name__)
+    return cls
+
+
+def _checked(function: Callable[P, R], name: str, options: type | None = None) -> Callable[P, R]:
+    parameters = inspect.signature(function).parameters.values()
+    known = [each.name for each in parameters if each.kind is not inspect.Parameter.VAR_KEYWORD]
+    known = [keyword for keyword in known if keyword != "self"]
+    known += inspect.signature(options).parameters if options is not None else ()
+    homes = [name] if options is None else [name, options.__name__]
+
+    @wraps(function)
+    def wrapped(*arguments: P.args, **keywords: P.kwargs) -> R:
+        for keyword in keywords:
+            if keyword not in known:
+                raise MisuseError(f"`{name}` has no keyword `{keyword}`", hint=_hint_of_keyword(keyword, known, homes))
+        return function(*arguments, **keywords)
+
+    return wrapped
+
+
+def _hint_of_keyword(keyword: str, known: Collection[str], homes: Collection[str]) -> str:
     if keyword in ("decay", "ema_decay") and "momentum" in known:
         return "a decay of 0.999 is `momentum=0.001`: momentum = 1 - decay"
     # As the command has it: `memory`, `until`.
     longer = [name for name in known if name.startswith(f"{keyword}_")]
     near = longer or difflib.get_close_matches(keyword, known, n=1)
-    return f"pass `{near[0]}`" if near else f"it has {', '.join(f'`{name}`' for name in known)}"
+    if near:
+        return f"pass `{near[0]}`"
+    if len(known) <= MAX_LISTED:
+        return f"it has {', '.join(f'`{name}`' for name in known)}"
+    helps = " and ".join(f"`help(ckpt_ema.{name})`" for name in homes)
+    return f"{helps} {'lists' if len(homes) == 1 else 'list'} its keywords"

@@ -15,6 +15,7 @@ from ckpt_ema.averages.responses import declared_response, gamma_of, momentum_of
 from ckpt_ema.blocks import Accumulate
 from ckpt_ema.dtypes import WrittenDtype
 from ckpt_ema.errors import MisuseError
+from ckpt_ema.keywords import made_of_known_keywords
 from ckpt_ema.runs.students import check_prefix
 from ckpt_ema.sizes import DEFAULT_MEMORY_BUDGET_BYTES, MAX_COUNT
 
@@ -45,6 +46,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
 }
 
 
+@made_of_known_keywords
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FoldOptions:
     """What a fold can be asked for; the defaults are MeanTeacherHook's."""
@@ -245,6 +247,7 @@ class FoldOptions:
         return tuple(Profile("ema", momentum) for momentum in _several(momentum))
 
 
+@made_of_known_keywords
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReconstructOptions(FoldOptions):
     """What a reconstruction can be asked for: a fold's options, but for those that say how to weigh checkpoints."""

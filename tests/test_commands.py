@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import os
 import re
@@ -388,16 +389,36 @@ def test_options_that_make_no_sense_are_refused_at_birth() -> None:
 
 
 @pytest.mark.parametrize(
-    "function", ["compare", "fold", "follow", "inspect", "plan", "plan_reconstruction", "reconstruct", "verify"]
+    ("name", "hint"),
+    [
+        ("compare", "it has `a`, `b`, `"),
+        ("fold", "`help(ckpt_ema.fold)` and `help(ckpt_ema.FoldOptions)` list its keywords"),
+        ("follow", "`help(ckpt_ema.follow)` and `help(ckpt_ema.FoldOptions)` list its keywords"),
+        ("inspect", "it has `"),
+        ("plan", "`help(ckpt_ema.plan)` and `help(ckpt_ema.FoldOptions)` list its keywords"),
+        (
+            "plan_reconstruction",
+            "`help(ckpt_ema.plan_reconstruction)` and `help(ckpt_ema.ReconstructOptions)` list its keywords",
+        ),
+        ("reconstruct", "`help(ckpt_ema.reconstruct)` and `help(ckpt_ema.ReconstructOptions)` list its keywords"),
+        ("verify", "it has `"),
+        ("FoldOptions", "`help(ckpt_ema.FoldOptions)` lists its keywords"),
+        ("MeanTeacher", "`help(ckpt_ema.MeanTeacher)` lists its keywords"),
+        ("ReconstructOptions", "`help(ckpt_ema.ReconstructOptions)` lists its keywords"),
+        ("Snapshots", "it has `directory`, `every`, `"),
+    ],
 )
-def test_a_keyword_that_a_function_does_not_have_is_misuse(function: str) -> None:
-    """Every function of the library names itself, the keyword, and what it has instead."""
-    with pytest.raises(ckpt_ema.MisuseError, match=rf"^`{function}` has no keyword `nonsense`\n\nhint: it has `"):
-        getattr(ckpt_ema, function)("run", nonsense=1)
+def test_a_keyword_that_is_unknown_is_misuse(name: str, hint: str) -> None:
+    """Every function and class of the library names itself, the keyword, and what it has instead, if that is short."""
+    with pytest.raises(ckpt_ema.MisuseError) as raised:
+        getattr(ckpt_ema, name)(nonsense=1)
+    assert raised.value.message == f"`{name}` has no keyword `nonsense`"
+    assert (raised.value.hint or "").startswith(hint)
+    assert "`self`" not in (raised.value.hint or "")
 
 
 @pytest.mark.parametrize(
-    ("function", "keyword", "hint"),
+    ("name", "keyword", "hint"),
     [
         ("fold", "momentun", "pass `momentum`"),
         ("plan", "until", "pass `until_step`"),
@@ -408,14 +429,27 @@ def test_a_keyword_that_a_function_does_not_have_is_misuse(function: str) -> Non
         ("verify", "shares", "pass `share`"),
         ("compare", "perfix", "pass `prefix`"),
         ("fold", "decay", "a decay of 0.999 is `momentum=0.001`: momentum = 1 - decay"),
+        ("MeanTeacher", "decay", "a decay of 0.999 is `momentum=0.001`: momentum = 1 - decay"),
+        ("MeanTeacher", "half_live", "pass `half_life`"),
+        ("Snapshots", "ema_decay", "a decay of 0.999 is `momentum=0.001`: momentum = 1 - decay"),
+        ("FoldOptions", "memory", "pass `memory_budget_bytes`"),
+        ("ReconstructOptions", "average", "pass `averages`"),
     ],
 )
-def test_the_keyword_that_may_be_meant_is_named(function: str, keyword: str, hint: str) -> None:
-    """As people type it: misspelt, without its unit, or as the command has it."""
+def test_the_keyword_that_may_be_meant_is_named(name: str, keyword: str, hint: str) -> None:
+    """As people type it: misspelt, without its unit, or as the command or another library has it."""
     with pytest.raises(ckpt_ema.MisuseError) as raised:
-        getattr(ckpt_ema, function)("run", **{keyword: 1})
-    assert raised.value.message == f"`{function}` has no keyword `{keyword}`"
+        getattr(ckpt_ema, name)(**{keyword: 1})
+    assert raised.value.message == f"`{name}` has no keyword `{keyword}`"
     assert raised.value.hint == hint
+
+
+@pytest.mark.parametrize("name", ["FoldOptions", "MeanTeacher", "ReconstructOptions", "Snapshots"])
+def test_a_class_that_looks_at_its_keywords_shows_them(name: str) -> None:
+    """Editors and `help` have its own signature."""
+    parameters = inspect.signature(getattr(ckpt_ema, name)).parameters
+    assert "momentum" in parameters
+    assert not {"self", "arguments", "keywords"} & parameters.keys()
 
 
 def test_library_warns_of_a_dominating_first_checkpoint(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from ckpt_ema.averages.profiles import inverted_momentum_warning
 from ckpt_ema.averages.response_records import response_record
 from ckpt_ema.errors import CkptEmaError, warn
+from ckpt_ema.keywords import made_of_known_keywords
 from ckpt_ema.locations import as_path
 from ckpt_ema.online.attachments import Attachments
 from ckpt_ema.online.capture import check_capturable, is_capturing
@@ -46,6 +47,7 @@ from ckpt_ema.online.teacher_file import OnlineRecord, check_file_replaceable
 from ckpt_ema.online.tracking import track, unwrap
 
 
+@made_of_known_keywords
 class MeanTeacher:
     """A teacher that follows a student: `teacher = (1 - momentum) * teacher + momentum * student`.
 

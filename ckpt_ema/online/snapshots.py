@@ -17,6 +17,7 @@ from ckpt_ema.averages.profiles import check_momentum
 from ckpt_ema.averages.response_records import response_record
 from ckpt_ema.averages.responses import Ema, Power, Response, gamma_of, momentum_of_half_life
 from ckpt_ema.errors import CkptEmaError, MisuseError, warn
+from ckpt_ema.keywords import made_of_known_keywords
 from ckpt_ema.online.increments import Increments
 from ckpt_ema.online.rule import Rule, is_finite
 from ckpt_ema.online.shadows import beside, check_fit, shadow_of
@@ -69,6 +70,7 @@ class Track:
         return Power(gamma_of(self.value), start, end)
 
 
+@made_of_known_keywords
 @dataclass(frozen=True, slots=True)
 class Snapshots:
     """Which tracks a MeanTeacher follows beside the teacher, and how they are written."""
