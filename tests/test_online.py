@@ -555,6 +555,20 @@ def test_an_update_beside_an_attached_optimizer_is_told_once(student: Student) -
     assert teacher.num_steps == 4
 
 
+def test_a_second_optimizer_is_told_after_an_update_beside_the_first(student: Student) -> None:
+    """What was said of one mistake does not hide the other."""
+    optimizers = [torch.optim.SGD(part.parameters(), lr=0.01) for part in (student.encoder, student.norm)]
+    teacher = MeanTeacher(student)
+    teacher.attach(optimizers[0])
+    with pytest.warns(UserWarning, match="counted twice"):
+        teacher.update()
+    with pytest.warns(UserWarning, match="attached to another optimizer as well"):
+        teacher.attach(optimizers[1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        teacher.update()
+
+
 def test_an_update_beside_an_optimizer_that_is_gone_is_right(student: Student) -> None:
     """Nor is one that is refused warned of, nor are optimizers kept that were let go."""
     teacher = MeanTeacher(student)

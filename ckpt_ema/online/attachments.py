@@ -11,8 +11,8 @@ from torch.utils.hooks import RemovableHandle
 from ckpt_ema.errors import MisuseError, warn
 
 
-class Follower(Protocol):
-    """What an optimizer leads: a teacher."""
+class Updated(Protocol):
+    """What is updated after an optimizer's steps: a teacher."""
 
     def update(self) -> bool:
         """Called after each step."""
@@ -23,13 +23,16 @@ class Attachments:
 
     def __init__(self) -> None:
         self.handles: list[RemovableHandle] = []
-        """Of their hooks, until somebody was told what an `update` beside them does."""
+        """Of the hooks that update this teacher."""
+
+        self._has_warned = False
+        """Whether somebody was told what an `update` beside them does."""
 
         self._is_updating = False
         """Whether one of the hooks calls `update` now."""
 
     def add(
-        self, optimizer: torch.optim.Optimizer, teacher: Follower, followed: Iterable[torch.Tensor]
+        self, optimizer: torch.optim.Optimizer, teacher: Updated, followed: Iterable[torch.Tensor]
     ) -> RemovableHandle:
         """Let `optimizer` update `teacher`, which follows the tensors `followed`; gives back the hook's handle.
 
@@ -60,8 +63,8 @@ class Attachments:
 
     def warn_of_update_beside(self) -> None:
         """Warn, once, where an `update` is none of the hooks' while there are some."""
-        if not self._is_updating and any(map(_is_registered, self.handles)):
-            self.handles.clear()
+        if not (self._is_updating or self._has_warned) and any(map(_is_registered, self.handles)):
+            self._has_warned = True
             warn(
                 "the teacher is attached to an optimizer, which calls `update` after each of its steps: with this call"
                 " beside them a step is counted twice; omit one of the two"
@@ -71,7 +74,7 @@ class Attachments:
 class _Hook:
     """What an optimizer calls after its step."""
 
-    def __init__(self, teacher: Follower, attachments: Attachments) -> None:
+    def __init__(self, teacher: Updated, attachments: Attachments) -> None:
         self.teacher = teacher
         """Whose `update` is called."""
 
