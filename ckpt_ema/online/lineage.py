@@ -38,12 +38,40 @@ class Lineage:
         if self.offset is None:
             self.offset = step - num_steps
 
+    def lose_formula(self) -> None:
+        """Somebody else wrote to the teacher: none holds until it copies the student again."""
+        self.copied = None
+
+    def suspend_formula(self) -> tuple[int, int] | None:
+        """None holds until `resume_formula` gets what this returns: an interrupted update leaves some tensors ahead.
+
+        Two methods, no context manager, which would take a fortieth of a small student's update.
+        """
+        copied, self.copied = self.copied, None
+        return copied
+
+    def resume_formula(self, suspended: tuple[int, int] | None) -> None:
+        """The update is complete."""
+        self.copied = suspended
+
+    def note_capture(self) -> None:
+        """A graph has an update of the teacher in it from now on, and may do it at any time."""
+        self.is_captured = True
+
+    def without_formula(self) -> Lineage:
+        """The same where none holds."""
+        return replace(self, copied=None)
+
+    def in_place_of(self, earlier: Lineage) -> Lineage:
+        """That of numbers that were loaded where `earlier`'s were: a graph that changed those changes these."""
+        return replace(self, is_captured=earlier.is_captured)
+
     def of_copy(self) -> Lineage:
         """That of a teacher's copy: no graph changes that, and what one did to the numbers is in them."""
         return replace(self, copied=None if self.is_captured else self.copied, is_captured=False)
 
     def entries(self) -> dict[str, Any]:
-        """Of a state dict."""
+        """Its entries of a state dict: `start`, `copied`, `offset`."""
         copied = None if self.copied is None or self.is_captured else list(self.copied)
         return {"start": self.start, "copied": copied, "offset": self.offset}
 

@@ -217,14 +217,13 @@ class MeanTeacher:
         )
         students, teachers = self._pairing.tensors()
         self._fold(teachers, students, is_first=False)
-        self._lineage.is_captured = True
+        self._lineage.note_capture()
 
     def _average(self, students: list[torch.Tensor], teachers: list[torch.Tensor], step: int) -> None:
         lineage = self._lineage
         is_first = lineage.start is None
         fold = functools.partial(self._fold, teachers, is_first=is_first)
-        # None until this update is complete: an interrupted one leaves some tensors a step ahead.
-        copied, lineage.copied = lineage.copied, None
+        suspended = lineage.suspend_formula()
         if self._offload is None:
             fold(students)
         else:
@@ -233,7 +232,7 @@ class MeanTeacher:
             if is_first:
                 self._offload.wait()  # one that fails is no copy to average on from
         self.num_updates += 1
-        lineage.copied = copied
+        lineage.resume_formula(suspended)
         if is_first:
             lineage.begin_with_student(step, self.num_updates, is_narrow=self._pairing.is_narrow)
 
@@ -313,7 +312,7 @@ class MeanTeacher:
             except BaseException as error:  # Ctrl-C between two of its lines: what is left is done now
                 failure = swapping.take_back() or error
             if written:
-                self._lineage.copied = None  # no formula describes it any more
+                self._lineage.lose_formula()
                 # Where warnings are errors, what the block raised says more.
                 with contextlib.nullcontext() if ends_well else contextlib.suppress(UserWarning):
                     warn_of_writes(written)
@@ -365,7 +364,7 @@ class MeanTeacher:
             self._tracks.load_state_dict(stored.snapshots)
         # From here on nothing fails, so that it is loaded as a whole; warnings, which may be errors, come last.
         self._pairing.load(stored.tensors)
-        self._lineage = replace(stored.lineage_under(self._settings), is_captured=self._lineage.is_captured)
+        self._lineage = stored.lineage_under(self._settings).in_place_of(self._lineage)
         for name, value in stored.counters.items():
             setattr(self, name, value)
         if self._tracks is not None and stored.snapshots is None:

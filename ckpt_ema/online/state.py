@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -47,7 +47,7 @@ class StoredState:
         is_alike = all(self.configuration[name] == getattr(settings, name) for name in ("momentum", "interval"))
         # In 16 bits most updates were lost, whatever it is kept in from here on.
         was_narrow = any(map(is_narrow, self.tensors.values()))
-        return self.lineage if is_alike and not was_narrow else replace(self.lineage, copied=None)
+        return self.lineage if is_alike and not was_narrow else self.lineage.without_formula()
 
     def changes(self, settings: Settings, pairing: Pairing, *, has_tracks: bool) -> list[str]:
         """What to warn of where a teacher like this goes on otherwise than the stored one was made."""
