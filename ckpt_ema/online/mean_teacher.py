@@ -41,7 +41,7 @@ from ckpt_ema.online.settings import (
 )
 from ckpt_ema.online.snapshots import Snapshots, SnapshotTracks
 from ckpt_ema.online.stalls import stalled_fraction, warn_of_stall
-from ckpt_ema.online.state import CONFIGURATION, COUNTERS, STATE_VERSION, stored_state
+from ckpt_ema.online.state import COUNTERS, state_entries, stored_state
 from ckpt_ema.online.swap import Swapping, is_swapped, warn_of_writes
 from ckpt_ema.online.teacher_file import OnlineRecord, check_file_replaceable
 from ckpt_ema.online.tracking import track, unwrap
@@ -334,17 +334,9 @@ class MeanTeacher:
         The tensors are the teacher's own: save them, or copy them, before the next update.
         """
         self._begin("save the state")
-        state: dict[str, Any] = {
-            "version": STATE_VERSION,
-            **self._lineage.entries(),
-            "skip_buffers": self.skip_buffers,
-            **{name: getattr(self, name) for name in (*COUNTERS, *CONFIGURATION)},
-        }
-        if self._pairing.has_shadows:
-            state["tensors"] = self._pairing.by_first_name()
-        if self._tracks is not None:
-            state["snapshots"] = self._tracks.state_dict()
-        return state
+        counters = {name: getattr(self, name) for name in COUNTERS}
+        snapshots = None if self._tracks is None else self._tracks.state_dict()
+        return state_entries(self._lineage, self._settings, self._pairing, counters, snapshots)
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -1,4 +1,7 @@
-"""A MeanTeacher's state dict: what somebody stored in, what it says out, or the error that names what is wrong."""
+"""A MeanTeacher's state dict: a teacher in, its entries out; and what somebody stored in, what it says out.
+
+What is wrong with a stored one is an error that names it.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +54,7 @@ class StoredState:
 
     def changes(self, settings: Settings, pairing: Pairing, *, has_tracks: bool) -> list[str]:
         """What to warn of where a teacher like this goes on otherwise than the stored one was made."""
-        said = [
+        warnings = [
             f"the teacher was made with {name}={value!r}, and continues with {getattr(settings, name)!r}"
             for name, value in self.configuration.items()
             if value != getattr(settings, name)
@@ -59,14 +62,39 @@ class StoredState:
         for pair in pairing.pairs if pairing.has_shadows else ():
             dtype = self.tensors[pair.names[0]].dtype
             if dtype is not pair.local.dtype:
-                said.append(f"the stored teacher is {dtype}, and goes on in {pair.local.dtype}")
+                warnings.append(f"the stored teacher is {dtype}, and goes on in {pair.local.dtype}")
                 break
         if self.snapshots is not None and not has_tracks:
-            said.append("the state has snapshot tracks, which end here: pass snapshots=")
+            warnings.append("the state has snapshot tracks, which end here: pass snapshots=")
         elif self.snapshots is None and has_tracks:
             num_steps = self.counters["num_steps"]
-            said.append(f"the state has no snapshot tracks: they begin anew after step {num_steps}")
-        return said
+            warnings.append(f"the state has no snapshot tracks: they begin anew after step {num_steps}")
+        return warnings
+
+
+def state_entries(
+    lineage: Lineage,
+    settings: Settings,
+    pairing: Pairing,
+    counters: Mapping[str, int],
+    snapshots: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """The state dict that `stored_state` reads; its tensors, unless a teacher module keeps them, are the teacher's own.
+
+    `counters` are the values of COUNTERS, `snapshots` the tracks' state where there are some.
+    """
+    entries: dict[str, Any] = {
+        "version": STATE_VERSION,
+        **lineage.entries(),
+        "skip_buffers": settings.skip_buffers,
+        **{name: counters[name] for name in COUNTERS},
+        **{name: getattr(settings, name) for name in CONFIGURATION},
+    }
+    if pairing.has_shadows:
+        entries["tensors"] = pairing.by_first_name()
+    if snapshots is not None:
+        entries["snapshots"] = snapshots
+    return entries
 
 
 def stored_state(state: Mapping[str, Any], *, skip_buffers: bool) -> StoredState:
