@@ -18,7 +18,7 @@ def is_capturing() -> bool:
 
 def check_capturable(*, has_snapshots: bool, looks_for_nonfinite: bool, is_offloaded: bool, is_first: bool) -> None:
     """Raise CkptEmaError for an update that waits for the GPU, needs the host, or happens once."""
-    for what, is_one, hint in (
+    for kind, is_of_kind, hint in (
         ("an update with `snapshots`", has_snapshots, OUTSIDE),
         ("an update with `on_nonfinite`", looks_for_nonfinite, OUTSIDE),
         ('an update with `device="cpu"`', is_offloaded, OUTSIDE),
@@ -28,5 +28,5 @@ def check_capturable(*, has_snapshots: bool, looks_for_nonfinite: bool, is_offlo
             "call `teacher.copy_student()` before `with torch.cuda.graph(...)`",
         ),
     ):
-        if is_one:
-            raise CkptEmaError(f"{what} cannot be captured in a CUDA graph", hint=hint)
+        if is_of_kind:
+            raise CkptEmaError(f"{kind} cannot be captured in a CUDA graph", hint=hint)

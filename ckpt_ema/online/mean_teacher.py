@@ -305,7 +305,7 @@ class MeanTeacher:
                 yield target
                 ends_well = True
             finally:
-                written = swapping.written()
+                written = swapping.written_names()
         finally:
             try:
                 failure = swapping.take_back()

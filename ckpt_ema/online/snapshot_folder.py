@@ -1,4 +1,4 @@
-"""The folder of snapshot files: a track's name and a step in, which files are its and who may write them out.
+"""The folder of snapshot files: track names and a step in, their files out; refuses two writers.
 
 Several MeanTeachers of one process may be given one folder by mistake, and a training that goes on from an earlier step
 finds files of a path that it does not take.
@@ -69,7 +69,11 @@ class SnapshotFolder:
         _WRITERS.update({place: weakref.ref(self) for place in self._places()})
 
     def begin_writing(self, step: int) -> None:
-        """Refuse to take turns with another one in one place; one that takes over from another is alone."""
+        """Raise CkptEmaError where another MeanTeacher of this process still writes these tracks.
+
+        That is one that has come since this one wrote, or has written `step` as well. Taking over from one that ended
+        is allowed.
+        """
         writers = [_WRITERS.get(place, lambda: None)() for place in self._places()]
         others = [writer for writer in writers if writer is not None and writer is not self]
         if any(self._last_written is not None or other._last_written == step for other in others):

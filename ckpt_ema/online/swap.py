@@ -62,10 +62,10 @@ class Swapping:
         for swap in self._swaps:
             swap.watch()
 
-    def written(self) -> list[str]:
-        """The module's parameters that somebody wrote to, but for embeddings, which shorten their vectors in forwards.
+    def written_names(self) -> list[str]:
+        """Names of the module's parameters that somebody wrote to; to be asked before `take_back`.
 
-        To be asked before `take_back`.
+        But for embeddings that shorten their vectors in forwards.
         """
         limited = [part for part in self._root.modules() if getattr(part, "max_norm", None) is not None]
         shortened = [getattr(part, "weight", None) for part in limited]
@@ -79,7 +79,7 @@ class Swapping:
         """End; called once more, it goes on where it was interrupted. What was raised meanwhile comes back."""
         self._tracking.reshard()
         failure = _call_all(self._undo)
-        # What that wrote to others' tensors was not somebody else.
+        # Giving back wrote to tensors that other swaps watch: count from here.
         _WATCHED.difference_update(self._swaps)
         for swap in _WATCHED:
             swap.watch()
