@@ -19,7 +19,7 @@ from ckpt_ema.formats.pickles import Inert, module_state
 Kind = Literal["raw", "average"]
 
 # Where frameworks put the state dict of the model as trained, the most telling first.
-RAW_KEYS = (
+_RAW_KEYS = (
     "student",
     "current_model_state",
     "state_dict",
@@ -42,10 +42,10 @@ _TRAINERS_WORD = re.compile(
     r"|hyper_parameters|message_hub|meta(data|info)?|args|cfg|configs?|configuration)$",
     re.IGNORECASE,
 )
-MAX_DEPTH = 4
+_MAX_DEPTH = 4
 
 
-class Candidate(NamedTuple):
+class TensorTable(NamedTuple):
     """A table that holds tensors."""
 
     key: str
@@ -72,12 +72,12 @@ class StateDict:
 
 def find_state_dicts(contents: Contents) -> list[StateDict]:
     """Every state dict in a checkpoint, the one that a fold would take first."""
-    return as_state_dicts(list(find_candidates(contents.tree)))
+    return as_state_dicts(list(find_tensor_tables(contents.tree)))
 
 
-def as_state_dicts(candidates: list[Candidate]) -> list[StateDict]:
-    """The same without what they hold: raw ones first, then those under the most telling key, then the largest."""
-    found = sorted(candidates, key=lambda item: (item.kind != "raw", _rank(item.key), -len(item.table)))
+def as_state_dicts(tables: list[TensorTable]) -> list[StateDict]:
+    """Tables as StateDicts, without their tensors: raw ones first, then the most telling keys, then the largest."""
+    found = sorted(tables, key=lambda item: (item.kind != "raw", _rank(item.key), -len(item.table)))
     return [StateDict(item.key, item.kind, len(item.table)) for item in found]
 
 
@@ -108,7 +108,7 @@ def as_mapping(value: Any) -> dict[Any, Any] | None:
 
 
 def _own_tensors(table: Mapping[Any, Any]) -> Iterator[str]:
-    """Names of the weights a table holds itself; a loss, a step or a random state stored as a tensor is none."""
+    """Names of a model's tensors that a table holds itself; a loss, a step or a random state stored as one is none."""
     for name, value in table.items():
         if (
             isinstance(name, str)
@@ -130,10 +130,10 @@ def is_trainers_name(name: str) -> bool:
 
 def _rank(key: str) -> int:
     leaf = key.rpartition(".")[2]
-    return RAW_KEYS.index(leaf) if leaf in RAW_KEYS else len(RAW_KEYS)
+    return _RAW_KEYS.index(leaf) if leaf in _RAW_KEYS else len(_RAW_KEYS)
 
 
-def find_candidates(tree: Any, passed_over: dict[str, Any] | None = None) -> Iterator[Candidate]:
+def find_tensor_tables(tree: Any, passed_over: dict[str, Any] | None = None) -> Iterator[TensorTable]:
     """Every table that holds tensors, with its dotted path and what its place says about it.
 
     What is the trainer's by its name is put into `passed_over`, by its path.
@@ -149,8 +149,8 @@ def find_candidates(tree: Any, passed_over: dict[str, Any] | None = None) -> Ite
             continue
         seen.add(id(value))
         if next(_own_tensors(table), None) is not None:
-            yield Candidate(key, _kind_at(root or {}, key, table), table, value if depth else tree)
-        if depth < MAX_DEPTH:
+            yield TensorTable(key, _kind_at(root or {}, key, table), table, value if depth else tree)
+        if depth < _MAX_DEPTH:
             for name, child in table.items():
                 # What can be no table is not asked for its name: a stranger's file may have a million numbers here.
                 if not isinstance(child, (dict, Inert)) or not isinstance(name, str):
@@ -203,17 +203,18 @@ def _has_composer_ema(root: Mapping[Any, Any]) -> bool:
     return any(isinstance(name, str) and name in ("EMA", "SWA") for name in names)
 
 
-def find_raw(contents: Contents, candidates: list[Candidate]) -> tuple[str, Any]:
+def find_raw_state_dict(contents: Contents, tables: list[TensorTable]) -> tuple[str, Any]:
     """The dotted path of the model as trained, and what lies there.
 
-    Raises AverageAloneError where only averages are there, CkptEmaError where several tables could be meant.
+    `tables` are all that the checkpoint has. Raises AverageAloneError where only averages are there, CkptEmaError where
+    several tables could be meant, UnreadableCheckpointError where there is none, or one that names a tensor twice.
     """
-    raw = [candidate for candidate in candidates if candidate.kind == "raw"]
-    averages = [candidate.key for candidate in candidates if candidate.kind == "average"]
+    raw = [item for item in tables if item.kind == "raw"]
+    averages = [item.key for item in tables if item.kind == "average"]
     if not raw:
         if averages:
             raise AverageAloneError(
-                f"`{contents.path}` holds an average, and no raw student: {list_keys(averages)}",
+                f"`{contents.path}` holds an average, and no raw student: {quoted_keys(averages)}",
                 hint=f"pass `--state {shlex.quote(averages[0])}` if you mean to fold averages",
             )
         raise UnreadableCheckpointError(f"`{contents.path}` holds no state dict that can be read")
@@ -221,11 +222,11 @@ def find_raw(contents: Contents, candidates: list[Candidate]) -> tuple[str, Any]
     if swapped:
         return swapped[0].key, swapped[0].value
     # A state dict under a known key wins over a stray tensor beside it and over what lies deeper.
-    known = [item for item in raw if item.key and _rank(item.key) < len(RAW_KEYS)]
+    known = [item for item in raw if item.key and _rank(item.key) < len(_RAW_KEYS)]
     if known:
         depth = min(item.key.count(".") for item in known)
         known = sorted((item for item in known if item.key.count(".") == depth), key=lambda item: _rank(item.key))
-        if len(known) > 1 and _rank(known[0].key) > RAW_KEYS.index("current_model_state"):
+        if len(known) > 1 and _rank(known[0].key) > _RAW_KEYS.index("current_model_state"):
             raise _ambiguous(contents, known)
         numbered = [item for item in raw if re.fullmatch(re.escape(known[0].key) + r"_\d+", item.key)]
         if numbered:  # accelerate's second model
@@ -233,7 +234,7 @@ def find_raw(contents: Contents, candidates: list[Candidate]) -> tuple[str, Any]
         return known[0].key, known[0].value
     # Sub-models under a known key: {"model": {"encoder": {...}, "decoder": {...}}} is one state dict in two levels.
     tops = {item.key.partition(".")[0] for item in raw}
-    if "" not in tops and len(raw) > 1 and len(tops) == 1 and (top := tops.pop()) in RAW_KEYS:
+    if "" not in tops and len(raw) > 1 and len(tops) == 1 and (top := tops.pop()) in _RAW_KEYS:
         return top, _flatten(contents, top, raw)
     flat = next((item for item in raw if not item.key), None)
     nested = [item for item in raw if item.key]
@@ -249,19 +250,19 @@ def find_raw(contents: Contents, candidates: list[Candidate]) -> tuple[str, Any]
     return raw[0].key, raw[0].value
 
 
-def _ambiguous(contents: Contents, candidates: list[Candidate]) -> CkptEmaError:
+def _ambiguous(contents: Contents, tables: list[TensorTable]) -> CkptEmaError:
     return CkptEmaError(
-        f"`{contents.path}` holds {len(candidates)} state dicts, and which one is the student cannot be told",
-        details=[f"{item.key}: {len(item.table)} entries" for item in candidates],
-        hint=f"pass `--state {shlex.quote(candidates[0].key)}`",
+        f"`{contents.path}` holds {len(tables)} state dicts, and which one is the student cannot be told",
+        details=[f"{item.key}: {len(item.table)} entries" for item in tables],
+        hint=f"pass `--state {shlex.quote(tables[0].key)}`",
     )
 
 
-def _flatten(contents: Contents, top: str, raw: list[Candidate]) -> dict[str, Any]:
+def _flatten(contents: Contents, top: str, raw: list[TensorTable]) -> dict[str, Any]:
     flat: dict[str, Any] = {}
-    for candidate in raw:
-        inner = candidate.key.removeprefix(top).removeprefix(".")
-        for name, value in candidate.table.items():
+    for item in raw:
+        inner = item.key.removeprefix(top).removeprefix(".")
+        for name, value in item.table.items():
             if not isinstance(name, str):
                 continue
             full_name = f"{inner}.{name}" if inner else name
@@ -272,7 +273,7 @@ def _flatten(contents: Contents, top: str, raw: list[Candidate]) -> dict[str, An
     return flat
 
 
-def list_keys(keys: list[str]) -> str:
+def quoted_keys(keys: list[str]) -> str:
     """Dotted paths as an error shows them."""
     return ", ".join(f"`{key}`" if key else "the checkpoint itself (AveragedModel)" for key in keys)
 

@@ -17,10 +17,10 @@ from ckpt_ema.formats.pickles import Inert, PickledTensor, module_state
 from ckpt_ema.runs.state_dicts import (
     as_mapping,
     as_state_dicts,
-    find_candidates,
-    find_raw,
+    find_raw_state_dict,
+    find_tensor_tables,
     is_trainers_name,
-    list_keys,
+    quoted_keys,
     state_at,
 )
 
@@ -83,21 +83,21 @@ def choose_student(contents: Contents, *, state: str | None = None, prefix: str 
     could be meant, and where a tensor cannot be read without running code.
     """
     passed_over: dict[str, Any] = {}
-    candidates = list(find_candidates(contents.tree, passed_over))
+    tables = list(find_tensor_tables(contents.tree, passed_over))
     if state is not None:
         student = _student_of(contents, state, state_at(contents, state))
     else:
-        key, tensors = find_raw(contents, candidates)
+        key, tensors = find_raw_state_dict(contents, tables)
         student = _student_of(contents, key, tensors)
     others = {
         found.key: "an average" if found.kind == "average" else "another state dict"
-        for found in as_state_dicts(candidates)
+        for found in as_state_dicts(tables)
         if found.key and found.key != student.key and not found.key.startswith(f"{student.key}.")
     }
     beside = student.key.rpartition(".")[0]
     for name, value in passed_over.items():
         is_near = name.startswith(f"{student.key}.") or (beside and name.startswith(f"{beside}."))
-        if is_near and any(find_candidates(value)):
+        if is_near and any(find_tensor_tables(value)):
             others[name] = "the trainer's, by its name"
     student = _strip_wrappers(student.telling(others))
     if twins := _mmcv_twins(contents, student):
@@ -246,7 +246,7 @@ def _take_student_half(contents: Contents, student: Student, *, averages_allowed
     if len(under) == len(student.tensors):
         prefixes = sorted(set(under.values()))
         raise AverageAloneError(
-            f"`{contents.path}` holds an average, and no raw student: every name begins with {list_keys(prefixes)}",
+            f"`{contents.path}` holds an average, and no raw student: every name begins with {quoted_keys(prefixes)}",
             hint=f"pass `--prefix {shlex.quote(prefixes[0])}` if you mean to fold averages",
         )
     mirrored = _mirrored_prefixes(student.tensors, under)
