@@ -6,7 +6,7 @@ import fnmatch
 import os
 import re
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from ckpt_ema.errors import CkptEmaError, NoCheckpointError
@@ -90,11 +90,13 @@ def find_run_folder(run: Path) -> tuple[Path, list[Path], list[tuple[str, str]]]
     return directory, candidates, left_out
 
 
-def find_files_beside(run: Path, directory: Path) -> Iterator[Path]:
-    """What may be snapshots, in folders of their own: beside, above or below `directory` with the checkpoints.
+def find_files_beside(run: Path, directory: Path) -> tuple[list[Path], list[Path]]:
+    """The files that may be snapshots, and the folders that may hold some and may not be listed.
 
-    And folders there that may not be listed, but for those in `directory` itself.
+    Both lie in folders of their own: beside, above or below `directory`, which has the checkpoints, not in it.
     """
+    files: list[Path] = []
+    closed: list[Path] = []
     seen = {directory.resolve()}
     level = [run, directory]
     for _ in range(MAX_SEARCH_DEPTH):
@@ -105,13 +107,14 @@ def find_files_beside(run: Path, directory: Path) -> Iterator[Path]:
             for path in visible_children(folder):
                 if path.is_dir() and not may_be_listed(path):
                     if is_new:
-                        yield path
+                        closed.append(path)
                 elif path.is_dir():
                     if path.resolve() not in seen and not is_checkpoint_folder(path):
                         below.append(path)
                 elif is_new and path.suffix == ".safetensors":
-                    yield path
+                    files.append(path)
         level = below
+    return files, closed
 
 
 def find_checkpoint_below(folder: Path) -> Path | None:

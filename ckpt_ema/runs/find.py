@@ -174,14 +174,15 @@ def _read_candidate(listing: Listing, path: Path, selection: Selection, reader: 
 
 def _find_snapshots(listing: Listing, run: Path, directory: Path, selection: Selection) -> None:
     """Add the snapshots that lie in folders of their own; folders that may not be listed are named."""
+    files, closed = find_files_beside(run, directory)
     told = {run / name for name, why in listing.left_out if why == CLOSED}
-    for path in filter(selection.is_wanted, find_files_beside(run, directory)):
+    for folder in filter(selection.is_wanted, closed):
+        if folder not in told:
+            label = os.path.relpath(folder, directory)
+            listing.left_out.append((label, CLOSED))
+            listing.warnings.append(_passed_over(label))
+    for path in filter(selection.is_wanted, files):
         label = os.path.relpath(path, directory)
-        if path.is_dir():
-            if path not in told:
-                listing.left_out.append((label, CLOSED))
-                listing.warnings.append(_passed_over(label))
-            continue
         try:
             contents = read_contents(path)
         except UnreadableCheckpointError as error:
