@@ -14,9 +14,8 @@ from ckpt_ema.formats.folder import SERIES_NAME, has_weights, is_sharded
 from ckpt_ema.locations import as_path
 from ckpt_ema.options import FoldOptions
 from ckpt_ema.runs.candidates import has_series_name
-from ckpt_ema.runs.state_dicts import is_flat
 from ckpt_ema.runs.steps import Unit, steps_in_name, steps_inside
-from ckpt_ema.runs.students import choose_student
+from ckpt_ema.runs.students import tensors_of_teacher
 from ckpt_ema.teacher_record import PastCheckpoint, TeacherRecord, read_record
 
 
@@ -29,7 +28,7 @@ class Beginning:
     """What it says of itself."""
 
     dtypes: Mapping[str, DType] = field(default_factory=dict)
-    """Those of its floating-point and complex tensors."""
+    """Those of its floating-point and complex tensors, where it has a record."""
 
     numbers: Mapping[Unit, int] = field(default_factory=dict)
     """What its contents and its name say of its step, by what they count, where it has no record."""
@@ -110,8 +109,8 @@ def read_beginning(options: FoldOptions) -> Beginning | None:
         raise MisuseError(f"`{path}` is no teacher", hint="pass the file or the folder that an earlier fold wrote")
     contents = read_contents(path)
     record = read_record(contents.metadata)
-    tensors = contents.tree if is_flat(contents) else choose_student(contents).tensors if record.tool else {}
-    dtypes = {str(name): tensor.dtype for name, tensor in tensors.items() if tensor.dtype.kind != "integer"}
+    tensors = {} if record.table is None else tensors_of_teacher(contents)
+    dtypes = {name: tensor.dtype for name, tensor in tensors.items() if tensor.dtype.kind != "integer"}
     return Beginning(path, record, dtypes, _numbers_of(contents) if record.tool is None else {})
 
 

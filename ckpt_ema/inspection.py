@@ -13,7 +13,7 @@ from ckpt_ema.formats import Contents, read_contents, reading_tables
 from ckpt_ema.keywords import refuses_unknown_keywords
 from ckpt_ema.locations import as_path, name_within
 from ckpt_ema.runs.candidates import find_checkpoint_below
-from ckpt_ema.runs.state_dicts import StateDict, find_state_dicts
+from ckpt_ema.runs.state_dicts import StateDict, find_state_dicts, key_of_teacher
 from ckpt_ema.runs.steps import ORIGINS, steps_in_name, steps_inside
 from ckpt_ema.runs.students import choose_student
 from ckpt_ema.teacher_record import read_provenance
@@ -71,7 +71,7 @@ def inspect(path: str | os.PathLike[str], *, state: str | None = None, prefix: s
     tensors: dict[str, StoredTensor] = {}
     try:
         if contents.is_own_teacher:
-            state = state or _own_key(contents)
+            state = state or key_of_teacher(contents)
         student = choose_student(contents, state=state, prefix=prefix)
         chosen, tensors = student.key, student.tensors
     except UnreadableCheckpointError:
@@ -104,9 +104,3 @@ def _check_is_one(contents: Contents) -> None:
             f"`{path}` is no checkpoint: `{name_within(path, below)}` and the like lie below it",
             hint=f"pass one of them: `{below}`; for a run directory: `ckpt-ema plan {path}`",
         )
-
-
-def _own_key(contents: Contents) -> str:
-    """Where a teacher of this tool lies in its own file: one for torch.distributed.checkpoint may be under a key."""
-    items = list(contents.tree.items()) if isinstance(contents.tree, dict) else []
-    return str(items[0][0]) if len(items) == 1 and isinstance(items[0][1], dict) else ""

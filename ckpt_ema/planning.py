@@ -34,9 +34,8 @@ from ckpt_ema.plans import FoldedCheckpoint, FoldPlan, PlannedTeacher
 from ckpt_ema.runs.checkpoints import Checkpoint, Run
 from ckpt_ema.runs.find import find_checkpoints
 from ckpt_ema.runs.selection import Selection
-from ckpt_ema.runs.state_dicts import is_flat
 from ckpt_ema.runs.steps import is_copy_name, numbers_in_name
-from ckpt_ema.runs.students import choose_student
+from ckpt_ema.runs.students import tensors_of_teacher
 from ckpt_ema.sizes import counted
 from ckpt_ema.teacher_record import printable, read_record
 
@@ -249,11 +248,10 @@ def _unfollowed(newest: Checkpoint, followed: frozenset[str]) -> frozenset[str] 
 def _average_layout(path: Path, tensors: Sequence[TeacherTensor], pool: SchemaPool, wanted: FoldOptions) -> Layout:
     """The tensors of an average that takes part, an initial teacher or a snapshot, under the students' indices."""
     contents = read_contents(path)
-    # A teacher may be one of ours, or a state dict by itself, whose names look like an average's.
-    teacher = choose_student(contents, state="" if is_flat(contents) else None)
+    found = tensors_of_teacher(contents)
     missing, differences = [], []
     for tensor in tensors:
-        stored = teacher.tensors.get(tensor.name)
+        stored = found.get(tensor.name)
         if tensor.action == "copy":
             continue
         if stored is None:
@@ -264,7 +262,7 @@ def _average_layout(path: Path, tensors: Sequence[TeacherTensor], pool: SchemaPo
             differences.append(f"{tensor.name}: {stored.dtype}, the students' is {tensor.student_dtype}")
     averaged = {tensor.name for tensor in tensors}
     averaged |= read_record(contents.metadata).aliases_in(averaged)
-    differences += [f"{name}: missing in the students" for name in teacher.tensors if name not in averaged]
+    differences += [f"{name}: missing in the students" for name in found if name not in averaged]
     if missing or differences:
         hint = (
             f"leave it out: `--exclude {quoted(glob.escape(path.name))}`; snapshots hold what the online teacher"
@@ -284,7 +282,7 @@ def _average_layout(path: Path, tensors: Sequence[TeacherTensor], pool: SchemaPo
     absent = contents.files[0]
     return compact_layout(
         {
-            t.name: teacher.tensors[t.name]
+            t.name: found[t.name]
             if t.action == "average"
             else TensorRange(t.student_dtype, t.shape, None, absent, 0, 0)
             for t in tensors

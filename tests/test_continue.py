@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -742,3 +743,39 @@ def test_a_follower_finds_the_part_again_that_the_run_does_not_tell(tmp_path: Pa
     ckpt_ema.follow(run, tmp_path / "t.safetensors", until_step=3, poll_seconds=0.01)
     whole = quiet_fold(run, tmp_path / "whole.safetensors", **options).output
     assert_same_bits(load_file(tmp_path / "t.safetensors"), load_file(whole))
+
+
+@pytest.mark.parametrize("state", ["model", "ema", "teacher", "nested.ema_model"])
+def test_a_teacher_under_its_students_key_is_continued_whatever_the_key_is_called(tmp_path: Path, state: str) -> None:
+    """A fold for torch.distributed.checkpoint of what looks like averages goes on without a word, and is verified."""
+    run = tmp_path / "run"
+    for step in range(1, 6):
+        # A momentum encoder, which by itself would be left out as an average, is folded where the state is named.
+        average = {f"{part}.{name}": t for part in ("encoder_q", "encoder_k") for name, t in make_student(step).items()}
+        nested: Any = average
+        for key in reversed(state.split(".")):
+            nested = {key: nested}
+        dcp.save({"net": make_student(step + 50), **nested}, checkpoint_id=run / f"step_{step}", no_dist=True)
+    options: dict[str, Any] = {"momentum": 0.3, "state": state}
+    begun = quiet_fold(run, tmp_path / "t", output_format="dcp", until_step=3, **options).output
+    on = quiet_fold(run, tmp_path / "on", init=begun, output_format="dcp").output
+    whole = quiet_fold(run, tmp_path / "whole.safetensors", **options).output
+    assert ckpt_ema.compare(on, whole).is_identical
+    assert ckpt_ema.inspect(on).chosen == state
+    for teacher in (begun, on):
+        found = ckpt_ema.verify(teacher, run, share=1.0)
+        assert found.is_ok, found.checks
+        assert [check.is_ok for check in found.checks] == [True] * 4
+
+
+def test_the_only_table_of_a_foreign_teacher_may_be_called_an_average(tmp_path: Path) -> None:
+    """A file with nothing but `ema` in it starts a fold, as the same tensors by themselves do."""
+    run = tmp_path / "run"
+    students = save_students(run, 3)
+    torch.save({"ema": students[0]}, tmp_path / "nested.pt")
+    torch.save(students[0], tmp_path / "flat.pt")
+    outputs = [
+        quiet_fold(run, tmp_path / f"{name}.safetensors", init=tmp_path / f"{name}.pt", momentum=0.3).output
+        for name in ("nested", "flat")
+    ]
+    assert ckpt_ema.compare(*outputs).is_identical

@@ -87,6 +87,20 @@ def is_flat(contents: Contents) -> bool:
     return bool(table) and all(_is_tensor(value) for value in (table or {}).values())
 
 
+def key_of_teacher(contents: Contents) -> str | None:
+    """The dotted path of the only state dict of a teacher; None where it is to be looked for as a student is.
+
+    A teacher for torch.distributed.checkpoint lies under its students' key, which may be called `ema`.
+    """
+    if is_flat(contents):
+        return ""
+    table = as_mapping(contents.tree) or {}
+    if contents.is_own_teacher and len(table) == 1:
+        return str(next(iter(table)))
+    found = find_state_dicts(contents)
+    return found[0].key if len(found) == 1 and found[0].kind == "average" else None
+
+
 def _is_tensor(value: Any) -> bool:
     return isinstance(value, TENSOR_LEAVES)
 

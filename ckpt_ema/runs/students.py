@@ -20,6 +20,7 @@ from ckpt_ema.runs.state_dicts import (
     find_raw_state_dict,
     find_tensor_tables,
     is_trainers_name,
+    key_of_teacher,
     quoted_keys,
     state_at,
 )
@@ -111,6 +112,14 @@ def choose_student(contents: Contents, *, state: str | None = None, prefix: str 
         student = _take_student_half(contents, student, averages_allowed=state is not None)
     # Last: what is not folded may be stored in ways that are not read.
     return replace(student, tensors=contents.locate(student.tensors))
+
+
+def tensors_of_teacher(contents: Contents) -> dict[str, StoredTensor]:
+    """The tensors of a teacher, of this tool's or another's, by the names of a bare model.
+
+    Raises CkptEmaError where `choose_student` does, but for a file that holds an average alone: a teacher is one.
+    """
+    return choose_student(contents, state=key_of_teacher(contents)).tensors
 
 
 def _student_of(contents: Contents, key: str, value: Any) -> Student:
