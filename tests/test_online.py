@@ -603,6 +603,37 @@ def test_any_of_the_optimizers_makes_an_update_count_twice(student: Student) -> 
     assert [Path(str(warning.filename)).name for warning in caught] == [Path(__file__).name]
 
 
+class Scheduled(MeanTeacher):
+    """A teacher whose momentum is a schedule's, and that looks at more than numbers before it is saved."""
+
+    num_looks = 0
+
+    @property
+    def momentum(self) -> float:
+        """Smaller with each update."""
+        return 0.5 / (1 + self.num_updates)
+
+    def check_finite(self) -> None:
+        """Count the calls."""
+        self.num_looks += 1
+        super().check_finite()
+
+
+def test_what_a_subclass_defines_counts(student: Student, tmp_path: Path) -> None:
+    """A momentum of its own in the update, the state and the file, with no formula claimed; its own look at numbers."""
+    teacher = Scheduled(student, momentum=0.25)
+    for _ in train(student, 3):
+        teacher.update()
+    state = teacher.state_dict()
+    assert state["momentum"] == teacher.momentum == 0.125
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        teacher.load_state_dict(state)
+    path = teacher.save_snapshot(tmp_path, 3)
+    assert teacher.num_looks == 1
+    assert metadata(path)["response"] is None
+
+
 def test_an_attached_optimizer_calls_the_update_of_a_subclass(student: Student) -> None:
     """Who counts or logs in it is called behind each step, and is not warned."""
     calls = []

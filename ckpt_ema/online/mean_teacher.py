@@ -32,6 +32,7 @@ from ckpt_ema.online.saving import check_local, check_suffix, save_teacher, warn
 from ckpt_ema.online.settings import (
     Arithmetic,
     OnNonfinite,
+    Settings,
     ShadowDevice,
     ShadowDtype,
     as_step,
@@ -106,7 +107,7 @@ class MeanTeacher:
             on_nonfinite=on_nonfinite,
             snapshots=snapshots,
         )
-        if half_life is None and (inverted := inverted_momentum_warning(self.momentum, "momentum={:g}")):
+        if half_life is None and (inverted := inverted_momentum_warning(self._settings.momentum, "momentum={:g}")):
             warn(inverted)
         check_teacher_options(has_module=teacher is not None, device=device, keep_teacher=keep_teacher)
         self.num_steps = 0
@@ -336,7 +337,7 @@ class MeanTeacher:
         self._begin("save the state")
         counters = {name: getattr(self, name) for name in COUNTERS}
         snapshots = None if self._tracks is None else self._tracks.state_dict()
-        return state_entries(self._lineage, self._settings, self._pairing, counters, snapshots)
+        return state_entries(self._lineage, self._current_settings(), self._pairing, counters, snapshots)
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -350,13 +351,13 @@ class MeanTeacher:
         self._begin("load a state")
         stored = stored_state(state, skip_buffers=self.skip_buffers)
         self._pairing.check_stored(stored.tensors)
-        changes = stored.changes(self._settings, self._pairing, has_tracks=self._tracks is not None)
+        changes = stored.changes(self._current_settings(), self._pairing, has_tracks=self._tracks is not None)
         if self._tracks is not None and stored.snapshots is not None:
             self._tracks.check_state(stored.snapshots)
             self._tracks.load_state_dict(stored.snapshots)
         # From here on nothing fails, so that it is loaded as a whole; warnings, which may be errors, come last.
         self._pairing.load(stored.tensors)
-        self._lineage = stored.lineage_under(self._settings).in_place_of(self._lineage)
+        self._lineage = stored.lineage_under(self._current_settings()).in_place_of(self._lineage)
         for name, value in stored.counters.items():
             setattr(self, name, value)
         if self._tracks is not None and stored.snapshots is None:
@@ -427,9 +428,10 @@ class MeanTeacher:
         if is_snapshot:
             assert step is not None
             response = self._lineage.response(step, self._settings, self.num_steps, self.num_updates)
-            if self._pairing.is_narrow:
-                response = None  # most of its updates were lost
+            if self._pairing.is_narrow or self.momentum != self._settings.momentum:
+                response = None  # most of its updates were lost, or a subclass has a schedule
             record = replace(record, more={"response": None if response is None else response_record(response)})
+        self.check_finite()
         save_teacher(path, self._pairing, self._student, record, dtype=dtype, overwrite=overwrite)
         return path
 
@@ -452,6 +454,10 @@ class MeanTeacher:
             step=step,
             ties=[pair.names for pair in self._pairing.pairs if len(pair.names) > 1],
         )
+
+    def _current_settings(self) -> Settings:
+        """With the momentum and the interval of a subclass that has its own, such as a schedule's."""
+        return replace(self._settings, momentum=self.momentum, interval=self.interval)
 
     def _begin(self, what: str) -> None:
         """All that looks at the teacher or changes it begins so."""

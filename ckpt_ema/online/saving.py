@@ -11,7 +11,6 @@ import torch
 from ckpt_ema.errors import CkptEmaError, MisuseError, warn
 from ckpt_ema.formats.folder import WEIGHTS_SUFFIX
 from ckpt_ema.locations import RemotePath
-from ckpt_ema.online.finiteness import check_teacher_finite
 from ckpt_ema.online.pairs import Pairing
 from ckpt_ema.online.teacher_file import OnlineRecord, write_teacher
 from ckpt_ema.online.tracking import Tracking, is_sharded, odd_kind_of, track
@@ -48,14 +47,14 @@ def save_teacher(
 ) -> None:
     """Write the teacher and what else `student` has in its state dict, as it is now; `record` says the rest.
 
-    Raises CkptEmaError, nothing written, where the teacher is sharded or not finite, or running statistics are not.
+    Whether the teacher is finite is not looked at here. Raises CkptEmaError, nothing written, where it is sharded, or
+    where running statistics hold a NaN.
     """
     if any(is_sharded(pair.student.tensor) for pair in pairing.pairs):
         raise CkptEmaError(
             "the teacher is sharded over ranks, and no rank has all of it",
             hint='torch.distributed.checkpoint.save({"teacher": teacher.state_dict()}, checkpoint_id=PATH)',
         )
-    check_teacher_finite(pairing.pairs)
     averaged = {name: (pair.local, pair.student.tensor) for pair in pairing.pairs for name in pair.names}
     # Looked for now: a buffer may have come since.
     tracking = track(student, skip_buffers=pairing.student.skip_buffers)
