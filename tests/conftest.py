@@ -192,7 +192,7 @@ def start_ranks(worker: str, count: int, folder: Path) -> None:
     done = subprocess.run(
         [*command, str(Path(__file__).with_name(worker)), str(folder)],
         cwd=Path(__file__).parent.parent,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)},
         capture_output=True,
         text=True,
         timeout=300,

@@ -7,7 +7,6 @@ from typing import Any
 
 import lightning
 import torch
-from conftest import StateDict, assert_same_bits, fit_lightning, hook_teacher
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from rank_process import run_as_rank
@@ -15,6 +14,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from ckpt_ema.integrations.lightning import MeanTeacherCallback
+from tests.conftest import StateDict, assert_same_bits, fit_lightning, hook_teacher
 
 MOMENTUM = 0.1
 

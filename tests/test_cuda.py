@@ -1212,7 +1212,8 @@ def test_a_probe_tells_the_start_from_what_comes_then(
 def test_a_probe_of_the_cpu_tells_how_fast_it_is(
     huge: FoldPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_students: int
 ) -> None:
-    """However many students there are: with 16 threads that read 0.1 GB/s each, and little of a wider dtype first."""
+    """However many students there are, and little of a wider dtype first: no more than 16 threads read at 0.1 GB/s
+    each, and no less than came in all, its start included, but for what is read when it ends."""
     folder = tmp_path / "many"
     folder.mkdir()
     for step in range(num_students):
@@ -1231,7 +1232,7 @@ def test_a_probe_of_the_cpu_tells_how_fast_it_is(
     with probed(blocks, plan) as task:
         started = time.perf_counter()
         rate = choice._rate(cpu.fold_blocks, task)
-    assert rate == pytest.approx(sum(read_bytes) / (time.perf_counter() - started) / 1e9, rel=0.25)
+    assert 0.75 * sum(read_bytes) / (time.perf_counter() - started) / 1e9 <= rate <= 1.05 * 16 * 0.1
     assert widths == {4}
 
 

@@ -1239,6 +1239,7 @@ TALK = {
     "cli": {"click", "sys.exit", "sys.stderr"},
     "cli.exits": {"os._exit", "sys.exit", "sys.stderr", "sys.stdout"},
     "cli.options": {"click"},
+    "cli.working_folder": {"click"},
     "cli.terminal": {"click", "sys.stderr", "sys.stdout", "tqdm"},
 }
 
