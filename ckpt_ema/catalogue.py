@@ -68,6 +68,8 @@ class TeacherTensor:
     @property
     def student_dtypes(self) -> tuple[DType, ...]:
         """Those of all its students, once each."""
+        if not self.changes:  # asked of each of many thousand tensors
+            return (self.student_dtype,)
         return tuple(dict.fromkeys((*(change.before for change in self.changes), self.student_dtype)))
 
 
