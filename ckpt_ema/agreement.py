@@ -46,6 +46,8 @@ class _Pair(NamedTuple):
     label: str
     next_label: str
     differences: tuple[_Difference, ...]
+    is_continued: bool = False
+    """Whether the first is a teacher that the fold goes on from."""
 
 
 def precision_changes(
@@ -68,16 +70,15 @@ def precision_changes(
     ]
     if earlier is not None:
         label, layout = layouts[0]
-        pairs.insert(0, _Pair(earlier.teacher, label, tuple(_differences_since(earlier, layout.schema))))
+        since = tuple(_differences_since(earlier, layout.schema))
+        pairs.insert(0, _Pair(earlier.teacher, label, since, is_continued=True))
     refused = [
         pair._replace(differences=found)
         for pair in pairs
         if (found := tuple(each for each in pair.differences if not (are_allowed and each.change)))
     ]
     if refused:
-        newest = refused[-1].next_label
-        is_continued = earlier is not None and refused[0] is pairs[0]
-        raise _disagreement(refused, newest, steps.get(newest), is_continued=is_continued, may_widen=may_be_widened)
+        raise _disagreement(refused, steps, may_be_widened=may_be_widened)
     changes: dict[str, tuple[PrecisionChange, ...]] = {}
     for difference in itertools.chain.from_iterable(pair.differences for pair in pairs):
         if difference.change is not None:
@@ -85,20 +86,21 @@ def precision_changes(
     return changes
 
 
-def _disagreement(
-    pairs: Sequence[_Pair], newest: str, step: int | None, *, is_continued: bool, may_widen: bool
-) -> CkptEmaError:
+def _disagreement(pairs: Sequence[_Pair], steps: Mapping[str, int | None], *, may_be_widened: bool) -> CkptEmaError:
     first = f"`{pairs[0].label}` and `{pairs[0].next_label}` differ in {counted(len(pairs[0].differences), 'tensor')}"
     more = "" if len(pairs) == 1 else f", and {counted(len(pairs) - 1, 'later pair')} of checkpoints as well"
     lines = [
         f"{name}: {what}" if len(pairs) == 1 else f"{label} to {next_label}: {name}: {what}"
-        for label, next_label, differences in pairs
+        for label, next_label, differences, _ in pairs
         for name, what, _ in differences
     ]
-    later = f"begin with `{newest}`" if step is None else f"pass `--from {step}`"
-    if may_widen and all(each.change for pair in pairs for each in pair.differences):
+    newest = pairs[-1].next_label
+    later = f"begin with `{newest}`" if steps.get(newest) is None else f"pass `--from {steps[newest]}`"
+    if may_be_widened and all(each.change for pair in pairs for each in pair.differences):
         hint = "pass `--dtype float32` to fold all of them"
-        if not is_continued:  # that teacher is in the earlier precision, whatever is left out of what comes after it
+        if not pairs[
+            0
+        ].is_continued:  # that teacher is in the earlier precision, whatever is left out of what comes after it
             hint = f"{hint}; or {later} to fold the later ones"
     else:
         hint = f"fold only checkpoints that agree: {later} to fold the later ones, or `--exclude` some by name"
