@@ -206,11 +206,11 @@ class BlockPlan:
 
 def accumulate_dtype(tensor: TeacherTensor, accumulate: Accumulate) -> DType:
     """The dtype a teacher's tensor is kept in while it is folded: never narrower than any student's own."""
-    names = [dtype.name for dtype in tensor.student_dtypes]
     if accumulate == "student":
-        if len(names) > 1:
+        if len(tensor.student_dtypes) > 1:
+            dtypes = " and ".join(map(str, tensor.student_dtypes))
             raise MisuseError(
-                f"`--accumulate student` is impossible for `{tensor.name}`, which is {' and '.join(names)}",
+                f"`--accumulate student` is impossible for `{tensor.name}`, which is {dtypes}",
                 # Not to omit it: a teacher that goes on is accumulated in what it says of itself.
                 hint="pass `--accumulate float64` to widen each student as it is read",
             )
@@ -220,10 +220,10 @@ def accumulate_dtype(tensor: TeacherTensor, accumulate: Accumulate) -> DType:
                 hint="omit `--accumulate` to accumulate in float32",
             )
         return tensor.student_dtype
+    wide = accumulate == "float64" or any(dtype.is_wide for dtype in tensor.student_dtypes)
     if tensor.student_dtype.kind == "complex":
-        wide = accumulate == "float64" or "complex128" in names
         return BY_NAME["complex128" if wide else "complex64"]
-    return BY_NAME["float64" if "float64" in (accumulate, *names) else "float32"]
+    return BY_NAME["float64" if wide else "float32"]
 
 
 def plan_blocks(

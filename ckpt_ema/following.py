@@ -45,6 +45,10 @@ MAX_PAUSE_SECONDS = 60.0
 """Between two folds of which the first failed for a reason that may pass."""
 
 
+_Change = tuple[str, DType, DType]
+"""What is said of a tensor's other precision, and the dtypes before and after."""
+
+
 @dataclass(frozen=True, slots=True)
 class FollowReport:
     """What came of a run that was followed."""
@@ -298,7 +302,10 @@ class _Follower:
         if beginning is None:
             self._tell_of_momentum()
             return
-        inherited = inherit(beginning, replace(self.options, dtype=self._written_dtype([newest], beginning)))
+        has_changed = any(_changes_of_precision([newest], beginning))
+        inherited = inherit(
+            beginning, replace(self.options, dtype=self._written_dtype(newest, has_changed=has_changed))
+        )
         if not beginning.past:
             raise CkptEmaError(f"`{self.target}` does not say what it was folded from", hint="pass another `--output`")
         try:
@@ -364,7 +371,8 @@ class _Follower:
                 f"`{self.target}`, the teacher of the checkpoints so far, is gone",
                 hint="follow again to begin anew with what is there",
             )
-        self.options = replace(self.options, dtype=self._written_dtype(ready, beginning))
+        changes = list(_changes_of_precision(ready, beginning))
+        self.options = replace(self.options, dtype=self._written_dtype(ready[-1], has_changed=bool(changes)))
         try:
             report = self._fold_once(paths, beginning)
         except NoUpdateError:  # with an interval: they go in with the next ones, and are not missed
@@ -377,7 +385,7 @@ class _Follower:
             if is_same and all(map(is_whole, ready)):
                 self._try_again_or_raise(error, is_last=is_last)
             return False
-        self._tell_of_dtype(ready, beginning)
+        self._tell_of_dtype(ready, beginning, changes)
         self._note_folded(ready, before, report)
         return True
 
@@ -424,18 +432,20 @@ class _Follower:
         has = f"{counted(count, 'checkpoint')} in {self.target}"
         self.tell(f"{_first_to_last(ready)} folded in {report.seconds:.1f} s: {has}")
 
-    def _written_dtype(self, items: Sequence[Checkpoint], beginning: Beginning | None) -> WrittenDtype:
-        """What the teacher is written in when `items` are folded: float32 where the students' own dtype cannot serve.
+    def _written_dtype(self, newest: Checkpoint, *, has_changed: bool) -> WrittenDtype:
+        """What the teacher is written in with `newest`: float32 where the students' own dtype cannot serve.
 
         To end where that changes would lose what the trainer removes until somebody looks.
         """
         if self.wanted.dtype != "student":
             return self.wanted.dtype
-        is_narrow = any(dtype.is_floating_point and dtype.itemsize < 4 for dtype in items[-1].layout.schema.dtypes)
-        changes = self.options.dtype == "student" and any(_changes_of_precision(items, beginning))
-        return "float32" if is_narrow or changes else self.options.dtype
+        is_narrow = any(dtype.is_floating_point and dtype.itemsize < 4 for dtype in newest.layout.schema.dtypes)
+        is_mixed = has_changed and self.options.dtype == "student"
+        return "float32" if is_narrow or is_mixed else self.options.dtype
 
-    def _tell_of_dtype(self, items: Sequence[Checkpoint], beginning: Beginning | None) -> None:
+    def _tell_of_dtype(
+        self, items: Sequence[Checkpoint], beginning: Beginning | None, changes: Sequence[_Change]
+    ) -> None:
         """What became of the teacher's dtype when `items` were folded, where nobody had asked for one."""
         written = self.options.dtype
         if self.wanted.dtype != "student" or written == "student":
@@ -444,7 +454,6 @@ class _Follower:
         teacher = f"the teacher {'is' if is_new else 'stays'} {written}"
         if is_new and beginning is not None:
             teacher += " from now on"
-        changes = list(_changes_of_precision(items, beginning))
         seen: dict[DType, str] = {}
         for change, before, after in changes:
             seen.setdefault(before, change)
@@ -490,9 +499,7 @@ def _tensors_of(item: Checkpoint) -> Iterator[tuple[str, DType]]:
     return ((name, dtype) for name, dtype in zip(schema.names, schema.dtypes, strict=True) if dtype.kind != "integer")
 
 
-def _changes_of_precision(
-    items: Sequence[Checkpoint], beginning: Beginning | None
-) -> Iterator[tuple[str, DType, DType]]:
+def _changes_of_precision(items: Sequence[Checkpoint], beginning: Beginning | None) -> Iterator[_Change]:
     """Where a tensor's dtype became another one of its kind: what is said of it, and both."""
     known = {} if beginning is None else dict(beginning.student_dtypes)
     for item in items:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Collection
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
@@ -38,10 +39,7 @@ def made_of_known_keywords(cls: type[T]) -> type[T]:
 
 def _checked(function: Callable[P, R], name: str, options: type | None = None) -> Callable[P, R]:
     # Not inspect.signature: twelve of these would take a plan a tenth of its time.
-    inner: Any = function
-    while hasattr(inner, "__wrapped__"):
-        inner = inner.__wrapped__
-    code = inner.__code__
+    code = inspect.unwrap(function).__code__
     own = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
     known = [keyword for keyword in own if keyword != "self"]
     known += [field.name for field in dataclasses.fields(options)] if options is not None else []
